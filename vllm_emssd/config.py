@@ -1,0 +1,130 @@
+"""The options of `"method": "emssd"`.
+
+`--speculative-config` mixes our keys with vLLM's own. `EmssdConfig` holds ours;
+all other keys keep vLLM's meaning and are handed on to vLLM.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+METHOD = "emssd"
+ADDITIONAL_CONFIG_KEY = "emssd"  # where VllmConfig.additional_config carries ours
+
+# Keys of vLLM's that contradict what the method does, and what to do instead.
+REFUSED_STOCK_KEYS: dict[str, str] = {
+    "disable_padded_drafter_batch": "emssd never pads the drafter's batch; remove it",
+    "enable_adaptive_verification": "emssd sets lengths by 'draft_length'; remove it",
+    "num_speculative_tokens_per_batch_size": (
+        "emssd sets lengths by 'draft_length'; remove it"
+    ),
+    "parallel_drafting": "emssd drafts one token a forward; remove it",
+    "prompt_lookup_max": "use 'copy_length' and 'check_length'",
+    "prompt_lookup_min": "use 'check_length'",
+    "use_heterogeneous_vocab": (
+        "emssd needs a draft model with the target's vocabulary; "
+        'remove it or use "method": "draft_model"'
+    ),
+}
+ProposerName = Literal["draft_model", "llma"]
+DraftLengthName = Literal["fixed"]
+
+
+class EmssdConfig(BaseModel):
+    """Validated options; see README for what each means to a user."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    proposer: ProposerName
+    num_speculative_tokens: int = Field(ge=1, le=128)
+    draft_length: DraftLengthName = "fixed"
+    check_length: int = Field(default=2, ge=1, le=64)
+    copy_length: int = Field(default=7, ge=1, le=128)
+    unpad_inputs: StrictBool = True
+
+
+_OUR_KEYS = frozenset(EmssdConfig.model_fields)
+_COPY_KEYS = ("check_length", "copy_length")
+_DEFAULT_DRAFT_MODEL_TOKENS = 8
+
+
+def parse_speculative_config(
+    asked: Mapping[str, Any], stock_keys: Iterable[str]
+) -> tuple[EmssdConfig, dict[str, Any]]:
+    """Split a user's `--speculative-config` into our options and vLLM's.
+
+    Args:
+        asked: the user's dictionary, `"method": "emssd"` in it.
+        stock_keys: all keys vLLM's own SpeculativeConfig knows.
+
+    Returns: our options, and the user's keys for vLLM without `method`.
+
+    Raises: ValueError naming the key and the fix.
+    """
+    stock_keys = set(stock_keys)
+    known = _OUR_KEYS | stock_keys
+    for key in asked:
+        if key not in known:
+            raise ValueError(_unknown_key(key, known))
+        if key in REFUSED_STOCK_KEYS and asked[key] not in (None, False):
+            raise ValueError(_error(key, REFUSED_STOCK_KEYS[key]))
+
+    ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
+    model = asked.get("model")
+    ours.setdefault("proposer", "draft_model" if model else "llma")
+    _check_pairs(ours, model)
+    ours.setdefault(
+        "num_speculative_tokens",
+        _DEFAULT_DRAFT_MODEL_TOKENS
+        if ours["proposer"] == "draft_model"
+        else ours.get("copy_length", EmssdConfig.model_fields["copy_length"].default),
+    )
+    try:
+        config = EmssdConfig(**ours)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+    stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
+    return config, stock
+
+
+def _check_pairs(ours: Mapping[str, Any], model: Any) -> None:
+    if ours["proposer"] == "draft_model":
+        if not model:
+            raise ValueError(
+                _error("proposer", "'draft_model' needs 'model', a draft model")
+            )
+        for key in _COPY_KEYS:
+            if key in ours:
+                raise ValueError(
+                    _error(key, 'only "proposer": "llma" copies; remove one of them')
+                )
+    elif model:
+        raise ValueError(
+            _error("model", f"proposer {ours['proposer']!r} uses no model; remove it")
+        )
+
+
+def _error(key: str, fix: str) -> str:
+    return f'--speculative-config: {key!r} with "method": "{METHOD}": {fix}.'
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    ours = ", ".join(sorted(_OUR_KEYS))
+    hint = f"did you mean {close[0]!r}?" if close else "remove it"
+    return (
+        _error(key, f"unknown key; {hint}")
+        + f" Keys of emssd: {ours}; vLLM's own keys keep their meaning."
+    )
+
+
+def _explain(error: ValidationError) -> str:
+    reasons = []
+    for detail in error.errors():
+        key = ".".join(map(str, detail["loc"]))
+        reasons.append(f"{key!r}: {detail['msg']}, got {detail['input']!r}")
+    return f'--speculative-config with "method": "{METHOD}": ' + "; ".join(reasons)

@@ -1,0 +1,1 @@
+"""Everything that touches vLLM: the only package that imports it."""

@@ -1,0 +1,204 @@
+"""Teaches vLLM's front end the method "emssd".
+
+`EngineArgs.create_speculative_config` is the one place where a user's
+`--speculative-config` becomes vLLM's. Asked for "emssd", the hook there validates
+the options, hands vLLM the part it knows, puts ours in `additional_config` (which
+reaches every process and the config hash), and picks our worker and scheduler
+classes through vLLM's own options. Asked for anything else it does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_emssd import __version__
+from vllm_emssd.config import (
+    ADDITIONAL_CONFIG_KEY,
+    METHOD,
+    EmssdConfig,
+    parse_speculative_config,
+)
+from vllm_emssd.integration import hooks
+from vllm_emssd.integration.compat import check_vllm_version
+from vllm_emssd.integration.prometheus import publish_counters_on_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
+
+CPU_WORKER = "vllm_emssd.integration.worker.UnpadCPUWorker"
+GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
+SCHEDULER = "vllm_emssd.integration.scheduler.UnpadScheduler"
+COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
+
+# Filled in by vLLM itself, not by users.
+_INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
+
+
+def install_frontend_hook() -> None:
+    hooks.install([FRONTEND_HOOK])
+
+
+def _make_hook(
+    stock: Callable[..., SpeculativeConfig | None],
+) -> Callable[..., SpeculativeConfig | None]:
+    def create_speculative_config(
+        self: EngineArgs,
+        target_model_config: ModelConfig,
+        target_parallel_config: ParallelConfig,
+    ) -> SpeculativeConfig | None:
+        asked = _asked(self)
+        if asked.get("method") != METHOD:
+            return stock(self, target_model_config, target_parallel_config)
+        return _create_ours(
+            stock, self, asked, target_model_config, target_parallel_config
+        )
+
+    return create_speculative_config
+
+
+FRONTEND_HOOK = hooks.Hook(
+    target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+    why="vLLM's speculative methods are a closed list",
+    signature="self, target_model_config, target_parallel_config",
+    upstream="a registry for speculative methods",
+    remove_when="vLLM lets a plugin register a speculative method",
+    make=_make_hook,
+)
+
+
+def _asked(args: EngineArgs) -> dict[str, Any]:
+    """The user's options, --spec-* flags merged in as vLLM does."""
+    given = args.speculative_config
+    asked = {k.replace("-", "_"): v for k, v in (given or {}).items()}
+    for flag, key, value in (
+        ("--spec-method", "method", args.spec_method),
+        ("--spec-model", "model", args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if key in asked:
+            raise ValueError(
+                f"{flag} and --speculative-config['{key}'] are mutually exclusive"
+            )
+        asked[key] = value
+    return asked
+
+
+def _create_ours(
+    stock: Callable[..., SpeculativeConfig | None],
+    args: EngineArgs,
+    asked: dict[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> SpeculativeConfig:
+    check_vllm_version()
+    stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
+    config, stock_part = parse_speculative_config(asked, stock_keys)
+    _refuse_unsupported(args, model_config, parallel_config)
+
+    spec_config = _run_stock(
+        stock, args, config, stock_part, model_config, parallel_config
+    )
+    if config.proposer == "draft_model":
+        _check_draft_vocabulary(spec_config)
+
+    parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    args.scheduler_cls = SCHEDULER
+    args.additional_config = {
+        **args.additional_config,
+        ADDITIONAL_CONFIG_KEY: config.model_dump(),
+    }
+    publish_counters_on_metrics(_served_model_name(args))
+    logger.info("vllm-emssd %s is on: %s", __version__, config)
+    return spec_config
+
+
+def _run_stock(
+    stock: Callable[..., SpeculativeConfig | None],
+    args: EngineArgs,
+    config: EmssdConfig,
+    stock_part: dict[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> SpeculativeConfig:
+    """Build vLLM's own config, leaving `args` as the user gave them."""
+    stock_part["num_speculative_tokens"] = config.num_speculative_tokens
+    if config.proposer == "draft_model":
+        stock_part |= {"method": "draft_model", "disable_padded_drafter_batch": True}
+    else:
+        stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}
+    saved = {
+        name: getattr(args, name)
+        for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    }
+    args.speculative_config = stock_part
+    args.spec_method = args.spec_model = args.spec_tokens = None
+    try:
+        spec_config = stock(args, model_config, parallel_config)
+    finally:
+        for name, value in saved.items():
+            setattr(args, name, value)
+    assert spec_config is not None
+    return spec_config
+
+
+def _refuse_unsupported(
+    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    ours = {CPU_WORKER, GPU_WORKER}
+    if parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            '"method": "emssd" does not support pipeline parallelism: vLLM\'s V1 runner '
+            "has the drafter on the last rank only. Set --pipeline-parallel-size 1 "
+            "(use --tensor-parallel-size instead)."
+        )
+    if parallel_config.worker_cls not in {"auto", *ours}:
+        raise ValueError(
+            f'"method": "emssd" brings its own worker class; remove --worker-cls '
+            f"{parallel_config.worker_cls}."
+        )
+    if args.scheduler_cls not in {None, SCHEDULER}:
+        raise ValueError(
+            '"method": "emssd" brings its own scheduler class; remove --scheduler-cls '
+            f"{args.scheduler_cls}."
+        )
+    if not isinstance(args.additional_config, dict):
+        raise ValueError(
+            '"method": "emssd" keeps its options in --additional-config, which must '
+            f"be a dictionary, got {type(args.additional_config).__name__}."
+        )
+    if args.async_scheduling:
+        raise ValueError(
+            '"method": "emssd" knows a step\'s drafts only after sampling; remove '
+            "--async-scheduling."
+        )
+    if model_config.is_multimodal_model:
+        raise ValueError('"method": "emssd" supports text-only target models.')
+
+
+def _check_draft_vocabulary(spec_config: SpeculativeConfig) -> None:
+    target = spec_config.target_model_config.get_vocab_size()
+    draft = spec_config.draft_model_config.get_vocab_size()
+    if target != draft:
+        raise ValueError(
+            f"--speculative-config: 'model' {spec_config.draft_model_config.model!r} "
+            f"has a vocabulary of {draft} tokens, the target's has {target}. "
+            '"method": "emssd" needs a draft model with the target\'s tokenizer; '
+            "choose another 'model', or remove it to copy from the text (llma)."
+        )
+
+
+def _served_model_name(args: EngineArgs) -> str:
+    name = args.served_model_name
+    if isinstance(name, list):
+        name = name[0] if name else None
+    return name or args.model

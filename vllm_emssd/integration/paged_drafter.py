@@ -1,0 +1,137 @@
+"""The draft model over vLLM's paged blocks: one varlen forward of ragged rows.
+
+Wraps the drafter object that vLLM's runner itself makes for a draft model (weights,
+KV-cache layers, attention metadata builders and buffers are all vLLM's) and feeds it
+the rows we choose instead of the padded ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.gpu_input_batch import InputBatch
+
+from vllm_emssd.ragged import RaggedRows
+
+
+class PagedDrafter:
+    """Implements `proposers.draft_model.Drafter`.
+
+    Args:
+        stock: vLLM's draft-model object, loaded and with its KV cache bound.
+        input_batch: the runner's batch; its rows are the `req_indices` of a forward.
+        max_model_len: positions that both models can take.
+    """
+
+    def __init__(
+        self,
+        stock: DraftModelProposer,
+        vllm_config: VllmConfig,
+        input_batch: InputBatch,
+        max_model_len: int,
+    ) -> None:
+        self.max_num_rows: int = stock.max_num_tokens
+        self.max_model_len = max_model_len
+        self._stock = stock
+        self._vllm_config = vllm_config
+        self._input_batch = input_batch
+        self._block_table = input_batch.block_table[stock.kv_cache_gid]
+        self._draft_probs: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def draft_probs(self) -> dict[str, list[torch.Tensor]]:
+        """Request id -> distribution of each of its drafts, [vocab_size] float32 each.
+        Only of requests drafted by sampling; greedy drafts are one-hot."""
+        return self._draft_probs
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        rows: RaggedRows,
+        token_ids: np.ndarray | torch.Tensor,
+        sampled_rows: np.ndarray,
+        draft_position: int,
+    ) -> torch.Tensor:
+        stock = self._stock
+        hidden_states = self._run_model(rows, token_ids)
+        if len(sampled_rows) == 0:
+            return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
+        if len(sampled_rows) < len(hidden_states):
+            hidden_states = hidden_states[torch.from_numpy(sampled_rows)]
+        req_indices = rows.row_req_indices[sampled_rows]
+        metadata = self._input_batch.sampling_metadata
+        if stock._enable_probabilistic_draft_probs and not metadata.all_greedy:
+            index = torch.from_numpy(req_indices).to(hidden_states.device)
+            metadata = dataclasses.replace(
+                metadata, temperature=metadata.temperature[index]
+            )
+        tokens, probs = stock._sample_draft_tokens(hidden_states, metadata)
+        if probs is not None:
+            self._keep_probs(req_indices, probs, draft_position)
+        return tokens
+
+    def _run_model(
+        self, rows: RaggedRows, token_ids: np.ndarray | torch.Tensor
+    ) -> torch.Tensor:
+        """Returns hidden states, [num_rows, hidden_size]."""
+        stock, num_rows = self._stock, rows.num_rows
+        if isinstance(token_ids, np.ndarray):
+            token_ids = torch.from_numpy(token_ids)
+        stock.input_ids[:num_rows] = token_ids
+        stock.positions[:num_rows] = torch.from_numpy(rows.positions)
+        attn_metadata = self._attention_metadata(rows)
+        _, per_layer = stock.build_per_group_and_layer_attn_metadata(attn_metadata)
+        mode, num_input_rows, across_dp = stock._determine_batch_execution_and_padding(
+            num_rows
+        )
+        with set_forward_context(
+            per_layer,
+            self._vllm_config,
+            num_tokens=num_input_rows,
+            num_tokens_across_dp=across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=stock._get_slot_mapping(
+                num_input_rows, attn_metadata.slot_mapping
+            ),
+        ):
+            hidden_states = stock.model(
+                input_ids=stock.input_ids[:num_input_rows],
+                positions=stock.positions[:num_input_rows],
+                inputs_embeds=None,
+            )
+        return hidden_states[:num_rows]
+
+    def _attention_metadata(self, rows: RaggedRows) -> CommonAttentionMetadata:
+        device = self._stock.device
+        block_table = self._block_table.block_table
+        slots = rows.slot_mapping(block_table.np, self._stock.block_size)
+        query_start_loc = torch.from_numpy(rows.query_start_loc)
+        seq_lens_np = rows.seq_lens
+        seq_lens = torch.from_numpy(seq_lens_np)
+        req_indices = torch.from_numpy(rows.req_indices).to(device)
+        return CommonAttentionMetadata(
+            query_start_loc=query_start_loc.to(device),
+            query_start_loc_cpu=query_start_loc,
+            seq_lens=seq_lens.to(device),
+            num_reqs=rows.num_reqs,
+            num_actual_tokens=rows.num_rows,
+            max_query_len=int(rows.query_lens.max()),
+            max_seq_len=int(seq_lens_np.max()),
+            block_table_tensor=block_table.gpu[req_indices],
+            slot_mapping=torch.from_numpy(slots).to(device),
+            seq_lens_cpu_upper_bound=seq_lens,
+        )
+
+    def _keep_probs(
+        self, req_indices: np.ndarray, probs: torch.Tensor, draft_position: int
+    ) -> None:
+        for i, distribution in zip(req_indices, probs, strict=True):
+            kept = self._draft_probs.setdefault(self._input_batch.req_ids[i], [])
+            del kept[draft_position:]
+            kept.append(distribution)

@@ -1,0 +1,52 @@
+"""Worker classes: vLLM's own, with our model runner in them."""
+
+from __future__ import annotations
+
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_emssd.integration import hooks
+from vllm_emssd.integration.cpu_fixes import CPU_FIXES
+from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner, UnpadGPUModelRunner
+
+CPU_RUNNER_HOOK = hooks.Hook(
+    target="vllm.v1.worker.cpu_worker:CPUModelRunner",
+    why="CPUWorker.init_device names its runner class; in place only while it runs",
+    signature="vllm_config, device",
+    upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
+    remove_when="CPUWorker builds its runner in an overridable method",
+    make=lambda stock: UnpadCPUModelRunner,
+)
+
+
+class _EmssdStats:
+    model_runner: UnpadCPUModelRunner | UnpadGPUModelRunner
+
+    def emssd_stats(self) -> dict[str, int]:
+        """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
+        return self.model_runner.counters.as_dict()
+
+
+class UnpadCPUWorker(_EmssdStats, CPUWorker):
+    def init_device(self) -> None:
+        _require_v1_runner(self.use_v2_model_runner)
+        hooks.install(CPU_FIXES)
+        with hooks.installed([CPU_RUNNER_HOOK]):
+            super().init_device()
+        assert cpu_worker.CPUModelRunner is not UnpadCPUModelRunner
+
+
+class UnpadGPUWorker(_EmssdStats, Worker):
+    def _make_model_runner(self) -> GPUModelRunner:
+        _require_v1_runner(self.use_v2_model_runner)
+        return UnpadGPUModelRunner(self.vllm_config, self.device)
+
+
+def _require_v1_runner(use_v2_model_runner: bool) -> None:
+    if use_v2_model_runner:
+        raise RuntimeError(
+            '"method": "emssd" with a draft model runs on vLLM\'s V1 model runner. '
+            "Set VLLM_USE_V2_MODEL_RUNNER=0."
+        )

@@ -1,0 +1,1 @@
+"""Where drafts come from. Each proposer sees a `DraftBatch` and returns ragged drafts."""

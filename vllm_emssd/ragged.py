@@ -1,0 +1,104 @@
+"""Flat rows of a ragged batch.
+
+A forward computes *rows*: one token position of one request each, those of a
+request adjacent, with no filler between requests. This file turns spans of
+positions into such rows and rows into KV-cache slots. numpy only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedRows:
+    """The rows of one forward.
+
+    `num_reqs` counts the requests in this forward, not in the batch. Every
+    request has at least one row, and its positions are consecutive.
+    """
+
+    req_indices: np.ndarray  # [num_reqs] int64: this forward's request -> batch row
+    query_start_loc: np.ndarray  # [num_reqs + 1] int32
+    positions: np.ndarray  # [num_rows] int64
+
+    def __post_init__(self) -> None:
+        if len(self.query_start_loc) != len(self.req_indices) + 1:
+            raise ValueError(
+                f"query_start_loc has {len(self.query_start_loc)} entries for "
+                f"{len(self.req_indices)} requests; one more than requests is needed"
+            )
+        if self.query_start_loc[-1] != len(self.positions):
+            raise ValueError(
+                f"query_start_loc ends at {self.query_start_loc[-1]}, "
+                f"but there are {len(self.positions)} rows"
+            )
+        if (np.diff(self.query_start_loc) < 1).any():
+            raise ValueError("a request in a forward needs at least one row")
+
+    @classmethod
+    def from_spans(
+        cls, req_indices: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> RaggedRows:
+        """Positions `starts[i]` up to, not including, `ends[i]` of each request.
+
+        Shapes: all [num_reqs], integers. Raises ValueError on an empty span.
+        """
+        lens = ends - starts
+        query_start_loc = np.zeros(len(lens) + 1, dtype=np.int32)
+        np.cumsum(lens, out=query_start_loc[1:])
+        num_rows = int(query_start_loc[-1])
+        offsets = np.repeat(starts - query_start_loc[:-1], lens)
+        positions = np.arange(num_rows, dtype=np.int64) + offsets
+        return cls(req_indices.astype(np.int64), query_start_loc, positions)
+
+    @property
+    def num_reqs(self) -> int:
+        return len(self.req_indices)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.positions)
+
+    @property
+    def query_lens(self) -> np.ndarray:
+        """Rows of each request. [num_reqs] int32"""
+        return np.diff(self.query_start_loc)
+
+    @property
+    def last_rows(self) -> np.ndarray:
+        """Index of each request's last row. [num_reqs] int64"""
+        return self.query_start_loc[1:].astype(np.int64) - 1
+
+    @property
+    def seq_lens(self) -> np.ndarray:
+        """Context of each request, its own rows included. [num_reqs] int32"""
+        return (self.positions[self.last_rows] + 1).astype(np.int32)
+
+    @property
+    def row_req_indices(self) -> np.ndarray:
+        """Batch row of the request that each row belongs to. [num_rows] int64"""
+        return np.repeat(self.req_indices, self.query_lens)
+
+    def slot_mapping(self, block_table: np.ndarray, block_size: int) -> np.ndarray:
+        """KV-cache slot of each row. [num_rows] int64
+
+        `block_table`: [max_num_reqs, max_blocks_per_req] physical block ids.
+        """
+        blocks = block_table[self.row_req_indices, self.positions // block_size]
+        return blocks.astype(np.int64) * block_size + self.positions % block_size
+
+
+def grant_rows(wanted: np.ndarray, budget: int) -> np.ndarray:
+    """Share `budget` rows so that the most requests get all they want.
+
+    The smallest wishes come first (ties: the lower index); the first that does
+    not fit gets what is left, later ones nothing. Shapes: [num_reqs] int64.
+    """
+    order = np.argsort(wanted, kind="stable")
+    before = np.cumsum(wanted[order]) - wanted[order]
+    granted = np.empty_like(wanted)
+    granted[order] = np.clip(budget - before, 0, wanted[order])
+    return granted
