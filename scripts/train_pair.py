@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -42,6 +41,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -235,7 +235,10 @@ def train(
     phases: list[tuple[float, int, int]],
     rng: np.random.Generator,
 ) -> float:
-    """Run `phases` of (share of tokens, window length, tokens a step); returns seconds."""
+    """Run `phases` of (share of tokens, window length, tokens a step).
+
+    Returns the seconds it took.
+    """
     optimizers = build_optimizers(model, 1.0)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     begun, done, smooth = time.monotonic(), 0, None
@@ -280,7 +283,9 @@ def target_loss(model: LlamaForCausalLM) -> Loss:
     @torch.compile(dynamic=False)
     def loss(batch: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=batch[:, :-1]).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten()
+        )
 
     return loss
 
@@ -311,7 +316,7 @@ def distillation_loss(draft: LlamaForCausalLM, target: LlamaForCausalLM) -> Loss
 def evaluate(
     target: LlamaForCausalLM, draft: LlamaForCausalLM, held_out: np.ndarray
 ) -> dict[str, float]:
-    """Held-out loss of both, and how often drafts would be accepted (teacher forced)."""
+    """Held-out loss of both; how often drafts would be accepted (teacher forced)."""
     rng = np.random.default_rng(0)
     sums = np.zeros(4)
     num_tokens = 0
@@ -320,8 +325,8 @@ def evaluate(
         p = target(input_ids=ids).logits.flatten(0, 1).float().log_softmax(-1)
         q = draft(input_ids=ids).logits.flatten(0, 1).float().log_softmax(-1)
         sums += [
-            F.nll_loss(p, wanted, reduction="sum").item(),
-            F.nll_loss(q, wanted, reduction="sum").item(),
+            functional.nll_loss(p, wanted, reduction="sum").item(),
+            functional.nll_loss(q, wanted, reduction="sum").item(),
             (p.argmax(-1) == q.argmax(-1)).sum().item(),
             torch.minimum(p.exp(), q.exp()).sum().item(),
         ]
@@ -341,7 +346,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def cut_prompts(documents: list[Document], rng: random.Random) -> list[dict[str, str]]:
-    """Openings of held-out standard-library files, cut at a line, 150 to 3000 characters."""
+    """Pieces of held-out standard-library files: whole lines, 150 to 3000 bytes."""
     prompts = []
     for document in documents:
         if not document.held_out or not document.name.startswith("stdlib/"):

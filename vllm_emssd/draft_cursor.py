@@ -96,7 +96,7 @@ class DraftCursor:
         state = self._requests[req_id]
         if draft_len < state.draft_len:
             raise ValueError(
-                f"cursor of {req_id} cannot go back from {state.draft_len} to {draft_len}"
+                f"cursor of {req_id} cannot go from {state.draft_len} to {draft_len}"
             )
         first = state.draft_len // self._block_size
         state.draft_len = draft_len

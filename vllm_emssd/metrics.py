@@ -42,7 +42,7 @@ class Counters:
         "Rows the target computed for requests that sampled, prompts excluded."
     )
     num_padded_verify_rows: int = _counter(
-        "The same if every request verified the step's longest draft."
+        "The same if every decoding request verified the step's longest draft."
     )
     num_emitted_tokens: int = _counter("Tokens sampled, before stop truncation.")
 

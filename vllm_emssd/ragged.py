@@ -70,12 +70,14 @@ class RaggedRows:
     @property
     def last_rows(self) -> np.ndarray:
         """Index of each request's last row. [num_reqs] int64"""
-        return self.query_start_loc[1:].astype(np.int64) - 1
+        ends: np.ndarray = self.query_start_loc[1:].astype(np.int64)
+        return ends - 1
 
     @property
     def seq_lens(self) -> np.ndarray:
         """Context of each request, its own rows included. [num_reqs] int32"""
-        return (self.positions[self.last_rows] + 1).astype(np.int32)
+        seq_lens: np.ndarray = self.positions[self.last_rows] + 1
+        return seq_lens.astype(np.int32)
 
     @property
     def row_req_indices(self) -> np.ndarray:
@@ -88,7 +90,9 @@ class RaggedRows:
         `block_table`: [max_num_reqs, max_blocks_per_req] physical block ids.
         """
         blocks = block_table[self.row_req_indices, self.positions // block_size]
-        return blocks.astype(np.int64) * block_size + self.positions % block_size
+        slots: np.ndarray = blocks.astype(np.int64) * block_size
+        slots += self.positions % block_size
+        return slots
 
 
 def grant_rows(wanted: np.ndarray, budget: int) -> np.ndarray:
@@ -99,6 +103,6 @@ def grant_rows(wanted: np.ndarray, budget: int) -> np.ndarray:
     """
     order = np.argsort(wanted, kind="stable")
     before = np.cumsum(wanted[order]) - wanted[order]
-    granted = np.empty_like(wanted)
+    granted: np.ndarray = np.empty_like(wanted)
     granted[order] = np.clip(budget - before, 0, wanted[order])
     return granted

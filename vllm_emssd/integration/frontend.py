@@ -157,9 +157,9 @@ def _refuse_unsupported(
     ours = {CPU_WORKER, GPU_WORKER}
     if parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
-            '"method": "emssd" does not support pipeline parallelism: vLLM\'s V1 runner '
-            "has the drafter on the last rank only. Set --pipeline-parallel-size 1 "
-            "(use --tensor-parallel-size instead)."
+            '"method": "emssd" does not support pipeline parallelism: vLLM\'s V1 '
+            "runner has the drafter on the last rank only. Set "
+            "--pipeline-parallel-size 1 (use --tensor-parallel-size instead)."
         )
     if parallel_config.worker_cls not in {"auto", *ours}:
         raise ValueError(

@@ -242,14 +242,13 @@ class UnpadRunnerMixin(GPUModelRunner):
         scheduled_drafts = scheduler_output.scheduled_spec_decode_tokens
         has_draft_model = self._cursor is not None
         counters.num_steps += 1
-        num_sampling, longest = 0, 0
+        num_verifying, longest = 0, 0
         for i, req_id in enumerate(self.input_batch.req_ids):
             num_sampled = len(sampled_token_ids[i])
             num_scheduled = scheduler_output.num_scheduled_tokens[req_id]
             num_computed = int(self.input_batch.num_computed_tokens_cpu[i])
-            num_prompt = int(self.input_batch.num_prompt_tokens[i])
+            is_decode = num_computed >= int(self.input_batch.num_prompt_tokens[i])
             if has_draft_model:
-                is_decode = num_computed >= num_prompt
                 verified = max(num_scheduled, 1 + num_spec_tokens)
                 fed = (verified if is_decode else num_scheduled) + num_spec_tokens
                 counters.num_padded_draft_rows += fed
@@ -263,14 +262,15 @@ class UnpadRunnerMixin(GPUModelRunner):
             num_accepted = num_sampled - 1
             if self._cursor is not None:
                 self._cursor.record_verified(req_id, num_accepted)
-            num_sampling += 1
+            num_verifying += is_decode
             longest = max(longest, num_rows)
+            counters.num_request_steps += 1
             counters.num_draft_tokens += num_drafts
             counters.num_accepted_tokens += num_accepted
             counters.num_verify_rows += 1 + num_rows
+            counters.num_padded_verify_rows += 1
             counters.num_emitted_tokens += num_sampled
-        counters.num_request_steps += num_sampling
-        counters.num_padded_verify_rows += num_sampling * (1 + longest)
+        counters.num_padded_verify_rows += num_verifying * longest
 
     def _draft_batch(
         self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]

@@ -1,1 +1,1 @@
-"""Where drafts come from. Each proposer sees a `DraftBatch` and returns ragged drafts."""
+"""Where drafts come from: a proposer takes a `DraftBatch` and returns ragged drafts."""

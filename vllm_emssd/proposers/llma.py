@@ -106,4 +106,5 @@ class LlmaProposer:
             return []
         # A copy that reaches the end of the text goes on with what it just copied.
         period = len(token_ids) - source
-        return token_ids[source + np.arange(length) % period].tolist()
+        copied: list[int] = token_ids[source + np.arange(length) % period].tolist()
+        return copied

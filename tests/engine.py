@@ -1,0 +1,130 @@
+"""Engines for tests: one at a time, in this process, on the shipped model pair."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+MODELS = Path(
+    os.environ.get("EMSSD_TEST_MODELS", Path(__file__).parent.parent / "models")
+)
+TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
+MAX_MODEL_LEN = 1280
+NUM_SPECULATIVE_TOKENS = 5
+
+STOCK = {
+    "method": "draft_model",
+    "model": DRAFT,
+    "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
+}
+DRAFT_MODEL = STOCK | {"method": "emssd", "draft_length": "fixed"}
+LLMA = {"method": "emssd", "draft_length": "fixed"}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What differs between the engines of the suite."""
+
+    speculative_config: dict[str, Any] | None = None
+    model: str = TARGET
+    dtype: str = "float32"
+    prefix_caching: bool = False
+    max_num_batched_tokens: int = 2048
+    kv_cache_bytes: int = 256 << 20
+    max_model_len: int = MAX_MODEL_LEN
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def running(config: EngineConfig) -> Iterator[Any]:
+    """A `vllm.LLM`, shut down at the end so that the next can start."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        config.model,
+        dtype=config.dtype,
+        enforce_eager=True,
+        max_model_len=config.max_model_len,
+        max_num_seqs=32,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=config.prefix_caching,
+        kv_cache_memory_bytes=config.kv_cache_bytes,
+        speculative_config=config.speculative_config,
+        disable_log_stats=False,
+        seed=0,
+        **config.options,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@cache
+def prompts() -> tuple[str, ...]:
+    """Held-out real text, of mixed lengths."""
+    lines = (MODELS / "prompts.jsonl").read_text().splitlines()
+    return tuple(json.loads(line)["prompt"] for line in lines)
+
+
+def greedy(llm: Any, texts: list[str], max_tokens: int = 48) -> list[list[int]]:
+    """Greedy token ids of each prompt, never stopped early."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    outputs = llm.generate(texts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def model_runner(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def stats(llm: Any) -> dict[str, int]:
+    """The plugin's counters."""
+    (counts,) = llm.collective_rpc("emssd_stats")
+    return counts
+
+
+def vllm_counters(llm: Any) -> dict[str, int]:
+    """vLLM's own counters of the engine, by name."""
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+def stop_counting_others() -> None:
+    """vLLM's counters live in the process; start each engine's from zero."""
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    unregister_vllm_metrics()
+
+
+class DraftRowCounter:
+    """Rows fed to the draft model, seen from the model itself."""
+
+    def __init__(self, llm: Any) -> None:
+        self.num_rows = 0
+        self.num_forwards = 0
+        self.rows_of_forwards: list[int] = []
+        self._handle = model_runner(llm).drafter.model.register_forward_pre_hook(
+            self._count, with_kwargs=True
+        )
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows = int(kwargs["input_ids"].shape[0])
+        self.num_rows += rows
+        self.num_forwards += 1
+        self.rows_of_forwards.append(rows)
+
+    def close(self) -> None:
+        self._handle.remove()
