@@ -38,6 +38,12 @@ GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
 SCHEDULER = "vllm_emssd.integration.scheduler.UnpadScheduler"
 COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
 
+_OTHER_VOCABULARY = (
+    "--speculative-config: 'model' has a vocabulary of another size than the target. "
+    '"method": "emssd" needs a draft model with the target\'s tokenizer: choose another '
+    "'model', or remove it to copy from the text (llma)."
+)
+
 # Filled in by vLLM itself, not by users.
 _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
 
@@ -108,8 +114,6 @@ def _create_ours(
     spec_config = _run_stock(
         stock, args, config, stock_part, model_config, parallel_config
     )
-    if config.proposer == "draft_model":
-        _check_draft_vocabulary(spec_config)
 
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
@@ -144,6 +148,10 @@ def _run_stock(
     args.spec_method = args.spec_model = args.spec_tokens = None
     try:
         spec_config = stock(args, model_config, parallel_config)
+    except ValueError as error:
+        if "same vocabulary size" in str(error):
+            raise ValueError(_OTHER_VOCABULARY) from error
+        raise
     finally:
         for name, value in saved.items():
             setattr(args, name, value)
@@ -183,18 +191,6 @@ def _refuse_unsupported(
         )
     if model_config.is_multimodal_model:
         raise ValueError('"method": "emssd" supports text-only target models.')
-
-
-def _check_draft_vocabulary(spec_config: SpeculativeConfig) -> None:
-    target = spec_config.target_model_config.get_vocab_size()
-    draft = spec_config.draft_model_config.get_vocab_size()
-    if target != draft:
-        raise ValueError(
-            f"--speculative-config: 'model' {spec_config.draft_model_config.model!r} "
-            f"has a vocabulary of {draft} tokens, the target's has {target}. "
-            '"method": "emssd" needs a draft model with the target\'s tokenizer; '
-            "choose another 'model', or remove it to copy from the text (llma)."
-        )
 
 
 def _served_model_name(args: EngineArgs) -> str:

@@ -1,0 +1,98 @@
+"""What is not supported stops the start with an error that names the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_emssd
+from tests.engine import DRAFT, TARGET
+from vllm_emssd.integration import compat
+
+
+def _create(speculative_config: dict[str, Any], **options: Any) -> Any:
+    args = EngineArgs(
+        model=TARGET,
+        max_model_len=512,
+        speculative_config=speculative_config | {"method": "emssd"},
+        **options,
+    )
+    return args.create_engine_config()
+
+
+def test_accepted_config_reaches_every_process() -> None:
+    config = _create({"model": DRAFT})
+    assert config.additional_config["emssd"]["num_speculative_tokens"] == 8
+    assert config.speculative_config.num_speculative_tokens == 8
+    assert config.parallel_config.worker_cls.startswith("vllm_emssd.")
+    assert not config.scheduler_config.async_scheduling
+
+
+def test_creating_the_config_twice_gives_the_same() -> None:
+    args = EngineArgs(
+        model=TARGET, max_model_len=512, speculative_config={"method": "emssd"}
+    )
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.additional_config == second.additional_config
+    assert args.speculative_config == {"method": "emssd"}
+
+
+def test_spec_flags_are_merged() -> None:
+    config = EngineArgs(
+        model=TARGET,
+        max_model_len=512,
+        spec_method="emssd",
+        spec_model=DRAFT,
+        spec_tokens=3,
+    ).create_engine_config()
+    assert config.additional_config["emssd"]["proposer"] == "draft_model"
+    assert config.speculative_config.num_speculative_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("speculative", "options", "message"),
+    [
+        ({"draft_lenght": "fixed"}, {}, "did you mean 'draft_length'"),
+        ({"copy_length": "7"}, {}, "'copy_length'"),
+        (
+            {"num_speculative_tokens": 0},
+            {},
+            "'num_speculative_tokens'.*at least|greater",
+        ),
+        ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
+        ({}, {"worker_cls": "mine.Worker"}, "remove --worker-cls"),
+        ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
+        ({}, {"async_scheduling": True}, "remove --async-scheduling"),
+    ],
+)
+def test_refused(
+    speculative: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _create(speculative, **options)
+
+
+def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:
+    import json
+    import shutil
+
+    other = tmp_path / "draft"
+    shutil.copytree(DRAFT, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 4096}))
+    with pytest.raises(ValueError, match="'model' has a vocabulary of another size"):
+        _create({"model": str(other)})
+
+
+def test_vllm_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", "0.34.0")
+    with pytest.raises(RuntimeError, match=r"vLLM .*0\.32.*found 0\.34\.0"):
+        _create({})
+
+
+def test_register_twice_is_once() -> None:
+    before = EngineArgs.create_speculative_config
+    vllm_emssd.register()
+    assert EngineArgs.create_speculative_config is before
