@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
 
 logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
 
@@ -40,8 +41,8 @@ COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
 
 _OTHER_VOCABULARY = (
     "--speculative-config: 'model' has a vocabulary of another size than the target. "
-    '"method": "emssd" needs a draft model with the target\'s tokenizer: choose another '
-    "'model', or remove it to copy from the text (llma)."
+    '"method": "emssd" needs a draft model with the target\'s tokenizer: choose '
+    "another 'model', or remove it to copy from the text (llma)."
 )
 
 # Filled in by vLLM itself, not by users.
@@ -80,6 +81,34 @@ FRONTEND_HOOK = hooks.Hook(
 )
 
 
+def is_ours(spec_config: SpeculativeConfig) -> bool:
+    """True for the vLLM config made for "emssd". Stock never runs a draft model on an
+    unpadded batch."""
+    if spec_config.uses_draft_model():
+        return spec_config.disable_padded_drafter_batch
+    return spec_config.method == "custom_class" and spec_config.model == COPY_DRAFTER
+
+
+def _make_validation_hook(stock: Callable[..., None]) -> Callable[..., None]:
+    def _validate_spec_decode(
+        self: SamplingParams, speculative_config: SpeculativeConfig | None
+    ) -> None:
+        if speculative_config is None or not is_ours(speculative_config):
+            stock(self, speculative_config)
+
+    return _validate_spec_decode
+
+
+VALIDATION_HOOK = hooks.Hook(
+    target="vllm.sampling_params:SamplingParams._validate_spec_decode",
+    why="stock refuses min_p and logit_bias with speculation; emssd honours both",
+    signature="self, speculative_config",
+    upstream="min_p and logit_bias in the rejection sampler",
+    remove_when="stock's V1 rejection sampler applies min_p and logit_bias",
+    make=_make_validation_hook,
+)
+
+
 def _asked(args: EngineArgs) -> dict[str, Any]:
     """The user's options, --spec-* flags merged in as vLLM does."""
     given = args.speculative_config
@@ -115,6 +144,7 @@ def _create_ours(
         stock, args, config, stock_part, model_config, parallel_config
     )
 
+    hooks.install([VALIDATION_HOOK])
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
     args.additional_config = {

@@ -7,8 +7,9 @@ front of vLLM's CPU and GPU runner classes alike.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,11 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    BUILTIN_LOGITS_PROCESSORS,
+    AdapterLogitsProcessor,
+    LogitsProcessors,
+)
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -26,8 +32,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
+from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -35,6 +43,31 @@ from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.scorer import VerifiedRows, pad_to_longest
 
 logger = init_logger("vllm.emssd.runner")
+
+
+def _make_logitsprocs_hook(
+    stock: Callable[..., LogitsProcessors],
+) -> Callable[..., LogitsProcessors]:
+    def build_logitsprocs(
+        vllm_config: VllmConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessors:
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        return stock(plain, *args, **kwargs)
+
+    return build_logitsprocs
+
+
+LOGITSPROCS_HOOK = hooks.Hook(
+    target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+    why="with speculation, stock leaves out min_p, logit_bias and custom processors",
+    signature=(
+        "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs"
+    ),
+    upstream="logits processors in the V1 rejection sampler",
+    remove_when="stock builds all processors with speculation on",
+    make=_make_logitsprocs_hook,
+)
 
 
 @contextmanager
@@ -53,8 +86,12 @@ class UnpadRunnerMixin(GPUModelRunner):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        with _stock_drafter_allowed(vllm_config.speculative_config):
+        spec_config = vllm_config.speculative_config
+        with _stock_drafter_allowed(spec_config), hooks.installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)
+        self.rejection_sampler = UnpadRejectionSampler(
+            self.sampler, spec_config, self.device
+        )
         options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.emssd_config = EmssdConfig(**options)
         self.counters = Counters()
@@ -145,6 +182,7 @@ class UnpadRunnerMixin(GPUModelRunner):
         logits: torch.Tensor | None,
         spec_decode_metadata: SpecDecodeMetadata | None,
     ) -> SamplerOutput:
+        sampling_metadata = self.input_batch.sampling_metadata
         if spec_decode_metadata is not None and not self.emssd_config.unpad_inputs:
             spec_decode_metadata = self._without_filler(spec_decode_metadata)
         # A generator must not advance for a request whose prompt is not yet computed.
@@ -154,6 +192,7 @@ class UnpadRunnerMixin(GPUModelRunner):
         output = super()._sample(logits, spec_decode_metadata)
         for i, state in saved.items():
             self.input_batch.generators[i].set_state(state)
+        self.input_batch.sampling_metadata = sampling_metadata
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,13 +214,27 @@ class UnpadRunnerMixin(GPUModelRunner):
         return [(i, generators[i]) for i in generators if discarded[i]]
 
     def _without_filler(self, metadata: SpecDecodeMetadata) -> SpecDecodeMetadata:
-        """The same metadata, comparing real drafts only."""
+        """The same metadata, comparing real drafts only. The sampling metadata lists
+        drafts too, for penalties and bad words: it is replaced alike."""
         real = [self._num_real_drafts.get(r, 0) for r in self.input_batch.req_ids]
         rows = VerifiedRows.without_filler(
             np.asarray(metadata.num_draft_tokens), np.asarray(real)
         )
         device = metadata.draft_token_ids.device
         cu_num_draft_tokens = np.cumsum(rows.num_draft_tokens, dtype=np.int32)
+        sampling_metadata = self.input_batch.sampling_metadata
+        if sampling_metadata.spec_token_ids:
+            self.input_batch.sampling_metadata = dataclasses.replace(
+                sampling_metadata,
+                spec_token_ids=[
+                    tokens[:num_drafts]
+                    for tokens, num_drafts in zip(
+                        sampling_metadata.spec_token_ids,
+                        rows.num_draft_tokens.tolist(),
+                        strict=False,
+                    )
+                ],
+            )
         return dataclasses.replace(
             metadata,
             draft_token_ids=metadata.draft_token_ids[
@@ -300,7 +353,22 @@ class UnpadRunnerMixin(GPUModelRunner):
         room = self.max_model_len - num_tokens - 1
         if self._paged_drafter is not None:
             room = np.minimum(room, self._paged_drafter.max_model_len - num_tokens + 1)
-        return np.clip(room, 0, self.num_spec_tokens)
+        most = np.clip(room, 0, self.num_spec_tokens)
+        most[self._requests_of_custom_logitsprocs()] = 0
+        return most
+
+    def _requests_of_custom_logitsprocs(self) -> list[int]:
+        """Batch rows whose logits a user's processor may change. It sees one row a
+        request, so they cannot be verified several rows at a time: they get no drafts.
+        """
+        rows: set[int] = set()
+        for processor in self.input_batch.logitsprocs.all:
+            if isinstance(processor, tuple(BUILTIN_LOGITS_PROCESSORS)):
+                continue
+            if not isinstance(processor, AdapterLogitsProcessor):
+                return list(range(self.input_batch.num_reqs))
+            rows.update(processor.req_info)
+        return sorted(rows)
 
 
 class UnpadCPUModelRunner(UnpadRunnerMixin, CPUModelRunner):

@@ -1,0 +1,81 @@
+"""Engines of the losslessness suite and what is sampled from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.engine import (
+    DRAFT_MODEL,
+    LLMA,
+    STOCK,
+    EngineConfig,
+    prompts,
+    running,
+    vllm_counters,
+)
+
+NUM_PROMPTS = 8
+CACHED = {"prefix_caching": True, "max_num_batched_tokens": 192}
+CONFIGS = {
+    "plain": EngineConfig(),
+    "stock": EngineConfig(STOCK),
+    "draft_model": EngineConfig(DRAFT_MODEL, **CACHED),
+    "llma": EngineConfig(LLMA, **CACHED),
+    "draft_model, padded": EngineConfig(DRAFT_MODEL | {"unpad_inputs": False}),
+    "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}),
+}
+OURS = ("draft_model", "llma")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Completions of some requests, and what speculation did for them."""
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    finish_reasons: list[str | None]
+    logprobs: list[list[dict[int, float]]]
+    prompt_logprobs: list[list[dict[int, float]]]
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
+def sample(llm: Any, texts: list[Any], params: Any) -> Sampled:
+    """`params`: one SamplingParams, or one a prompt. All completions in order."""
+    before = vllm_counters(llm)
+    outputs = llm.generate(texts, params, use_tqdm=False)
+    after = vllm_counters(llm)
+
+    def gained(name: str) -> int:
+        return int(after.get(name, 0) - before.get(name, 0))
+
+    completions = [c for output in outputs for c in output.outputs]
+    return Sampled(
+        [list(c.token_ids) for c in completions],
+        [c.text for c in completions],
+        [c.finish_reason for c in completions],
+        [_plain(c.logprobs) for c in completions],
+        [_plain(output.prompt_logprobs) for output in outputs],
+        gained("vllm:spec_decode_num_draft_tokens"),
+        gained("vllm:spec_decode_num_accepted_tokens"),
+    )
+
+
+def _plain(logprobs: Any) -> list[dict[int, float]]:
+    return [
+        {token: entry.logprob for token, entry in (position or {}).items()}
+        for position in logprobs or ()
+    ]
+
+
+def texts(count: int = NUM_PROMPTS) -> list[str]:
+    return list(prompts()[:count])
+
+
+@contextlib.contextmanager
+def engine(name: str) -> Iterator[Any]:
+    with running(CONFIGS[name]) as llm:
+        yield llm
