@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
@@ -40,7 +40,7 @@ class EmssdConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     proposer: ProposerName
-    num_speculative_tokens: int = Field(ge=1, le=128)
+    num_speculative_tokens: int = Field(default=8, ge=1, le=128)
     draft_length: DraftLengthName = "fixed"
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
@@ -49,7 +49,6 @@ class EmssdConfig(BaseModel):
 
 _OUR_KEYS = frozenset(EmssdConfig.model_fields)
 _COPY_KEYS = ("check_length", "copy_length")
-_DEFAULT_DRAFT_MODEL_TOKENS = 8
 
 
 def parse_speculative_config(
@@ -76,17 +75,16 @@ def parse_speculative_config(
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
     model = asked.get("model")
     ours.setdefault("proposer", "draft_model" if model else "llma")
-    _check_pairs(ours, model)
-    ours.setdefault(
-        "num_speculative_tokens",
-        _DEFAULT_DRAFT_MODEL_TOKENS
-        if ours["proposer"] == "draft_model"
-        else ours.get("copy_length", EmssdConfig.model_fields["copy_length"].default),
-    )
+    if ours["proposer"] in get_args(ProposerName):
+        _check_pairs(ours, model)
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    if config.proposer == "llma":
+        most = ours.get("num_speculative_tokens", config.copy_length)
+        most = min(most, config.copy_length)
+        config = config.model_copy(update={"num_speculative_tokens": most})
     stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
     return config, stock
 

@@ -30,6 +30,8 @@ class RaggedRows:
                 f"query_start_loc has {len(self.query_start_loc)} entries for "
                 f"{len(self.req_indices)} requests; one more than requests is needed"
             )
+        if self.query_start_loc[0] != 0:
+            raise ValueError("query_start_loc must begin at 0")
         if self.query_start_loc[-1] != len(self.positions):
             raise ValueError(
                 f"query_start_loc ends at {self.query_start_loc[-1]}, "

@@ -21,11 +21,12 @@ SCHEMA = {
     },
     "required": ["name", "size"],
 }
-NO_STOCK = ("logit_bias", "mixed batch")  # stock refuses logit_bias with speculation
+# Stock refuses logit_bias with speculation, and samples n > 1 wrongly on the CPU.
+NO_STOCK = ("logit_bias", "mixed batch", "n")
 
 
 def _greedy(**parameters: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, **({"max_tokens": 40} | parameters))
+    return SamplingParams(**({"temperature": 0, "max_tokens": 40} | parameters))
 
 
 def _structured(**constraint: Any) -> SamplingParams:
@@ -51,7 +52,8 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
     "allowed_token_ids": _greedy(
         allowed_token_ids=list(range(180, 700)), ignore_eos=True
     ),
-    "n": _greedy(n=3, ignore_eos=True),
+    # vLLM allows n > 1 only with a temperature; top_k 1 leaves one token to sample.
+    "n": _greedy(n=3, temperature=0.8, top_k=1, ignore_eos=True),
     "logprobs": _greedy(logprobs=4, ignore_eos=True),
     "prompt_logprobs": _greedy(prompt_logprobs=2, ignore_eos=True),
     "json": _structured(json=json.dumps(SCHEMA)),

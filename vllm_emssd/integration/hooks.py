@@ -65,12 +65,15 @@ def install(hooks: Sequence[Hook]) -> None:
     """Install all hooks or, where one does not fit, none. Idempotent."""
     for hook in hooks:
         check(hook)
+    replacements = []
     for hook in hooks:
         if hook.target not in _originals:
             owner, name = hook.owner_and_name
             original = getattr(owner, name)
-            _originals[hook.target] = original
-            setattr(owner, name, hook.make(original))
+            replacements.append((hook, owner, name, original, hook.make(original)))
+    for hook, owner, name, original, replacement in replacements:
+        _originals[hook.target] = original
+        setattr(owner, name, replacement)
 
 
 def undo(hooks: Sequence[Hook]) -> None:

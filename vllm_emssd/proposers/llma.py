@@ -59,9 +59,9 @@ class OccurrenceIndex:
         if len(candidates) == 1:
             return int(candidates[0])
         back = np.arange(1, MAX_MATCH_LENGTH + 1)
-        wanted = num_tokens - back
+        wanted = token_ids[np.maximum(num_tokens - back, 0)]
         found = candidates[:, None] - back  # [num_candidates, MAX_MATCH_LENGTH]
-        agrees = (found >= 0) & (token_ids[found] == token_ids[np.maximum(wanted, 0)])
+        agrees = (found >= 0) & (token_ids[np.maximum(found, 0)] == wanted)
         match_lens = np.logical_and.accumulate(agrees, axis=1).sum(axis=1)
         return int(candidates[len(match_lens) - 1 - match_lens[::-1].argmax()])
 

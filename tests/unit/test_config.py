@@ -1,0 +1,200 @@
+"""The options: every error names the key and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_emssd.config import (
+    REFUSED_STOCK_KEYS,
+    EmssdConfig,
+    parse_speculative_config,
+)
+
+STOCK_KEYS = {
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "quantization",
+    "revision",
+    *REFUSED_STOCK_KEYS,
+}
+OUR_KEYS = sorted(EmssdConfig.model_fields)
+
+
+def parse(**asked: Any) -> tuple[EmssdConfig, dict[str, Any]]:
+    return parse_speculative_config({"method": "emssd", **asked}, STOCK_KEYS)
+
+
+def error_of(**asked: Any) -> str:
+    with pytest.raises(ValueError, match="--speculative-config") as caught:
+        parse(**asked)
+    return str(caught.value)
+
+
+def test_defaults_without_model_are_those_of_the_llma_paper() -> None:
+    config, stock = parse()
+    assert config == EmssdConfig(
+        proposer="llma",
+        num_speculative_tokens=7,
+        draft_length="fixed",
+        check_length=2,
+        copy_length=7,
+        unpad_inputs=True,
+    )
+    assert stock == {}
+
+
+def test_defaults_with_model() -> None:
+    config, stock = parse(model="draft")
+    assert (config.proposer, config.num_speculative_tokens) == ("draft_model", 8)
+    assert config.unpad_inputs
+    assert stock == {"model": "draft"}
+
+
+def test_copy_length_is_the_default_of_num_speculative_tokens() -> None:
+    assert parse(copy_length=3)[0].num_speculative_tokens == 3
+    config, _ = parse(copy_length=3, num_speculative_tokens=2)
+    assert (config.copy_length, config.num_speculative_tokens) == (3, 2)
+
+
+def test_all_of_ours_are_taken() -> None:
+    asked = {
+        "proposer": "llma",
+        "num_speculative_tokens": 4,
+        "draft_length": "fixed",
+        "check_length": 3,
+        "copy_length": 5,
+        "unpad_inputs": False,
+    }
+    assert sorted(asked) == OUR_KEYS, "a new key needs a case here"
+    config, stock = parse(**asked)
+    assert config.model_dump() == asked
+    assert stock == {}
+
+
+def test_none_means_default() -> None:
+    assert parse(**dict.fromkeys(OUR_KEYS))[0] == parse()[0]
+
+
+def test_stock_keys_pass_through_untouched() -> None:
+    asked = {
+        "method": "emssd",
+        "model": "draft",
+        "quantization": {"bits": 4},
+        "revision": None,
+        "num_speculative_tokens": 3,
+    }
+    before = dict(asked)
+    config, stock = parse_speculative_config(asked, iter(STOCK_KEYS))
+    assert config.num_speculative_tokens == 3
+    assert stock == {"model": "draft", "quantization": {"bits": 4}, "revision": None}
+    assert stock["quantization"] is asked["quantization"]
+    assert asked == before, "the user's dictionary was changed"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("num_speculative_token", "num_speculative_tokens"),
+        ("copy_len", "copy_length"),
+        ("unpad_input", "unpad_inputs"),
+        ("quantisation", "quantization"),
+    ],
+)
+def test_unknown_key_gets_a_suggestion(key: str, meant: str) -> None:
+    message = error_of(**{key: 1})
+    assert repr(key) in message
+    assert f"did you mean {meant!r}?" in message
+
+
+def test_unknown_key_like_no_other_is_to_be_removed() -> None:
+    message = error_of(zzz=1)
+    assert "'zzz'" in message
+    assert "remove it" in message
+    assert all(key in message for key in OUR_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [
+        ("num_speculative_tokens", 0, "greater than or equal to 1"),
+        ("num_speculative_tokens", -1, "greater than or equal to 1"),
+        ("num_speculative_tokens", 129, "less than or equal to 128"),
+        ("num_speculative_tokens", "4", "valid integer"),
+        ("num_speculative_tokens", 4.0, "valid integer"),
+        ("num_speculative_tokens", True, "valid integer"),
+        ("check_length", 0, "greater than or equal to 1"),
+        ("check_length", 65, "less than or equal to 64"),
+        ("check_length", "2", "valid integer"),
+        ("copy_length", 0, "greater than or equal to 1"),
+        ("copy_length", 129, "less than or equal to 128"),
+        ("copy_length", [7], "valid integer"),
+        ("draft_length", "longest", "'fixed'"),
+        ("draft_length", 4, "'fixed'"),
+        ("unpad_inputs", "false", "valid boolean"),
+        ("unpad_inputs", 0, "valid boolean"),
+        ("proposer", "copy", "'draft_model'"),
+        ("proposer", 1, "'llma'"),
+    ],
+)
+def test_wrong_value_is_named_with_what_is_allowed(
+    key: str, value: Any, fix: str
+) -> None:
+    message = error_of(**{key: value})
+    assert repr(key) in message
+    assert fix in message
+    assert repr(value) in message
+
+
+@pytest.mark.parametrize("value", ["draft-model", "ngram", 1])
+def test_wrong_proposer_is_named_though_there_is_a_model(value: Any) -> None:
+    """The model is right; "remove it" would be the wrong advice."""
+    message = error_of(model="draft", proposer=value)
+    assert "'proposer'" in message
+    assert "'draft_model'" in message
+    assert "remove it" not in message
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    message = error_of(check_length=0, unpad_inputs=1)
+    assert "'check_length'" in message
+    assert "'unpad_inputs'" in message
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "fix"),
+    [
+        ({"proposer": "draft_model"}, "proposer", "needs 'model'"),
+        ({"proposer": "draft_model", "model": ""}, "proposer", "needs 'model'"),
+        ({"proposer": "llma", "model": "draft"}, "model", "remove it"),
+        ({"model": "draft", "copy_length": 7}, "copy_length", "remove one"),
+        ({"model": "draft", "check_length": 2}, "check_length", "remove one"),
+    ],
+)
+def test_impossible_pair_names_key_and_fix(
+    asked: dict[str, Any], key: str, fix: str
+) -> None:
+    message = error_of(**asked)
+    assert f"{key!r} with" in message
+    assert fix in message
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED_STOCK_KEYS))
+def test_contradicting_stock_key_is_refused(key: str) -> None:
+    message = error_of(model="draft", **{key: True})
+    assert repr(key) in message
+    assert REFUSED_STOCK_KEYS[key] in message
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED_STOCK_KEYS))
+@pytest.mark.parametrize("off", [None, False])
+def test_contradicting_stock_key_may_be_off(key: str, off: bool | None) -> None:
+    assert parse(model="draft", **{key: off})[1] == {"model": "draft", key: off}
+
+
+def test_options_survive_the_trip_to_the_workers() -> None:
+    """They travel as the plain dictionary in VllmConfig.additional_config."""
+    config, _ = parse(model="draft", num_speculative_tokens=3, unpad_inputs=False)
+    assert EmssdConfig(**config.model_dump()) == config

@@ -1,0 +1,195 @@
+"""The draft-model proposer against a naive drafter, under all a scheduler may do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.simulated_scheduler import Setup
+from tests.unit.simulated_worker import Engine
+from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.metrics import Counters
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.draft_model import DraftModelProposer
+
+SEEDS = range(30)
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> Setup:
+    max_model_len = draw(st.integers(5, 40))
+    return Setup(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        num_steps=draw(st.integers(1, 50)),
+        max_num_reqs=draw(st.integers(1, 6)),
+        num_spec_tokens=draw(st.integers(1, 6)),
+        block_size=draw(st.integers(1, 5)),
+        num_spare_blocks=draw(st.integers(0, 20)),
+        max_model_len=max_model_len,
+        drafter_max_model_len=draw(st.integers(1, max_model_len)),
+        token_budget=draw(st.integers(1, 40)),
+        max_num_rows=draw(st.integers(1, 40)),
+        trust_cached_blocks=draw(st.booleans()),
+        drafts_always=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(setups())
+def test_equals_naive_drafter(setup: Setup) -> None:
+    Engine(setup).run()
+
+
+def test_simulation_visits_what_it_claims() -> None:
+    seen = run_all_seeds(DraftCursor)
+    assert set(seen) == {
+        "aborted",
+        "cache hit, not whole",
+        "cache hit, whole",
+        "catch-up chunked",
+        "caught up",
+        "drafted twice running",
+        "drafts trimmed",
+        "left out with drafts pending",
+        "paused",
+        "preempted",
+        "prefill chunked",
+        "reached max_model_len",
+        "resumed",
+    }
+    assert min(seen.values()) >= 20
+
+
+class CountsUnfedDrafts(DraftCursor):
+    """The last draft is proposed, but never fed: here it counts all the same."""
+
+    def record_verified(self, req_id: str, num_accepted_tokens: int) -> None:
+        self.record_fed_drafts(req_id, num_accepted_tokens)
+        super().record_verified(req_id, num_accepted_tokens)
+
+
+class ForgetsAcceptedDrafts(DraftCursor):
+    def record_verified(self, req_id: str, num_accepted_tokens: int) -> None:
+        super().record_verified(req_id, 0)
+
+
+class KeepsReallocatedBlocksValid(DraftCursor):
+    def _clear(self, block_ids: Sequence[int]) -> None:
+        pass
+
+
+class TrustsEveryHit(DraftCursor):
+    def _valid_prefix_len(self, request: AdmittedRequest) -> int:
+        return request.num_computed_tokens
+
+
+class TrustsNoHit(DraftCursor):
+    def _valid_prefix_len(self, request: AdmittedRequest) -> int:
+        return 0
+
+
+class LooksUpBeforeAllAreCleared(DraftCursor):
+    """Takes in one request after the other, so an early one sees stale blocks."""
+
+    def update_blocks(
+        self,
+        admitted: Iterable[AdmittedRequest],
+        extended: Iterable[tuple[str, Sequence[int]]],
+    ) -> None:
+        for request in reversed(list(admitted)):
+            super().update_blocks([request], [])
+        super().update_blocks([], extended)
+
+
+class CallsStartedBlocksWhole(DraftCursor):
+    def advance(self, req_id: str, draft_len: int) -> None:
+        super().advance(req_id, draft_len)
+        block_ids = self._requests[req_id].block_ids
+        self._block_is_valid[block_ids[: -(-draft_len // self._block_size)]] = True
+
+
+class KeepsOldDraftsPending(DraftCursor):
+    """What was fed for earlier drafts counts for later, shorter ones."""
+
+    def record_fed_drafts(self, req_id: str, num_fed_drafts: int) -> None:
+        state = self._requests[req_id]
+        self._most = max(getattr(self, "_most", 0), num_fed_drafts)
+        state.num_fed_drafts = self._most
+
+
+@pytest.mark.parametrize(
+    "broken_cursor",
+    [
+        CountsUnfedDrafts,
+        ForgetsAcceptedDrafts,
+        KeepsReallocatedBlocksValid,
+        TrustsEveryHit,
+        TrustsNoHit,
+        LooksUpBeforeAllAreCleared,
+        CallsStartedBlocksWhole,
+        KeepsOldDraftsPending,
+    ],
+)
+def test_simulation_catches_planted_error(broken_cursor: type[DraftCursor]) -> None:
+    with pytest.raises(AssertionError):
+        run_all_seeds(broken_cursor)
+
+
+def run_all_seeds(make_cursor: type[DraftCursor]) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    for seed in SEEDS:
+        seen += Engine(Setup(seed), make_cursor).run()
+    return seen
+
+
+def batch_of(num_reqs: int, **changed: np.ndarray) -> DraftBatch:
+    fields = {
+        "num_tokens": np.full(num_reqs, 3),
+        "num_prompt_tokens": np.full(num_reqs, 3),
+        "num_prefilled_tokens": np.full(num_reqs, 3),
+        "is_sampling": np.ones(num_reqs, dtype=bool),
+        "max_draft_tokens": np.zeros(num_reqs, dtype=np.int64),
+    }
+    token_ids = np.zeros((max(num_reqs, 1), 8), dtype=np.int32)
+    return DraftBatch([f"r{i}" for i in range(num_reqs)], token_ids, **fields | changed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_tokens",
+        "num_prompt_tokens",
+        "num_prefilled_tokens",
+        "is_sampling",
+        "max_draft_tokens",
+    ],
+)
+def test_batch_refuses_a_field_of_another_length(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has 3 entries for 2 requests"):
+        batch_of(2, **{name: np.ones(3, dtype=np.int64)})
+
+
+class UnusableDrafter:
+    max_num_rows = max_model_len = 8
+
+    def forward(self, *args: object) -> None:
+        raise AssertionError("a forward without drafts to make")
+
+
+@pytest.mark.parametrize("num_reqs", [0, 1, 3])
+def test_no_draft_wanted_costs_no_forward(num_reqs: int) -> None:
+    """Length 0 for all must cost what a step without speculation costs."""
+    cursor = DraftCursor(num_blocks=8, block_size=4)
+    cursor.update_blocks([AdmittedRequest(f"r{i}", [i], 0) for i in range(3)], [])
+    counters = Counters()
+    proposer = DraftModelProposer(
+        UnusableDrafter(), cursor, FixedDraftLength(), counters
+    )
+    assert proposer.propose(batch_of(num_reqs)) == [[] for _ in range(num_reqs)]
+    assert counters == Counters()

@@ -1,0 +1,190 @@
+"""Replacing names of a module: all or none, once, and back again."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vllm_emssd.integration import hooks
+from vllm_emssd.integration.compat import SUPPORTED_VLLM, check_vllm_version
+from vllm_emssd.integration.cpu_fixes import CPU_FIXES
+from vllm_emssd.integration.frontend import FRONTEND_HOOK
+from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration.worker import CPU_RUNNER_HOOK
+
+MODULE = "stub_of_vllm"
+
+
+def add(x: int, y: int = 0) -> int:
+    return x + y
+
+
+class Runner:
+    def __init__(self, config: str, device: str) -> None:
+        self.config, self.device = config, device
+
+    def run(self, steps: int) -> int:
+        return steps
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module with a function, a class and a method of it; unhooked afterwards."""
+    module = types.ModuleType(MODULE)
+    module.add = add
+    module.Runner = type("Runner", (), dict(vars(Runner)))
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    monkeypatch.setattr(hooks, "_originals", {})
+    return module
+
+
+def hook_of(
+    path: str = "add",
+    signature: str = "x, y",
+    make: Callable[[Any], Any] = lambda stock: lambda x, y=0: stock(x, y) + 100,
+) -> Hook:
+    return Hook(f"{MODULE}:{path}", "why", signature, "upstream", "remove when", make)
+
+
+RUN_HOOK = hook_of(
+    "Runner.run", "self, steps", lambda stock: lambda self, steps: -stock(self, steps)
+)
+CLASS_HOOK = hook_of("Runner", "config, device", lambda stock: int)
+DRIFTED_HOOK = hook_of("add", "x, y, z")
+MISSING_HOOK = hook_of("subtract", "x, y")
+
+
+def test_install_replaces_and_undo_restores_the_original(
+    stub: types.ModuleType,
+) -> None:
+    run = stub.Runner.run
+    hooks.install([hook_of(), RUN_HOOK])
+    assert stub.add(1, 2) == 103
+    assert stub.Runner("c", "d").run(3) == -3
+    assert hooks.is_installed(RUN_HOOK)
+    hooks.undo([hook_of(), RUN_HOOK])
+    assert stub.add is add
+    assert stub.Runner.run is run
+    assert not hooks.is_installed(RUN_HOOK)
+
+
+def test_class_is_checked_by_its_constructor(stub: types.ModuleType) -> None:
+    runner = stub.Runner
+    hooks.install([CLASS_HOOK])
+    assert stub.Runner is int
+    hooks.undo([CLASS_HOOK])
+    assert stub.Runner is runner
+
+
+def test_installing_twice_is_installing_once(stub: types.ModuleType) -> None:
+    hooks.install([hook_of()])
+    replacement = stub.add
+    hooks.install([hook_of()])
+    assert stub.add is replacement
+    assert stub.add(1) == 101
+    hooks.undo([hook_of()])
+    assert stub.add is add
+
+
+def test_undo_of_what_is_not_installed_does_nothing(stub: types.ModuleType) -> None:
+    hooks.undo([hook_of()])
+    assert stub.add is add
+
+
+@pytest.mark.parametrize("bad", [DRIFTED_HOOK, MISSING_HOOK])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_one_that_does_not_fit_installs_none(
+    stub: types.ModuleType, bad: Hook, is_last: bool
+) -> None:
+    run = stub.Runner.run
+    asked = [RUN_HOOK, bad] if is_last else [bad, RUN_HOOK]
+    with pytest.raises(RuntimeError, match=MODULE):
+        hooks.install(asked)
+    assert stub.add is add
+    assert stub.Runner.run is run
+    assert not any(map(hooks.is_installed, asked))
+
+
+def test_one_that_cannot_be_made_installs_none(stub: types.ModuleType) -> None:
+    def fail(stock: Any) -> Any:
+        raise ZeroDivisionError
+
+    run = stub.Runner.run
+    unmakeable = hook_of(make=fail)
+    with pytest.raises(ZeroDivisionError):
+        hooks.install([RUN_HOOK, unmakeable])
+    assert stub.Runner.run is run
+    assert not hooks.is_installed(RUN_HOOK)
+    assert not hooks.is_installed(unmakeable)
+
+
+@pytest.mark.parametrize(
+    ("hook", "found"),
+    [
+        (DRIFTED_HOOK, r"takes \(x, y\), expected \(x, y, z\)"),
+        (MISSING_HOOK, "is missing"),
+        (hook_of("Walker.run"), "is missing"),
+        (Hook("no_such_module:f", "", "", "", "", id), "is missing"),
+    ],
+)
+def test_drift_names_target_and_supported_versions(
+    stub: types.ModuleType, hook: Hook, found: str
+) -> None:
+    with pytest.raises(RuntimeError, match=found) as caught:
+        hooks.check(hook)
+    assert hook.target in str(caught.value)
+    assert str(SUPPORTED_VLLM) in str(caught.value)
+
+
+def test_check_looks_at_the_original(stub: types.ModuleType) -> None:
+    """The replacement may take other parameters; that is no drift."""
+    hook = hook_of(make=lambda stock: lambda *args: 0)
+    hooks.install([hook])
+    hooks.check(hook)
+    assert stub.add(1, 2) == 0
+
+
+def test_installed_ends_with_the_block(stub: types.ModuleType) -> None:
+    with hooks.installed([hook_of()]):
+        assert stub.add(1) == 101
+    assert stub.add is add
+
+
+def test_installed_ends_with_an_error_in_the_block(stub: types.ModuleType) -> None:
+    with pytest.raises(ZeroDivisionError), hooks.installed([hook_of()]):
+        raise ZeroDivisionError
+    assert stub.add is add
+
+
+def test_installed_leaves_hooks_that_were_there(stub: types.ModuleType) -> None:
+    run = stub.Runner.run
+    hooks.install([hook_of()])
+    with hooks.installed([hook_of(), RUN_HOOK]):
+        assert stub.add(1) == 101
+        assert stub.Runner.run is not run
+    assert stub.add(1) == 101
+    assert stub.Runner.run is run
+
+
+@pytest.mark.parametrize("hook", [FRONTEND_HOOK, CPU_RUNNER_HOOK, *CPU_FIXES])
+def test_our_hooks_fit_the_vllm_that_is_installed(hook: Hook) -> None:
+    hooks.check(hook)
+    assert hook.why
+    assert hook.upstream
+    assert hook.remove_when
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1"])
+def test_supported_versions_pass(version: str) -> None:
+    check_vllm_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0.dev3", "1.0"])
+def test_other_versions_are_refused_by_name(version: str) -> None:
+    with pytest.raises(RuntimeError, match=f"found {version}") as caught:
+        check_vllm_version(version)
+    assert str(SUPPORTED_VLLM) in str(caught.value)

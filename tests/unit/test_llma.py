@@ -1,0 +1,180 @@
+"""Copying from the text against a search that scans the whole text every time."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests import oracle
+from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.llma import (
+    MAX_CANDIDATES,
+    MAX_MATCH_LENGTH,
+    LlmaProposer,
+    OccurrenceIndex,
+)
+
+property_test = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> list[int]:
+    """Repetitive texts: few tokens, short and long, pieces of themselves in them."""
+    tokens = draw(st.lists(st.integers(0, 2), max_size=60))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(tokens)))
+        piece = tokens[start : start + draw(st.integers(0, 50))]
+        tokens = tokens + piece + draw(st.lists(st.integers(0, 2), max_size=3))
+    return tokens
+
+
+def batch_of(
+    tokens: dict[str, list[int]],
+    max_draft_tokens: list[int],
+    is_sampling: list[bool] | None = None,
+) -> DraftBatch:
+    """Beyond the known tokens the buffer holds what must not be read."""
+    num_reqs = len(tokens)
+    num_tokens = np.array([len(t) for t in tokens.values()], dtype=np.int64)
+    token_ids = np.full((num_reqs, 400), -1, dtype=np.int32)
+    for i, known in enumerate(tokens.values()):
+        token_ids[i, : len(known)] = known
+    return DraftBatch(
+        req_ids=list(tokens),
+        token_ids=token_ids,
+        num_tokens=num_tokens,
+        num_prompt_tokens=num_tokens,
+        num_prefilled_tokens=num_tokens,
+        is_sampling=np.array(is_sampling or [True] * num_reqs),
+        max_draft_tokens=np.array(max_draft_tokens, dtype=np.int64),
+    )
+
+
+def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
+    return LlmaProposer(check_length, copy_length, FixedDraftLength())
+
+
+def expected(tokens: list[int], check_length: int, length: int) -> list[int]:
+    return oracle.copied(tokens, check_length, length, MAX_CANDIDATES, MAX_MATCH_LENGTH)
+
+
+@property_test
+@given(texts(), st.integers(1, 4), st.integers(1, 12))
+@example([1, 1, 1, 1], 1, 7)  # shorter than the longest agreement told apart
+@example([0, 1] * 60, 2, 7)  # more occurrences than are compared
+def test_copies_what_a_full_scan_finds(
+    tokens: list[int], check_length: int, copy_length: int
+) -> None:
+    drafts = proposer_of(check_length, copy_length).propose(
+        batch_of({"a": tokens}, [copy_length])
+    )
+    assert drafts == [expected(tokens, check_length, copy_length)]
+
+
+@property_test
+@given(texts(), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_growing_text_equals_from_scratch(
+    tokens: list[int], check_length: int, random: Random
+) -> None:
+    proposer, num_known = proposer_of(check_length, 5), 0
+    while num_known < len(tokens):
+        num_known += random.randint(1, 6)
+        known = tokens[:num_known]
+        batch = batch_of({"a": known}, [5])
+        assert proposer.propose(batch) == [expected(known, check_length, 5)]
+
+
+@property_test
+@given(
+    st.lists(
+        st.tuples(texts(), st.integers(0, 9), st.booleans()), min_size=1, max_size=5
+    )
+)
+def test_each_request_copies_from_its_own_text(
+    requests: list[tuple[list[int], int, bool]],
+) -> None:
+    tokens = {f"r{i}": text for i, (text, _, _) in enumerate(requests)}
+    limits = [limit for _, limit, _ in requests]
+    is_sampling = [sampling for _, _, sampling in requests]
+    drafts = proposer_of(2, 7).propose(batch_of(tokens, limits, is_sampling))
+    assert drafts == [
+        expected(text, 2, min(limit, 7)) if sampling else []
+        for text, limit, sampling in requests
+    ]
+
+
+@pytest.mark.parametrize("check_length", [1, 2, 3, 4])
+def test_text_no_longer_than_the_run_has_no_earlier_one(check_length: int) -> None:
+    for num_tokens in range(check_length + 1):
+        batch = batch_of({"a": [1] * num_tokens}, [7])
+        assert proposer_of(check_length, 7).propose(batch) == [[]]
+
+
+def test_longest_agreement_wins_over_the_latest() -> None:
+    tokens = [*range(40), 5, 6, 7, 100, 9, 6, 7, 101, *range(50, 90), 5, 6, 7]
+    assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[100]]
+
+
+def test_latest_of_equals_wins() -> None:
+    tokens = [*range(10, 50), 8, 6, 7, 100, 9, 6, 7, 101, 5, 6, 7]
+    assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[101]]
+
+
+@pytest.mark.parametrize("num_later", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
+def test_only_the_latest_occurrences_are_compared(num_later: int) -> None:
+    """The first occurrence agrees longest, but is it among those compared?"""
+    later = [token for i in range(num_later) for token in (200 + i, 6, 7)]
+    tokens = [5, 6, 7, 100, *later, 5, 6, 7]
+    found = 100 if num_later < MAX_CANDIDATES else 5
+    assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[found]]
+
+
+def test_copy_goes_on_periodically_past_the_end() -> None:
+    tokens = [*range(10, 50), 1, 2, 3, 1, 2]
+    batch = batch_of({"a": tokens}, [7])
+    assert proposer_of(2, 7).propose(batch) == [[3, 1, 2, 3, 1, 2, 3]]
+
+
+def test_released_request_leaves_nothing_to_its_successor() -> None:
+    """A new request under an old id, longer than the old one, has its own text."""
+    old, new = [9, *range(40), 1, 2], [*range(100, 160), 1, 2]
+    proposer = proposer_of(2, 3)
+    assert proposer.propose(batch_of({"a": old}, [3])) == [[3, 4, 5]]
+    proposer.release(["a", "unheard of"])
+    assert proposer.propose(batch_of({"a": new}, [3])) == [[]]
+
+
+def test_pause_is_caught_up_exactly() -> None:
+    tokens, proposer = [*range(40), 1, 2, 3, 1, 2], proposer_of(2, 2)
+    for num_known, limit, drafts in ((41, 2, []), (43, 0, []), (45, 2, [3, 1])):
+        batch = batch_of({"a": tokens[:num_known]}, [limit])
+        assert proposer.propose(batch) == [drafts]
+
+
+class CountedTokens(np.ndarray):
+    """Tokens that count how many of them are read into Python."""
+
+    num_read = 0
+
+    def tolist(self) -> list[int]:
+        CountedTokens.num_read += self.size
+        return super().tolist()
+
+
+@pytest.mark.parametrize("check_length", [1, 2, 4])
+def test_work_per_new_token_does_not_grow(check_length: int) -> None:
+    tokens = np.arange(2000).view(CountedTokens) % 7
+    index = OccurrenceIndex(check_length)
+    for num_known in range(1, len(tokens) + 1):
+        CountedTokens.num_read = 0
+        index.extend(tokens[:num_known])
+        assert CountedTokens.num_read <= check_length
+        num_entries = max(0, num_known - check_length + 1)
+        assert index.num_indexed == num_known
+        if num_known in (1, 2, 3, 4, 5, 1000, 2000):
+            assert sum(map(len, index._ends.values())) == num_entries

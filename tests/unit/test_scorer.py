@@ -1,0 +1,71 @@
+"""Padding of drafts, and finding the real ones again, against naive loops."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import oracle
+from vllm_emssd.scorer import VerifiedRows, pad_to_longest
+
+property_test = settings(max_examples=100, deadline=None, derandomize=True)
+DRAFT_COUNTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8)), max_size=7)
+
+
+@property_test
+@given(DRAFT_COUNTS)
+def test_without_filler_equals_loop(counts: list[tuple[int, int]]) -> None:
+    """More real drafts than scheduled ones: the scheduler trimmed them."""
+    num_scheduled, num_real = np.array(counts, dtype=np.int64).reshape(-1, 2).T
+    rows = VerifiedRows.without_filler(num_scheduled, num_real)
+    expected = oracle.verified_rows(num_scheduled.tolist(), num_real.tolist())
+    assert rows.num_draft_tokens.tolist() == expected[0]
+    assert rows.draft_indices.tolist() == expected[1]
+    assert rows.target_rows.tolist() == expected[2]
+    assert rows.bonus_rows.tolist() == expected[3]
+
+
+@property_test
+@given(st.lists(st.integers(0, 6), max_size=7))
+def test_without_filler_keeps_all_where_none_is_filler(num_drafts: list[int]) -> None:
+    """Then the rows are those vLLM computes for any ragged batch."""
+    counts = np.array(num_drafts, dtype=np.int64)
+    rows = VerifiedRows.without_filler(counts, counts)
+    assert rows.draft_indices.tolist() == list(range(sum(num_drafts)))
+    all_rows = sorted([*rows.target_rows.tolist(), *rows.bonus_rows.tolist()])
+    assert all_rows == list(range(sum(num_drafts) + len(num_drafts)))
+
+
+def test_without_filler_dtypes() -> None:
+    rows = VerifiedRows.without_filler(np.array([2, 3]), np.array([0, 2]))
+    assert rows.num_draft_tokens.dtype == np.int32
+    assert rows.draft_indices.dtype == np.int64
+    assert rows.target_rows.dtype == np.int64
+    assert rows.bonus_rows.dtype == np.int64
+
+
+@st.composite
+def ragged_drafts(draw: st.DrawFn) -> tuple[list[list[int]], list[bool], list[int]]:
+    """Drafts, who may be padded (who drafts always may), and the filler."""
+    drafts = draw(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=6))
+    may_pad = [bool(tokens) or draw(st.booleans()) for tokens in drafts]
+    return drafts, may_pad, [100 + i for i in range(len(drafts))]
+
+
+@property_test
+@given(ragged_drafts())
+def test_pad_to_longest_equals_loop(
+    case: tuple[list[list[int]], list[bool], list[int]],
+) -> None:
+    drafts, may_pad, filler = case
+    longest = max([len(tokens) for tokens in drafts], default=0)
+    expected = []
+    for i, tokens in enumerate(drafts):
+        padded = list(tokens)
+        while may_pad[i] and len(padded) < longest:
+            padded.append(filler[i])
+        expected.append(padded)
+    before = [list(tokens) for tokens in drafts]
+    assert pad_to_longest(drafts, may_pad, filler) == expected
+    assert drafts == before, "the caller still needs the real drafts"
