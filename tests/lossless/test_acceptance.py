@@ -1,0 +1,50 @@
+"""How many drafts are accepted: against a plain reference, and of a perfect drafter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine import (
+    DRAFT,
+    DRAFT_MODEL,
+    NUM_SPECULATIVE_TOKENS,
+    TARGET,
+    EngineConfig,
+    greedy,
+    running,
+    stats,
+    stop_counting_others,
+)
+from tests.lossless.engines import texts
+from tests.reference import GreedySpeculativeDecoding
+
+MAX_TOKENS = 32
+
+
+def test_engine_agrees_with_the_reference_request_by_request() -> None:
+    reference = GreedySpeculativeDecoding(TARGET, DRAFT, NUM_SPECULATIVE_TOKENS)
+    stop_counting_others()
+    with running(EngineConfig(DRAFT_MODEL, prefix_caching=True)) as llm:
+        tokenizer = llm.get_tokenizer()
+        for text in texts(6):
+            before = stats(llm)
+            (token_ids,) = greedy(llm, [text], MAX_TOKENS)
+            counts = {name: n - before[name] for name, n in stats(llm).items()}
+            expected = reference.generate(tokenizer.encode(text), MAX_TOKENS)
+            assert token_ids == expected.token_ids
+            assert counts["num_accepted_tokens"] == sum(expected.accepted)
+            assert counts["num_draft_tokens"] == NUM_SPECULATIVE_TOKENS * len(
+                expected.accepted
+            )
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_a_model_drafting_for_itself_is_accepted(prefix_caching: bool) -> None:
+    stop_counting_others()
+    itself = DRAFT_MODEL | {"model": TARGET}
+    with running(EngineConfig(itself, prefix_caching=prefix_caching)) as llm:
+        for _ in range(2):
+            before = stats(llm)
+            greedy(llm, texts())
+            counts = {name: n - before[name] for name, n in stats(llm).items()}
+            assert counts["num_accepted_tokens"] >= 0.98 * counts["num_draft_tokens"]
