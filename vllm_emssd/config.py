@@ -31,7 +31,7 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
     ),
 }
 ProposerName = Literal["draft_model", "llma"]
-DraftLengthName = Literal["fixed"]
+DraftLengthName = Literal["fixed", "auto"]
 
 
 class EmssdConfig(BaseModel):

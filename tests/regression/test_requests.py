@@ -77,7 +77,7 @@ def test_edges(proposer: str, plain: tuple[list[list[int]], list[list[int]]]) ->
 def _nothing_is_kept_of_finished_requests(llm: Any) -> None:
     greedy(llm, ["x"], max_tokens=2)  # a step tells the worker who finished
     runner = model_runner(llm)
-    assert len(runner._num_real_drafts) <= 1
+    assert len(runner.num_real_drafts) <= 1
     if runner._cursor is not None:
         assert len(runner._cursor._requests) <= 1
     else:

@@ -1,6 +1,18 @@
 """How many drafts each request makes: policies without a dependency on vLLM."""
 
+from vllm_emssd.draft_length.auto import AutoDraftLength
+from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.fixed import FixedDraftLength
-from vllm_emssd.draft_length.policy import DraftLengthPolicy
+from vllm_emssd.draft_length.goodput import StepCosts
+from vllm_emssd.draft_length.policy import DraftLengthPolicy, DraftOpportunity
+from vllm_emssd.draft_length.survival import Survival
 
-__all__ = ["DraftLengthPolicy", "FixedDraftLength"]
+__all__ = [
+    "AutoDraftLength",
+    "CostTable",
+    "DraftLengthPolicy",
+    "DraftOpportunity",
+    "FixedDraftLength",
+    "StepCosts",
+    "Survival",
+]

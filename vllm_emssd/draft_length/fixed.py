@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_emssd.draft_length.policy import DraftOpportunity
+
 
 class FixedDraftLength:
     """`draft_length: "fixed"`: every request drafts the most it may."""
 
-    def draft_lengths(self, max_draft_tokens: np.ndarray) -> np.ndarray:
-        return max_draft_tokens
+    needs_confidence = False
+    feeds_prompts = True
+
+    def begin(self, step: DraftOpportunity) -> np.ndarray:
+        return step.max_draft_tokens
+
+    def go_on(
+        self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
+    ) -> np.ndarray:
+        return np.ones(len(req_indices), dtype=bool)
+
+    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
+        return draft_lens
+
+    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+        return step.max_draft_tokens
+
+    def observe(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """Nothing to learn."""
+
+    def release(self, req_id: str) -> None:
+        """Nothing is kept."""

@@ -1,22 +1,79 @@
-"""The interface between a proposer and the policy that sets draft lengths."""
+"""The interface between a proposer and the policy that sets draft lengths.
+
+A step goes: `begin`, then after each draft forward `go_on`, then `finish`; when the
+target has verified, `observe` for each request.
+
+For exact output a decision about draft j may depend on anything fixed before j is
+sampled, never on its sampled value or a later one's (greedy drafts are exempt: they
+are fixed by the text).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 
+@dataclass(frozen=True, slots=True)
+class DraftOpportunity:
+    """What is known of a step before drafting. All arrays are [num_reqs]."""
+
+    req_ids: Sequence[str]
+    is_sampling: np.ndarray  # bool: False for requests in prefill
+    max_draft_tokens: np.ndarray  # int64: 0 for requests in prefill
+    missing_rows: np.ndarray  # int64: rows the drafter needs before a first draft
+    num_prefill_rows: int  # rows of this step's prompts, likely as many the next
+
+
 class DraftLengthPolicy(Protocol):
-    """Decides, each step, how many drafts each request makes.
+    """Decides, each step, how many drafts each request makes."""
 
-    For exact output a decision may depend on anything fixed before a draft is
-    sampled, never on the sampled token itself (greedy drafts are exempt).
-    """
+    needs_confidence: bool  # else `go_on` may be given None
 
-    def draft_lengths(self, max_draft_tokens: np.ndarray) -> np.ndarray:
-        """Drafts to make, 0 included.
+    @property
+    def feeds_prompts(self) -> bool:
+        """Whether prompts are fed to the drafter as they are prefilled, not later."""
+        ...
 
-        Shapes: both [num_reqs] int64; the result never exceeds `max_draft_tokens`.
+    def begin(self, step: DraftOpportunity) -> np.ndarray:
+        """Most drafts of each request this step, 0 to make none. [num_reqs] int64"""
+        ...
+
+    def go_on(
+        self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
+    ) -> np.ndarray:
+        """Which requests draft once more.
+
+        Args:
+            req_indices: [num_drafting] rows of the step's arrays.
+            confidence: [num_drafting] highest probability where draft `position` was
+                made.
+
+        Returns: [num_drafting] bool.
         """
+        ...
+
+    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
+        """How many of the drafts made are verified. Both [num_reqs] int64."""
+        ...
+
+    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+        """How many of the drafts that cost nothing to make (copies) are verified.
+
+        Takes the place of `begin`, `go_on` and `finish`. `step.max_draft_tokens` are
+        the lengths made. `confidence`: [num_reqs, longest]. Returns [num_reqs] int64.
+        """
+        ...
+
+    def observe(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """The target verified the first `num_draft_tokens` of a request's drafts."""
+        ...
+
+    def release(self, req_id: str) -> None:
+        """Forget a finished request."""
         ...

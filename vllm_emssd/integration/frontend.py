@@ -139,6 +139,8 @@ def _create_ours(
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, model_config, parallel_config)
+    if config.draft_length == "auto":
+        _refuse_unsupported_auto(parallel_config)
 
     spec_config = _run_stock(
         stock, args, config, stock_part, model_config, parallel_config
@@ -221,6 +223,14 @@ def _refuse_unsupported(
         )
     if model_config.is_multimodal_model:
         raise ValueError('"method": "emssd" supports text-only target models.')
+
+
+def _refuse_unsupported_auto(parallel_config: ParallelConfig) -> None:
+    if not current_platform.is_cpu() or parallel_config.world_size > 1:
+        raise ValueError(
+            "--speculative-config: 'draft_length' \"auto\" measures costs on one CPU "
+            'worker only, so far; use "draft_length": "fixed".'
+        )
 
 
 def _served_model_name(args: EngineArgs) -> str:

@@ -8,6 +8,7 @@ the rows we choose instead of the padded ones.
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import torch
@@ -20,6 +21,13 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm_emssd.ragged import RaggedRows
 
 
+def highest_probability(logits: torch.Tensor) -> np.ndarray:
+    """Of each row's softmax. `logits`: [num_rows, vocab_size]; returns [num_rows]."""
+    logits = logits.float()
+    highest = logits.amax(dim=-1) - logits.logsumexp(dim=-1)
+    return highest.exp().cpu().numpy()  # sync: decides who drafts on
+
+
 class PagedDrafter:
     """Implements `proposers.draft_model.Drafter`.
 
@@ -27,6 +35,7 @@ class PagedDrafter:
         stock: vLLM's draft-model object, loaded and with its KV cache bound.
         input_batch: the runner's batch; its rows are the `req_indices` of a forward.
         max_model_len: positions that both models can take.
+        needs_confidence: whether `forward` tells the highest probability.
     """
 
     def __init__(
@@ -35,20 +44,32 @@ class PagedDrafter:
         vllm_config: VllmConfig,
         input_batch: InputBatch,
         max_model_len: int,
+        needs_confidence: bool = False,
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_model_len = max_model_len
+        self._needs_confidence = needs_confidence
         self._stock = stock
         self._vllm_config = vllm_config
         self._input_batch = input_batch
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
         self._draft_probs: dict[str, list[torch.Tensor]] = {}
+        self._timings: list[tuple[int, float]] = []
 
     @property
     def draft_probs(self) -> dict[str, list[torch.Tensor]]:
         """Request id -> distribution of each of its drafts, [vocab_size] float32 each.
         Only of requests drafted by sampling; greedy drafts are one-hot."""
         return self._draft_probs
+
+    @property
+    def max_num_reqs(self) -> int:
+        return self._input_batch.max_num_reqs
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """(rows, ms) of the forwards since the last call, where they are timed."""
+        timings, self._timings = self._timings, []
+        return timings
 
     @torch.inference_mode()
     def forward(
@@ -57,11 +78,25 @@ class PagedDrafter:
         token_ids: np.ndarray | torch.Tensor,
         sampled_rows: np.ndarray,
         draft_position: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        started = time.perf_counter()
+        drafted = self._forward(rows, token_ids, sampled_rows, draft_position)
+        if self._needs_confidence:
+            ms = (time.perf_counter() - started) * 1e3
+            self._timings.append((rows.num_rows, ms))
+        return drafted
+
+    def _forward(
+        self,
+        rows: RaggedRows,
+        token_ids: np.ndarray | torch.Tensor,
+        sampled_rows: np.ndarray,
+        draft_position: int,
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
         stock = self._stock
         hidden_states = self._run_model(rows, token_ids)
         if len(sampled_rows) == 0:
-            return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
+            return torch.empty(0, dtype=torch.int64, device=hidden_states.device), None
         if len(sampled_rows) < len(hidden_states):
             hidden_states = hidden_states[torch.from_numpy(sampled_rows)]
         req_indices = rows.row_req_indices[sampled_rows]
@@ -71,10 +106,16 @@ class PagedDrafter:
             metadata = dataclasses.replace(
                 metadata, temperature=metadata.temperature[index]
             )
-        tokens, probs = stock._sample_draft_tokens(hidden_states, metadata)
+        if not self._needs_confidence:
+            tokens, probs = stock._sample_draft_tokens(hidden_states, metadata)
+            confidence = None
+        else:
+            logits = stock.model.compute_logits(hidden_states)
+            confidence = highest_probability(logits)
+            tokens, probs = stock._sample_from_logits(logits, metadata)
         if probs is not None:
             self._keep_probs(req_indices, probs, draft_position)
-        return tokens
+        return tokens, confidence
 
     def _run_model(
         self, rows: RaggedRows, token_ids: np.ndarray | torch.Tensor

@@ -6,6 +6,7 @@ import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import CPU_FIXES
@@ -30,6 +31,11 @@ class _EmssdStats:
 
 
 class UnpadCPUWorker(_EmssdStats, CPUWorker):
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_automatic_lengths()
+        return times
+
     def init_device(self) -> None:
         _require_v1_runner(self.use_v2_model_runner)
         hooks.install(CPU_FIXES)

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vllm_emssd.draft_length import DraftOpportunity
+
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
@@ -22,6 +24,7 @@ class DraftBatch:
     token_ids: np.ndarray  # [max_num_reqs, max_model_len] int32
     num_tokens: np.ndarray  # [num_reqs] int64: known tokens
     num_prompt_tokens: np.ndarray  # [num_reqs] int64
+    num_scheduled_tokens: np.ndarray  # [num_reqs] int64: of this step
     num_prefilled_tokens: np.ndarray  # [num_reqs] int64: computed + scheduled
     is_sampling: np.ndarray  # [num_reqs] bool
     max_draft_tokens: np.ndarray  # [num_reqs] int64: most drafts it may get, >= 0
@@ -31,6 +34,7 @@ class DraftBatch:
         for name in (
             "num_tokens",
             "num_prompt_tokens",
+            "num_scheduled_tokens",
             "num_prefilled_tokens",
             "is_sampling",
             "max_draft_tokens",
@@ -45,12 +49,34 @@ class DraftBatch:
     def num_reqs(self) -> int:
         return len(self.req_ids)
 
+    def opportunity(
+        self, max_draft_tokens: np.ndarray, missing_rows: np.ndarray
+    ) -> DraftOpportunity:
+        """What a draft-length policy is told. Both [num_reqs] int64."""
+        prefill = self.num_scheduled_tokens[~self.is_sampling].sum()
+        return DraftOpportunity(
+            self.req_ids,
+            self.is_sampling,
+            np.where(self.is_sampling, max_draft_tokens, 0),
+            missing_rows,
+            int(prefill),
+        )
+
 
 class Proposer(Protocol):
     """Makes drafts. State is keyed by request id; batch rows change between steps."""
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         """Draft token ids of each batch row, at most `max_draft_tokens`, maybe none."""
+        ...
+
+    def record_verified(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """The target verified the first drafts of a request and accepted a prefix.
+
+        Called for every request that sampled, before `propose`; with 0 drafts too.
+        """
         ...
 
     def release(self, req_ids: Iterable[str]) -> None:

@@ -34,7 +34,7 @@ class Drafter(Protocol):
         token_ids: np.ndarray | torch.Tensor,
         sampled_rows: np.ndarray,
         draft_position: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
         """Compute `rows`, writing their K/V, and draft after some of them.
 
         Args:
@@ -42,7 +42,8 @@ class Drafter(Protocol):
             sampled_rows: [num_sampled] int64, indices into the rows.
             draft_position: 0 for the first draft after the known tokens.
 
-        Returns: [num_sampled] int64 draft token ids on the drafter's device.
+        Returns: [num_sampled] int64 draft token ids on the drafter's device; and, where
+            the drafter was made to tell it, the highest probability at each, float.
         """
         ...
 
@@ -63,83 +64,87 @@ class DraftModelProposer:
         self._counters = counters
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
-        draft_lens = self._policy.draft_lengths(batch.max_draft_tokens)
-        draft_lens = np.where(batch.is_sampling, draft_lens, 0)
-        starts, ends = self._missing_spans(batch, draft_lens)
-        granted = grant_rows(ends - starts, self._drafter.max_num_rows)
-        draft_lens[granted < ends - starts] = 0  # drafts once it has caught up
+        starts, ends = self._missing_spans(batch)
+        step = batch.opportunity(batch.max_draft_tokens, ends - starts)
+        draft_lens = self._policy.begin(step)
+        feeds = draft_lens > 0
+        if self._policy.feeds_prompts:
+            feeds = feeds | ~batch.is_sampling
+        wanted = np.where(feeds, ends - starts, 0)
+        granted = grant_rows(wanted, self._drafter.max_num_rows)
+        # Who has more to catch up than fits drafts once it has caught up.
+        draft_lens = np.where(granted < wanted, 0, draft_lens)
 
         fed = np.flatnonzero(granted)
-        drafts: list[list[int]] = [[] for _ in batch.req_ids]
         if fed.size == 0:
-            return drafts
+            return [[] for _ in batch.req_ids]
         rows = RaggedRows.from_spans(fed, starts[fed], (starts + granted)[fed])
-        drafting = np.flatnonzero(draft_lens)
-        token_ids = self._draft(batch, rows, drafting, draft_lens)
-
+        drafts = self._draft(batch, rows, draft_lens)
         for i in fed:
             self._cursor.advance(batch.req_ids[i], int(starts[i] + granted[i]))
-        for i, tokens in zip(drafting, token_ids, strict=True):
-            drafts[i] = tokens[: draft_lens[i]]
-            self._cursor.record_fed_drafts(batch.req_ids[i], len(drafts[i]) - 1)
-        return drafts
+            self._cursor.record_fed_drafts(batch.req_ids[i], max(len(drafts[i]) - 1, 0))
+
+        made = np.fromiter(map(len, drafts), np.int64, batch.num_reqs)
+        kept = self._policy.finish(made)
+        return [tokens[:n] for tokens, n in zip(drafts, kept, strict=True)]
+
+    def record_verified(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self._cursor.record_verified(req_id, num_accepted_tokens)
+        self._policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._cursor.release(req_id)
+            self._policy.release(req_id)
 
-    def _missing_spans(
-        self, batch: DraftBatch, draft_lens: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions each request still has to feed; empty for who neither drafts nor
-        is in prefill. Returns starts and ends, [num_reqs] int64 each."""
+    def _missing_spans(self, batch: DraftBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Known tokens without draft K/V: starts and ends, [num_reqs] int64."""
         starts = np.fromiter(
             map(self._cursor.draft_len, batch.req_ids), np.int64, batch.num_reqs
         )
         ends = np.where(batch.is_sampling, batch.num_tokens, batch.num_prefilled_tokens)
         ends = np.minimum(ends, self._drafter.max_model_len)
-        idle = batch.is_sampling & (draft_lens == 0)
-        return starts, np.where(idle, starts, np.maximum(starts, ends))
+        return starts, np.maximum(starts, ends)
 
     def _draft(
-        self,
-        batch: DraftBatch,
-        rows: RaggedRows,
-        drafting: np.ndarray,
-        draft_lens: np.ndarray,
+        self, batch: DraftBatch, rows: RaggedRows, draft_lens: np.ndarray
     ) -> list[list[int]]:
-        """Run the forwards. Returns [num_drafting][longest draft] token ids; those
-        past a request's own length are meaningless.
-
-        `drafting`: [num_drafting] batch rows, all of which are in `rows`.
-        """
+        """Run the forwards. Returns the drafts made by each batch row, of lengths up to
+        `draft_lens` [num_reqs]; who drafts must be in `rows`."""
         known_ids = batch.token_ids[rows.row_req_indices, rows.positions]
-        is_drafting = np.zeros(batch.num_reqs, dtype=bool)
-        is_drafting[drafting] = True
-        sampled_rows = rows.last_rows[is_drafting[rows.req_indices]]
+        drafting = rows.req_indices[draft_lens[rows.req_indices] > 0]
+        sampled_rows = rows.last_rows[draft_lens[rows.req_indices] > 0]
         self._count_forward(batch, rows)
-        tokens = self._drafter.forward(rows, known_ids, sampled_rows, 0)
+        tokens, confidence = self._drafter.forward(rows, known_ids, sampled_rows, 0)
+        if drafting.size == 0:
+            return [[] for _ in batch.req_ids]
 
-        longest = int(draft_lens.max(initial=0))
-        if longest == 0:
-            return []
+        longest = int(draft_lens.max())
         drafted = torch.zeros(
-            (len(drafting), longest), dtype=torch.int64, device=tokens.device
+            (batch.num_reqs, longest), dtype=torch.int64, device=tokens.device
         )
-        drafted[:, 0] = tokens
-        active = np.arange(len(drafting))  # indices into `drafting`, only shrinks
-        for position in range(1, longest):
-            still = draft_lens[drafting[active]] > position
-            if not still.all():
-                active = active[still]
-                tokens = tokens[torch.from_numpy(np.flatnonzero(still))]
-            req_indices = drafting[active]
-            ends = batch.num_tokens[req_indices] + position
-            rows = RaggedRows.from_spans(req_indices, ends - 1, ends)
-            self._count_forward(batch, rows)
-            tokens = self._drafter.forward(rows, tokens, rows.last_rows, position)
+        made = np.zeros(batch.num_reqs, dtype=np.int64)
+        active = drafting  # batch rows, the set only shrinks
+        for position in range(longest):
             drafted[torch.from_numpy(active), position] = tokens
-        return drafted.tolist()  # sync: the scheduler needs the drafts on the host
+            made[active] = position + 1
+            goes_on = self._policy.go_on(active, confidence, position)
+            goes_on = goes_on & (draft_lens[active] > position + 1)
+            if not goes_on.any():
+                break
+            if not goes_on.all():
+                active = active[goes_on]
+                tokens = tokens[torch.from_numpy(np.flatnonzero(goes_on))]
+            ends = batch.num_tokens[active] + position + 1
+            rows = RaggedRows.from_spans(active, ends - 1, ends)
+            self._count_forward(batch, rows)
+            tokens, confidence = self._drafter.forward(
+                rows, tokens, rows.last_rows, position + 1
+            )
+        # sync: the scheduler needs the drafts on the host
+        return [ids[:n] for ids, n in zip(drafted.tolist(), made, strict=True)]
 
     def _count_forward(self, batch: DraftBatch, rows: RaggedRows) -> None:
         is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]

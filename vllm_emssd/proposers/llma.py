@@ -45,9 +45,10 @@ class OccurrenceIndex:
     def num_indexed(self) -> int:
         return self._num_indexed
 
-    def longest_match(self, token_ids: np.ndarray) -> int | None:
-        """End of the earlier occurrence to copy from, or None. All tokens must be in
-        the index. `token_ids`: [num_tokens]."""
+    def longest_match(self, token_ids: np.ndarray) -> tuple[int, int] | None:
+        """The earlier occurrence to copy from: its end, and how many tokens agree
+        before it (up to MAX_MATCH_LENGTH). All tokens must be in the index.
+        `token_ids`: [num_tokens]."""
         num_tokens = len(token_ids)
         if num_tokens <= self._check_length:
             return None
@@ -56,14 +57,13 @@ class OccurrenceIndex:
         if len(ends) < 2:
             return None
         candidates = np.array(ends[-MAX_CANDIDATES - 1 : -1])
-        if len(candidates) == 1:
-            return int(candidates[0])
         back = np.arange(1, MAX_MATCH_LENGTH + 1)
         wanted = token_ids[np.maximum(num_tokens - back, 0)]
         found = candidates[:, None] - back  # [num_candidates, MAX_MATCH_LENGTH]
         agrees = (found >= 0) & (token_ids[np.maximum(found, 0)] == wanted)
         match_lens = np.logical_and.accumulate(agrees, axis=1).sum(axis=1)
-        return int(candidates[len(match_lens) - 1 - match_lens[::-1].argmax()])
+        best = len(match_lens) - 1 - match_lens[::-1].argmax()
+        return int(candidates[best]), int(match_lens[best])
 
 
 class LlmaProposer:
@@ -83,28 +83,41 @@ class LlmaProposer:
         self._indexes: dict[str, OccurrenceIndex] = {}
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
-        draft_lens = self._policy.draft_lengths(
-            np.minimum(batch.max_draft_tokens, self._copy_length)
-        )
+        most = np.minimum(batch.max_draft_tokens, self._copy_length)
         drafts: list[list[int]] = [[] for _ in batch.req_ids]
-        for i in np.flatnonzero(batch.is_sampling & (draft_lens > 0)):
+        confidence = np.zeros((batch.num_reqs, self._copy_length))
+        for i in np.flatnonzero(batch.is_sampling & (most > 0)):
             known = batch.token_ids[i, : batch.num_tokens[i]]
-            drafts[i] = self._copy(batch.req_ids[i], known, int(draft_lens[i]))
-        return drafts
+            drafts[i], match_len = self._copy(batch.req_ids[i], known, int(most[i]))
+            confidence[i] = match_len / (match_len + 1)
+        made = np.fromiter(map(len, drafts), np.int64, batch.num_reqs)
+        nothing_missing = np.zeros(batch.num_reqs, dtype=np.int64)
+        lens = self._policy.choose(batch.opportunity(made, nothing_missing), confidence)
+        return [tokens[:n] for tokens, n in zip(drafts, lens, strict=True)]
+
+    def record_verified(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self._policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._indexes.pop(req_id, None)
+            self._policy.release(req_id)
 
-    def _copy(self, req_id: str, token_ids: np.ndarray, length: int) -> list[int]:
+    def _copy(
+        self, req_id: str, token_ids: np.ndarray, length: int
+    ) -> tuple[list[int], int]:
+        """Copied tokens and the length of the match; none without a match."""
         index = self._indexes.get(req_id)
         if index is None or index.num_indexed > len(token_ids):
             index = self._indexes[req_id] = OccurrenceIndex(self._check_length)
         index.extend(token_ids)
-        source = index.longest_match(token_ids)
-        if source is None:
-            return []
+        match = index.longest_match(token_ids)
+        if match is None:
+            return [], 0
+        source, match_len = match
         # A copy that reaches the end of the text goes on with what it just copied.
         period = len(token_ids) - source
         copied: list[int] = token_ids[source + np.arange(length) % period].tolist()
-        return copied
+        return copied, match_len

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Time emssd with fixed lengths against vLLM's draft_model, side by side.
+"""Time speculative methods against each other, side by side.
 
-    scripts/bench_against_stock.py --make-pair   # 63M target, its first fifth drafts
-    scripts/bench_against_stock.py --model models/target --draft-model models/draft
+    scripts/compare_methods.py --make-pair   # 63M target, its first fifth drafts
+    scripts/compare_methods.py --model models/target --draft-model models/draft
 
-Both engines live in processes of their own and take turns, so that whatever else the
-machine does falls on both. Prints medians, their ratio, the saving that the rows saved
+Each engine lives in a process of its own and they take turns, so that whatever else the
+machine does falls on all. Prints medians, their ratio, the saving that the rows saved
 times the drafter's measured cost of a row predicts, and how the time of a proposal
 splits; writes everything to a JSON file.
 """
@@ -34,6 +34,8 @@ from rich.table import Table
 
 REPO = Path(__file__).resolve().parent.parent
 SIDES = ("plain", "stock", "emssd")
+CONTEXT = 1024
+AUTO_TOKENS = 8
 
 
 @dataclass
@@ -53,6 +55,10 @@ class Timing:
         return sum(rows for rows, _ in self.draft_forwards)
 
     @property
+    def target_rows(self) -> int:
+        return sum(rows for rows, _ in self.target_forwards)
+
+    @property
     def draft_ms(self) -> float:
         return sum(ms for _, ms in self.draft_forwards)
 
@@ -66,7 +72,7 @@ class Stopwatch:
     def __init__(self, runner: Any) -> None:
         self.timing = Timing()
         self._time_forwards(runner.model, "target_forwards")
-        if hasattr(runner, "drafter"):
+        if hasattr(getattr(runner, "drafter", None), "model"):
             self._time_forwards(runner.drafter.model, "draft_forwards")
             runner.drafter.model.compute_logits = self._timed(
                 runner.drafter.model.compute_logits, "logits_ms"
@@ -101,31 +107,43 @@ class Stopwatch:
         return timed
 
 
+def speculative_config(side: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """plain, stock, emssd (fixed), auto, llma, llma-auto; kN: fixed with N drafts."""
+    stock = {
+        "method": "draft_model",
+        "model": str(args.draft_model),
+        "num_speculative_tokens": args.num_speculative_tokens,
+    }
+    fixed = stock | {"method": "emssd", "draft_length": "fixed"}
+    auto = {"draft_length": "auto", "num_speculative_tokens": AUTO_TOKENS}
+    known = {
+        "plain": None,
+        "stock": stock,
+        "emssd": fixed,
+        "auto": fixed | auto,
+        "llma": {"method": "emssd", "draft_length": "fixed"},
+        "llma-auto": {"method": "emssd", "draft_length": "auto"},
+    }
+    if side in known:
+        return known[side]
+    return fixed | {"num_speculative_tokens": int(side.removeprefix("k"))}
+
+
 def serve_side(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     """Child process: build the engine, then run a batch whenever asked."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
-    stock = {
-        "method": "draft_model",
-        "model": str(args.draft_model),
-        "num_speculative_tokens": args.num_speculative_tokens,
-    }
-    speculative = {
-        "plain": None,
-        "stock": stock,
-        "emssd": stock | {"method": "emssd", "draft_length": "fixed"},
-    }
     llm = LLM(
         str(args.model),
         dtype=args.dtype,
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=CONTEXT,
         max_num_seqs=max(args.batches),
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=1 << 30,
-        speculative_config=speculative[side],
+        kv_cache_memory_bytes=args.kv_cache_mib << 20,
+        speculative_config=speculative_config(side, args),
         disable_log_stats=False,
         tokenizer=str(args.tokenizer or args.model),
     )
@@ -201,55 +219,80 @@ def row_cost(forwards: list[tuple[int, float]], most_rows: int) -> tuple[float, 
 
 
 def compare(batch: int, rounds: dict[str, list[Timing]], k: int) -> dict[str, Any]:
-    seconds = {side: median(t.seconds for t in rounds[side]) for side in SIDES}
+    """One batch size: speeds of all sides, and stock against emssd where both ran."""
+    seconds = {side: median(t.seconds for t in ts) for side, ts in rounds.items()}
+    result: dict[str, Any] = {
+        "batch": batch,
+        "tokens_per_s": {s: rounds[s][0].num_tokens / seconds[s] for s in rounds},
+        "accepted": {
+            s: median(t.num_accepted_tokens for t in rounds[s]) for s in rounds
+        },
+        "draft_rows": {s: median(t.draft_rows for t in rounds[s]) for s in rounds},
+        "target_rows": {s: median(t.target_rows for t in rounds[s]) for s in rounds},
+        "target_forwards": {
+            s: median(len(t.target_forwards) for t in rounds[s]) for s in rounds
+        },
+    }
+    if "stock" in rounds and "emssd" in rounds:
+        result |= saving(batch, rounds, seconds, k)
+    return result
+
+
+def saving(
+    batch: int, rounds: dict[str, list[Timing]], seconds: dict[str, float], k: int
+) -> dict[str, Any]:
+    """What the rows saved should earn, what they did, and what bookkeeping costs."""
     most_rows = batch * (k + 2)
     draft = [f for s in ("stock", "emssd") for t in rounds[s] for f in t.draft_forwards]
-    target = [f for s in SIDES for t in rounds[s] for f in t.target_forwards]
+    target = [f for ts in rounds.values() for t in ts for f in t.target_forwards]
     _, draft_row_ms = row_cost(draft, most_rows)
     _, target_row_ms = row_cost(target, most_rows)
-    stock, ours = rounds["stock"][0], rounds["emssd"][0]
-    predicted = (stock.draft_rows - ours.draft_rows) * draft_row_ms / 1e3
+    rows_saved = rounds["stock"][0].draft_rows - rounds["emssd"][0].draft_rows
+    predicted = rows_saved * draft_row_ms / 1e3
     saved = seconds["stock"] - seconds["emssd"]
-    own = [t.propose_ms - t.draft_ms - t.logits_ms for t in rounds["emssd"]]
+    ours = rounds["emssd"]
+    model_ms = [t.draft_ms + t.logits_ms for t in ours]
+    own_ms = [t.propose_ms - model for t, model in zip(ours, model_ms, strict=True)]
     return {
-        "batch": batch,
-        "tokens_per_s": {s: rounds[s][0].num_tokens / seconds[s] for s in SIDES},
         "emssd_over_stock": seconds["stock"] / seconds["emssd"],
-        "emssd_over_plain": seconds["plain"] / seconds["emssd"],
-        "accepted": {s: rounds[s][0].num_accepted_tokens for s in ("stock", "emssd")},
-        "draft_rows": {s: rounds[s][0].draft_rows for s in ("stock", "emssd")},
         "draft_row_ms": draft_row_ms,
         "target_row_ms": target_row_ms,
         "row_cost_ratio": draft_row_ms / target_row_ms,
         "predicted_saving_s": predicted,
         "saving_s": saved,
         "saving_over_predicted": saved / predicted,
-        "draft_forward_ms": median(t.draft_ms for t in rounds["emssd"]),
-        "draft_logits_ms": median(t.logits_ms for t in rounds["emssd"]),
-        "bookkeeping_ms": median(own),
-        "bookkeeping_over_forwards": median(
-            o / (t.draft_ms + t.logits_ms)
-            for o, t in zip(own, rounds["emssd"], strict=True)
-        ),
+        "model_forwards_ms": median(model_ms),
+        "bookkeeping_ms": median(own_ms),
+        "bookkeeping_over_forwards": median(own_ms) / median(model_ms),
     }
 
 
 def print_results(results: list[dict[str, Any]]) -> None:
-    table = Table(title="emssd (fixed) against vLLM's draft_model, medians")
+    sides = list(results[0]["tokens_per_s"])
+    speeds = Table(title="tokens/s, medians of alternating rounds (x plain)")
+    for column in ("batch", *sides):
+        speeds.add_column(column, justify="right")
+    for r in results:
+        speed = r["tokens_per_s"]
+        base = speed.get("plain", next(iter(speed.values())))
+        speeds.add_row(
+            str(r["batch"]), *(f"{speed[s]:.0f} ({speed[s] / base:.2f})" for s in sides)
+        )
+    Console(width=150).print(speeds)
+    if "emssd_over_stock" not in results[0]:
+        return
+    table = Table(title="emssd (fixed) against vLLM's draft_model")
     for column in (
-        "batch", "plain tok/s", "stock tok/s", "emssd tok/s", "emssd / stock",
-        "emssd / plain", "rows stock", "rows emssd", "row cost draft/target",
+        "batch", "emssd / stock", "draft rows stock", "emssd", "row cost draft/target",
         "saving / predicted", "bookkeeping / forwards",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(
             str(r["batch"]),
-            *(f"{r['tokens_per_s'][side]:.0f}" for side in SIDES),
             f"{r['emssd_over_stock']:.3f}",
-            f"{r['emssd_over_plain']:.3f}",
-            str(r["draft_rows"]["stock"]),
-            str(r["draft_rows"]["emssd"]),
+            f"{r['draft_rows']['stock']:.0f}",
+            f"{r['draft_rows']['emssd']:.0f}",
             f"{r['row_cost_ratio']:.3f}",
             f"{r['saving_over_predicted']:.2f}",
             f"{r['bookkeeping_over_forwards']:.2f}",
@@ -266,7 +309,7 @@ def read_prompts(path: Path, count: int) -> list[str]:
 def measure(args: argparse.Namespace) -> dict[int, dict[str, list[Timing]]]:
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
-    for side in SIDES:
+    for side in args.sides:
         pipes[side], child = context.Pipe()
         context.Process(
             target=serve_side, args=(side, args, child), daemon=True
@@ -277,9 +320,9 @@ def measure(args: argparse.Namespace) -> dict[int, dict[str, list[Timing]]]:
         bar = progress.add_task("rounds", total=len(args.batches) * (args.rounds + 1))
         for batch in args.batches:
             prompts = read_prompts(args.prompts, batch)
-            timings[batch] = {side: [] for side in SIDES}
+            timings[batch] = {side: [] for side in args.sides}
             for i in range(args.rounds + 1):  # the first one warms up
-                for side in SIDES if i % 2 else reversed(SIDES):
+                for side in args.sides if i % 2 else reversed(args.sides):
                     pipes[side].send(prompts)
                     timing = pipes[side].recv()
                     if i:
@@ -298,6 +341,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--prompts", type=Path, default=REPO / "models/prompts.jsonl")
     parser.add_argument("--make-pair", action="store_true")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES))
+    parser.add_argument("--kv-cache-mib", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 24])
     parser.add_argument("--num-speculative-tokens", type=int, default=5)

@@ -1,0 +1,73 @@
+"""What a forward costs: milliseconds by rows, measured and kept fresh.
+
+Costs are staircases: the first rows come for the price of reading the weights, later
+ones each cost arithmetic. So a table is a few measured points with straight lines
+between them, never falling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+
+import numpy as np
+
+_RATE = 0.05  # share of an observation in the points beside it
+_MOST_CHANGE = 2.0  # an observation counts at most as twice, at least as half its price
+_OUTLIER = 5.0  # times the price: another process ran, not a forward
+
+
+class CostTable:
+    """Milliseconds of one model's forward by its rows.
+
+    Args:
+        rows: [num_points] row counts, rising, >= 1.
+        ms: [num_points] finite and >= 0; made non-falling.
+    """
+
+    def __init__(self, rows: Iterable[int], ms: Iterable[float]) -> None:
+        self._rows = np.array(list(rows), dtype=np.float64)
+        self._ms = np.maximum.accumulate(np.array(list(ms), dtype=np.float64))
+        if self._rows.size == 0 or self._rows.size != self._ms.size:
+            raise ValueError("a cost table needs as many times as row counts, >= 1")
+        if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
+            raise ValueError("row counts must rise and times be finite")
+
+    @classmethod
+    def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
+        """Medians of repeated measurements (rows, ms)."""
+        by_rows: dict[int, list[float]] = {}
+        for rows, ms in samples:
+            by_rows.setdefault(rows, []).append(ms)
+        points = sorted(by_rows)
+        return cls(points, (median(by_rows[rows]) for rows in points))
+
+    def ms(self, rows: np.ndarray) -> np.ndarray:
+        """Cost of each row count; 0 rows cost nothing. Shape kept, float64."""
+        rows = np.asarray(rows, dtype=np.float64)
+        cost = np.interp(rows, self._rows, self._ms)
+        beyond = np.maximum(rows - self._rows[-1], 0)
+        cost = np.where(rows < 1, 0.0, cost + beyond * self._last_slope)
+        return np.asarray(cost)
+
+    def observe(self, rows: int, ms: float) -> None:
+        """A forward of `rows` took `ms`: move the points beside it a little."""
+        price = float(self.ms(np.array(rows)))
+        if rows < 1 or not np.isfinite(ms) or ms > _OUTLIER * price:
+            return
+        ratio = np.clip(ms / max(price, 1e-6), 1 / _MOST_CHANGE, _MOST_CHANGE)
+        right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
+        left = max(right - 1, 0) if self._rows[right] != rows else right
+        for point in {left, right}:
+            self._ms[point] *= 1 + _RATE * (ratio - 1)
+        np.maximum.accumulate(self._ms, out=self._ms)
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        return [(int(r), float(m)) for r, m in zip(self._rows, self._ms, strict=True)]
+
+    @property
+    def _last_slope(self) -> float:
+        if len(self._rows) < 2:
+            return 0.0
+        return float((self._ms[-1] - self._ms[-2]) / (self._rows[-1] - self._rows[-2]))

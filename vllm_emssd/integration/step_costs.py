@@ -1,0 +1,118 @@
+"""Measures what a step costs: at the start with dummy rows, then from live steps."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+from vllm.logger import init_logger
+
+from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.integration.paged_drafter import PagedDrafter
+from vllm_emssd.ragged import RaggedRows
+
+if TYPE_CHECKING:
+    from vllm_emssd.integration.runner_v1 import UnpadRunnerMixin
+
+logger = init_logger("vllm.emssd.step_costs")
+
+_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_REPEATS = 4  # the first of each is warm-up
+_CONTEXT = 256  # tokens each row attends to
+_FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
+_FIXED_RATE = 0.05
+_LONGEST_PAUSE_MS = 100.0  # longer gaps between steps are idleness, not cost
+
+NO_DRAFT_MODEL = CostTable([1], [0.0])
+
+
+class ForwardTimer:
+    """Milliseconds of a module's last forward, by its hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows = 0
+        self.ms = 0.0
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        token_ids = kwargs.get("input_ids")
+        self.rows = 0 if token_ids is None else int(token_ids.shape[0])
+        self._started = time.perf_counter()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ms = (time.perf_counter() - self._started) * 1e3
+
+
+class StepCostMeter:
+    """Owns the cost tables of one worker and keeps them fresh."""
+
+    def __init__(self, runner: UnpadRunnerMixin) -> None:
+        self._target = ForwardTimer(runner.model)
+        self._drafter = runner.paged_drafter
+        self._step_ended: float | None = None
+        self.costs = StepCosts(
+            self._measure_target(runner),
+            NO_DRAFT_MODEL if self._drafter is None else measure_drafter(self._drafter),
+            _FIXED_MS,
+        )
+        logger.info("Milliseconds by rows:\n%s", self.table())
+
+    def _measure_target(self, runner: UnpadRunnerMixin) -> CostTable:
+        most = runner.max_num_reqs * (1 + runner.num_spec_tokens)
+        most = min(most, runner.max_num_tokens)
+        samples = []
+        for rows in (n for n in _ROWS if n <= most):
+            for repeat in range(_REPEATS):
+                runner._dummy_run(
+                    rows,
+                    force_attention=True,
+                    uniform_decode=True,
+                    profile_seq_lens=min(_CONTEXT, runner.max_model_len),
+                )
+                if repeat:
+                    samples.append((rows, self._target.ms))
+        return CostTable.from_samples(samples)
+
+    def step_done(self) -> None:
+        """Called when a step's drafts are made: learn from the step."""
+        now = time.perf_counter()
+        costs = self.costs
+        costs.target.observe(self._target.rows, self._target.ms)
+        draft_ms = 0.0
+        if self._drafter is not None:
+            for rows, ms in self._drafter.take_timings():
+                costs.draft.observe(rows, ms)
+                draft_ms += ms
+        if self._step_ended is not None:
+            ms = (now - self._step_ended) * 1e3 - self._target.ms - draft_ms
+            if 0 < ms < _LONGEST_PAUSE_MS:
+                costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
+        self._step_ended = now
+
+    def table(self) -> str:
+        """The prices as a small text table."""
+        rows = [r for r, _ in self.costs.target.points]
+        lines = ["rows   " + " ".join(f"{r:7d}" for r in rows)]
+        for name, table in (("target", self.costs.target), ("draft", self.costs.draft)):
+            prices = table.ms(np.array(rows))
+            lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in prices))
+        return "\n".join(lines)
+
+
+def measure_drafter(drafter: PagedDrafter) -> CostTable:
+    """One row a request, as all draft forwards but a step's first."""
+    samples = []
+    for num_rows in (n for n in _ROWS if n <= drafter.max_num_reqs):
+        requests = np.arange(num_rows)
+        ends = np.full(num_rows, min(_CONTEXT, drafter.max_model_len), dtype=np.int64)
+        rows = RaggedRows.from_spans(requests, ends - 1, ends)
+        token_ids = np.zeros(num_rows, dtype=np.int32)
+        for repeat in range(_REPEATS):
+            drafter.forward(rows, token_ids, rows.last_rows, 0)
+            if repeat:
+                samples += drafter.take_timings()
+            drafter.take_timings()
+    return CostTable.from_samples(samples)
