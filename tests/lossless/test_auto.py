@@ -1,0 +1,109 @@
+"""Exact with automatic lengths, whatever they are.
+
+Real prices would settle on a few lengths; here every step gets random ones, so that
+lengths change from step to step and request to request, 0 and full included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from tests.engine import (
+    DRAFT_MODEL,
+    LLMA,
+    EngineConfig,
+    greedy,
+    model_runner,
+    running,
+    stop_counting_others,
+)
+from tests.lossless.distribution import FALSE_ALARM, homogeneity
+from tests.lossless.engines import sample, texts
+from tests.lossless.test_sampled import PARAMETERS, PROBABILISTIC, draw
+from tests.lossless.test_sampled import results as sampled_results
+from vllm_emssd.draft_length import CostTable
+
+AUTO = {"draft_length": "auto"}
+CONFIGS = {
+    "draft_model": EngineConfig(DRAFT_MODEL | AUTO, prefix_caching=True),
+    "probabilistic": EngineConfig(PROBABILISTIC | AUTO, prefix_caching=True),
+    "llma": EngineConfig(LLMA | AUTO, prefix_caching=True),
+}
+SEED = 55_000_000
+
+
+@contextmanager
+def random_prices(llm: Any) -> Iterator[None]:
+    """Draw new prices after each step: drafts from free to far too dear."""
+    meter = model_runner(llm)._step_costs
+    rng = np.random.default_rng(0)
+
+    def step_done() -> None:
+        if meter._drafter is not None:
+            meter._drafter.take_timings()
+        first, row = rng.choice([0.0, 0.2, 1.0]), rng.choice([0.0, 0.05, 0.5])
+        meter.costs.target = CostTable([1, 256], [4.0, 4.0 + 255 * row])
+        if meter._drafter is not None:
+            meter.costs.draft = CostTable([1, 256], [first, first + 255 * row / 8])
+
+    meter.step_done = step_done
+    yield
+
+
+@cache
+def _runs(name: str) -> tuple[Any, Any, Any, set[int]]:
+    """Greedy tokens of 24 prompts, all parameters' first cases sampled, lengths seen."""
+    stop_counting_others()
+    lengths: set[int] = set()
+    with running(CONFIGS[name]) as llm, random_prices(llm):
+        proposer = model_runner(llm)._proposer
+        propose = proposer.propose
+
+        def seen(batch: Any) -> Any:
+            drafts = propose(batch)
+            lengths.update(map(len, drafts))
+            return drafts
+
+        proposer.propose = seen
+        tokens = greedy(llm, texts(24))
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        counted = sample(llm, texts(24), params)
+        drawn = {
+            case: draw(llm, SEED + i * 10_000, **PARAMETERS[case])
+            for i, case in enumerate(("0.8", "top_p"))
+        }
+    return tokens, counted, drawn, lengths
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_are_plain_decoding(name: str) -> None:
+    from tests.regression.runs import run
+
+    tokens, counted, _, lengths = _runs(name)
+    assert tokens == run("plain").first.token_ids[24]
+    assert counted.num_accepted_tokens > 0
+    assert len(lengths) >= 4
+    assert 0 in lengths
+
+
+@pytest.mark.parametrize("case", ["0.8", "top_p"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_distribution_is_the_targets(name: str, case: str) -> None:
+    seen = _runs(name)[2][case]
+    plain = sampled_results("plain")[case]
+    assert seen.num_accepted_tokens > 50
+    for prompt in (0, 1):
+        assert (
+            homogeneity(
+                [tuple(t) for t in plain.token_ids[prompt::2]],
+                [tuple(t) for t in seen.token_ids[prompt::2]],
+            )
+            > FALSE_ALARM
+        )
