@@ -1,15 +1,26 @@
 """Unpadded, per-request speculative decoding for vLLM.
 
 `register` is the entry point that vLLM calls in every process. It only teaches
-vLLM's front end the method name "emssd"; all else happens in the worker class that
-is chosen when a user asks for that method.
+vLLM's front end the method name "emssd"; all else is set up by that hook when a
+user asks for the method.
 """
+
+import logging
 
 __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Install the front-end hook (idempotent, all or nothing)."""
-    from vllm_emssd.integration.frontend import install_frontend_hook
+    """Install the front-end hook (idempotent).
 
-    install_frontend_hook()
+    A vLLM it does not fit must go on serving who never asked for emssd: then the
+    method stays unknown, and a warning says why.
+    """
+    try:
+        from vllm_emssd.integration.frontend import install_frontend_hook
+
+        install_frontend_hook()
+    except (ImportError, RuntimeError) as error:
+        logging.getLogger("vllm.emssd").warning(
+            'vllm-emssd is off, "method": "emssd" is not available: %s', error
+        )

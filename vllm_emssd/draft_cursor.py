@@ -35,6 +35,7 @@ class AdmittedRequest:
 class _RequestState:
     draft_len: int  # leading tokens with valid draft K/V
     block_ids: list[int] = field(default_factory=list)
+    num_hit_blocks: int = 0  # leading blocks that it shares, or may share
     num_fed_drafts: int = 0  # of the drafts not yet verified
 
 
@@ -80,7 +81,7 @@ class DraftCursor:
             self._requests[req_id].block_ids.extend(block_ids)
         for request in admitted:
             self._requests[request.req_id] = _RequestState(
-                self._valid_prefix_len(request), list(request.block_ids)
+                0, list(request.block_ids), self._num_hit_blocks(request)
             )
 
     def release(self, req_id: str) -> None:
@@ -88,8 +89,36 @@ class DraftCursor:
         self._requests.pop(req_id, None)
 
     def draft_len(self, req_id: str) -> int:
-        """Leading tokens of the request whose draft K/V is valid."""
-        return self._requests[req_id].draft_len
+        """Leading tokens of the request whose draft K/V is valid.
+
+        Within a prefix-cache hit, blocks count that anyone has made valid by now.
+        """
+        state = self._requests[req_id]
+        first, within = divmod(state.draft_len, self._block_size)
+        if within == 0 and first < state.num_hit_blocks and self._trust_cached_blocks:
+            hits = self._block_is_valid[state.block_ids[first : state.num_hit_blocks]]
+            num_valid = len(hits) if hits.all() else int(hits.argmin())
+            state.draft_len += num_valid * self._block_size
+        return state.draft_len
+
+    def waits_for_another(
+        self, req_ids: Sequence[str], feeds: np.ndarray
+    ) -> np.ndarray:
+        """Which requests would write a block that an earlier one is about to write.
+
+        Requests with a common prefix share its blocks, often from the step in which
+        the first of them fills it. Shapes: [num_reqs] bool both.
+        """
+        waits = np.zeros(len(req_ids), dtype=bool)
+        claimed: set[int] = set()
+        for i in np.flatnonzero(feeds):
+            state = self._requests[req_ids[i]]
+            block = state.draft_len // self._block_size
+            if block >= len(state.block_ids):
+                continue
+            waits[i] = state.block_ids[block] in claimed
+            claimed.add(state.block_ids[block])
+        return waits
 
     def advance(self, req_id: str, draft_len: int) -> None:
         """The drafter was fed the known tokens up to, not including, `draft_len`."""
@@ -121,15 +150,6 @@ class DraftCursor:
 
     def _num_hit_blocks(self, request: AdmittedRequest) -> int:
         return request.num_computed_tokens // self._block_size
-
-    def _valid_prefix_len(self, request: AdmittedRequest) -> int:
-        if not self._trust_cached_blocks:
-            return 0
-        hits = self._block_is_valid[
-            list(request.block_ids[: self._num_hit_blocks(request)])
-        ]
-        num_valid = len(hits) if hits.all() else int(hits.argmin())
-        return num_valid * self._block_size
 
     def _clear(self, block_ids: Sequence[int]) -> None:
         self._block_is_valid[list(block_ids)] = False

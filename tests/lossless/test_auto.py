@@ -59,7 +59,7 @@ def random_prices(llm: Any) -> Iterator[None]:
 
 @cache
 def _runs(name: str) -> tuple[Any, Any, Any, set[int]]:
-    """Greedy tokens of 24 prompts, all parameters' first cases sampled, lengths seen."""
+    """Greedy tokens and counts of 24 prompts, two sampled cases, lengths seen."""
     stop_counting_others()
     lengths: set[int] = set()
     with running(CONFIGS[name]) as llm, random_prices(llm):

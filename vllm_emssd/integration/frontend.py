@@ -221,6 +221,17 @@ def _refuse_unsupported(
             '"method": "emssd" knows a step\'s drafts only after sampling; remove '
             "--async-scheduling."
         )
+    if parallel_config.decode_context_parallel_size > 1:
+        raise ValueError(
+            '"method": "emssd" does not support decode context parallelism; set '
+            "--decode-context-parallel-size 1."
+        )
+    if parallel_config.data_parallel_size > 1 and model_config.is_moe:
+        raise ValueError(
+            '"method": "emssd" does not support data parallelism with a mixture-of-'
+            "experts target, whose ranks must run drafters in step; set "
+            "--data-parallel-size 1."
+        )
     if model_config.is_multimodal_model:
         raise ValueError('"method": "emssd" supports text-only target models.')
 

@@ -1,6 +1,6 @@
 """Replacing a name of vLLM's, where it offers no extension point.
 
-Every replacement in the plugin is a `Hook` in the inventory below: what is
+Every replacement in the plugin is a `Hook` (all are listed in `inventory.py`): what is
 replaced, why, the signature it was written against, and what would remove it. A
 changed signature stops the start; a set of hooks is installed wholly or not at all;
 installing twice is installing once; undo restores the original object.

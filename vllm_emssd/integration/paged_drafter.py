@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
-from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_emssd.ragged import RaggedRows
 
@@ -34,6 +36,7 @@ class PagedDrafter:
     Args:
         stock: vLLM's draft-model object, loaded and with its KV cache bound.
         input_batch: the runner's batch; its rows are the `req_indices` of a forward.
+        requests: the runner's request states by id.
         max_model_len: positions that both models can take.
         needs_confidence: whether `forward` tells the highest probability.
     """
@@ -43,6 +46,7 @@ class PagedDrafter:
         stock: DraftModelProposer,
         vllm_config: VllmConfig,
         input_batch: InputBatch,
+        requests: Mapping[str, CachedRequestState],
         max_model_len: int,
         needs_confidence: bool = False,
     ) -> None:
@@ -52,6 +56,7 @@ class PagedDrafter:
         self._stock = stock
         self._vllm_config = vllm_config
         self._input_batch = input_batch
+        self._requests = requests
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
         self._draft_probs: dict[str, list[torch.Tensor]] = {}
         self._timings: list[tuple[int, float]] = []
@@ -102,10 +107,7 @@ class PagedDrafter:
         req_indices = rows.row_req_indices[sampled_rows]
         metadata = self._input_batch.sampling_metadata
         if stock._enable_probabilistic_draft_probs and not metadata.all_greedy:
-            index = torch.from_numpy(req_indices).to(hidden_states.device)
-            metadata = dataclasses.replace(
-                metadata, temperature=metadata.temperature[index]
-            )
+            metadata = self._draft_sampling_metadata(req_indices)
         if not self._needs_confidence:
             tokens, probs = stock._sample_draft_tokens(hidden_states, metadata)
             confidence = None
@@ -116,6 +118,25 @@ class PagedDrafter:
         if probs is not None:
             self._keep_probs(req_indices, probs, draft_position)
         return tokens, confidence
+
+    def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
+        """Temperatures of the requests in a forward. Under a grammar drafts are greedy:
+        the grammar cuts them by their value, and only greedy ones may be."""
+        metadata = self._input_batch.sampling_metadata
+        constrained = [self._is_constrained(i) for i in req_indices]
+        index = torch.from_numpy(req_indices).to(metadata.temperature.device)
+        temperature = metadata.temperature[index]
+        temperature[torch.tensor(constrained)] = 0.0
+        return dataclasses.replace(
+            metadata,
+            temperature=temperature,
+            all_random=metadata.all_random and not any(constrained),
+        )
+
+    def _is_constrained(self, req_index: int) -> bool:
+        request = self._requests[self._input_batch.req_ids[req_index]]
+        params = request.sampling_params
+        return params is not None and params.structured_outputs is not None
 
     def _run_model(
         self, rows: RaggedRows, token_ids: np.ndarray | torch.Tensor
@@ -173,6 +194,8 @@ class PagedDrafter:
         self, req_indices: np.ndarray, probs: torch.Tensor, draft_position: int
     ) -> None:
         for i, distribution in zip(req_indices, probs, strict=True):
+            if self._is_constrained(i):
+                continue
             kept = self._draft_probs.setdefault(self._input_batch.req_ids[i], [])
             del kept[draft_position:]
             kept.append(distribution)

@@ -1,9 +1,10 @@
 """The counters on the server's `/metrics`.
 
-The process that parses the arguments makes a directory, names it in its
-environment (which its engine processes inherit) and registers a collector that
-reads it when scraped. The first worker of each engine writes there. The directory
-goes when the process exits.
+The first process that parses the arguments makes a directory, names it in its
+environment (which its engine processes and further API servers inherit) and registers
+a collector that reads it when scraped. The first worker of each engine writes there.
+The directory goes when its maker exits. With several API servers vLLM's `/metrics`
+collects from its own files only, and these counters are not on it.
 """
 
 from __future__ import annotations
@@ -57,9 +58,13 @@ def publish_counters_on_metrics(model_name: str) -> None:
     if _collector is not None:
         _collector.model_name = model_name
         return
-    directory = Path(tempfile.mkdtemp(prefix="vllm-emssd-"))
-    os.environ[DIRECTORY_VARIABLE] = str(directory)
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    inherited = os.environ.get(DIRECTORY_VARIABLE)
+    if inherited and Path(inherited).is_dir():
+        directory = Path(inherited)
+    else:
+        directory = Path(tempfile.mkdtemp(prefix="vllm-emssd-"))
+        os.environ[DIRECTORY_VARIABLE] = str(directory)
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
     _collector = EmssdCollector(directory, model_name)
     REGISTRY.register(_collector)
 

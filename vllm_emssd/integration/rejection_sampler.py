@@ -69,10 +69,10 @@ def mask_below_min_p(
     temperature T means logit < logit_max + T * log(min_p). Shapes: `logits`
     [sum(num_draft_tokens), vocab_size] float32, `temperature` [num_reqs] float32.
     """
-    counts = torch.tensor(num_draft_tokens, device=logits.device)
     for processor in processors.argmax_invariant:
         if not isinstance(processor, MinPLogitsProcessor) or not processor.min_p_count:
             continue
+        counts = torch.tensor(num_draft_tokens, device=logits.device)
         below_max = temperature * torch.log(processor.min_p.flatten())
         allowed = torch.repeat_interleave(below_max, counts, output_size=len(logits))
         least = logits.amax(dim=-1) + allowed

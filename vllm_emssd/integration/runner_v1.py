@@ -16,7 +16,11 @@ import torch
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -53,6 +57,19 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
         yield
     finally:
         spec_config.disable_padded_drafter_batch = saved
+
+
+def check_full_attention(kv_cache_config: KVCacheConfig, gid: int) -> None:
+    """Raise ValueError where the drafter's K/V does not stay in its blocks."""
+    spec = kv_cache_config.kv_cache_groups[gid].kv_cache_spec
+    is_uniform = isinstance(spec, UniformTypeKVCacheSpecs)
+    for one in spec.kv_cache_specs.values() if is_uniform else [spec]:
+        if not isinstance(one, FullAttentionSpec):
+            raise ValueError(
+                '"method": "emssd" needs a draft model with full attention in every '
+                f"layer, found {type(one).__name__}. Choose another 'model', or use "
+                '"method": "draft_model".'
+            )
 
 
 class UnpadRunnerMixin(UnpadSamplingMixin):
@@ -118,6 +135,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             )
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
+        check_full_attention(kv_cache_config, self.drafter.kv_cache_gid)
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
         self._cursor = DraftCursor(
             kv_cache_config.num_blocks,
@@ -128,6 +146,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             self.drafter,
             self.vllm_config,
             self.input_batch,
+            self.requests,
             min(self.effective_drafter_max_model_len, self.max_model_len),
             needs_confidence=self.emssd_config.draft_length == "auto",
         )
@@ -263,9 +282,22 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         room = self.max_model_len - num_tokens - 1
         if self.paged_drafter is not None:
             room = np.minimum(room, self.paged_drafter.max_model_len - num_tokens + 1)
+        if self.emssd_config.draft_length == "auto":
+            room = np.minimum(room, self._num_wanted_tokens(num_tokens) - 1)
         most = np.clip(room, 0, self.num_spec_tokens)
         most[self._requests_of_custom_logitsprocs()] = 0
         return most
+
+    def _num_wanted_tokens(self, num_tokens: np.ndarray) -> np.ndarray:
+        """Tokens each request still emits before `max_tokens`. [num_reqs] int64"""
+        limits = np.array(
+            [
+                self.requests[req_id].sampling_params.max_tokens
+                for req_id in self.input_batch.req_ids
+            ],
+            dtype=np.int64,
+        )
+        return self.input_batch.num_prompt_tokens[: len(limits)] + limits - num_tokens
 
 
 class UnpadCPUModelRunner(UnpadRunnerMixin, CPUModelRunner):

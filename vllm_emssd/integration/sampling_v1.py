@@ -136,20 +136,27 @@ class UnpadSamplingMixin(GPUModelRunner):
         where all are one-hot. Stock drops all of them when one request has none."""
         if self.paged_drafter is None or not self.paged_drafter.draft_probs:
             return None
-        probs = self.paged_drafter.draft_probs
-        vocab_size = self.input_batch.vocab_size
-        one_hot = torch.nn.functional.one_hot(
-            spec_decode_metadata.draft_token_ids.long(), vocab_size
-        ).float()
+        if self.input_batch.sampling_metadata.all_greedy:
+            return None
+        draft_token_ids = spec_decode_metadata.draft_token_ids
+        probs = torch.zeros(
+            (len(draft_token_ids), self.input_batch.vocab_size),
+            dtype=torch.float32,
+            device=draft_token_ids.device,
+        )
         first = 0
         for req_id, num_drafts in zip(
             self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens, strict=True
         ):
-            kept = probs.get(req_id)
-            if kept and num_drafts:
-                one_hot[first : first + num_drafts] = torch.stack(kept[:num_drafts])
+            rows = slice(first, first + num_drafts)
+            kept = self.paged_drafter.draft_probs.get(req_id)
+            if kept:
+                for row, distribution in zip(probs[rows], kept, strict=False):
+                    row.copy_(distribution)
+            else:
+                probs[rows].scatter_(1, draft_token_ids[rows].long().unsqueeze(1), 1.0)
             first += num_drafts
-        return one_hot
+        return probs
 
     def _requests_of_custom_logitsprocs(self) -> list[int]:
         """Batch rows whose logits a user's processor may change. It sees one row a

@@ -23,7 +23,7 @@ _REPEATS = 4  # the first of each is warm-up
 _CONTEXT = 256  # tokens each row attends to
 _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05
-_LONGEST_PAUSE_MS = 100.0  # longer gaps between steps are idleness, not cost
+_LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -88,7 +88,7 @@ class StepCostMeter:
                 draft_ms += ms
         if self._step_ended is not None:
             ms = (now - self._step_ended) * 1e3 - self._target.ms - draft_ms
-            if 0 < ms < _LONGEST_PAUSE_MS:
+            if 0 < ms < _LONGEST_PAUSE * costs.fixed_ms:
                 costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
         self._step_ended = now
 
@@ -103,12 +103,16 @@ class StepCostMeter:
 
 
 def measure_drafter(drafter: PagedDrafter) -> CostTable:
-    """One row a request, as all draft forwards but a step's first."""
+    """One row a request, as all draft forwards but a step's first; beyond as many rows
+    as there are requests, several rows each, as when prompts are caught up."""
     samples = []
-    for num_rows in (n for n in _ROWS if n <= drafter.max_num_reqs):
-        requests = np.arange(num_rows)
-        ends = np.full(num_rows, min(_CONTEXT, drafter.max_model_len), dtype=np.int64)
-        rows = RaggedRows.from_spans(requests, ends - 1, ends)
+    context = min(_CONTEXT, drafter.max_model_len)
+    most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
+    for num_rows in (n for n in _ROWS if n <= most):
+        num_reqs = min(num_rows, drafter.max_num_reqs)
+        ends = np.full(num_reqs, context, dtype=np.int64)
+        lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
+        rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
         token_ids = np.zeros(num_rows, dtype=np.int32)
         for repeat in range(_REPEATS):
             drafter.forward(rows, token_ids, rows.last_rows, 0)

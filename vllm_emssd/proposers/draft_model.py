@@ -69,8 +69,11 @@ class DraftModelProposer:
         draft_lens = self._policy.begin(step)
         feeds = draft_lens > 0
         if self._policy.feeds_prompts:
-            feeds = feeds | ~batch.is_sampling
-        wanted = np.where(feeds, ends - starts, 0)
+            feeds = feeds | (~batch.is_sampling & (batch.max_draft_tokens > 0))
+        # A block shared by several requests is written by one; the others wait a step.
+        waits = self._cursor.waits_for_another(batch.req_ids, feeds)
+        draft_lens = np.where(waits, 0, draft_lens)
+        wanted = np.where(feeds & ~waits, ends - starts, 0)
         granted = grant_rows(wanted, self._drafter.max_num_rows)
         # Who has more to catch up than fits drafts once it has caught up.
         draft_lens = np.where(granted < wanted, 0, draft_lens)
