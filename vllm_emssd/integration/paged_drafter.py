@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
@@ -103,7 +104,8 @@ class PagedDrafter:
         if len(sampled_rows) == 0:
             return torch.empty(0, dtype=torch.int64, device=hidden_states.device), None
         if len(sampled_rows) < len(hidden_states):
-            hidden_states = hidden_states[torch.from_numpy(sampled_rows)]
+            index = async_tensor_h2d(sampled_rows, device=stock.device)
+            hidden_states = hidden_states[index]
         req_indices = rows.row_req_indices[sampled_rows]
         metadata = self._input_batch.sampling_metadata
         if stock._enable_probabilistic_draft_probs and not metadata.all_greedy:
@@ -124,7 +126,7 @@ class PagedDrafter:
         the grammar cuts them by their value, and only greedy ones may be."""
         metadata = self._input_batch.sampling_metadata
         constrained = [self._is_constrained(i) for i in req_indices]
-        index = torch.from_numpy(req_indices).to(metadata.temperature.device)
+        index = async_tensor_h2d(req_indices, device=metadata.temperature.device)
         temperature = metadata.temperature[index]
         temperature[torch.tensor(constrained)] = 0.0
         return dataclasses.replace(
@@ -144,9 +146,11 @@ class PagedDrafter:
         """Returns hidden states, [num_rows, hidden_size]."""
         stock, num_rows = self._stock, rows.num_rows
         if isinstance(token_ids, np.ndarray):
-            token_ids = torch.from_numpy(token_ids)
+            token_ids = async_tensor_h2d(token_ids, device=stock.device)
         stock.input_ids[:num_rows] = token_ids
-        stock.positions[:num_rows] = torch.from_numpy(rows.positions)
+        stock.positions[:num_rows] = async_tensor_h2d(
+            rows.positions, device=stock.device
+        )
         attn_metadata = self._attention_metadata(rows)
         _, per_layer = stock.build_per_group_and_layer_attn_metadata(attn_metadata)
         mode, num_input_rows, across_dp = stock._determine_batch_execution_and_padding(
@@ -176,17 +180,17 @@ class PagedDrafter:
         query_start_loc = torch.from_numpy(rows.query_start_loc)
         seq_lens_np = rows.seq_lens
         seq_lens = torch.from_numpy(seq_lens_np)
-        req_indices = torch.from_numpy(rows.req_indices).to(device)
+        req_indices = async_tensor_h2d(rows.req_indices, device=device)
         return CommonAttentionMetadata(
-            query_start_loc=query_start_loc.to(device),
+            query_start_loc=async_tensor_h2d(query_start_loc, device=device),
             query_start_loc_cpu=query_start_loc,
-            seq_lens=seq_lens.to(device),
+            seq_lens=async_tensor_h2d(seq_lens, device=device),
             num_reqs=rows.num_reqs,
             num_actual_tokens=rows.num_rows,
             max_query_len=int(rows.query_lens.max()),
             max_seq_len=int(seq_lens_np.max()),
             block_table_tensor=block_table.gpu[req_indices],
-            slot_mapping=torch.from_numpy(slots).to(device),
+            slot_mapping=async_tensor_h2d(slots, device=device),
             seq_lens_cpu_upper_bound=seq_lens,
         )
 
