@@ -363,6 +363,12 @@ def cut_prompts(documents: list[Document], rng: random.Random) -> list[dict[str,
     return prompts
 
 
+def write_prompts(path: Path, held: list[Document], seed: int) -> None:
+    with path.open("w") as file:
+        for prompt in cut_prompts(held, random.Random(seed)):
+            file.write(json.dumps(prompt) + "\n")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("models"))
@@ -370,7 +376,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--target-tokens", type=float, default=12e6)
     parser.add_argument("--draft-tokens", type=float, default=10e6)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=("all", "prompts", "draft"), default="all")
+    parser.add_argument("--only", choices=("all", "draft"), default="all")
     return parser.parse_args()
 
 
@@ -384,14 +390,11 @@ def main() -> None:
     print(f"{len(kept)} files to train on, {len(held)} held out", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "prompts.jsonl").open("w") as file:
-        for prompt in cut_prompts(held, random.Random(args.seed)):
-            file.write(json.dumps(prompt) + "\n")
-    if args.only == "prompts":
-        return
-
-    sample = [d.text for d in kept[: max(1, 20_000_000 // 8000)]]
-    tokenizer = train_tokenizer(sample, args.vocab_size)
+    if args.only == "draft":  # beside a target that is there already
+        tokenizer = Tokenizer.from_file(str(args.out / "target/tokenizer.json"))
+    else:
+        write_prompts(args.out / "prompts.jsonl", held, args.seed)
+        tokenizer = train_tokenizer([d.text for d in kept[:2500]], args.vocab_size)
     data, held_data = encode(tokenizer, kept), encode(tokenizer, held)
     num_chars = sum(len(d.text) for d in kept)
     print(

@@ -33,6 +33,11 @@ def draft_after(state: int) -> int:
     return (state >> 7) % VOCAB_SIZE
 
 
+def confidence_after(state: int) -> float:
+    """Its highest probability there."""
+    return (state >> 17) % 1009 / 1009
+
+
 def drafts(tokens: Sequence[int], num_drafts: int) -> list[int]:
     """A naive drafter: reads the whole text again for every draft."""
     text = list(tokens)
@@ -80,8 +85,10 @@ def copied(
     num_drafts: int,
     max_candidates: int,
     max_match_length: int,
-) -> list[int]:
-    """LLMA: find the end of the text earlier in it, write on as it went on there."""
+) -> tuple[list[int], int]:
+    """LLMA: find the end of the text earlier in it, write on as it went on there.
+
+    Returns the copy, and how many tokens agreed before it."""
     num_tokens = len(tokens)
     run = list(tokens[num_tokens - check_length :])
     ends = [
@@ -100,11 +107,11 @@ def copied(
         if length >= longest:  # the latest of equals
             source, longest = end, length
     if source is None:
-        return []
+        return [], 0
     text = list(tokens)
     for i in range(num_drafts):
         text.append(text[source + i])
-    return text[num_tokens:]
+    return text[num_tokens:], longest
 
 
 # ---------------------------------------------------------------- verification

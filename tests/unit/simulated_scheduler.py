@@ -30,6 +30,7 @@ class Setup:
     max_num_rows: int = 24  # the drafter's rows a forward
     trust_cached_blocks: bool = True
     drafts_always: bool = False  # the policy never asks for fewer than the most
+    tells_confidence: bool = True  # the drafter, of each draft
 
     @property
     def max_blocks_per_req(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from tests import oracle
 from tests.unit.simulated_scheduler import Request, Schedule, Scheduler, Setup
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_length import DraftLengthPolicy, DraftOpportunity
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -53,11 +54,17 @@ class PagedKv:
         return self._num_trusted[request]
 
     def num_cached(self, request: Request) -> int:
-        """The naive cursor: leading known tokens that need not be fed any more."""
-        for position in range(self.num_trusted(request), len(request.tokens)):
-            if not self.has_fed(request, position):
-                return position
-        return len(request.tokens)
+        """The naive cursor: leading known tokens that need not be fed any more, as
+        the request fed them itself or others have by now made their block whole."""
+        position, size = 0, self._setup.block_size
+        while position < len(request.tokens):
+            if self.has_fed(request, position):
+                position += 1
+            elif position % size == 0 and self._is_whole_hit(request, position):
+                position += size
+            else:
+                break
+        return position
 
     def has_fed(self, request: Request, position: int) -> bool:
         return request.admission in self._vouched[self.slot(request, position)]
@@ -76,36 +83,91 @@ class PagedKv:
     def draft_after(self, request: Request, position: int) -> int:
         return oracle.draft_after(self._values[self.slot(request, position)])
 
+    def confidence_after(self, request: Request, position: int) -> float:
+        return oracle.confidence_after(self._values[self.slot(request, position)])
+
     def forget_unaccepted(self, request: Request) -> None:
         allocated = len(request.block_ids) * self._setup.block_size
         for position in range(request.num_computed_tokens, allocated):
             self._vouched[self.slot(request, position)].discard(request.admission)
 
     def _find_trusted(self, request: Request) -> int:
-        if not self._setup.trust_cached_blocks:
-            return 0
-        size = self._setup.block_size
-        for start in range(0, request.num_hit_tokens, size):
-            slots = [self.slot(request, p) for p in range(start, start + size)]
-            if not all(self._vouched[slot] for slot in slots):
-                return start
-        return request.num_hit_tokens
+        start = 0
+        while self._is_whole_hit(request, start):
+            start += self._setup.block_size
+        return start
+
+    def _is_whole_hit(self, request: Request, start: int) -> bool:
+        """Whether the block from `start` on was hit, and is known to be right."""
+        if not self._setup.trust_cached_blocks or start >= request.num_hit_tokens:
+            return False
+        positions = range(start, start + self._setup.block_size)
+        return all(self._vouched[self.slot(request, p)] for p in positions)
 
 
 class RandomLengths:
-    """A policy that now asks for all, now for nothing, now for anything."""
+    """A policy that now asks for all, now for nothing, now for anything; stops
+    requests in mid-draft, trims, and pauses the feeding of prompts. It keeps what it
+    was told and what it answered, to be compared with what should have happened.
+    """
 
-    def __init__(self, rng: random.Random, always: bool) -> None:
-        self._rng, self._always = rng, always
+    def __init__(self, rng: random.Random, setup: Setup) -> None:
+        self._rng, self._always = rng, setup.drafts_always
+        self.needs_confidence = setup.tells_confidence
+        self.feeds_prompts = True
+        self.observed: list[tuple[str, int, int]] = []
+        self.released: list[str] = []
+
+    def start_step(self) -> None:
+        self.opportunity: DraftOpportunity | None = None
         self.asked: list[int] = []
+        self.stopped: dict[int, int] = {}  # request -> drafts made when told to stop
+        self.went_on: list[tuple[list[int], list[float] | None]] = []
+        self.made: list[int] | None = None
+        self.kept: list[int] | None = None
 
-    def draft_lengths(self, max_draft_tokens: np.ndarray) -> np.ndarray:
+    def begin(self, step: DraftOpportunity) -> np.ndarray:
+        self.opportunity = step
+        self.feeds_prompts = self._always or self._chance(0.7)
         kind = "most" if self._always else self._rng.choice(("most", "none", "any"))
         self.asked = [
             {"most": most, "none": 0, "any": self._rng.randint(0, most)}[kind]
-            for most in max_draft_tokens.tolist()
+            for most in step.max_draft_tokens.tolist()
         ]
+        self._stop_chance = 0.0 if self._always else self._rng.choice((0.0, 0.3, 0.9))
         return np.array(self.asked, dtype=np.int64)
+
+    def go_on(
+        self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
+    ) -> np.ndarray:
+        assert position == len(self.went_on)
+        told = None if confidence is None else confidence.tolist()
+        self.went_on.append((req_indices.tolist(), told))
+        mask = [not self._chance(self._stop_chance) for _ in req_indices]
+        for i, goes_on in zip(req_indices.tolist(), mask, strict=True):
+            if not goes_on:
+                self.stopped[i] = position + 1
+        return np.array(mask, dtype=bool)
+
+    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
+        self.made = draft_lens.tolist()
+        trims = not self._always and self._chance(0.4)
+        self.kept = [self._rng.randint(0, n) if trims else n for n in self.made]
+        return np.array(self.kept, dtype=np.int64)
+
+    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+        raise AssertionError("drafts of a model are not copies")
+
+    def observe(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self.observed.append((req_id, num_draft_tokens, num_accepted_tokens))
+
+    def release(self, req_id: str) -> None:
+        self.released.append(req_id)
+
+    def _chance(self, probability: float) -> bool:
+        return self._rng.random() < probability
 
 
 class CheckingDrafter:
@@ -113,6 +175,7 @@ class CheckingDrafter:
 
     def __init__(self, setup: Setup, kv: PagedKv) -> None:
         self._block_size, self._kv = setup.block_size, kv
+        self._tells_confidence = setup.tells_confidence
         self.max_num_rows = setup.max_num_rows
         self.max_model_len = setup.drafter_max_model_len
 
@@ -127,7 +190,7 @@ class CheckingDrafter:
         token_ids: np.ndarray | torch.Tensor,
         sampled_rows: np.ndarray,
         draft_position: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
         assert draft_position == len(self.fed)
         assert rows.query_start_loc[0] == 0
         assert rows.query_start_loc[-1] == rows.num_rows == len(token_ids)
@@ -162,18 +225,28 @@ class CheckingDrafter:
         assert not self._kv.has_fed(request, position), "fed twice"
         self._kv.feed(request, text, position)
 
-    def _sample(self, sampled: list[tuple[int, int]]) -> torch.Tensor:
-        tokens = [self._kv.draft_after(self._requests[i], p) for i, p in sampled]
+    def _sample(
+        self, sampled: list[tuple[int, int]]
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        requests = [(self._requests[i], p) for i, p in sampled]
+        tokens = [self._kv.draft_after(*request) for request in requests]
         for (req_idx, _), token in zip(sampled, tokens, strict=True):
             self._drafted[req_idx].append(token)
-        return torch.tensor(tokens, dtype=torch.int64)
+        confidence = [self._kv.confidence_after(*request) for request in requests]
+        return (
+            torch.tensor(tokens, dtype=torch.int64),
+            np.array(confidence) if self._tells_confidence else None,
+        )
 
 
 class Engine:
     """One simulated deployment: its scheduler, target and worker."""
 
     def __init__(
-        self, setup: Setup, make_cursor: Callable[..., DraftCursor] = DraftCursor
+        self,
+        setup: Setup,
+        make_cursor: Callable[..., DraftCursor] = DraftCursor,
+        seen_by_proposer: Callable[[RandomLengths], DraftLengthPolicy] = lambda p: p,
     ) -> None:
         self._setup, self._rng = setup, random.Random(setup.seed)
         self._scheduler = Scheduler(setup, self._rng)
@@ -182,11 +255,14 @@ class Engine:
         self._cursor = make_cursor(
             setup.num_blocks, setup.block_size, setup.trust_cached_blocks
         )
-        self._policy = RandomLengths(self._rng, setup.drafts_always)
+        self._policy = RandomLengths(self._rng, setup)
         self._drafter = CheckingDrafter(setup, self._kv)
         self._counters = Counters()
         self._proposer = DraftModelProposer(
-            self._drafter, self._cursor, self._policy, self._counters
+            self._drafter,
+            self._cursor,
+            seen_by_proposer(self._policy),
+            self._counters,
         )
 
     def run(self) -> Counter[str]:
@@ -204,6 +280,7 @@ class Engine:
         batch = self._verify(schedule)
         num_cached = [self._kv.num_cached(r) for r in self._requests]
         counted = self._counters.as_dict()
+        self._policy.start_step()
         drafts = self._proposer.propose(batch)
         self._check_drafts(batch, drafts, num_cached)
         self._check_counters(counted)
@@ -211,6 +288,8 @@ class Engine:
 
     def _take_in_blocks(self, schedule: Schedule) -> None:
         self._proposer.release(schedule.finished)
+        assert self._policy.released == schedule.finished
+        self._policy.released = []
         self._cursor.update_blocks(
             [
                 AdmittedRequest(r.req_id, tuple(r.block_ids), r.num_hit_tokens)
@@ -226,20 +305,27 @@ class Engine:
 
     def _verify(self, schedule: Schedule) -> DraftBatch:
         """The target's forward and sampling. Returns what the proposer is given."""
-        prefilled, is_sampling = [], []
+        prefilled, is_sampling, verified = [], [], []
         for request in self._requests:
             end = request.num_computed_tokens + schedule.num_scheduled[request]
             prefilled.append(end)
             is_sampling.append(end >= len(request.tokens))
             if is_sampling[-1]:
+                num_drafts = len(request.drafts)
                 num_accepted = self._scheduler.verify(request)
-                self._cursor.record_verified(request.req_id, num_accepted)
+                verified.append((request.req_id, num_drafts, num_accepted))
+                self._proposer.record_verified(*verified[-1])
                 self._kv.forget_unaccepted(request)
             else:
                 request.num_computed_tokens = end
-        return self._draft_batch(prefilled, is_sampling)
+        assert self._policy.observed == verified
+        self._policy.observed = []
+        num_scheduled = [schedule.num_scheduled[r] for r in self._requests]
+        return self._draft_batch(num_scheduled, prefilled, is_sampling)
 
-    def _draft_batch(self, prefilled: list[int], is_sampling: list[bool]) -> DraftBatch:
+    def _draft_batch(
+        self, num_scheduled: list[int], prefilled: list[int], is_sampling: list[bool]
+    ) -> DraftBatch:
         setup = self._setup
         token_ids = np.full((setup.max_num_reqs, setup.max_model_len), -9, np.int32)
         block_table = np.full(
@@ -260,6 +346,7 @@ class Engine:
             token_ids=token_ids,
             num_tokens=num_tokens,
             num_prompt_tokens=np.array(num_prompt_tokens, np.int64),
+            num_scheduled_tokens=np.array(num_scheduled, np.int64),
             num_prefilled_tokens=np.array(prefilled, np.int64),
             is_sampling=np.array(is_sampling, bool),
             max_draft_tokens=np.clip(room, 0, setup.num_spec_tokens),
@@ -269,37 +356,103 @@ class Engine:
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
     ) -> None:
         """Drafts, rows and cursors are what a naive drafter of each request gives."""
-        asked = np.where(batch.is_sampling, self._policy.asked, 0).tolist()
-        wanted = self._wanted_rows(batch, asked, num_cached)
+        self._check_opportunity(batch, num_cached)
+        feeds = self._who_feeds(batch, num_cached)
+        asked = [
+            n if fed else 0 for n, fed in zip(self._policy.asked, feeds, strict=True)
+        ]
+        wanted = self._wanted_rows(batch, feeds, num_cached)
         granted = oracle.granted(wanted, self._setup.max_num_rows)
         lens = [
-            n if granted[i] == wanted[i] else 0 for i, n in enumerate(asked)
+            min(n, self._policy.stopped.get(i, n)) if granted[i] == wanted[i] else 0
+            for i, n in enumerate(asked)
         ]  # who has not caught up does not draft
+        kept = self._policy.kept if any(granted) else lens
+        assert self._policy.made == (lens if any(granted) else None)
+        self._check_went_on(lens)
         assert self._drafter.fed == self._naive_forwards(num_cached, granted, lens)
         for i, request in enumerate(self._requests):
-            assert drafts[i] == oracle.drafts(request.tokens, lens[i])
+            assert drafts[i] == oracle.drafts(request.tokens, kept[i])
             cursor = self._cursor.draft_len(request.req_id)
-            assert cursor == num_cached[i] + granted[i] == self._kv.num_cached(request)
-            assert not drafts[i] or cursor == len(request.tokens), "not caught up"
-            self._check_costs(
-                request, i, bool(batch.is_sampling[i]), asked[i], drafts[i]
-            )
+            assert cursor == self._kv.num_cached(request)
+            by_others = cursor - num_cached[i] - granted[i]
+            assert by_others >= 0
+            self._seen["caught up by another"] += by_others > 0
+            assert not lens[i] or cursor == len(request.tokens), "not caught up"
+            self._check_costs(request, i, bool(batch.is_sampling[i]), lens[i])
+            self._seen["stopped in mid-draft"] += 0 < lens[i] < asked[i]
+            self._seen["trimmed by the policy"] += kept[i] < lens[i]
             self._seen["caught up"] += wanted[i] > 2 and lens[i] > 0
             self._seen["catch-up chunked"] += 0 < granted[i] < wanted[i]
-            request.drafts, request.has_drafted = drafts[i], bool(drafts[i])
+            request.drafts, request.has_drafted = drafts[i], lens[i] > 0
+
+    def _check_opportunity(self, batch: DraftBatch, num_cached: list[int]) -> None:
+        """The policy is told of every request what drafting it would take."""
+        step = self._policy.opportunity
+        assert step is not None
+        assert list(step.req_ids) == batch.req_ids
+        assert step.is_sampling.tolist() == batch.is_sampling.tolist()
+        assert step.max_draft_tokens.tolist() == [
+            most if sampling else 0
+            for most, sampling in zip(
+                batch.max_draft_tokens.tolist(), batch.is_sampling, strict=True
+            )
+        ]
+        for i, request in enumerate(self._requests):
+            end = min(len(request.tokens), self._setup.drafter_max_model_len)
+            if batch.is_sampling[i]:
+                assert step.missing_rows[i] == max(0, end - num_cached[i])
+        assert step.num_prefill_rows == sum(
+            scheduled
+            for scheduled, sampling in zip(
+                batch.num_scheduled_tokens.tolist(), batch.is_sampling, strict=True
+            )
+            if not sampling
+        )
+
+    def _check_went_on(self, lens: list[int]) -> None:
+        """It was asked about who drafted, each with its own confidence."""
+        expected: list[tuple[list[int], list[float] | None]] = []
+        for position in range(max(lens, default=0)):
+            drafting = [i for i, n in enumerate(lens) if n > position]
+            told = [
+                oracle.confidence_after(
+                    oracle.states(tokens + oracle.drafts(tokens, position))[-1]
+                )
+                for tokens in (self._requests[i].tokens for i in drafting)
+            ]
+            expected.append((drafting, told if self._setup.tells_confidence else None))
+        assert self._policy.went_on == expected
+
+    def _who_feeds(self, batch: DraftBatch, num_cached: list[int]) -> list[bool]:
+        """Who drafts or feeds its prompt, and need not wait for another that is about
+        to write the same block."""
+        feeds, claimed = [], set()
+        for i, request in enumerate(self._requests):
+            feeds_prompt = (
+                not batch.is_sampling[i]
+                and self._policy.feeds_prompts
+                and batch.max_draft_tokens[i] > 0
+            )
+            feeds.append(self._policy.asked[i] > 0 or bool(feeds_prompt))
+            block = num_cached[i] // self._setup.block_size
+            if feeds[i] and block < len(request.block_ids):
+                waits = request.block_ids[block] in claimed
+                claimed.add(request.block_ids[block])
+                feeds[i] = not waits
+                self._seen["waited for another"] += waits
+        return feeds
 
     def _wanted_rows(
-        self, batch: DraftBatch, asked: list[int], num_cached: list[int]
+        self, batch: DraftBatch, feeds: list[bool], num_cached: list[int]
     ) -> list[int]:
         wanted = []
         for i, request in enumerate(self._requests):
-            end = 0
-            if asked[i]:
-                end = len(request.tokens)
-            elif not batch.is_sampling[i]:
+            end = len(request.tokens)
+            if not batch.is_sampling[i]:
                 end = int(batch.num_prefilled_tokens[i])
             end = min(end, self._setup.drafter_max_model_len)
-            wanted.append(max(0, end - num_cached[i]))
+            wanted.append(max(0, end - num_cached[i]) if feeds[i] else 0)
         return wanted
 
     def _naive_forwards(
@@ -326,8 +479,7 @@ class Engine:
         request: Request,
         req_idx: int,
         is_sampling: bool,
-        asked: int,
-        drafts: list[int],
+        num_made: int,
     ) -> None:
         rows = [
             len(positions)
@@ -335,10 +487,13 @@ class Engine:
             for fed_req_idx, positions in forward
             if fed_req_idx == req_idx
         ]
-        if is_sampling and not asked:
+        if is_sampling and not self._policy.asked[req_idx]:
             assert rows == [], "pays without drafting"
             self._seen["paused"] += 1
-        if drafts and request.has_drafted:
+        if not is_sampling and not self._policy.feeds_prompts:
+            assert rows == [], "pays for a prompt without drafting"
+            self._seen["prompt put off"] += 1
+        if num_made and request.has_drafted:
             assert rows[0] in (1, 2)
             assert sum(rows) <= self._setup.num_spec_tokens + 1
             self._seen["drafted twice running"] += 1

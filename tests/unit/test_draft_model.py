@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.simulated_scheduler import Setup
-from tests.unit.simulated_worker import Engine
+from tests.unit.simulated_worker import Engine, RandomLengths
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -37,6 +38,7 @@ def setups(draw: st.DrawFn) -> Setup:
         max_num_rows=draw(st.integers(1, 40)),
         trust_cached_blocks=draw(st.booleans()),
         drafts_always=draw(st.booleans()),
+        tells_confidence=draw(st.booleans()),
     )
 
 
@@ -54,14 +56,19 @@ def test_simulation_visits_what_it_claims() -> None:
         "cache hit, whole",
         "catch-up chunked",
         "caught up",
+        "caught up by another",
         "drafted twice running",
         "drafts trimmed",
         "left out with drafts pending",
         "paused",
         "preempted",
         "prefill chunked",
+        "prompt put off",
         "reached max_model_len",
         "resumed",
+        "stopped in mid-draft",
+        "trimmed by the policy",
+        "waited for another",
     }
     assert min(seen.values()) >= 20
 
@@ -85,13 +92,16 @@ class KeepsReallocatedBlocksValid(DraftCursor):
 
 
 class TrustsEveryHit(DraftCursor):
-    def _valid_prefix_len(self, request: AdmittedRequest) -> int:
-        return request.num_computed_tokens
+    def draft_len(self, req_id: str) -> int:
+        state = self._requests[req_id]
+        hit_len = state.num_hit_blocks * self._block_size
+        state.draft_len = max(state.draft_len, hit_len)
+        return state.draft_len
 
 
 class TrustsNoHit(DraftCursor):
-    def _valid_prefix_len(self, request: AdmittedRequest) -> int:
-        return 0
+    def draft_len(self, req_id: str) -> int:
+        return self._requests[req_id].draft_len
 
 
 class LooksUpBeforeAllAreCleared(DraftCursor):
@@ -104,7 +114,33 @@ class LooksUpBeforeAllAreCleared(DraftCursor):
     ) -> None:
         for request in reversed(list(admitted)):
             super().update_blocks([request], [])
+            self.draft_len(request.req_id)
         super().update_blocks([], extended)
+
+
+class LooksUpAtAdmissionOnly(DraftCursor):
+    """What others made whole since then is fed once more."""
+
+    def update_blocks(self, *allocations: Any) -> None:
+        allocations = tuple(map(list, allocations))
+        super().update_blocks(*allocations)
+        for request in allocations[0]:
+            super().draft_len(request.req_id)
+
+    def draft_len(self, req_id: str) -> int:
+        return self._requests[req_id].draft_len
+
+
+class LetsTwoWriteOneBlock(DraftCursor):
+    def waits_for_another(self, req_ids: Sequence[str], feeds: Any) -> np.ndarray:
+        return np.zeros(len(req_ids), dtype=bool)
+
+
+class WaitsForTheIdle(DraftCursor):
+    """Also for who will not feed the block."""
+
+    def waits_for_another(self, req_ids: Sequence[str], feeds: Any) -> np.ndarray:
+        return super().waits_for_another(req_ids, np.ones_like(feeds))
 
 
 class CallsStartedBlocksWhole(DraftCursor):
@@ -132,6 +168,9 @@ class KeepsOldDraftsPending(DraftCursor):
         TrustsEveryHit,
         TrustsNoHit,
         LooksUpBeforeAllAreCleared,
+        LooksUpAtAdmissionOnly,
+        LetsTwoWriteOneBlock,
+        WaitsForTheIdle,
         CallsStartedBlocksWhole,
         KeepsOldDraftsPending,
     ],
@@ -141,10 +180,77 @@ def test_simulation_catches_planted_error(broken_cursor: type[DraftCursor]) -> N
         run_all_seeds(broken_cursor)
 
 
-def run_all_seeds(make_cursor: type[DraftCursor]) -> Counter[str]:
+class Misheard:
+    """What a broken proposer makes of the policy; the checks know the true one."""
+
+    def __init__(self, policy: RandomLengths) -> None:
+        self._policy = policy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+
+class FeedsEveryPrompt(Misheard):
+    feeds_prompts = True
+
+
+class FeedsNoPrompt(Misheard):
+    feeds_prompts = False
+
+
+class NeverStops(Misheard):
+    def go_on(self, req_indices: np.ndarray, *args: Any) -> np.ndarray:
+        self._policy.go_on(req_indices, *args)
+        return np.ones(len(req_indices), dtype=bool)
+
+
+class StopsTheWrongRequests(Misheard):
+    def go_on(self, *args: Any) -> np.ndarray:
+        return self._policy.go_on(*args)[::-1]
+
+
+class MixesUpConfidence(Misheard):
+    def go_on(
+        self, req_indices: np.ndarray, confidence: np.ndarray, position: int
+    ) -> np.ndarray:
+        return self._policy.go_on(req_indices, confidence[::-1], position)
+
+
+class NeverTrims(Misheard):
+    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
+        self._policy.finish(draft_lens)
+        return draft_lens
+
+
+class ForgetsToObserve(Misheard):
+    def observe(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "misheard",
+    [
+        FeedsEveryPrompt,
+        FeedsNoPrompt,
+        NeverStops,
+        StopsTheWrongRequests,
+        MixesUpConfidence,
+        NeverTrims,
+        ForgetsToObserve,
+    ],
+)
+def test_simulation_catches_a_misheard_policy(misheard: type[Misheard]) -> None:
+    with pytest.raises(AssertionError):
+        run_all_seeds(DraftCursor, misheard)
+
+
+def run_all_seeds(
+    make_cursor: type[DraftCursor],
+    seen_by_proposer: Callable[[RandomLengths], DraftLengthPolicy] = lambda p: p,
+) -> Counter[str]:
     seen: Counter[str] = Counter()
     for seed in SEEDS:
-        seen += Engine(Setup(seed), make_cursor).run()
+        seen += Engine(Setup(seed), make_cursor, seen_by_proposer).run()
     return seen
 
 
@@ -152,6 +258,7 @@ def batch_of(num_reqs: int, **changed: np.ndarray) -> DraftBatch:
     fields = {
         "num_tokens": np.full(num_reqs, 3),
         "num_prompt_tokens": np.full(num_reqs, 3),
+        "num_scheduled_tokens": np.full(num_reqs, 3),
         "num_prefilled_tokens": np.full(num_reqs, 3),
         "is_sampling": np.ones(num_reqs, dtype=bool),
         "max_draft_tokens": np.zeros(num_reqs, dtype=np.int64),
@@ -165,6 +272,7 @@ def batch_of(num_reqs: int, **changed: np.ndarray) -> DraftBatch:
     [
         "num_tokens",
         "num_prompt_tokens",
+        "num_scheduled_tokens",
         "num_prefilled_tokens",
         "is_sampling",
         "max_draft_tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
-from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.llma import (
     MAX_CANDIDATES,
@@ -49,6 +50,7 @@ def batch_of(
         token_ids=token_ids,
         num_tokens=num_tokens,
         num_prompt_tokens=num_tokens,
+        num_scheduled_tokens=num_tokens,
         num_prefilled_tokens=num_tokens,
         is_sampling=np.array(is_sampling or [True] * num_reqs),
         max_draft_tokens=np.array(max_draft_tokens, dtype=np.int64),
@@ -60,6 +62,12 @@ def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
 
 
 def expected(tokens: list[int], check_length: int, length: int) -> list[int]:
+    return expected_match(tokens, check_length, length)[0]
+
+
+def expected_match(
+    tokens: list[int], check_length: int, length: int
+) -> tuple[list[int], int]:
     return oracle.copied(tokens, check_length, length, MAX_CANDIDATES, MAX_MATCH_LENGTH)
 
 
@@ -154,6 +162,64 @@ def test_pause_is_caught_up_exactly() -> None:
     for num_known, limit, drafts in ((41, 2, []), (43, 0, []), (45, 2, [3, 1])):
         batch = batch_of({"a": tokens[:num_known]}, [limit])
         assert proposer.propose(batch) == [drafts]
+
+
+class HalvesCopies(FixedDraftLength):
+    """Verifies half of each copy; keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[DraftOpportunity, np.ndarray]] = []
+        self.observed: list[tuple[str, int, int]] = []
+        self.released: list[str] = []
+
+    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+        self.told.append((step, confidence))
+        return step.max_draft_tokens // 2
+
+    def observe(self, *verified: Any) -> None:
+        self.observed.append(verified)
+
+    def release(self, req_id: str) -> None:
+        self.released.append(req_id)
+
+
+@property_test
+@given(
+    st.lists(
+        st.tuples(texts(), st.integers(0, 9), st.booleans()), min_size=1, max_size=5
+    )
+)
+def test_policy_chooses_by_length_of_the_match(
+    requests: list[tuple[list[int], int, bool]],
+) -> None:
+    tokens = {f"r{i}": text for i, (text, _, _) in enumerate(requests)}
+    limits = [limit for _, limit, _ in requests]
+    is_sampling = [sampling for _, _, sampling in requests]
+    policy = HalvesCopies()
+    drafts = LlmaProposer(2, 7, policy).propose(batch_of(tokens, limits, is_sampling))
+    [(step, confidence)] = policy.told
+    assert step.req_ids == list(tokens)
+    assert step.missing_rows.tolist() == [0] * len(requests)
+    assert step.num_prefill_rows == sum(
+        len(text) for text, _, sampling in requests if not sampling
+    )
+    for i, (text, limit, sampling) in enumerate(requests):
+        asks = sampling and limit > 0
+        copy, match_len = expected_match(text, 2, min(limit, 7)) if asks else ([], 0)
+        assert step.max_draft_tokens[i] == len(copy)
+        assert drafts[i] == copy[: len(copy) // 2]
+        if copy:
+            assert (confidence[i] == match_len / (match_len + 1)).all()
+
+
+def test_policy_hears_of_verification_and_release() -> None:
+    policy = HalvesCopies()
+    proposer = LlmaProposer(2, 7, policy)
+    proposer.record_verified("a", 3, 2)
+    proposer.record_verified("b", 0, 0)
+    proposer.release(["a"])
+    assert policy.observed == [("a", 3, 2), ("b", 0, 0)]
+    assert policy.released == ["a"]
 
 
 class CountedTokens(np.ndarray):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_emssd.draft_length.goodput import (
+    Plan,
     StepCosts,
     plan,
     verified_lengths,
@@ -13,9 +14,13 @@ from vllm_emssd.draft_length.goodput import (
 from vllm_emssd.draft_length.policy import DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
-_FIRST_PROBE = 16  # idle steps before the first probe; doubles up to
-_RAREST_PROBE = 256
+_PROBE_SHARE = 0.01  # of idle time that probes may take,
+_HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay,
+_RAREST_PROBE = 128  # but no more steps than this between two,
+_OFTENEST_PROBE = 4  # and no fewer than this
 _PROBE_LENGTH = 2
+_OPTIMISM = 1.0  # standard errors that count as "may well"
+_SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
 
 
 class AutoDraftLength:
@@ -38,9 +43,9 @@ class AutoDraftLength:
         self._survival_model = survival
         self._may_trim = may_trim
         self._tokens_per_ms = 0.0
-        self._confidences: dict[str, list[float]] = {}
-        self._idle_steps = 0
-        self._probe_after = _FIRST_PROBE
+        self._confidences: dict[str, np.ndarray] = {}  # of drafts not yet verified
+        self._idle_steps = self._idle_since_probe = 0
+        self._idle_ms = 0.0  # since the last probe
         self._is_probe = False
 
     @property
@@ -50,18 +55,28 @@ class AutoDraftLength:
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         self._take_in(step)
-        expected = self._survival_model.expected(self._factors)
+        expected = self._survival_model.expected(self._factors.by_position)
         self._real = np.zeros_like(expected)  # survival of the drafts made
+        self._confidence = np.zeros_like(expected)
         lens = self._plan(step, expected)
+        self._survival_model.skip(step.req_ids[i] for i in np.flatnonzero(lens == 0))
+        self._confidences.update(
+            (step.req_ids[i], self._confidence[i]) for i in np.flatnonzero(lens)
+        )
         return lens if self._is_probe else np.where(lens > 0, self._most, 0)
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
         self._take_in(step)
-        factors = np.broadcast_to(self._factors[:, None], confidence.shape)
+        factors = np.broadcast_to(
+            self._factors.by_confidence[:, None], confidence.shape
+        )
         accepted = self._survival_model.acceptance(confidence, factors)
         lens = self._plan(step, np.cumprod(accepted, axis=1))
-        for i in np.flatnonzero(lens):
-            self._confidences[step.req_ids[i]] = confidence[i, : lens[i]].tolist()
+        skipped = np.flatnonzero((lens == 0) & (step.max_draft_tokens > 0))
+        self._survival_model.skip(step.req_ids[i] for i in skipped)
+        self._confidences.update(
+            (step.req_ids[i], confidence[i]) for i in np.flatnonzero(lens)
+        )
         return lens
 
     def _take_in(self, step: DraftOpportunity) -> None:
@@ -71,51 +86,79 @@ class AutoDraftLength:
         self._base_rows = int(step.is_sampling.sum()) + step.num_prefill_rows
 
     def _plan(self, step: DraftOpportunity, survival: np.ndarray) -> np.ndarray:
-        positions = np.arange(survival.shape[1])
-        possible = np.where(positions < self._most[:, None], survival, 0.0)
-        best = plan(possible, step.missing_rows, self._base_rows, self.costs)
+        best = self._best(step, survival)
         self._tokens_per_ms = best.tokens_per_ms
         self._is_probe = False
-        if best.draft_lens.any():
-            self._idle_steps, self._probe_after = 0, _FIRST_PROBE
+        pays = bool(best.draft_lens.any())
+        is_sure = self._idle_steps == 0 or self._survival_model.num_tested >= _SURE
+        if pays and is_sure:
+            self._idle_steps = self._idle_since_probe = 0
+            self._idle_ms = 0.0
             return best.draft_lens
         return self._maybe_probe(step)
 
+    def _best(self, step: DraftOpportunity, survival: np.ndarray) -> Plan:
+        positions = np.arange(survival.shape[1])
+        return plan(
+            np.where(positions < self._most[:, None], survival, 0.0),
+            step.missing_rows,
+            int(step.is_sampling.sum()),
+            step.num_prefill_rows,
+            self.costs,
+        )
+
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
+        if not self._most.any():
+            return lens  # says nothing about whether drafts pay
         self._idle_steps += 1
-        if self._idle_steps < self._probe_after or not self._most.any():
-            return lens
-        self._idle_steps = 1
-        self._probe_after = min(2 * self._probe_after, _RAREST_PROBE)
+        self._idle_since_probe += 1
+        self._idle_ms += int(step.is_sampling.sum()) / self._tokens_per_ms
+        may_draft = self._most > 0
+        missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)
+        request = int(missing.argmin())
+        share = self._probe_ms(int(missing[request])) / self._idle_ms
+        if self._idle_since_probe < _RAREST_PROBE:
+            if self._idle_since_probe < _OFTENEST_PROBE or share > _HOPEFUL_SHARE:
+                return lens
+            if share > _PROBE_SHARE and not self._may_well_pay(step):
+                return lens
+        if not self._may_well_pay(step):
+            self._survival_model.doubt()
+        self._idle_since_probe, self._idle_ms = 0, 0.0
         self._is_probe = True
-        cheapest = np.where(self._most > 0, step.missing_rows, np.iinfo(np.int64).max)
-        request = int(cheapest.argmin())
         lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
         return lens
+
+    def _probe_ms(self, missing_rows: int) -> float:
+        rows = self._base_rows + np.array([0, _PROBE_LENGTH])
+        draft_ms = self.costs.draft.ms(np.array([missing_rows, 1])).sum()
+        return float(draft_ms + np.diff(self.costs.target.ms(rows))[0])
+
+    def _may_well_pay(self, step: DraftOpportunity) -> bool:
+        hoped = self._survival_model.expected(self._factors.by_position, _OPTIMISM)
+        return bool(self._best(step, hoped).draft_lens.any())
 
     def go_on(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
     ) -> np.ndarray:
         assert confidence is not None
-        factors = self._factors[req_indices]
-        accepted = self._survival_model.acceptance(confidence, factors)
+        accepted = self._survival_model.acceptance(
+            confidence, self._factors.by_confidence[req_indices]
+        )
         before = self._real[req_indices, position - 1] if position else 1.0
         self._real[req_indices, position] = before * accepted
-        for i, value in zip(req_indices, confidence.tolist(), strict=True):
-            kept = self._confidences.setdefault(self._req_ids[i], [])
-            del kept[position:]
-            kept.append(value)
+        self._confidence[req_indices, position] = confidence
         may: np.ndarray = self._most[req_indices] > position + 1
         if self._is_probe or position + 1 == self._real.shape[1]:
             return may
-        next_acceptance = np.where(
-            may, self._survival_model.next_acceptance(factors, position + 1), 0.0
+        next_acceptance = self._survival_model.next_acceptance(
+            self._factors.by_position[req_indices], position + 1
         )
         verify_rows = self._base_rows + int((self._real > 0).sum())
         may &= worth_another_forward(
             self._real[req_indices, position],
-            next_acceptance,
+            np.where(may, next_acceptance, 0.0),
             verify_rows,
             self.costs,
             self._tokens_per_ms,
@@ -128,13 +171,22 @@ class AutoDraftLength:
         worth = verified_lengths(
             self._real, self._base_rows, self.costs.target, self._tokens_per_ms
         )
-        return np.minimum(draft_lens, worth)
+        kept = np.minimum(draft_lens, worth)
+        for i in np.flatnonzero(kept < draft_lens):
+            trimmed = np.arange(kept[i], draft_lens[i])
+            self._survival_model.observe_trimmed(
+                self._req_ids[i], trimmed, self._confidence[i, trimmed]
+            )
+        return kept
 
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        confidences = self._confidences.pop(req_id, [])[:num_draft_tokens]
-        self._survival_model.observe(req_id, confidences, num_accepted_tokens)
+        confidences = self._confidences.pop(req_id, None)
+        if confidences is not None:
+            self._survival_model.observe(
+                req_id, confidences[:num_draft_tokens], num_accepted_tokens
+            )
 
     def release(self, req_id: str) -> None:
         self._confidences.pop(req_id, None)

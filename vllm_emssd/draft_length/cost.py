@@ -14,7 +14,9 @@ import numpy as np
 
 _RATE = 0.05  # share of an observation in the points beside it
 _MOST_CHANGE = 2.0  # an observation counts at most as twice, at least as half its price
-_OUTLIER = 5.0  # times the price: another process ran, not a forward
+_OUTLIER = 5.0  # times the price: another process ran, not a forward,
+_MOST_OUTLIERS = 8  # unless it goes on like that
+_BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
 
 
 class CostTable:
@@ -32,6 +34,7 @@ class CostTable:
             raise ValueError("a cost table needs as many times as row counts, >= 1")
         if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
             raise ValueError("row counts must rise and times be finite")
+        self._outliers = 0  # in a row
 
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
@@ -53,14 +56,23 @@ class CostTable:
     def observe(self, rows: int, ms: float) -> None:
         """A forward of `rows` took `ms`: move the points beside it a little."""
         price = float(self.ms(np.array(rows)))
-        if rows < 1 or not np.isfinite(ms) or ms > _OUTLIER * price:
+        is_near = 1 <= rows <= _BEYOND * self._rows[-1]
+        if not is_near or not np.isfinite(ms) or ms < 0:
+            return
+        self._outliers = self._outliers + 1 if ms > _OUTLIER * price else 0
+        if 0 < self._outliers <= _MOST_OUTLIERS:
             return
         ratio = np.clip(ms / max(price, 1e-6), 1 / _MOST_CHANGE, _MOST_CHANGE)
         right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
         left = max(right - 1, 0) if self._rows[right] != rows else right
         for point in {left, right}:
             self._ms[point] *= 1 + _RATE * (ratio - 1)
-        np.maximum.accumulate(self._ms, out=self._ms)
+        # Never falling, and no ratchet: what rose lifts the points after it, what sank
+        # draws down those before.
+        if ratio > 1:
+            np.maximum.accumulate(self._ms, out=self._ms)
+        else:
+            self._ms = np.minimum.accumulate(self._ms[::-1])[::-1].copy()
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -68,6 +80,8 @@ class CostTable:
 
     @property
     def _last_slope(self) -> float:
-        if len(self._rows) < 2:
-            return 0.0
-        return float((self._ms[-1] - self._ms[-2]) / (self._rows[-1] - self._rows[-2]))
+        """Over the table's upper half: two neighbours alone may be noise."""
+        last = self._rows[-1]
+        half = float(np.interp(last / 2, self._rows, self._ms))
+        start = max(last / 2, float(self._rows[0]))
+        return float((self._ms[-1] - half) / (last - start)) if last > start else 0.0

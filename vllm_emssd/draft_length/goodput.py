@@ -16,7 +16,11 @@ import numpy as np
 
 from vllm_emssd.draft_length.cost import CostTable
 
-_ITERATIONS = 4  # Dinkelbach converges superlinearly
+_CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
+_DEAR_ROWS = 2.0  # charged to a request: worth a second look
+_SMALL_BATCH = 8  # requests whose lengths are also tried one by one
+_MOST_CHANGES = 8
+_LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 
 
 @dataclass(slots=True)
@@ -36,6 +40,44 @@ class Plan:
     tokens_per_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """What plans of one step are compared by."""
+
+    base_tokens: int
+    base_ms: float  # of a step that decodes without drafts
+    base_rows: int  # of the target, prefill included
+    costs: StepCosts
+
+    def tokens_per_ms(
+        self, gains: np.ndarray, num_drafting: np.ndarray, first_rows: np.ndarray
+    ) -> np.ndarray:
+        """Of drafting to each depth, 1 to K. [num_plans, K]
+
+        Args:
+            gains: [num_plans, K] survivals summed over the requests drafting there.
+            num_drafting: [num_plans, K] requests at each position.
+            first_rows: [num_plans] rows of the first draft forward.
+        """
+        target, draft = self.costs.target, self.costs.draft
+        draft_rows = num_drafting.astype(np.float64)
+        draft_rows[:, 0] = first_rows
+        rows = self.base_rows + np.cumsum(num_drafting, axis=1)
+        verify_ms = target.ms(rows) - target.ms(np.array(self.base_rows))
+        draft_ms = np.cumsum(draft.ms(draft_rows), axis=1)
+        tokens = self.base_tokens + np.cumsum(gains, axis=1)
+        ratio: np.ndarray = tokens / (self.base_ms + verify_ms + draft_ms)
+        return ratio
+
+
+def _by_survival(survival: np.ndarray) -> np.ndarray:
+    """Flat indices of all possible drafts, the likeliest first; equals in order of
+    request, then position: every leading part gives each request a prefix."""
+    flat = survival.ravel()
+    order = np.argsort(-flat, kind="stable")
+    return order[: np.count_nonzero(flat > 0)]
+
+
 def verified_lengths(
     survival: np.ndarray, base_rows: int, target: CostTable, tokens_per_ms: float
 ) -> np.ndarray:
@@ -47,71 +89,109 @@ def verified_lengths(
 
     Returns: [num_reqs] int64.
     """
-    flat = np.sort(survival, axis=None)[::-1]
-    flat = flat[flat > 0]
-    if flat.size == 0:
-        return np.zeros(len(survival), dtype=np.int64)
-    rows = base_rows + np.arange(flat.size + 1)
-    gain = np.concatenate(([0.0], np.cumsum(flat)))
-    best = int((gain - tokens_per_ms * target.ms(rows)).argmax())
-    if best == 0:
-        return np.zeros(len(survival), dtype=np.int64)
-    return (survival >= flat[best - 1]).sum(axis=1)
+    num_reqs, num_positions = survival.shape
+    order = _by_survival(survival)
+    rows = base_rows + np.arange(order.size + 1)
+    gain = np.concatenate(([0.0], np.cumsum(survival.ravel()[order])))
+    budget = int((gain - tokens_per_ms * target.ms(rows)).argmax())
+    return np.bincount(order[:budget] // max(num_positions, 1), minlength=num_reqs)
 
 
 def plan(
-    survival: np.ndarray, missing_rows: np.ndarray, base_rows: int, costs: StepCosts
+    survival: np.ndarray,
+    missing_rows: np.ndarray,
+    num_sampling: int,
+    num_prefill_rows: int,
+    costs: StepCosts,
 ) -> Plan:
     """Best lengths from what is known before drafting.
+
+    The price of time is that of decoding. Prompts must be computed whatever the
+    lengths: they move the target along its staircase, but a slow step with a prompt in
+    it does not make drafts cheap.
 
     Args:
         survival: [num_reqs, K] expected survival; 0 beyond what a request may draft.
         missing_rows: [num_reqs] rows the drafter must be fed before a first draft.
-        base_rows: rows the target computes anyway, one a sampling request and all of
-            prefill. Their cost is paid whatever the lengths.
+            All but one are an investment, charged over several steps.
+        num_sampling: requests that get a token, and a row of the target, anyway.
+        num_prefill_rows: the target's other rows.
     """
-    num_reqs = len(survival)
-    nothing = np.zeros(num_reqs, dtype=np.int64)
-    base_ms = costs.fixed_ms + float(costs.target.ms(np.array(base_rows)))
-    best = Plan(nothing, num_reqs / base_ms)
+    base_ms = costs.fixed_ms + float(costs.target.ms(np.array(num_sampling)))
+    base_ms = max(base_ms, _LEAST_MS)
+    base_rows = num_sampling + num_prefill_rows
+    prices = _Prices(num_sampling, base_ms, base_rows, costs)
+    missing = np.maximum(missing_rows, 1)
+    charged = 1 + (missing - 1) / _CATCH_UP_STEPS
+    nothing = np.zeros(len(survival), dtype=np.int64)
+    best = Plan(nothing, num_sampling / base_ms)
     if survival.size == 0:
         return best
-    for _ in range(_ITERATIONS):
-        lens = verified_lengths(survival, base_rows, costs.target, best.tokens_per_ms)
-        found = _best_depth(survival, lens, missing_rows, base_rows, costs, best)
-        if found.tokens_per_ms <= best.tokens_per_ms * (1 + 1e-6):
-            break
-        best = found
-    return best
+    dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
+    for most in np.unique(dearness):
+        affordable = np.where(dearness[:, None] <= most, survival, 0.0)
+        best = _best_prefixes(affordable, charged, prices, best)
+    return _change_one_by_one(survival, charged, prices, best)
 
 
-def _best_depth(
-    survival: np.ndarray,
-    lens: np.ndarray,
-    missing_rows: np.ndarray,
-    base_rows: int,
-    costs: StepCosts,
-    so_far: Plan,
+def _best_prefixes(
+    survival: np.ndarray, first_rows: np.ndarray, prices: _Prices, least: Plan
 ) -> Plan:
-    """Cut all lengths at the depth that pays for its draft forwards best."""
+    """Try the n likeliest drafts for every n, cut at every depth."""
+    order = _by_survival(survival)
+    if order.size == 0:
+        return least
     num_reqs, num_positions = survival.shape
-    depths = np.arange(num_positions + 1)
-    drafting = (lens[:, None] > np.arange(num_positions)).astype(np.float64)
-    tokens = num_reqs + np.cumsum((survival * drafting).sum(axis=0))
-    num_drafting = drafting.sum(axis=0)
-    draft_rows = num_drafting.copy()
-    draft_rows[0] = float((missing_rows * (lens > 0)).sum())
-    ms = (
-        costs.fixed_ms
-        + costs.target.ms(base_rows + np.cumsum(num_drafting))
-        + np.cumsum(costs.draft.ms(draft_rows))
+    request, position = np.divmod(order, num_positions)
+    is_at = position[:, None] == np.arange(num_positions)
+    ratio = prices.tokens_per_ms(
+        np.cumsum(is_at * survival.ravel()[order, None], axis=0),
+        np.cumsum(is_at, axis=0),
+        np.cumsum(np.where(position == 0, first_rows[request], 0.0)),
     )
-    ratio = tokens / ms
-    ratio[num_drafting == 0] = 0.0
-    depth = depths[int(ratio.argmax()) + 1]
-    if ratio[depth - 1] <= so_far.tokens_per_ms:
-        return so_far
-    return Plan(np.minimum(lens, depth), float(ratio[depth - 1]))
+    budget, depth = np.divmod(int(ratio.argmax()), num_positions)
+    if ratio[budget, depth] <= least.tokens_per_ms:
+        return least
+    lens = np.bincount(request[: budget + 1], minlength=num_reqs)
+    return Plan(np.minimum(lens, depth + 1), float(ratio[budget, depth]))
+
+
+def _change_one_by_one(
+    survival: np.ndarray, first_rows: np.ndarray, prices: _Prices, best: Plan
+) -> Plan:
+    """Change one request's length at a time while that helps: in small batches, where
+    each stair counts, and of who is dear to catch up in large ones."""
+    num_reqs, num_positions = survival.shape
+    is_dear = first_rows >= _DEAR_ROWS
+    chosen = (
+        np.arange(num_reqs) if num_reqs <= _SMALL_BATCH else np.flatnonzero(is_dear)
+    )
+    chosen = chosen[survival[chosen, 0] > 0][:_SMALL_BATCH]
+    new_lens = np.arange(num_positions + 1)
+    becomes = new_lens[:, None] > np.arange(num_positions)  # [K + 1, K] is drafted
+    for _ in range(_MOST_CHANGES if chosen.size else 0):
+        drafts = best.draft_lens > 0
+        is_now = best.draft_lens[:, None] > np.arange(num_positions)
+        others = is_now.sum(axis=0) - is_now[chosen]
+        gains_of_others = (survival * is_now).sum(axis=0) - (survival * is_now)[chosen]
+        rows_of_others = first_rows[drafts].sum() - (first_rows * drafts)[chosen]
+        shape = (-1, num_positions)
+        ratio = prices.tokens_per_ms(
+            (gains_of_others[:, None] + becomes * survival[chosen, None]).reshape(
+                shape
+            ),
+            (others[:, None] + becomes).reshape(shape),
+            (
+                rows_of_others[:, None] + first_rows[chosen, None] * becomes[:, 0]
+            ).ravel(),
+        )[:, -1]
+        found = int(ratio.argmax())
+        if ratio[found] <= best.tokens_per_ms * (1 + 1e-9):
+            break
+        lens = best.draft_lens.copy()
+        lens[chosen[found // new_lens.size]] = found % new_lens.size
+        best = Plan(lens, float(ratio[found]))
+    return best
 
 
 def worth_another_forward(
@@ -125,14 +205,14 @@ def worth_another_forward(
 
     Args:
         survival: [num_drafting] of the latest draft of each request.
-        next_acceptance: [num_drafting] expected of its next one.
+        next_acceptance: [num_drafting] expected of its next one, 0 if it may not.
         verify_rows: rows of the target so far, drafts included.
     """
-    gain = np.sort(survival * next_acceptance)[::-1]
-    counts = np.arange(gain.size + 1)
+    gain = survival * next_acceptance
+    order = _by_survival(gain)
+    counts = np.arange(order.size + 1)
     extra_ms = costs.draft.ms(counts) + costs.target.ms(verify_rows + counts)
-    profit = np.concatenate(([0.0], np.cumsum(gain))) - tokens_per_ms * extra_ms
-    best = int(profit.argmax())
-    if best == 0:
-        return np.zeros(gain.size, dtype=bool)
-    return survival * next_acceptance >= gain[best - 1]
+    total = np.concatenate(([0.0], np.cumsum(gain[order])))
+    goes_on = np.zeros(gain.size, dtype=bool)
+    goes_on[order[: int((total - tokens_per_ms * extra_ms).argmax())]] = True
+    return goes_on

@@ -1,0 +1,311 @@
+"""Automatic lengths in a closed loop: prices and acceptance are known, time is counted.
+
+The bounds are what a user may rely on: never much worse than the best fixed length,
+next to nothing where drafts do not pay, and a way back when they do again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.unit.simulated_acceptance import (
+    AtMost,
+    Loop,
+    auto_policy,
+    best_fixed,
+    prices,
+)
+from vllm_emssd.draft_length import (
+    AutoDraftLength,
+    CostTable,
+    DraftOpportunity,
+    StepCosts,
+    Survival,
+)
+
+FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
+WARM_UP = 50
+CHEAP, MEDIUM, DEAR = prices(draft_ms=1.0), prices(draft_ms=4.0), prices(draft_ms=10.0)
+LONGEST_IDLE = 128  # steps between two probes
+
+
+def opportunity(
+    num_reqs: int, most: int = 4, missing: int = 1, num_prefill: int = 0
+) -> DraftOpportunity:
+    """`num_prefill` of the requests are in prefill, 50 rows each."""
+    is_sampling = np.arange(num_reqs) >= num_prefill
+    return DraftOpportunity(
+        [f"r{i}" for i in range(num_reqs)],
+        is_sampling,
+        np.where(is_sampling, most, 0),
+        np.full(num_reqs, missing),
+        50 * num_prefill,
+    )
+
+
+# ---------------------------------------------------------------- what a loop earns
+
+
+@pytest.mark.parametrize("num_reqs", [1, 4, 16])
+def test_good_drafter_with_cheap_drafts_drafts_many(num_reqs: int) -> None:
+    loop = Loop(auto_policy(CHEAP, 8), CHEAP, num_reqs, lambda *_: 0.95).run(100)
+    assert np.mean([step.verified for step in loop.steps[20:]]) > 6
+
+
+@pytest.mark.parametrize("acceptance", [0.4, 0.7, 0.95])
+@pytest.mark.parametrize("costs", [CHEAP, MEDIUM, DEAR], ids=["cheap", "mid", "dear"])
+@pytest.mark.parametrize("num_reqs", [1, 8, 32])
+def test_as_good_as_the_best_fixed_length(
+    num_reqs: int, costs: StepCosts, acceptance: float
+) -> None:
+    share = share_of_best_fixed(num_reqs, costs, lambda *_: acceptance)
+    assert share >= 0.97
+
+
+@pytest.mark.parametrize("costs", [CHEAP, MEDIUM], ids=["cheap", "mid"])
+def test_mixed_batch_beats_every_fixed_length(costs: StepCosts) -> None:
+    """Half of the requests are predictable."""
+    share = share_of_best_fixed(16, costs, lambda _, i: (0.9, 0.1)[i % 2])
+    assert share > 1.08
+
+
+def share_of_best_fixed(num_reqs: int, costs: StepCosts, quality: object) -> float:
+    setting = {"costs": costs, "num_reqs": num_reqs, "quality": quality, "seed": 3}
+    loop = Loop(auto_policy(costs, 8), **setting).run(250)
+    auto = loop.tokens_per_ms(WARM_UP)
+    best, best_length = best_fixed(FIXED_LENGTHS, 250, WARM_UP, **setting)
+    print(
+        f"{num_reqs} requests: auto {auto:.3f} tokens/ms, best fixed {best:.3f} at "
+        f"K={best_length}: {auto / best:.3f}"
+    )
+    return auto / best
+
+
+@pytest.mark.parametrize("power", [0.1, 1.0, 3.0])
+def test_any_calibration_of_confidence_will_do(power: float) -> None:
+    """Confidence is acceptance to this power: far over- and underconfident too."""
+    setting = {"num_reqs": 8, "quality": lambda *_: 0.7, "power": power}
+    loop = Loop(auto_policy(MEDIUM, 8), MEDIUM, **setting).run(250)
+    best, _ = best_fixed(FIXED_LENGTHS, 250, WARM_UP, costs=MEDIUM, **setting)
+    assert loop.tokens_per_ms(WARM_UP) >= 0.95 * best
+
+
+# ---------------------------------------------------------------- when nothing pays
+
+
+def probing_steps(loop: Loop) -> list[int]:
+    return [i for i, step in enumerate(loop.steps) if step.draft_ms > 0]
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8, 32])
+@pytest.mark.parametrize("costs", [CHEAP, MEDIUM, DEAR], ids=["cheap", "mid", "dear"])
+def test_useless_drafter_is_hardly_run_yet_probed(
+    num_reqs: int, costs: StepCosts
+) -> None:
+    loop = Loop(auto_policy(costs, 8), costs, num_reqs, lambda *_: 0.02).run(900)
+    late = loop.steps[300:]
+    draft_ms = sum(step.draft_ms for step in late)
+    assert draft_ms < 0.03 * sum(step.ms for step in late)
+    probes = [300, *[i for i in probing_steps(loop) if i >= 300], 900]
+    assert max(np.diff(probes)) <= LONGEST_IDLE
+    assert len(probes) > 2
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8, 32])
+@pytest.mark.parametrize("costs", [CHEAP, MEDIUM], ids=["cheap", "mid"])
+def test_recovers_when_the_drafter_turns_good(num_reqs: int, costs: StepCosts) -> None:
+    turns_good, bound = 400, 400
+
+    def quality(step: int, slot: int) -> float:
+        return 0.02 if step < turns_good else 0.95
+
+    loop = Loop(auto_policy(costs, 8), costs, num_reqs, quality)
+    loop.run(turns_good + bound)
+    assert np.mean([s.made for s in loop.steps[turns_good - 50 : turns_good]]) < 1
+    recovered = np.mean([s.verified for s in loop.steps[-30:]])
+    assert recovered > 3
+    drafting = [i for i in probing_steps(loop) if np.mean(loop.steps[i].made) > 1]
+    after = next(i for i in drafting if i > turns_good) - turns_good
+    print(f"{num_reqs} requests: drafts for all again after {after} steps")
+
+
+def test_a_request_that_turns_predictable_is_found_while_others_draft() -> None:
+    """Nobody probes while drafts pay: a request's bad record has to fade."""
+
+    def quality(step: int, slot: int) -> float:
+        return 0.02 if slot == 0 and step < 150 else 0.9
+
+    loop = Loop(auto_policy(CHEAP, 8), CHEAP, 16, quality, lifetime=100_000).run(400)
+    assert np.mean([step.verified[0] for step in loop.steps[100:150]]) < 0.7
+    assert np.mean([step.verified[0] for step in loop.steps[-100:]]) > 2
+
+
+def test_what_is_always_trimmed_is_not_drafted_for_ever() -> None:
+    """Position says yes, confidence says no, and nothing is verified to settle it."""
+    costs = prices(draft_ms=2.0, per_row_ms=1.2, free_rows=2)
+    loop = Loop(auto_policy(costs, 8), costs, 32, lambda *_: 0.3).run(150)
+    assert np.mean([step.made for step in loop.steps[50:]]) < 0.1
+
+
+def test_new_requests_with_long_prompts_still_draft() -> None:
+    loop = Loop(
+        auto_policy(CHEAP, 8), CHEAP, 4, lambda *_: 0.9, prompt=300, lifetime=200
+    ).run(200)
+    assert np.mean([step.verified for step in loop.steps]) > 3
+
+
+# ---------------------------------------------------------------- one decision
+
+
+def test_prompts_are_fed_along_while_drafts_pay() -> None:
+    good, useless = auto_policy(CHEAP, 8), auto_policy(CHEAP, 8)
+    assert good.feeds_prompts
+    Loop(good, CHEAP, 8, lambda *_: 0.9).run(30)
+    Loop(useless, CHEAP, 8, lambda *_: 0.02).run(30)
+    assert good.feeds_prompts
+    assert not useless.feeds_prompts
+
+
+def test_steps_of_prompts_only_are_not_idle() -> None:
+    policy = auto_policy(CHEAP, 8)
+    for _ in range(200):
+        lens = policy.begin(opportunity(3, num_prefill=3))
+        assert lens.tolist() == [0, 0, 0]
+        assert policy.feeds_prompts
+
+
+def test_requests_in_prefill_draft_nothing_and_earn_nothing() -> None:
+    policy = auto_policy(CHEAP, 4)
+    assert policy.begin(opportunity(4, num_prefill=2)).tolist() == [0, 0, 4, 4]
+    alone = auto_policy(CHEAP, 4)
+    alone.begin(opportunity(2))
+    assert policy._tokens_per_ms <= alone._tokens_per_ms * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("num_reqs", [0, 1])
+@pytest.mark.parametrize("num_spec_tokens", [1, 4])
+def test_smallest_batches(num_reqs: int, num_spec_tokens: int) -> None:
+    policy = auto_policy(CHEAP, num_spec_tokens)
+    step = opportunity(num_reqs, num_spec_tokens)
+    assert policy.begin(step).tolist() == [num_spec_tokens] * num_reqs
+    if num_reqs:
+        goes_on = policy.go_on(np.array([0]), np.array([0.99]), 0)
+        assert goes_on.tolist() == [num_spec_tokens > 1]
+        assert policy.finish(np.array([1])).tolist() == [1]
+
+
+def test_no_drafts_possible() -> None:
+    policy = auto_policy(CHEAP, 4)
+    for _ in range(300):
+        assert policy.begin(opportunity(3, most=0)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+def test_forward_that_takes_for_ever_is_not_asked_for(which: str) -> None:
+    table = {"target": CostTable([4, 5], [1.0, 1e9]), "draft": CostTable([1], [1e9])}
+    costs = dataclasses.replace(CHEAP, **{which: table[which]})
+    policy = auto_policy(costs, 8)
+    lens = policy.begin(opportunity(4, missing=2))
+    assert not lens.any()
+
+
+def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
+    policy = auto_policy(MEDIUM, 8)
+    policy.begin(opportunity(16, most=8))
+    confidence = np.where(np.arange(16) < 8, 0.98, 0.02)
+    goes_on = policy.go_on(np.arange(16), confidence, 0)
+    assert goes_on.tolist() == [True] * 8 + [False] * 8
+    kept = policy.finish(np.where(goes_on, 2, 1))
+    assert (kept[8:] == 0).all()
+    assert (kept[:8] >= 1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_may_not_trim_never_trims(seed: int) -> None:
+    """Where drafts are sampled, what was drafted is verified, whatever its odds."""
+    policy = AutoDraftLength(MEDIUM, Survival(8), may_trim=False)
+    loop = Loop(policy, MEDIUM, 8, lambda _, i: 0.1 + 0.1 * i, seed=seed).run(150)
+    assert all(step.made == step.verified for step in loop.steps)
+    assert any(any(step.made) for step in loop.steps)
+
+
+def test_trims_where_it_may() -> None:
+    loop = Loop(auto_policy(MEDIUM, 8), MEDIUM, 8, lambda _, i: 0.1 + 0.1 * i).run(150)
+    assert any(step.made != step.verified for step in loop.steps)
+
+
+def test_copies_are_chosen_by_their_own_confidence() -> None:
+    free_drafts = StepCosts(CHEAP.target, CostTable([1], [0.0]), CHEAP.fixed_ms)
+    policy = auto_policy(free_drafts, 7)
+    step = opportunity(16, most=7)
+    confidence = np.full((16, 7), np.where(np.arange(16) < 8, 0.97, 0.05)[:, None])
+    lens = policy.choose(step, confidence)
+    assert (lens[:8] > 2).all()
+    assert (lens[8:] == 0).all()
+
+
+def test_copies_that_are_never_right_are_given_up_but_probed() -> None:
+    free_drafts = StepCosts(CHEAP.target, CostTable([1], [0.0]), CHEAP.fixed_ms)
+    policy, verified = auto_policy(free_drafts, 7), []
+    for _ in range(400):
+        lens = policy.choose(opportunity(16, most=7), np.full((16, 7), 0.9))
+        for i, num_drafts in enumerate(lens.tolist()):
+            policy.observe(f"r{i}", num_drafts, 0)
+        verified.append(int(lens.sum()))
+    assert verified[0] > 16
+    assert sum(verified[100:]) < 0.7 * 300
+    assert sum(verified[100:]) > 0
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8])
+def test_ranks_with_the_same_history_decide_alike(num_reqs: int) -> None:
+    def run() -> list[tuple[list[int], list[int]]]:
+        costs = prices(draft_ms=2.0)
+        loop = Loop(auto_policy(costs, 8), costs, num_reqs, lambda _, i: 0.3 + 0.08 * i)
+        return [(step.made, step.verified) for step in loop.run(200).steps]
+
+    assert run() == run()
+
+
+def test_released_request_leaves_nothing_behind() -> None:
+    policy = auto_policy(CHEAP, 4)
+    policy.begin(opportunity(2))
+    policy.go_on(np.array([0, 1]), np.array([0.5, 0.5]), 0)
+    policy.observe("r0", 1, 0)
+    for req_id in ("r0", "r1", "unheard of"):
+        policy.release(req_id)
+    assert policy._confidences == {}
+    assert policy._survival_model._requests == {}
+
+
+def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
+    """Its drafts stay pending while others go on; the batch has changed meanwhile."""
+    policy = auto_policy(CHEAP, 2)
+    step = opportunity(2, most=2)
+    policy.begin(step)
+    policy.go_on(np.array([0, 1]), np.array([0.9, 0.2]), 0)
+    policy.finish(np.array([1, 1]))
+    policy.observe("r1", 1, 0)
+    policy.begin(dataclasses.replace(step, req_ids=["r1", "r2"]))
+    policy.go_on(np.array([0, 1]), np.array([0.3, 0.4]), 0)
+    policy.finish(np.array([1, 1]))
+    policy.observe("r0", 1, 1)
+    [news] = policy._survival_model._news
+    assert (news.req_id, news.confidence.tolist()) == ("r0", [0.9])
+
+
+@pytest.mark.parametrize("num_reqs", [1, 32, 128])
+def test_time_it_takes(num_reqs: int) -> None:
+    """Printed, not judged: compare with the milliseconds of a step."""
+    loop = Loop(auto_policy(CHEAP, 8), CHEAP, num_reqs, lambda *_: 0.9).run(60)
+    ms = np.median(loop.policy_seconds[10:]) * 1e3
+    made = np.mean([step.made for step in loop.steps[10:]])
+    print(f"{num_reqs} requests, {made:.1f} drafts each: {ms:.2f} ms a step")
+
+
+def test_fixed_baselines_do_what_they_say() -> None:
+    loop = Loop(AtMost(3), CHEAP, 2, lambda *_: 0.5).run(5)
+    assert all(step.made == step.verified == [3, 3] for step in loop.steps)

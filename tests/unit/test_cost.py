@@ -1,0 +1,146 @@
+"""Cost tables: straight lines between measured points, never falling, kept fresh."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_emssd.draft_length import CostTable
+
+property_test = settings(max_examples=100, deadline=None, derandomize=True)
+TIMES = st.floats(0, 1e9, allow_nan=False)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> CostTable:
+    rows = sorted(draw(st.sets(st.integers(1, 300), min_size=1, max_size=8)))
+    return CostTable(rows, [draw(TIMES) for _ in rows])
+
+
+def ms(table: CostTable, rows: float) -> float:
+    return float(table.ms(np.array(rows)))
+
+
+def test_straight_lines_between_points() -> None:
+    table = CostTable([2, 4, 8], [10.0, 20.0, 22.0])
+    assert table.ms(np.array([1, 2, 3, 4, 6, 8])).tolist() == [10, 10, 15, 20, 21, 22]
+
+
+def test_beyond_the_last_point_it_goes_on_as_in_its_upper_half() -> None:
+    table = CostTable([1, 4, 8, 16], [1.0, 4.0, 8.0, 16.0])
+    assert ms(table, 116) == pytest.approx(116)
+    flat_at_the_end = CostTable([4, 8, 15, 16], [4.0, 8.0, 16.0, 16.0])
+    assert ms(flat_at_the_end, 24) == pytest.approx(24), "two points may be noise"
+    assert ms(CostTable([8], [3.0]), 80) == 3
+    assert ms(CostTable([8, 9], [3.0, 4.0]), 10) == 5
+
+
+def test_no_rows_cost_nothing_and_shapes_are_kept() -> None:
+    found = CostTable([4], [7.0]).ms(np.array([[0, 1], [4, 9]]))
+    assert found.tolist() == [[0, 7], [7, 7]]
+    assert CostTable([4], [7.0]).ms(np.array([])).shape == (0,)
+
+
+@property_test
+@given(tables(), st.lists(st.tuples(st.integers(0, 400), st.floats(0, 1e4))))
+def test_never_falls_whatever_is_observed(
+    table: CostTable, seen: list[tuple[int, float]]
+) -> None:
+    for rows, took in seen:
+        table.observe(rows, took)
+    costs = table.ms(np.arange(400))
+    assert (np.diff(costs) >= -1e-9 * costs[1:]).all()
+    assert np.isfinite(costs).all()
+
+
+def test_falling_measurements_are_lifted() -> None:
+    assert CostTable([1, 2, 3], [5.0, 4.0, 6.0]).points == [(1, 5), (2, 5), (3, 6)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "times"),
+    [
+        ([], []),
+        ([1, 2], [1.0]),
+        ([2, 1], [1.0, 2.0]),
+        ([1, 1], [1.0, 2.0]),
+        ([1, 2], [1.0, math.nan]),
+        ([1, 2], [1.0, math.inf]),
+    ],
+)
+def test_refuses_what_is_no_table(rows: list[int], times: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"cost table|row counts"):
+        CostTable(rows, times)
+
+
+def test_from_samples_takes_medians() -> None:
+    samples = [(4, 9.0), (1, 2.0), (4, 5.0), (1, 1.0), (4, 100.0), (1, 90.0), (4, 7.0)]
+    assert CostTable.from_samples(samples).points == [(1, 2), (4, 8)]
+
+
+ROWS, TIMES_MS = [1, 8, 16, 32, 64], [10.0, 20.0, 30.0, 40.0, 80.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "took", "moved"),
+    [
+        (16, 33.0, [16]),
+        (16, 27.0, [16]),
+        (12, 26.0, [8, 16]),
+        (1, 9.0, [1]),
+        (70, 90.0, [32, 64]),
+    ],
+)
+def test_observing_moves_the_points_beside(
+    rows: int, took: float, moved: list[int]
+) -> None:
+    table = CostTable(ROWS, TIMES_MS)
+    before = ms(table, rows)
+    table.observe(rows, took)
+    changed = [
+        point
+        for (point, now), then in zip(table.points, TIMES_MS, strict=True)
+        if now != then
+    ]
+    assert changed == moved
+    assert abs(ms(table, rows) - took) < abs(before - took)
+
+
+@pytest.mark.parametrize(
+    ("rows", "took"),
+    [(16, math.nan), (16, math.inf), (16, -1.0), (16, 1e6), (0, 5.0), (500, 90.0)],
+)
+def test_what_says_nothing_is_ignored(rows: int, took: float) -> None:
+    table = CostTable(ROWS, TIMES_MS)
+    table.observe(rows, took)
+    assert table.points == list(zip(ROWS, TIMES_MS, strict=True))
+
+
+def test_one_step_moves_little() -> None:
+    table = CostTable(ROWS, TIMES_MS)
+    table.observe(16, 0.0)
+    table.observe(64, 80 * 4.9)
+    assert ms(table, 16) >= 0.95 * 30
+    assert ms(table, 64) <= 1.1 * 80
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.8, 1.5, 4.0, 50.0])
+def test_follows_a_lasting_change(factor: float) -> None:
+    """Even one so great that the first times look like outliers."""
+    table = CostTable(ROWS, TIMES_MS)
+    for _ in range(300):
+        table.observe(16, 30 * factor)
+    assert ms(table, 16) == pytest.approx(30 * factor, rel=0.05)
+
+
+def test_noise_does_not_ratchet_a_flat_table_up() -> None:
+    rng = np.random.default_rng(0)
+    table = CostTable([1, 2, 4, 8], [10.0] * 4)
+    for _ in range(2000):
+        table.observe(int(rng.choice([1, 2, 4, 8])), float(10 * rng.uniform(0.7, 1.3)))
+    for _, cost in table.points:
+        assert cost == pytest.approx(10, rel=0.06)

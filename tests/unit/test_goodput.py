@@ -1,0 +1,299 @@
+"""Lengths by the price of time against trying everything, on small cases."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.draft_length.goodput import (
+    _CATCH_UP_STEPS,
+    plan,
+    verified_lengths,
+    worth_another_forward,
+)
+
+property_test = settings(max_examples=150, deadline=None, derandomize=True)
+PROBABILITIES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> CostTable:
+    """Staircases: flat, steep and very dear stretches."""
+    rows = sorted(draw(st.sets(st.integers(1, 20), min_size=1, max_size=6)))
+    steps = [draw(st.sampled_from([0.0, 0.0, 0.1, 1.0, 5.0, 1e9])) for _ in rows]
+    return CostTable(rows, np.cumsum([0.01, *steps[1:]]))
+
+
+@st.composite
+def survivals(draw: st.DrawFn, max_reqs: int = 3, max_drafts: int = 3) -> np.ndarray:
+    """Non-growing along a row, with equal ones; 0 beyond what may be drafted."""
+    num_reqs = draw(st.integers(1, max_reqs))
+    num_positions = draw(st.integers(1, max_drafts))
+    alpha = [
+        [draw(PROBABILITIES) for _ in range(num_positions)] for _ in range(num_reqs)
+    ]
+    return np.cumprod(np.array(alpha), axis=1)
+
+
+def ms(table: CostTable, rows: float) -> float:
+    return float(table.ms(np.array(rows)))
+
+
+def all_lengths(num_reqs: int, most: int) -> itertools.product:
+    return itertools.product(range(most + 1), repeat=num_reqs)
+
+
+# ---------------------------------------------------------------- verification
+
+
+def profit_of(
+    lens: Sequence[int], survival: np.ndarray, base: int, table: CostTable, price: float
+) -> float:
+    gain = sum(survival[i, :n].sum() for i, n in enumerate(lens))
+    return gain - price * ms(table, base + sum(lens))
+
+
+@property_test
+@given(survivals(), st.integers(0, 8), tables(), st.floats(0, 3))
+def test_no_other_lengths_verify_better(
+    survival: np.ndarray, base_rows: int, table: CostTable, price: float
+) -> None:
+    lens = verified_lengths(survival, base_rows, table, price)
+    assert lens.shape == (len(survival),)
+    assert (lens >= 0).all()
+    assert (lens <= (survival > 0).sum(axis=1)).all(), "no draft, no row"
+    best = max(
+        profit_of(other, survival, base_rows, table, price)
+        for other in all_lengths(*survival.shape)
+    )
+    found = profit_of(lens.tolist(), survival, base_rows, table, price)
+    assert found == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_goes_on_past_a_dip() -> None:
+    """The first draft does not pay, but the stair it opens has room for six."""
+    table = CostTable([4, 5, 10], [1.0, 3.0, 3.0])
+    survival = np.array([[0.9, 0.8], [0.9, 0.8], [0.9, 0.8]])
+    assert verified_lengths(survival[:1, :1], 4, table, 1.0).tolist() == [0]
+    assert verified_lengths(survival, 4, table, 1.0).tolist() == [2, 2, 2]
+
+
+def test_equals_do_not_overrun_the_budget() -> None:
+    """Before anything is known all requests are alike; only four rows are cheap."""
+    table = CostTable([8, 12, 13], [1.0, 1.0, 100.0])
+    lens = verified_lengths(np.full((8, 3), 0.5), 8, table, 1.0)
+    assert lens.sum() == 4
+
+
+@pytest.mark.parametrize("survival", [np.zeros((0, 3)), np.zeros((3, 0))])
+def test_nothing_to_verify(survival: np.ndarray) -> None:
+    lens = verified_lengths(survival, 1, CostTable([1], [1.0]), 1.0)
+    assert lens.tolist() == [0] * len(survival)
+
+
+def test_certain_drafts_and_impossible_ones() -> None:
+    survival = np.array([[1.0, 1.0], [0.0, 0.0]])
+    cheap, dear = CostTable([1, 9], [1.0, 2.0]), CostTable([2, 3], [1.0, 1e9])
+    assert verified_lengths(survival, 2, cheap, 0.1).tolist() == [2, 0]
+    assert verified_lengths(survival, 2, dear, 0.1).tolist() == [0, 0]
+
+
+# ---------------------------------------------------------------- planning
+
+
+def tokens_per_ms(
+    lens: Sequence[int],
+    survival: np.ndarray,
+    missing_rows: Sequence[int],
+    num_prefill_rows: int,
+    costs: StepCosts,
+) -> float:
+    """What a plan is worth, written out."""
+    num_reqs = len(lens)
+    tokens = num_reqs + sum(survival[i, :n].sum() for i, n in enumerate(lens))
+    time = costs.fixed_ms + ms(costs.target, num_reqs)
+    base_rows = num_reqs + num_prefill_rows
+    time += ms(costs.target, base_rows + sum(lens)) - ms(costs.target, base_rows)
+    first_rows = sum(
+        1 + (missing_rows[i] - 1) / _CATCH_UP_STEPS for i, n in enumerate(lens) if n
+    )
+    time += ms(costs.draft, first_rows)
+    for position in range(1, max(lens, default=0)):
+        time += ms(costs.draft, sum(n > position for n in lens))
+    return tokens / max(time, 1e-6)
+
+
+@st.composite
+def planning_cases(
+    draw: st.DrawFn,
+) -> tuple[np.ndarray, list[int], int, StepCosts]:
+    survival = draw(survivals())
+    missing = [draw(st.sampled_from([1, 1, 2, 3, 500])) for _ in survival]
+    costs = StepCosts(draw(tables()), draw(tables()), draw(st.sampled_from([0, 1, 5])))
+    return survival, missing, draw(st.sampled_from([0, 0, 7])), costs
+
+
+@property_test
+@given(planning_cases())
+def test_plan_is_what_it_says_and_no_worse_than_drafting_nothing(
+    case: tuple[np.ndarray, list[int], int, StepCosts],
+) -> None:
+    survival, missing, num_prefill_rows, costs = case
+    num_reqs = len(survival)
+    found = plan(survival, np.array(missing), num_reqs, num_prefill_rows, costs)
+    assert (found.draft_lens <= (survival > 0).sum(axis=1)).all()
+    worth = tokens_per_ms(
+        found.draft_lens.tolist(), survival, missing, num_prefill_rows, costs
+    )
+    assert found.tokens_per_ms == pytest.approx(worth)
+    nothing = tokens_per_ms([0] * num_reqs, survival, missing, num_prefill_rows, costs)
+    assert worth >= nothing * (1 - 1e-9)
+
+
+def random_table(rng: np.random.Generator, scale: float) -> CostTable:
+    rows = np.sort(rng.choice(np.arange(1, 25), rng.integers(1, 7), replace=False))
+    steps = rng.choice([0, 0.1, 1, 5], rows.size) * rng.random(rows.size)
+    return CostTable(rows, 0.01 + scale * np.cumsum(steps))
+
+
+def share_of_best(rng: np.random.Generator, missing_rows: Sequence[int]) -> float:
+    num_reqs, num_positions = (int(n) for n in rng.integers(1, 4, 2))
+    alpha = rng.random((num_reqs, num_positions)) ** rng.choice([0.1, 0.5, 1, 2])
+    survival = np.cumprod(alpha, axis=1)
+    missing = rng.choice(missing_rows, num_reqs)
+    draft = random_table(rng, float(rng.choice([0.1, 0.5, 1.0])))
+    costs = StepCosts(random_table(rng, 1), draft, float(rng.choice([0, 1, 4])))
+    prefill = int(rng.choice([0, 0, 5]))
+    found = plan(survival, missing, num_reqs, prefill, costs)
+    best = max(
+        tokens_per_ms(lens, survival, missing.tolist(), prefill, costs)
+        for lens in all_lengths(num_reqs, num_positions)
+    )
+    return found.tokens_per_ms / best
+
+
+def test_plan_is_close_to_the_best_of_all_lengths() -> None:
+    """Steady drafting: at most what was fully accepted is missing."""
+    rng = np.random.default_rng(0)
+    shares = [share_of_best(rng, (1, 2, 3)) for _ in range(500)]
+    assert min(shares) >= 0.97
+    assert np.mean(shares) >= 0.999
+
+
+def test_plan_is_close_to_the_best_where_much_is_missing() -> None:
+    rng = np.random.default_rng(1)
+    shares = [share_of_best(rng, (1, 2, 50, 300)) for _ in range(500)]
+    assert np.quantile(shares, 0.01) >= 0.97
+    assert min(shares) >= 0.9
+
+
+COSTS = StepCosts(CostTable([1, 64], [20.0, 40.0]), CostTable([1, 64], [2.0, 4.0]), 4.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_plan_of_nobody_or_of_no_drafts(shape: tuple[int, int]) -> None:
+    found = plan(np.zeros(shape), np.ones(shape[0]), shape[0], 0, COSTS)
+    assert found.draft_lens.tolist() == [0] * shape[0]
+
+
+def test_plan_where_all_is_free() -> None:
+    free = StepCosts(CostTable([1], [0.0]), CostTable([1], [0.0]), 0.0)
+    assert plan(np.ones((2, 3)), np.ones(2), 2, 0, free).draft_lens.tolist() == [3, 3]
+    assert plan(np.zeros((1, 3)), np.ones(1), 0, 5, free).draft_lens.tolist() == [0]
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+def test_plan_where_one_forward_takes_for_ever(which: str) -> None:
+    costs = StepCosts(COSTS.target, COSTS.draft, COSTS.fixed_ms)
+    setattr(
+        costs, which, CostTable([2, 3] if which == "target" else [1, 2], [1.0, 1e9])
+    )
+    found = plan(np.full((2, 3), 0.9), np.ones(2), 2, 0, costs)
+    assert found.draft_lens.sum() == {"target": 0, "draft": 3}[which]
+
+
+def test_survival_one_and_zero() -> None:
+    survival = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    found = plan(survival, np.ones(2), 2, 0, COSTS)
+    assert found.draft_lens.tolist() == [3, 0]
+
+
+def test_single_request_single_position() -> None:
+    for acceptance, wanted in ((0.9, 1), (0.01, 0)):
+        found = plan(np.array([[acceptance]]), np.ones(1), 1, 0, COSTS)
+        assert found.draft_lens.tolist() == [wanted]
+
+
+def test_prompts_in_the_step_do_not_make_drafts_cheap() -> None:
+    """A prompt costs what it costs; a token saved is worth a plain step's time."""
+    costs = StepCosts(CostTable([1, 1000], [1.0, 1000.0]), COSTS.draft, 4.0)
+    survival = np.full((8, 2), 0.5)
+    alone = plan(survival, np.ones(8), 8, 0, costs)
+    beside = plan(survival, np.ones(8), 8, 500, costs)
+    assert alone.draft_lens.tolist() == beside.draft_lens.tolist() == [0] * 8
+    assert alone.tokens_per_ms == beside.tokens_per_ms
+
+
+def test_prompts_move_the_target_along_its_staircase() -> None:
+    costs = StepCosts(CostTable([8, 64, 65, 80], [9, 9, 90, 99]), COSTS.draft, 4.0)
+    survival = np.full((8, 1), 0.9)
+    assert plan(survival, np.ones(8), 8, 0, costs).draft_lens.sum() == 8
+    assert plan(survival, np.ones(8), 8, 56, costs).draft_lens.sum() == 0
+
+
+def test_one_long_catch_up_does_not_keep_the_others_from_drafting() -> None:
+    survival = np.full((16, 4), 0.8) ** np.arange(1, 5)
+    missing = np.array([20_000] + [1] * 15)
+    found = plan(survival, missing, 16, 0, COSTS)
+    assert found.draft_lens[0] == 0
+    assert (found.draft_lens[1:] > 0).all()
+
+
+def test_a_new_prompt_is_caught_up_where_that_pays_over_many_steps() -> None:
+    """Its 300 rows cost more than the first step's drafts earn."""
+    survival = np.full((1, 4), 0.8) ** np.arange(1, 5)
+    draft_ms = ms(COSTS.draft, 300)
+    assert draft_ms * 1 / 24 > 0.4
+    assert plan(survival, np.array([300]), 1, 0, COSTS).draft_lens[0] > 0
+
+
+# ---------------------------------------------------------------- one more forward
+
+
+@property_test
+@given(
+    st.lists(st.tuples(PROBABILITIES, PROBABILITIES), max_size=6),
+    st.integers(0, 8),
+    tables(),
+    tables(),
+    st.floats(0, 3),
+)
+def test_no_other_requests_go_on_better(
+    drafts: list[tuple[float, float]],
+    verify_rows: int,
+    target: CostTable,
+    draft: CostTable,
+    price: float,
+) -> None:
+    survival, following = np.array(drafts).reshape(-1, 2).T
+    costs = StepCosts(target, draft, 1.0)
+
+    def profit(goes_on: Sequence[bool]) -> float:
+        count = sum(goes_on)
+        time = ms(draft, count) + ms(target, verify_rows + count)
+        return (
+            float((survival * following)[np.array(goes_on, bool)].sum()) - price * time
+        )
+
+    found = worth_another_forward(survival, following, verify_rows, costs, price)
+    assert found.dtype == bool
+    assert found.shape == (len(drafts),)
+    assert not found[survival * following == 0].any()
+    best = max(map(profit, itertools.product([False, True], repeat=len(drafts))))
+    assert profit(found.tolist()) == pytest.approx(best, rel=1e-9, abs=1e-9)
