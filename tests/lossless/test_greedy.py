@@ -48,7 +48,7 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
         ignore_eos=True,
     ),
     "logit_bias": _greedy(logit_bias={10: 4.0, 200: -100.0, 201: 3.0}, ignore_eos=True),
-    "bad_words": _greedy(bad_words=["self", "\n\n", "return"], ignore_eos=True),
+    "bad_words": _greedy(bad_words=["self", "return", "import"], ignore_eos=True),
     "allowed_token_ids": _greedy(
         allowed_token_ids=list(range(180, 700)), ignore_eos=True
     ),
@@ -70,7 +70,8 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
         _greedy(allowed_token_ids=list(range(180, 700)), ignore_eos=True),
     ],
 }
-MUST_ACCEPT = [name for name in CASES if name not in ("one token", "two tokens")]
+# Nothing to draft, or a grammar that leaves the drafter, which does not know it, no luck.
+MUST_ACCEPT = [c for c in CASES if c not in ("one token", "two tokens", "choice")]
 
 
 @cache

@@ -68,6 +68,14 @@ class UnpadSamplingMixin(GPUModelRunner):
         sampling_metadata = self.input_batch.sampling_metadata
         if spec_decode_metadata is not None and not self.emssd_config.unpad_inputs:
             spec_decode_metadata = self._without_filler(spec_decode_metadata)
+        if spec_decode_metadata is not None and not any(
+            spec_decode_metadata.num_draft_tokens
+        ):
+            # Plain sampling, at its own price; stock's rejection sampler also fails
+            # on top_k or top_p without any drafted row (CPU).
+            if logits is not None and len(logits) > self.input_batch.num_reqs:
+                logits = logits[spec_decode_metadata.bonus_logits_indices]
+            spec_decode_metadata = None
         # A generator must not advance for a request whose prompt is not yet computed.
         saved = {
             i: generator.get_state() for i, generator in self._discarded_generators()
