@@ -59,8 +59,7 @@ def running(config: EngineConfig) -> Iterator[Any]:
         kv_cache_memory_bytes=config.kv_cache_bytes,
         speculative_config=config.speculative_config,
         disable_log_stats=False,
-        seed=0,
-        **config.options,
+        **({"seed": 0} | config.options),
     )
     try:
         yield llm

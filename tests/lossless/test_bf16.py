@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from tests.engine import DRAFT_MODEL, LLMA, EngineConfig, running, stop_counting_others
 from tests.lossless.engines import Sampled, sample, texts
 
+pytestmark = pytest.mark.slow
 NUM_REQUESTS = 24
 LARGEST_GAP = 0.15  # nats; bfloat16 logits of this model resolve about 0.06
 

@@ -70,7 +70,7 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
         _greedy(allowed_token_ids=list(range(180, 700)), ignore_eos=True),
     ],
 }
-# Nothing to draft, or a grammar that leaves the drafter, which does not know it, no luck.
+# Nothing to draft, or a grammar too narrow for a drafter that does not know it.
 MUST_ACCEPT = [c for c in CASES if c not in ("one token", "two tokens", "choice")]
 
 
