@@ -11,6 +11,7 @@ import vllm.v1.sample.rejection_sampler as rejection_sampler
 
 from tests.engine import (
     DRAFT_MODEL,
+    STOCK,
     EngineConfig,
     greedy,
     model_runner,
@@ -107,3 +108,13 @@ def test_the_test_itself(temperature: float) -> None:
         seen = draw(llm, temperature=temperature)
     p_value = compare(results("plain", FAST)["0.8"], seen)
     assert (p_value < FALSE_ALARM) == (temperature != 0.8)
+
+
+def test_stock_with_the_fix_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`EMSSD_CPU_FIXES=1` makes stock's own draft_model sample rightly."""
+    monkeypatch.setenv("EMSSD_CPU_FIXES", "1")
+    stop_counting_others()
+    with running(EngineConfig(STOCK)) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        assert type(worker).__name__ == "FixedCPUWorker"
+        assert _p_value(llm, "0.8") > FALSE_ALARM

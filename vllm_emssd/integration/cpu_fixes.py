@@ -1,4 +1,8 @@
-"""Repairs of vLLM's CPU kernels that sampled speculation needs to be exact."""
+"""Repairs of vLLM's CPU kernels that sampled speculation needs to be exact.
+
+In place in every emssd worker on a CPU; for stock speculation on request, by
+`EMSSD_CPU_FIXES=1`. A fix whose upstream code turns out right is left out.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.hooks import Hook
 
 
@@ -44,3 +49,20 @@ CPU_FIXES = [
         make=_make,
     )
 ]
+
+
+def stock_expands_rightly() -> bool:
+    """Whether vLLM's own code repeats a float32 value once a draft token."""
+    import vllm.v1.sample.rejection_sampler as rejection_sampler
+
+    stock = hooks.stock_of(CPU_FIXES[0], rejection_sampler.expand_batch_to_tokens)
+    values = torch.tensor([0.25, 0.75])
+    counts = torch.tensor([2, 3], dtype=torch.int32)
+    expanded = stock(values, counts, 3, replace_from=0, replace_to=1)
+    return expanded.tolist() == [0.25, 0.25, 0.75]
+
+
+def install_cpu_fixes() -> None:
+    """Install the fixes that this vLLM needs. After its CPU kernels are registered."""
+    if not stock_expands_rightly():
+        hooks.install(CPU_FIXES)

@@ -9,6 +9,7 @@ classes through vLLM's own options. Asked for anything else it does nothing.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
 
 CPU_WORKER = "vllm_emssd.integration.worker.UnpadCPUWorker"
+FIXED_CPU_WORKER = "vllm_emssd.integration.worker.FixedCPUWorker"
+CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"
 GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
 SCHEDULER = "vllm_emssd.integration.scheduler.UnpadScheduler"
 COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
@@ -63,6 +66,8 @@ def _make_hook(
     ) -> SpeculativeConfig | None:
         asked = _asked(self)
         if asked.get("method") != METHOD:
+            if asked and os.environ.get(CPU_FIXES_SWITCH) == "1":
+                use_fixed_cpu_worker(target_parallel_config)
             return stock(self, target_model_config, target_parallel_config)
         return _create_ours(
             stock, self, asked, target_model_config, target_parallel_config
@@ -79,6 +84,12 @@ FRONTEND_HOOK = hooks.Hook(
     remove_when="vLLM lets a plugin register a speculative method",
     make=_make_hook,
 )
+
+
+def use_fixed_cpu_worker(parallel_config: ParallelConfig) -> None:
+    """Stock speculation on a CPU, sampled rightly; for who sets EMSSD_CPU_FIXES=1."""
+    if current_platform.is_cpu() and parallel_config.worker_cls == "auto":
+        parallel_config.worker_cls = FIXED_CPU_WORKER
 
 
 def is_ours(spec_config: SpeculativeConfig) -> bool:

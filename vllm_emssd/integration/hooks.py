@@ -84,6 +84,11 @@ def undo(hooks: Sequence[Hook]) -> None:
             setattr(owner, name, _originals.pop(hook.target))
 
 
+def stock_of(hook: Hook, current: Any) -> Any:
+    """What the hook replaced, or `current` where it is not installed."""
+    return _originals.get(hook.target, current)
+
+
 def is_installed(hook: Hook) -> bool:
     return hook.target in _originals
 

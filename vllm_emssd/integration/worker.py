@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_emssd.integration import hooks
-from vllm_emssd.integration.cpu_fixes import CPU_FIXES
+from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner, UnpadGPUModelRunner
 
 CPU_RUNNER_HOOK = hooks.Hook(
@@ -30,7 +30,15 @@ class _EmssdStats:
         return self.model_runner.counters.as_dict()
 
 
-class UnpadCPUWorker(_EmssdStats, CPUWorker):
+class FixedCPUWorker(CPUWorker):
+    """vLLM's CPU worker with its kernels repaired, for stock speculation."""
+
+    def init_device(self) -> None:
+        install_cpu_fixes()
+        super().init_device()
+
+
+class UnpadCPUWorker(_EmssdStats, FixedCPUWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()
         self.model_runner.start_automatic_lengths()
@@ -38,7 +46,6 @@ class UnpadCPUWorker(_EmssdStats, CPUWorker):
 
     def init_device(self) -> None:
         _require_v1_runner(self.use_v2_model_runner)
-        hooks.install(CPU_FIXES)
         with hooks.installed([CPU_RUNNER_HOOK]):
             super().init_device()
         assert cpu_worker.CPUModelRunner is not UnpadCPUModelRunner
