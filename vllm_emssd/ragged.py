@@ -56,6 +56,19 @@ class RaggedRows:
         positions = np.arange(num_rows, dtype=np.int64) + offsets
         return cls(req_indices.astype(np.int64), query_start_loc, positions)
 
+    @classmethod
+    def one_each(cls, req_indices: np.ndarray, positions: np.ndarray) -> RaggedRows:
+        """One row a request, as every draft forward but a step's first has.
+
+        Shapes: both [num_reqs] int64.
+        """
+        query_start_loc = np.arange(len(req_indices) + 1, dtype=np.int32)
+        return cls(req_indices, query_start_loc, positions)
+
+    @property
+    def has_one_row_each(self) -> bool:
+        return len(self.positions) == len(self.req_indices)
+
     @property
     def num_reqs(self) -> int:
         return len(self.req_indices)
@@ -78,12 +91,16 @@ class RaggedRows:
     @property
     def seq_lens(self) -> np.ndarray:
         """Context of each request, its own rows included. [num_reqs] int32"""
+        if self.has_one_row_each:
+            return (self.positions + 1).astype(np.int32)
         seq_lens: np.ndarray = self.positions[self.last_rows] + 1
         return seq_lens.astype(np.int32)
 
     @property
     def row_req_indices(self) -> np.ndarray:
         """Batch row of the request that each row belongs to. [num_rows] int64"""
+        if self.has_one_row_each:
+            return self.req_indices
         return np.repeat(self.req_indices, self.query_lens)
 
     def slot_mapping(self, block_table: np.ndarray, block_size: int) -> np.ndarray:

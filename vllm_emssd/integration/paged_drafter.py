@@ -187,7 +187,7 @@ class PagedDrafter:
             seq_lens=async_tensor_h2d(seq_lens, device=device),
             num_reqs=rows.num_reqs,
             num_actual_tokens=rows.num_rows,
-            max_query_len=int(rows.query_lens.max()),
+            max_query_len=1 if rows.has_one_row_each else int(rows.query_lens.max()),
             max_seq_len=int(seq_lens_np.max()),
             block_table_tensor=block_table.gpu[req_indices],
             slot_mapping=async_tensor_h2d(slots, device=device),

@@ -124,15 +124,10 @@ class DraftModelProposer:
         if drafting.size == 0:
             return [[] for _ in batch.req_ids]
 
-        longest = int(draft_lens.max())
-        drafted = torch.zeros(
-            (batch.num_reqs, longest), dtype=torch.int64, device=tokens.device
-        )
-        made = np.zeros(batch.num_reqs, dtype=np.int64)
         active = drafting  # batch rows, the set only shrinks
-        for position in range(longest):
-            drafted[torch.from_numpy(active), position] = tokens
-            made[active] = position + 1
+        made: list[tuple[np.ndarray, torch.Tensor]] = []  # of each forward
+        for position in range(int(draft_lens.max())):
+            made.append((active, tokens))
             goes_on = self._policy.go_on(active, confidence, position)
             goes_on = goes_on & (draft_lens[active] > position + 1)
             if not goes_on.any():
@@ -140,14 +135,20 @@ class DraftModelProposer:
             if not goes_on.all():
                 active = active[goes_on]
                 tokens = tokens[torch.from_numpy(np.flatnonzero(goes_on))]
-            ends = batch.num_tokens[active] + position + 1
-            rows = RaggedRows.from_spans(active, ends - 1, ends)
-            self._count_forward(batch, rows)
+            rows = RaggedRows.one_each(active, batch.num_tokens[active] + position)
+            self._counters.num_draft_forwards += 1
+            self._counters.num_draft_rows += rows.num_rows
+            self._counters.num_draft_rows_decode += rows.num_rows
             tokens, confidence = self._drafter.forward(
                 rows, tokens, rows.last_rows, position + 1
             )
+        drafts: list[list[int]] = [[] for _ in batch.req_ids]
         # sync: the scheduler needs the drafts on the host
-        return [ids[:n] for ids, n in zip(drafted.tolist(), made, strict=True)]
+        flat = iter(torch.cat([tokens for _, tokens in made]).tolist())
+        for requests, _ in made:
+            for i in requests.tolist():
+                drafts[i].append(next(flat))
+        return drafts
 
     def _count_forward(self, batch: DraftBatch, rows: RaggedRows) -> None:
         is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]
