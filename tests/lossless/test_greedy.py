@@ -88,7 +88,14 @@ def results(name: str) -> dict[str, Sampled]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [*OURS, "draft_model, padded", "llma, padded"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *OURS,
+        pytest.param("draft_model, padded", marks=pytest.mark.slow),
+        pytest.param("llma, padded", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_plain_decoding(name: str, case: str) -> None:
     expected, seen = results("plain")[case], results(name)[case]
     assert seen.token_ids == expected.token_ids
