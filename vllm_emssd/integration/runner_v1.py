@@ -111,7 +111,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self._step_costs = StepCostMeter(self)
+        self._step_costs = StepCostMeter(self, self.paged_drafter)
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
         self._make_proposer(
             AutoDraftLength(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
 from vllm.logger import init_logger
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.ragged import RaggedRows
-
-if TYPE_CHECKING:
-    from vllm_emssd.integration.runner_v1 import UnpadRunnerMixin
 
 logger = init_logger("vllm.emssd.step_costs")
 
@@ -49,18 +47,18 @@ class ForwardTimer:
 class StepCostMeter:
     """Owns the cost tables of one worker and keeps them fresh."""
 
-    def __init__(self, runner: UnpadRunnerMixin) -> None:
+    def __init__(self, runner: GPUModelRunner, drafter: PagedDrafter | None) -> None:
         self._target = ForwardTimer(runner.model)
-        self._drafter = runner.paged_drafter
+        self._drafter = drafter
         self._step_ended: float | None = None
         self.costs = StepCosts(
             self._measure_target(runner),
-            NO_DRAFT_MODEL if self._drafter is None else measure_drafter(self._drafter),
+            NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter),
             _FIXED_MS,
         )
         logger.info("Milliseconds by rows:\n%s", self.table())
 
-    def _measure_target(self, runner: UnpadRunnerMixin) -> CostTable:
+    def _measure_target(self, runner: GPUModelRunner) -> CostTable:
         most = runner.max_num_reqs * (1 + runner.num_spec_tokens)
         most = min(most, runner.max_num_tokens)
         samples = []
