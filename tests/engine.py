@@ -114,16 +114,13 @@ class DraftRowCounter:
     def __init__(self, llm: Any) -> None:
         self.num_rows = 0
         self.num_forwards = 0
-        self.rows_of_forwards: list[int] = []
         self._handle = model_runner(llm).drafter.model.register_forward_pre_hook(
             self._count, with_kwargs=True
         )
 
     def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        rows = int(kwargs["input_ids"].shape[0])
-        self.num_rows += rows
+        self.num_rows += int(kwargs["input_ids"].shape[0])
         self.num_forwards += 1
-        self.rows_of_forwards.append(rows)
 
     def close(self) -> None:
         self._handle.remove()

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -43,8 +42,6 @@ from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.scorer import pad_to_longest
-
-logger = init_logger("vllm.emssd.runner")
 
 
 @contextmanager
