@@ -1,0 +1,5 @@
+import sys
+
+from vllm_emssd.cli import main
+
+sys.exit(main())

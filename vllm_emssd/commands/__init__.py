@@ -1,0 +1,1 @@
+"""The commands of `vllm-emssd`: one module each, with `add_arguments` and `run`."""
