@@ -278,7 +278,7 @@ def test_released_request_leaves_nothing_behind() -> None:
     for req_id in ("r0", "r1", "unheard of"):
         policy.release(req_id)
     assert policy._confidences == {}
-    assert policy._survival_model._requests == {}
+    assert policy._survival_model._records._rows == {}
 
 
 def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:

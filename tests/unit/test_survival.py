@@ -143,7 +143,7 @@ def test_trimmed_drafts_lower_what_is_expected_but_not_calibration() -> None:
     survival = Survival(2)
     calibrated = acceptance(survival, 0.2)
     for _ in range(100):
-        survival.observe_trimmed("a", np.arange(2), np.array([0.2, 0.2]))
+        survival.observe_trimmed("a", 0, np.array([0.2, 0.2]))
     assert expected(survival)[0] == pytest.approx(0.2, abs=0.05)
     assert acceptance(survival, 0.2) == pytest.approx(calibrated, abs=0.02)
     assert survival.request_factors(["a"]).by_confidence == pytest.approx(1, abs=0.01)

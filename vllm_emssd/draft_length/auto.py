@@ -173,9 +173,10 @@ class AutoDraftLength:
         )
         kept = np.minimum(draft_lens, worth)
         for i in np.flatnonzero(kept < draft_lens):
-            trimmed = np.arange(kept[i], draft_lens[i])
             self._survival_model.observe_trimmed(
-                self._req_ids[i], trimmed, self._confidence[i, trimmed]
+                self._req_ids[i],
+                int(kept[i]),
+                self._confidence[i, kept[i] : draft_lens[i]],
             )
         return kept
 

@@ -16,6 +16,8 @@ _RATE = 0.05  # share of an observation in the points beside it
 _MOST_CHANGE = 2.0  # an observation counts at most as twice, at least as half its price
 _OUTLIER = 5.0  # times the price: another process ran, not a forward,
 _MOST_OUTLIERS = 8  # unless it goes on like that
+_LOOKED_UP = 2  # times the last point: all that is asked for in practice
+_MOST_LOOKED_UP = 2048
 _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
 
 
@@ -35,6 +37,7 @@ class CostTable:
         if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
             raise ValueError("row counts must rise and times be finite")
         self._outliers = 0  # in a row
+        self._by_rows: np.ndarray | None = None  # until a point moves
 
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
@@ -47,11 +50,25 @@ class CostTable:
 
     def ms(self, rows: np.ndarray) -> np.ndarray:
         """Cost of each row count; 0 rows cost nothing. Shape kept, float64."""
-        rows = np.asarray(rows, dtype=np.float64)
+        rows = np.asarray(rows)
+        if rows.dtype.kind == "i" and rows.size:
+            by_rows = self._looked_up
+            if rows.max() < by_rows.size:
+                return np.asarray(by_rows[rows])
+        return self._interpolated(rows.astype(np.float64))
+
+    def _interpolated(self, rows: np.ndarray) -> np.ndarray:
         cost = np.interp(rows, self._rows, self._ms)
         beyond = np.maximum(rows - self._rows[-1], 0)
-        cost = np.where(rows < 1, 0.0, cost + beyond * self._last_slope)
-        return np.asarray(cost)
+        return np.where(rows < 1, 0.0, cost + beyond * self._last_slope)
+
+    @property
+    def _looked_up(self) -> np.ndarray:
+        """Cost of 0, 1, 2, ... rows: a policy asks for thousands a step."""
+        if self._by_rows is None:
+            most = min(int(_LOOKED_UP * self._rows[-1]), _MOST_LOOKED_UP)
+            self._by_rows = self._interpolated(np.arange(most + 1, dtype=np.float64))
+        return self._by_rows
 
     def observe(self, rows: int, ms: float) -> None:
         """A forward of `rows` took `ms`: move the points beside it a little."""
@@ -62,6 +79,7 @@ class CostTable:
         self._outliers = self._outliers + 1 if ms > _OUTLIER * price else 0
         if 0 < self._outliers <= _MOST_OUTLIERS:
             return
+        self._by_rows = None
         ratio = np.clip(ms / max(price, 1e-6), 1 / _MOST_CHANGE, _MOST_CHANGE)
         right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
         left = max(right - 1, 0) if self._rows[right] != rows else right

@@ -20,6 +20,7 @@ _CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
 _DEAR_ROWS = 2.0  # charged to a request: worth a second look
 _SMALL_BATCH = 8  # requests whose lengths are also tried one by one
 _MOST_CHANGES = 8
+_MOST_BUDGETS = 64
 _LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 
 
@@ -60,11 +61,11 @@ class _Prices:
             first_rows: [num_plans] rows of the first draft forward.
         """
         target, draft = self.costs.target, self.costs.draft
-        draft_rows = num_drafting.astype(np.float64)
-        draft_rows[:, 0] = first_rows
+        draft_ms = draft.ms(num_drafting)
+        draft_ms[:, 0] = draft.ms(first_rows)
         rows = self.base_rows + np.cumsum(num_drafting, axis=1)
         verify_ms = target.ms(rows) - target.ms(np.array(self.base_rows))
-        draft_ms = np.cumsum(draft.ms(draft_rows), axis=1)
+        draft_ms = np.cumsum(draft_ms, axis=1)
         tokens = self.base_tokens + np.cumsum(gains, axis=1)
         ratio: np.ndarray = tokens / (self.base_ms + verify_ms + draft_ms)
         return ratio
@@ -137,23 +138,30 @@ def plan(
 def _best_prefixes(
     survival: np.ndarray, first_rows: np.ndarray, prices: _Prices, least: Plan
 ) -> Plan:
-    """Try the n likeliest drafts for every n, cut at every depth."""
+    """Try the n likeliest drafts, for every n or every few, cut at every depth."""
     order = _by_survival(survival)
     if order.size == 0:
         return least
     num_reqs, num_positions = survival.shape
     request, position = np.divmod(order, num_positions)
-    is_at = position[:, None] == np.arange(num_positions)
+    step = -(-order.size // _MOST_BUDGETS)
+    budgets = np.append(np.arange(step, order.size, step), order.size)
+    cell = np.arange(order.size) // step * num_positions + position
+
+    def at_budgets(weights: np.ndarray | None) -> np.ndarray:
+        sums = np.bincount(cell, weights, minlength=budgets.size * num_positions)
+        return sums.reshape(budgets.size, num_positions).cumsum(axis=0)
+
     ratio = prices.tokens_per_ms(
-        np.cumsum(is_at * survival.ravel()[order, None], axis=0),
-        np.cumsum(is_at, axis=0),
-        np.cumsum(np.where(position == 0, first_rows[request], 0.0)),
+        at_budgets(survival.ravel()[order]),
+        at_budgets(None),
+        at_budgets(np.where(position == 0, first_rows[request], 0.0))[:, 0],
     )
-    budget, depth = np.divmod(int(ratio.argmax()), num_positions)
-    if ratio[budget, depth] <= least.tokens_per_ms:
+    found, depth = np.divmod(int(ratio.argmax()), num_positions)
+    if ratio[found, depth] <= least.tokens_per_ms:
         return least
-    lens = np.bincount(request[: budget + 1], minlength=num_reqs)
-    return Plan(np.minimum(lens, depth + 1), float(ratio[budget, depth]))
+    lens = np.bincount(request[: budgets[found]], minlength=num_reqs)
+    return Plan(np.minimum(lens, depth + 1), float(ratio[found, depth]))
 
 
 def _change_one_by_one(

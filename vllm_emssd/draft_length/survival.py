@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,41 +27,62 @@ _REQUEST_PRIOR = 8.0  # drafts before a request's own record counts as much as t
 _REQUEST_FORGET = 0.97
 _IDLE_FORGET = 0.98  # of a request's record, each step in which it does not draft
 _BOUNDS = (0.005, 0.995)
+_BIN_EDGES = 1 / (1 + np.exp(-np.linspace(*_LOGIT_RANGE, _NUM_BINS + 1)[1:-1]))
 
 
 def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    p = np.clip(confidence, 1e-6, 1 - 1e-6)
-    low, high = _LOGIT_RANGE
-    scaled = (np.log(p / (1 - p)) - low) / (high - low) * _NUM_BINS
-    return np.clip(scaled.astype(np.int64), 0, _NUM_BINS - 1)
+    """The logit's, in bins of equal width. Found by the edges, without a logarithm."""
+    return np.asarray(np.searchsorted(_BIN_EDGES, confidence, side="right"))
 
 
-@dataclass(slots=True)
-class _Record:
-    """Of one request: drafts accepted, and how many would be of an average one's."""
+class _Records:
+    """Of each request: drafts accepted, and how many would be of an average one's.
 
-    accepted: float = 0.0
-    by_confidence: float = 0.0
-    by_position: float = 0.0
+    One row a request; row 0 stays empty and stands for requests not seen yet.
+    """
 
-    def fade(self, keep: float) -> None:
-        self.accepted *= keep
-        self.by_confidence *= keep
-        self.by_position *= keep
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        self.values = np.zeros((8, 3))  # [row, accepted | by confidence | by position]
 
-    def factor(self, expected: float) -> float:
-        return (self.accepted + _REQUEST_PRIOR) / (expected + _REQUEST_PRIOR)
+    def find(self, req_ids: Iterable[str]) -> np.ndarray:
+        """[num_reqs] int64, 0 for who is not there."""
+        return np.array([self._rows.get(r, 0) for r in req_ids], dtype=np.int64)
+
+    def find_or_add(self, req_ids: Iterable[str]) -> np.ndarray:
+        return np.array([self._rows.get(r) or self._add(r) for r in req_ids], np.int64)
+
+    def remove(self, req_id: str) -> None:
+        row = self._rows.pop(req_id, 0)
+        if row:
+            self.values[row] = 0.0
+            self._free.append(row)
+
+    def factors(self, rows: np.ndarray, expected: int) -> np.ndarray:
+        """How much better than expected (column 1 or 2) they fare. [num_reqs]"""
+        accepted = self.values[rows, 0] + _REQUEST_PRIOR
+        return np.asarray(accepted / (self.values[rows, expected] + _REQUEST_PRIOR))
+
+    def _add(self, req_id: str) -> int:
+        row = self._free.pop() if self._free else len(self._rows) + 1
+        if row == len(self.values):
+            self.values = np.concatenate([self.values, np.zeros_like(self.values)])
+        self._rows[req_id] = row
+        return row
 
 
-@dataclass(frozen=True, slots=True)
-class _News:
-    """Drafts of one request, and what became of them. All [num_drafts]."""
+_BY_CONFIDENCE, _BY_POSITION = 1, 2  # columns of the records
+_NEVER_VERIFIED = -1
+
+
+class _News(NamedTuple):
+    """Drafts of one request from a position on, and how many were accepted."""
 
     req_id: str
-    position: np.ndarray
-    confidence: np.ndarray
-    outcome: np.ndarray  # 1.0 accepted, 0.0 not; what was expected if never verified
-    is_verified: bool
+    position: int
+    confidence: np.ndarray  # [num_drafts]
+    num_accepted: int  # or _NEVER_VERIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +105,9 @@ class Survival:
         self._by_position = np.zeros((2, num_speculative_tokens))
         self._by_position[:, 0] = _PRIOR_TESTS * _PRIOR_ACCEPTANCE, _PRIOR_TESTS
         self._num_first_drafts = 0
-        self._requests: dict[str, _Record] = {}
+        self._records = _Records()
         self._news: list[_News] = []
+        self._position_estimates: np.ndarray | None = None  # until news is taken in
 
     def acceptance(self, confidence: np.ndarray, factor: np.ndarray) -> np.ndarray:
         """Chance that each draft is accepted once all before it are.
@@ -92,7 +115,7 @@ class Survival:
         Shapes: all alike, float; `factor` from `request_factors`, by confidence.
         """
         self._take_in_news()
-        return np.clip(self._pooled(confidence) * factor, *_BOUNDS)
+        return _bounded(self._pooled(confidence) * factor)
 
     def expected(self, factor: np.ndarray, optimism: float = 0.0) -> np.ndarray:
         """Survival by position, before anything is drafted. [num_reqs, K]
@@ -108,43 +131,36 @@ class Survival:
         elif optimism:
             tested = self._by_position[1] + _PRIOR_TESTS
             pooled = pooled + optimism * np.sqrt(pooled * (1 - pooled) / tested)
-        alpha = np.clip(np.outer(factor, pooled), *_BOUNDS)
+        alpha = _bounded(factor[:, None] * pooled)
         return np.cumprod(alpha, axis=1)
 
     def next_acceptance(self, factor: np.ndarray, position: int) -> np.ndarray:
         """Chance that a draft not yet made would be accepted. [num_reqs]"""
         self._take_in_news()
-        return np.clip(factor * self._pooled_by_position()[position], *_BOUNDS)
+        return _bounded(factor * self._pooled_by_position()[position])
 
     def request_factors(self, req_ids: Sequence[str]) -> RequestFactors:
         self._take_in_news()
-        average = _Record()
-        records = [self._requests.get(r, average) for r in req_ids]
+        rows = self._records.find(req_ids)
         return RequestFactors(
-            np.array([r.factor(r.by_confidence) for r in records], np.float64),
-            np.array([r.factor(r.by_position) for r in records], np.float64),
+            self._records.factors(rows, _BY_CONFIDENCE),
+            self._records.factors(rows, _BY_POSITION),
         )
 
     def observe(
         self, req_id: str, confidences: np.ndarray, num_accepted_tokens: int
     ) -> None:
         """The target verified drafts of these confidences and accepted a prefix."""
-        num_tested = min(num_accepted_tokens + 1, len(confidences))
-        if num_tested:
-            position = np.arange(num_tested)
-            outcome = (position < num_accepted_tokens).astype(np.float64)
-            seen = confidences[:num_tested]
-            self._news.append(_News(req_id, position, seen, outcome, True))
+        tested = confidences[: num_accepted_tokens + 1]
+        if tested.size:
+            self._news.append(_News(req_id, 0, tested, num_accepted_tokens))
 
     def observe_trimmed(
-        self, req_id: str, position: np.ndarray, confidences: np.ndarray
+        self, req_id: str, position: int, confidences: np.ndarray
     ) -> None:
-        """Drafts at these positions turned out too unlikely to verify: expect that of
-        the next ones. (Else what is drafted and trimmed would be drafted for ever.)"""
-        record = self._requests.get(req_id, _Record())
-        factor = record.factor(record.by_confidence)
-        outcome = np.clip(self._pooled(confidences) * factor, *_BOUNDS)
-        self._news.append(_News(req_id, position, confidences, outcome, False))
+        """Drafts from this position on turned out too unlikely to verify: expect that
+        of the next ones. (Else what is drafted and trimmed is drafted for ever.)"""
+        self._news.append(_News(req_id, position, confidences, _NEVER_VERIFIED))
 
     @property
     def num_tested(self) -> float:
@@ -156,9 +172,7 @@ class Survival:
         """These do not draft: let them sink back towards the pool, to be tried again
         in the end."""
         self._take_in_news()
-        for req_id in req_ids:
-            if req_id in self._requests:
-                self._requests[req_id].fade(_IDLE_FORGET)
+        self._records.values[self._records.find(req_ids)] *= _IDLE_FORGET
 
     def doubt(self) -> None:
         """Nothing was drafted for long: what comes next counts for more."""
@@ -166,10 +180,11 @@ class Survival:
         tested = np.maximum(self._by_confidence[1], _DOUBT_DOWN_TO)
         self._by_confidence *= np.maximum(_DOUBT, _DOUBT_DOWN_TO / tested)
         self._by_position *= _DOUBT
+        self._position_estimates = None
 
     def release(self, req_id: str) -> None:
         self._take_in_news()
-        self._requests.pop(req_id, None)
+        self._records.remove(req_id)
 
     def _pooled(self, confidence: np.ndarray) -> np.ndarray:
         accepted, tested = self._by_confidence[:, _bin_of(confidence)]
@@ -178,40 +193,52 @@ class Survival:
 
     def _pooled_by_position(self) -> np.ndarray:
         """A position little is known about is taken to be like the one before. [K]"""
-        estimates: list[float] = []
-        for accepted, tested in self._by_position.T.tolist():
-            prior = _PRIOR_TESTS if estimates else 0.0
-            like = estimates[-1] if estimates else 0.0
-            estimates.append((accepted + prior * like) / (tested + prior))
-        return np.array(estimates)
+        if self._position_estimates is None:
+            estimates: list[float] = []
+            for accepted, tested in self._by_position.T.tolist():
+                prior = _PRIOR_TESTS if estimates else 0.0
+                like = estimates[-1] if estimates else 0.0
+                estimates.append((accepted + prior * like) / (tested + prior))
+            self._position_estimates = np.array(estimates)
+        return self._position_estimates
 
     def _take_in_news(self) -> None:
         """All of a step's verified drafts at once, judged by what was known before."""
         if not self._news:
             return
-        news, self._news = self._news, []
-        confidence = np.concatenate([n.confidence for n in news])
-        position = np.concatenate([n.position for n in news])
-        outcome = np.concatenate([n.outcome for n in news])
-        counts = [len(n.position) for n in news]
-        starts = np.cumsum([0, *counts[:-1]])
+        req_ids, first, confidences, accepted = zip(*self._news, strict=True)
+        self._news = []
+        counts = np.array([c.size for c in confidences])
+        starts = np.cumsum(counts) - counts
+        confidence = np.concatenate(confidences)
+        position = np.arange(confidence.size) + np.repeat(
+            np.array(first) - starts, counts
+        )
+        num_accepted = np.repeat(accepted, counts)
+        is_verified = num_accepted != _NEVER_VERIFIED
+        rows = self._records.find_or_add(req_ids)
         by_confidence = self._pooled(confidence)
+        factor = np.repeat(self._records.factors(rows, _BY_CONFIDENCE), counts)
+        outcome = np.where(
+            is_verified, position < num_accepted, _bounded(by_confidence * factor)
+        )
         by_position = self._pooled_by_position()[position]
         sums = np.add.reduceat([outcome, by_confidence, by_position], starts, axis=1)
-        for n, sum_of in zip(news, sums.T.tolist(), strict=True):
-            record = self._requests.setdefault(n.req_id, _Record())
-            record.accepted += sum_of[0]
-            record.by_confidence += sum_of[1]
-            record.by_position += sum_of[2]
-            record.fade(_REQUEST_FORGET ** len(n.position))
-        is_verified = np.repeat([n.is_verified for n in news], counts)
+        np.add.at(self._records.values, rows, sums.T)
+        np.multiply.at(self._records.values, rows, _REQUEST_FORGET ** counts[:, None])
+
         self._by_confidence *= _FORGET ** int(is_verified.sum())
         bins = _bin_of(confidence)
         _count(self._by_confidence, bins[is_verified], outcome[is_verified])
         num_positions = self._by_position.shape[1]
         self._by_position *= _FORGET ** np.bincount(position, minlength=num_positions)
         _count(self._by_position, position, outcome)
-        self._num_first_drafts += int((position == 0).sum())
+        self._position_estimates = None
+        self._num_first_drafts += int(np.count_nonzero(position == 0))
+
+
+def _bounded(acceptance: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(acceptance, _BOUNDS[0]), _BOUNDS[1])
 
 
 def _count(table: np.ndarray, index: np.ndarray, outcome: np.ndarray) -> None:
