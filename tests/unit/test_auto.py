@@ -260,6 +260,16 @@ def test_copies_that_are_never_right_are_given_up_but_probed() -> None:
     assert sum(verified[100:]) > 0
 
 
+def test_dozes_after_long_idleness_and_wakes_when_drafts_pay() -> None:
+    dear = prices(draft_ms=30.0)
+    policy = auto_policy(dear, 4)
+    loop = Loop(policy, dear, 4, lambda *_: 0.5, num_spec_tokens=4).run(200)
+    assert not any(any(step.made) for step in loop.steps[-3:])
+    dear.draft = prices(draft_ms=0.5).draft
+    made = [step.made for step in loop.run(12).steps[-12:]]
+    assert any(any(lens) for lens in made), "within a few steps"
+
+
 @pytest.mark.parametrize("num_reqs", [1, 8])
 def test_ranks_with_the_same_history_decide_alike(num_reqs: int) -> None:
     def run() -> list[tuple[list[int], list[int]]]:

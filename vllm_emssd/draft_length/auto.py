@@ -19,6 +19,7 @@ _HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay,
 _RAREST_PROBE = 128  # but no more steps than this between two,
 _OFTENEST_PROBE = 4  # and no fewer than this
 _PROBE_LENGTH = 2
+_DOZE_AFTER = 16  # idle steps; from then on plans are made as seldom as probes may be
 _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
 
@@ -54,6 +55,8 @@ class AutoDraftLength:
         return self._idle_steps == 0
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
+        if self._dozes(step):
+            return np.zeros_like(step.max_draft_tokens)
         self._take_in(step)
         expected = self._survival_model.expected(self._factors.by_position)
         self._real = np.zeros_like(expected)  # survival of the drafts made
@@ -78,6 +81,21 @@ class AutoDraftLength:
             (step.req_ids[i], confidence[i]) for i in np.flatnonzero(lens)
         )
         return lens
+
+    def _dozes(self, step: DraftOpportunity) -> bool:
+        """Nothing has paid for long, and a plan is as dear as a probe is rare."""
+        if self._idle_steps < _DOZE_AFTER or self._idle_steps % _OFTENEST_PROBE == 0:
+            return False
+        if step.max_draft_tokens.any():
+            self._count_idle_step(step)
+            self._survival_model.skip(step.req_ids)
+        return True
+
+    def _count_idle_step(self, step: DraftOpportunity) -> None:
+        self._idle_steps += 1
+        self._idle_since_probe += 1
+        if self._tokens_per_ms:
+            self._idle_ms += np.count_nonzero(step.is_sampling) / self._tokens_per_ms
 
     def _take_in(self, step: DraftOpportunity) -> None:
         self._req_ids = step.req_ids
@@ -111,9 +129,7 @@ class AutoDraftLength:
         lens = np.zeros_like(self._most)
         if not self._most.any():
             return lens  # says nothing about whether drafts pay
-        self._idle_steps += 1
-        self._idle_since_probe += 1
-        self._idle_ms += int(step.is_sampling.sum()) / self._tokens_per_ms
+        self._count_idle_step(step)
         may_draft = self._most > 0
         missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)
         request = int(missing.argmin())
@@ -166,7 +182,7 @@ class AutoDraftLength:
         return may
 
     def finish(self, draft_lens: np.ndarray) -> np.ndarray:
-        if not self._may_trim or self._is_probe:
+        if not self._may_trim or self._is_probe or not draft_lens.any():
             return draft_lens
         worth = verified_lengths(
             self._real, self._base_rows, self.costs.target, self._tokens_per_ms
