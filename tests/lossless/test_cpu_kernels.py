@@ -160,6 +160,17 @@ def test_our_expand_is_what_sampling_calls() -> None:
     check_expand(expand, [3, 0, 1], torch.float32)
 
 
+def test_fix_is_left_out_once_stock_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mended(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return cpu_fixes.expand_batch_to_tokens(*args, **kwargs)
+
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", mended)
+    assert cpu_fixes.stock_expands_rightly()
+    cpu_fixes.install_cpu_fixes()
+    assert rejection_sampler.expand_batch_to_tokens is mended
+    assert not hooks.is_installed(cpu_fixes.CPU_FIXES[0])
+
+
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The installed module with the patch that we offer upstream."""

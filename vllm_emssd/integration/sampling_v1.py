@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import (
     BUILTIN_LOGITS_PROCESSORS,
@@ -28,6 +29,8 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.scorer import VerifiedRows
+
+logger = init_logger("vllm.emssd.sampling")
 
 
 def _make_logitsprocs_hook(
@@ -175,6 +178,12 @@ class UnpadSamplingMixin(GPUModelRunner):
             if isinstance(processor, tuple(BUILTIN_LOGITS_PROCESSORS)):
                 continue
             if not isinstance(processor, AdapterLogitsProcessor):
+                logger.warning_once(
+                    "No request gets drafts: %s may change the logits of any of them. "
+                    "Derive it from AdapterLogitsProcessor, which names the requests "
+                    "it applies to, and only those get none.",
+                    type(processor).__name__,
+                )
                 return list(range(self.input_batch.num_reqs))
             rows.update(processor.req_info)
         return sorted(rows)
