@@ -32,7 +32,9 @@ class Entry:
     help: str
 
 
-COMMANDS: dict[str, Entry] = {}
+COMMANDS: dict[str, Entry] = {
+    "bench": Entry("vllm_emssd.commands.bench", "time methods side by side"),
+}
 
 
 def _top_parser() -> argparse.ArgumentParser:

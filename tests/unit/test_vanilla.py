@@ -1,0 +1,154 @@
+"""The replay of vanilla's padding, by hand and against a vanilla that really pads."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.naive_vanilla import NaiveVanilla, accepted_of, drafts_of
+from vllm_emssd.bench.round import RequestStep, Round
+from vllm_emssd.bench.vanilla import (
+    DecodeCounts,
+    RequestTrace,
+    Verified,
+    padded_input_counts,
+    replay,
+    unpadded_counts,
+    vanilla_counts,
+)
+
+# Two requests; the first accepts more and finishes first, and both draft unequally.
+LONG = RequestTrace(10, [Verified(3, 3), Verified(0, 0)])
+SHORT = RequestTrace(6, [Verified(1, 0), Verified(2, 1), Verified(1, 1)])
+
+
+def test_unpadded_by_hand() -> None:
+    rows = [(4, 14), (1, 15), (2, 8), (3, 10), (2, 11)]
+    assert unpadded_counts([LONG, SHORT]) == DecodeCounts(
+        num_rows=12, num_kv_slots=58, num_row_slots=sum(r * s for r, s in rows)
+    )
+
+
+def test_padded_inputs_by_hand() -> None:
+    rows = [(4, 14), (3, 17), (4, 10), (3, 10), (2, 11)]
+    assert padded_input_counts([LONG, SHORT]) == DecodeCounts(
+        num_rows=16, num_kv_slots=62, num_row_slots=sum(r * s for r, s in rows)
+    )
+
+
+def test_vanilla_by_hand() -> None:
+    """Aligned lengths before the steps: 10, 14 (4 accepted), 16 (2); own lengths of
+    the short one: 6, 7, 9. The long one left after two steps."""
+    rows = [(4, 14), (4, 14), (3, 17), (3, 17), (2, 18)]
+    assert vanilla_counts([LONG, SHORT]) == DecodeCounts(
+        num_rows=16,
+        num_kv_slots=80,
+        num_row_slots=sum(r * s for r, s in rows),
+        num_padding_slots=4 + 7 + 7,
+        most_padding_slots=7,
+    )
+
+
+def test_equal_requests_need_no_padding() -> None:
+    same = [RequestTrace(8, [Verified(2, 1), Verified(2, 2)])] * 3
+    assert vanilla_counts(same) == padded_input_counts(same) == unpadded_counts(same)
+
+
+def test_impossible_trace() -> None:
+    with pytest.raises(ValueError, match="accepts more"):
+        RequestTrace(8, [Verified(2, 3)])
+
+
+def test_replay_of_batches_in_turn() -> None:
+    """Two batches of two: each is padded by itself, and prompts do not count."""
+
+    def steps(first: int) -> list[list[RequestStep]]:
+        long, short = first, first + 1
+        return [
+            [RequestStep(long, 10, 0, 1), RequestStep(short, 6, 0, 1)],
+            [RequestStep(long, 4, 3, 4), RequestStep(short, 2, 1, 1)],
+            [RequestStep(long, 1, 0, 1), RequestStep(short, 3, 2, 2)],
+            [RequestStep(short, 2, 1, 2)],
+        ]
+
+    found = replay(Round(steps=steps(0) + steps(2)), [10, 6, 10, 6], batch_size=2)
+    for counts, of_one in (
+        (found.unpadded, unpadded_counts),
+        (found.padded_inputs, padded_input_counts),
+        (found.vanilla, vanilla_counts),
+    ):
+        one = of_one([LONG, SHORT])
+        assert counts == one + one
+        assert counts.num_rows == 2 * one.num_rows
+        assert counts.most_padding_slots == one.most_padding_slots
+
+
+# ---------------------------------------------------------------- against the real one
+
+MAX_DRAFTS = 4
+MAX_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def alone(model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[int], RequestTrace]:
+    """One request without batch, padding or cache: its tokens and its trace."""
+    known, steps = list(prompt), []
+
+    def wanted(tokens: list[int]) -> list[int]:
+        with torch.inference_mode():
+            return model(torch.tensor([tokens])).logits[0].argmax(dim=-1).tolist()
+
+    known.append(wanted(known)[-1])
+    while len(known) < len(prompt) + MAX_TOKENS:
+        drafts = drafts_of(known, MAX_DRAFTS)
+        after = wanted(known + drafts)[len(known) - 1 :]
+        count = accepted_of(drafts, after)
+        steps.append(Verified(len(drafts), count))
+        known += after[: count + 1]
+    return known[len(prompt) :][:MAX_TOKENS], RequestTrace(len(prompt), steps)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_vanilla_that_pads_counts_the_same(
+    model: LlamaForCausalLM, batch_size: int
+) -> None:
+    generator = random.Random(batch_size)
+    prompts = [
+        [generator.randrange(1, 8) for _ in range(generator.randrange(3, 20))]
+        for _ in range(batch_size)
+    ]
+    expected = [alone(model, prompt) for prompt in prompts]
+    naive = NaiveVanilla(model, MAX_DRAFTS)
+    assert naive.generate(prompts, MAX_TOKENS) == [tokens for tokens, _ in expected]
+
+    traces = [trace for _, trace in expected]
+    assert naive.accepted == [[tuple(s) for s in trace.steps] for trace in traces]
+    counts = vanilla_counts(traces)
+    for name in (
+        "num_rows",
+        "num_kv_slots",
+        "num_row_slots",
+        "num_padding_slots",
+        "most_padding_slots",
+    ):
+        assert getattr(naive, name) == getattr(counts, name), name
+    assert any(s.num_accepted for trace in traces for s in trace.steps)
+    assert any(s.num_accepted < s.num_drafts for trace in traces for s in trace.steps)
+    assert (counts.num_padding_slots > 0) == (batch_size > 1)

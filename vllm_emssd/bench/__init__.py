@@ -1,0 +1,1 @@
+"""Measuring: speculative methods side by side on one workload, and their figures."""

@@ -1,0 +1,179 @@
+"""From rounds to ratios: medians, spread, and how sure one can be of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from vllm_emssd.bench.harness import Rounds
+from vllm_emssd.bench.round import Round
+from vllm_emssd.bench.row_costs import row_cost
+
+NUM_RESAMPLES = 4000
+COVERAGE = 0.95
+
+# Ratios that answer a question of their own; each method over plain comes on top.
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("emssd", "stock"),
+    ("emssd", "padded"),
+    ("llma", "ngram"),
+    ("llma", "ngram-longest"),
+    ("llma", "llma-padded"),
+    ("auto", "emssd"),
+    ("llma-auto", "llma"),
+)
+# Methods that choose by themselves, against the better of those a user chooses from.
+AGAINST_BEST: dict[str, tuple[str, ...]] = {
+    "auto": ("plain", "stock"),
+    "llma-auto": ("plain", "ngram"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A speed over another's, with its bootstrap interval (95 %)."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def speed_ratio(
+    seconds: Sequence[float], reference: Sequence[Sequence[float]]
+) -> Ratio:
+    """Median speed over the best median speed of `reference`'s methods.
+
+    Resamples rounds, the same of every method: what disturbed one round disturbed all.
+    seconds: [num_rounds]; reference: [num_methods][num_rounds].
+    """
+    ours, others = np.asarray(seconds), np.asarray(reference)
+    generator = np.random.default_rng(0)
+    picks = generator.integers(len(ours), size=(NUM_RESAMPLES, len(ours)))
+    resampled = np.median(others[:, picks], axis=2).min(axis=0) / np.median(
+        ours[picks], axis=1
+    )
+    low, high = np.quantile(resampled, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    ratio = np.median(others, axis=1).min() / np.median(ours)
+    return Ratio(float(ratio), float(low), float(high))
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """Middle half of the rounds, over their median."""
+    low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    return float((high - low) / middle)
+
+
+def compare(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, Any]:
+    """One batch size, all methods."""
+    seconds = {name: [r.seconds for r in done] for name, done in rounds.items()}
+    return {
+        "batch": batch,
+        "methods": {name: _summary(done) for name, done in rounds.items()},
+        "ratios": ratios(seconds),
+        "saving": (
+            saving(batch, rounds, k) if {"stock", "emssd"} <= rounds.keys() else None
+        ),
+    }
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """By name: `emssd/stock`, `auto/best(plain, stock)`."""
+    over_plain = [(name, "plain") for name in seconds if name != "plain"]
+    pairs: dict[str, tuple[str, tuple[str, ...]]] = {
+        f"{a}/{b}": (a, (b,)) for a, b in (*over_plain, *PAIRS)
+    }
+    for name, others in AGAINST_BEST.items():
+        pairs[f"{name}/best({', '.join(others)})"] = (name, others)
+    return {
+        title: asdict(speed_ratio(seconds[name], [seconds[other] for other in others]))
+        for title, (name, others) in pairs.items()
+        if {name, *others} <= seconds.keys()
+    }
+
+
+def geometric_means(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of each ratio, over the batch sizes."""
+    return {
+        title: float(
+            np.exp(np.mean([np.log(r["ratios"][title]["ratio"]) for r in results]))
+        )
+        for title in results[0]["ratios"]
+    }
+
+
+def compare_all(rounds: Rounds, k: int) -> list[dict[str, Any]]:
+    return [compare(batch, by_method, k) for batch, by_method in rounds.items()]
+
+
+def _summary(rounds: list[Round]) -> dict[str, Any]:
+    """Medians over the rounds."""
+    dicts = [r.as_dict() for r in rounds]
+    seconds = [r.seconds for r in rounds]
+
+    def middle(of: Callable[[dict[str, Any]], float]) -> float:
+        return float(median(map(of, dicts)))
+
+    return {
+        "tokens_per_s": middle(lambda d: d["num_tokens"]) / median(seconds),
+        "seconds": median(seconds),
+        "spread": spread(seconds),
+        **{
+            name: middle(lambda d, name=name: d[name])  # type: ignore[misc]
+            for name in (
+                "num_steps",
+                "num_request_steps",
+                "num_draft_tokens",
+                "num_accepted_tokens",
+                "accepted_per_request_step",
+                "target_rows",
+                "target_rows_decode",
+                "draft_rows",
+                "draft_forwards",
+                "num_preemptions",
+            )
+        },
+        "step_ms": {
+            part: middle(lambda d, of=of: of(d) / d["num_steps"])  # type: ignore[misc]
+            for part, of in STEP_PARTS.items()
+        },
+    }
+
+
+# How a step's time splits. Drafting's own part is what its models do not take.
+STEP_PARTS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "target": lambda d: d["target_ms"],
+    "draft model": lambda d: d["draft_ms"] + d["draft_logits_ms"],
+    "drafting, rest": lambda d: d["propose_ms"] - d["draft_ms"] - d["draft_logits_ms"],
+    "rest": lambda d: d["seconds"] * 1e3 - d["target_ms"] - d["propose_ms"],
+}
+
+
+def saving(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, float]:
+    """emssd against stock: what the rows saved should earn, and what they did."""
+    most_rows = batch * (k + 2)
+    draft = [f for s in ("stock", "emssd") for r in rounds[s] for f in r.draft_forwards]
+    target = [f for done in rounds.values() for r in done for f in r.target_forwards]
+    _, draft_row_ms = row_cost(draft, most_rows)
+    _, target_row_ms = row_cost(target, most_rows)
+    ours, stock = rounds["emssd"], rounds["stock"]
+    rows_saved = median(r.draft_rows for r in stock) - median(
+        r.draft_rows for r in ours
+    )
+    predicted_s = rows_saved * draft_row_ms / 1e3
+    saved_s = median(r.seconds for r in stock) - median(r.seconds for r in ours)
+    forwards_ms = median(r.draft_ms + r.logits_ms for r in ours)
+    own_ms = median(r.propose_ms - r.draft_ms - r.logits_ms for r in ours)
+    return {
+        "draft_row_ms": draft_row_ms,
+        "target_row_ms": target_row_ms,
+        "row_cost_ratio": draft_row_ms / target_row_ms,
+        "draft_rows_saved": rows_saved,
+        "predicted_saving_s": predicted_s,
+        "saving_s": saved_s,
+        "saving_over_predicted": saved_s / predicted_s,
+        "bookkeeping_over_forwards": own_ms / forwards_ms,
+    }

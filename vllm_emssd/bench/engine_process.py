@@ -1,0 +1,182 @@
+"""One method's engine in a process of its own, which runs a batch when asked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.request import Request
+from vllm_emssd.bench.round import Round
+
+PREEMPTIONS = "vllm:num_preemptions"
+CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"  # stock samples drafted rows wrongly on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Alike for every method of a run."""
+
+    model: str
+    tokenizer: str
+    max_model_len: int
+    max_num_seqs: int
+    dtype: str = "bfloat16"
+    kv_cache_mib: int = 512
+    fix_cpu_sampling: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # more of `vllm.LLM`'s
+
+
+class EngineError(RuntimeError):
+    """An engine did not start, or died; its own message is in it."""
+
+
+class EngineProcess:
+    """The parent's end: starts the engine, sends batches, receives rounds."""
+
+    def __init__(self, method: Method, options: EngineOptions) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.method = method
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(method, options, child), daemon=True
+        )
+        self._process.start()
+        child.close()
+        self._receive()  # ready
+
+    def run(self, batches: list[list[Request]]) -> Round:
+        """The batches one after the other, timed together."""
+        self._pipe.send(batches)
+        return self._receive()
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(None)
+        self._process.join(timeout=30)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join(timeout=10)
+            raise EngineError(
+                f"the engine of {self.method.name!r} died, exit code "
+                f"{self._process.exitcode}; -9 is the kernel's for want of memory: "
+                "compare fewer methods, or lower --kv-cache-mib"
+            ) from None
+        if isinstance(answer, str) and answer != "ready":
+            raise EngineError(f"the engine of {self.method.name!r} failed:\n{answer}")
+        return answer
+
+
+# ---------------------------------------------------------------- in the child
+
+
+def _serve(method: Method, options: EngineOptions, pipe: Connection) -> None:
+    try:
+        engine = _Engine(method, options)
+        pipe.send("ready")
+        while (batches := pipe.recv()) is not None:
+            pipe.send(engine.run(batches))
+    except EOFError:  # the parent is gone
+        return
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+class _Engine:
+    def __init__(self, method: Method, options: EngineOptions) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if options.fix_cpu_sampling:
+            os.environ[CPU_FIXES_SWITCH] = "1"
+        from vllm import LLM
+
+        from vllm_emssd.bench.stopwatch import Stopwatch
+
+        self._llm = LLM(
+            options.model,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype,  # type: ignore[arg-type]
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            kv_cache_memory_bytes=options.kv_cache_mib << 20,
+            speculative_config=method.speculative_config,
+            **(
+                {
+                    "enforce_eager": True,
+                    "enable_prefix_caching": False,
+                    "disable_log_stats": False,
+                    "seed": 0,
+                }
+                | options.options
+            ),
+        )
+        self._is_emssd = (method.speculative_config or {}).get("method") == "emssd"
+        self._stopwatch = Stopwatch(self._llm)
+        self._num_requests = 0
+
+    def run(self, batches: list[list[Request]]) -> Round:
+        self._stopwatch.round = done = Round()
+        self._stopwatch.request_index.clear()
+        stats, preemptions = self._emssd_stats(), self._num_preemptions()
+        start = time.perf_counter()
+        for batch in batches:
+            done.num_tokens += self._run_batch(batch)
+        done.seconds = time.perf_counter() - start
+        done.num_preemptions = self._num_preemptions() - preemptions
+        now = self._emssd_stats()
+        done.emssd_stats = {name: now[name] - stats[name] for name in now}
+        return done
+
+    def _run_batch(self, batch: list[Request]) -> int:
+        """Returns how many tokens came out."""
+        engine, num_tokens = self._llm.llm_engine, 0
+        waiting = sorted(batch, key=lambda request: request.arrival_ms)
+        start = time.perf_counter()
+        while waiting or engine.has_unfinished_requests():
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+            while waiting and waiting[0].arrival_ms <= elapsed_ms:
+                self._add(waiting.pop(0))
+            if not engine.has_unfinished_requests():
+                time.sleep((waiting[0].arrival_ms - elapsed_ms) / 1e3)
+                continue
+            for output in engine.step():
+                if output.finished:
+                    num_tokens += len(output.outputs[0].token_ids)  # type: ignore[union-attr]
+        return num_tokens
+
+    def _add(self, request: Request) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=request.max_tokens, ignore_eos=True, **request.sampling
+        )
+        index = self._stopwatch.request_index
+        self._num_requests += 1
+        req_id = self._llm.llm_engine.add_request(
+            str(self._num_requests),
+            {"prompt_token_ids": request.prompt_token_ids},
+            params,
+        )
+        index[req_id] = len(index)
+
+    def _emssd_stats(self) -> dict[str, int]:
+        if not self._is_emssd:
+            return {}
+        return self._llm.collective_rpc("emssd_stats")[0]
+
+    def _num_preemptions(self) -> int:
+        return sum(
+            int(metric.value)  # type: ignore[attr-defined]
+            for metric in self._llm.get_metrics()
+            if metric.name == PREEMPTIONS
+        )

@@ -1,0 +1,106 @@
+"""The methods that `vllm-emssd bench` compares, as vLLM's `speculative_config`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+DESCRIPTIONS: dict[str, str] = {
+    "plain": "no speculation",
+    "stock": "vLLM's draft_model, K drafts",
+    "ngram": "vLLM's ngram, llma's lengths: check_length to match, copy_length drafts",
+    "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
+    "emssd": "emssd draft model, K drafts",
+    "kN": "emssd draft model, N drafts (k1, k2, ...)",
+    "auto": "emssd draft model, lengths by goodput",
+    "padded": "emssd draft model, K drafts, padded inputs (unpad_inputs: false)",
+    "llma": "emssd copy, copy_length drafts",
+    "llma-auto": "emssd copy, lengths by goodput",
+    "llma-padded": "emssd copy, padded inputs",
+    "NAME={...}": "any --speculative-config, under a name",
+}
+FIXED_LENGTH = re.compile(r"k([1-9]\d*)")
+NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded"}
+LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    name: str
+    speculative_config: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MethodOptions:
+    """What the methods share. Lengths in tokens."""
+
+    draft_model: str | None
+    num_speculative_tokens: int = 5
+    auto_tokens: int = 8
+    check_length: int = 2
+    copy_length: int = 7
+
+
+def parse_method(text: str, options: MethodOptions) -> Method:
+    """Raises ValueError for a name that is not known, or without its draft model."""
+    name, is_custom, config = text.partition("=")
+    if is_custom:
+        return Method(name, _custom(name, config))
+    needs_draft_model = name in NEEDS_DRAFT_MODEL or FIXED_LENGTH.fullmatch(name)
+    if needs_draft_model and options.draft_model is None:
+        raise ValueError(f"method {name!r} needs --draft-model")
+    return Method(name, _known(name, options))
+
+
+def _custom(name: str, config: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(config)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"method {name!r}: {config!r} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"method {name!r}: give a JSON object, as vLLM takes it")
+    return parsed
+
+
+def _known(name: str, options: MethodOptions) -> dict[str, Any] | None:
+    stock = {
+        "method": "draft_model",
+        "model": options.draft_model,
+        "num_speculative_tokens": options.num_speculative_tokens,
+    }
+    fixed = stock | {"method": "emssd", "draft_length": "fixed"}
+    auto = {"draft_length": "auto", "num_speculative_tokens": options.auto_tokens}
+    llma = {
+        "method": "emssd",
+        "draft_length": "fixed",
+        "check_length": options.check_length,
+        "copy_length": options.copy_length,
+    }
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": options.copy_length,
+        "prompt_lookup_min": options.check_length,
+        "prompt_lookup_max": options.check_length,
+    }
+    known: dict[str, dict[str, Any] | None] = {
+        "plain": None,
+        "stock": stock,
+        "ngram": ngram,
+        "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
+        "emssd": fixed,
+        "auto": fixed | auto,
+        "padded": fixed | {"unpad_inputs": False},
+        "llma": llma,
+        "llma-auto": llma | {"draft_length": "auto"},
+        "llma-padded": llma | {"unpad_inputs": False},
+    }
+    if name in known:
+        return known[name]
+    length = FIXED_LENGTH.fullmatch(name)
+    if length is None:
+        raise ValueError(
+            f"unknown method {name!r}; choose from {', '.join(DESCRIPTIONS)}"
+        )
+    return fixed | {"num_speculative_tokens": int(length.group(1))}

@@ -1,0 +1,61 @@
+"""Where a result comes from: command, commit, versions, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import vllm_emssd
+
+ENVIRONMENT = (
+    "LD_PRELOAD",
+    "OMP_NUM_THREADS",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "EMSSD_CPU_FIXES",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def provenance() -> dict[str, Any]:
+    import torch
+
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "vllm": version("vllm"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "vllm_emssd": vllm_emssd.__version__,
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "gpus": [
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        ],
+        "load_average": os.getloadavg(),
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+    }
+
+
+def _commit() -> str:
+    """With `-dirty` where the working tree differs; empty outside a checkout."""
+    folder = Path(vllm_emssd.__file__).parent
+    described = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line[:10] == "model name"]
+    return models[0] if models else platform.machine()

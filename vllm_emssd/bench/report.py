@@ -1,0 +1,121 @@
+"""Results on the terminal and in a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_emssd.bench.comparison import geometric_means
+
+WIDTH = 160
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    console = Console(width=WIDTH)
+    for title, cell in CELLS.items():
+        console.print(_method_table(title, results, cell))
+    console.print(_ratio_table(results))
+    if results[0]["saving"]:
+        console.print(_saving_table(results))
+    if any(m["num_preemptions"] for r in results for m in r["methods"].values()):
+        console.print(
+            "[red]Requests were preempted: counts and times are not those of this "
+            "batch. Raise --kv-cache-mib.[/]"
+        )
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+
+
+def _speed(result: dict[str, Any], name: str) -> str:
+    speeds = {m: s["tokens_per_s"] for m, s in result["methods"].items()}
+    base = speeds.get("plain", next(iter(speeds.values())))
+    return f"{speeds[name]:.0f} ({speeds[name] / base:.2f})"
+
+
+def _accepted(result: dict[str, Any], name: str) -> str:
+    return f"{result['methods'][name]['accepted_per_request_step']:.2f}"
+
+
+def _rows(result: dict[str, Any], name: str) -> str:
+    summary = result["methods"][name]
+    return f"{summary['target_rows']:.0f} + {summary['draft_rows']:.0f}"
+
+
+def _spread(result: dict[str, Any], name: str) -> str:
+    return f"{result['methods'][name]['spread']:.1%}"
+
+
+CELLS = {
+    "tokens/s, medians of alternating rounds (x first method, or plain)": _speed,
+    "accepted drafts a request and step": _accepted,
+    "rows a round: target + draft model": _rows,
+    "spread: middle half of the rounds over their median": _spread,
+}
+
+
+def _method_table(title: str, results: Sequence[dict[str, Any]], cell: Any) -> Table:
+    names = list(results[0]["methods"])
+    table = _table(title, "batch", *names)
+    for result in results:
+        table.add_row(str(result["batch"]), *(cell(result, name) for name in names))
+    return table
+
+
+def _ratio_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One row a ratio: there are more of them than batch sizes."""
+    batches = [f"batch {result['batch']}" for result in results]
+    table = _table("speed ratios [95 % interval]", "ratio", *batches, "geom. mean")
+    for title, mean in geometric_means(results).items():
+        cells = [result["ratios"][title] for result in results]
+        table.add_row(
+            title,
+            *(f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells),
+            f"{mean:.3f}",
+        )
+    return table
+
+
+def _saving_table(results: Sequence[dict[str, Any]]) -> Table:
+    table = _table(
+        "emssd (fixed) against vLLM's draft_model",
+        "batch",
+        "row cost draft / target",
+        "draft rows saved",
+        "time saved / predicted",
+        "bookkeeping / forwards",
+    )
+    for result in results:
+        s = result["saving"]
+        table.add_row(
+            str(result["batch"]),
+            f"{s['row_cost_ratio']:.3f}",
+            f"{s['draft_rows_saved']:.0f}",
+            f"{s['saving_over_predicted']:.2f}",
+            f"{s['bookkeeping_over_forwards']:.2f}",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,91 @@
+"""What one method did in one round: time, rows, and each step's acceptance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class RequestStep(NamedTuple):
+    """One request in one target forward. A NamedTuple: there are thousands."""
+
+    request: int  # index in the round
+    num_scheduled: int  # rows of the target
+    num_drafts: int
+    num_sampled: int  # accepted + 1; 0 while the prompt is not wholly computed
+
+
+@dataclass(slots=True)
+class Round:
+    """`*_forwards`: (rows, ms) of each; on a GPU ms is the launch alone."""
+
+    seconds: float = 0.0
+    num_tokens: int = 0
+    num_preemptions: int = 0
+    propose_ms: float = 0.0  # all of drafting: models, copying, bookkeeping
+    logits_ms: float = 0.0  # the drafter's
+    draft_forwards: list[tuple[int, float]] = field(default_factory=list)
+    target_forwards: list[tuple[int, float]] = field(default_factory=list)
+    steps: list[list[RequestStep]] = field(default_factory=list)
+    emssd_stats: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def draft_rows(self) -> int:
+        return sum(rows for rows, _ in self.draft_forwards)
+
+    @property
+    def target_rows(self) -> int:
+        return sum(rows for rows, _ in self.target_forwards)
+
+    @property
+    def draft_ms(self) -> float:
+        return sum(ms for _, ms in self.draft_forwards)
+
+    @property
+    def target_ms(self) -> float:
+        return sum(ms for _, ms in self.target_forwards)
+
+    def decode_steps(self) -> list[RequestStep]:
+        """Steps after a request's first token: those that could have had drafts."""
+        seen: set[int] = set()
+        decode = []
+        for step in self.steps:
+            for entry in step:
+                if entry.request in seen:
+                    decode.append(entry)
+                elif entry.num_sampled:
+                    seen.add(entry.request)
+        return decode
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the result file: thousands of forwards a round, so their sums."""
+        decode = self.decode_steps()
+        num_accepted = sum(entry.num_sampled - 1 for entry in decode)
+        num_drafts = sum(entry.num_drafts for entry in decode)
+        return {
+            "seconds": self.seconds,
+            "num_tokens": self.num_tokens,
+            "num_steps": len(self.steps),
+            "num_request_steps": len(decode),
+            "num_draft_tokens": num_drafts,
+            "num_accepted_tokens": num_accepted,
+            "accepted_per_request_step": num_accepted / max(len(decode), 1),
+            "accepted_histogram": _histogram(e.num_sampled - 1 for e in decode),
+            "drafted_histogram": _histogram(e.num_drafts for e in decode),
+            "target_forwards": len(self.target_forwards),
+            "target_rows": self.target_rows,
+            "target_rows_decode": len(decode) + num_drafts,
+            "draft_forwards": len(self.draft_forwards),
+            "draft_rows": self.draft_rows,
+            "target_ms": self.target_ms,
+            "draft_ms": self.draft_ms,
+            "draft_logits_ms": self.logits_ms,
+            "propose_ms": self.propose_ms,
+            "num_preemptions": self.num_preemptions,
+            "emssd_stats": self.emssd_stats,
+        }
+
+
+def _histogram(values: Any) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}

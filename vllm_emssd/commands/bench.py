@@ -1,0 +1,183 @@
+"""`vllm-emssd bench`: methods side by side on one workload."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_emssd.bench.comparison import compare_all, geometric_means
+from vllm_emssd.bench.engine_process import EngineError, EngineOptions
+from vllm_emssd.bench.harness import Plan, Rounds, measure
+from vllm_emssd.bench.methods import DESCRIPTIONS, MethodOptions, parse_method
+from vllm_emssd.bench.provenance import provenance
+from vllm_emssd.bench.report import print_results, write_result
+from vllm_emssd.bench.workloads import (
+    SHIPPED_MODELS,
+    Workload,
+    WorkloadOptions,
+    load_workload,
+)
+
+LENGTH_STEP = 128  # --max-model-len, where it follows from the workload
+QUICK = {"batches": [1, 4], "rounds": 3, "max_tokens": 32}
+DEFAULTS = {"batches": [1, 8, 24], "rounds": 7, "max_tokens": 96}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "methods:\n" + "\n".join(
+        f"  {name:14} {text}" for name, text in DESCRIPTIONS.items()
+    )
+    parser.add_argument("--quick", action="store_true", help="a few minutes")
+    parser.add_argument("--output", type=Path, help="JSON file for everything measured")
+    _add_what_runs(parser)
+    _add_workload(parser)
+    _add_engine(parser)
+
+
+def _add_what_runs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what runs")
+    group.add_argument(
+        "--methods", nargs="+", default=["plain", "stock", "ngram", "emssd", "llma"]
+    )
+    group.add_argument("--batches", type=int, nargs="+", help="concurrent requests")
+    group.add_argument("--rounds", type=int, help="kept, after a first that warms up")
+    group.add_argument(
+        "--min-requests",
+        type=int,
+        default=1,
+        help="requests in a round, at least: small batches run several, one by one",
+    )
+    group.add_argument("--num-speculative-tokens", type=int, default=5, metavar="K")
+    group.add_argument("--auto-tokens", type=int, default=8, help="most of auto")
+    group.add_argument("--check-length", type=int, default=2, help="llma, ngram")
+    group.add_argument("--copy-length", type=int, default=7, help="llma, ngram")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("workload")
+    group.add_argument(
+        "--workload", default="completion", metavar="NAME|FILE.jsonl", help="prompts"
+    )
+    group.add_argument("--max-tokens", type=int, help="output of a request")
+    group.add_argument("--max-prompt-tokens", type=int, default=512)
+    group.add_argument(
+        "--temperature", type=float, default=0.0, help="for lines that give none"
+    )
+    group.add_argument(
+        "--arrival-interval-ms", type=float, default=0.0, help="0: all at once"
+    )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine, alike for every method")
+    group.add_argument("--model", default=str(SHIPPED_MODELS / "target"))
+    group.add_argument(
+        "--draft-model", help="default: the shipped one, beside its target"
+    )
+    group.add_argument("--tokenizer")
+    group.add_argument(
+        "--max-model-len", type=int, help="default: what the workload needs"
+    )
+    group.add_argument("--dtype", default="bfloat16")
+    group.add_argument("--kv-cache-mib", type=int, default=512)
+
+
+def run(args: argparse.Namespace) -> int:
+    for name, value in (QUICK if args.quick else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    try:
+        plan = plan_of(args)
+        workload = load_workload(
+            args.workload,
+            _tokenizer(args),
+            workload_options(args),
+            plan.most_requests(),
+        )
+        engine_options = engine_options_of(args, workload)
+        rounds = measure(plan, engine_options, workload.requests)
+    except (ValueError, EngineError) as error:
+        print(f"vllm-emssd bench: {error}", file=sys.stderr)
+        return 1
+    result = result_of(args, workload, engine_options, rounds)
+    print_results(result["results"])
+    if args.output:
+        write_result(args.output, result)
+    return 0
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    shipped = SHIPPED_MODELS / "target"
+    draft_model = args.draft_model
+    if draft_model is None and Path(args.model) == shipped:
+        draft_model = str(SHIPPED_MODELS / "draft")
+    options = MethodOptions(
+        draft_model=draft_model,
+        num_speculative_tokens=args.num_speculative_tokens,
+        auto_tokens=args.auto_tokens,
+        check_length=args.check_length,
+        copy_length=args.copy_length,
+    )
+    methods = [parse_method(text, options) for text in args.methods]
+    return Plan(methods, args.batches, args.rounds, args.min_requests)
+
+
+def workload_options(args: argparse.Namespace) -> WorkloadOptions:
+    return WorkloadOptions(
+        max_tokens=args.max_tokens,
+        max_prompt_tokens=args.max_prompt_tokens,
+        sampling={"temperature": args.temperature},
+        arrival_interval_ms=args.arrival_interval_ms,
+    )
+
+
+def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOptions:
+    needed = max(request.num_tokens for request in workload.requests) + 1
+    is_sampled = any(request.sampling["temperature"] for request in workload.requests)
+    return EngineOptions(
+        model=args.model,
+        tokenizer=args.tokenizer or args.model,
+        max_model_len=args.max_model_len or -(-needed // LENGTH_STEP) * LENGTH_STEP,
+        max_num_seqs=max(args.batches),
+        dtype=args.dtype,
+        kv_cache_mib=args.kv_cache_mib,
+        fix_cpu_sampling=is_sampled,
+    )
+
+
+def result_of(
+    args: argparse.Namespace,
+    workload: Workload,
+    engine_options: EngineOptions,
+    rounds: Rounds,
+) -> dict[str, Any]:
+    results = compare_all(rounds, args.num_speculative_tokens)
+    return {
+        "provenance": provenance(),
+        "arguments": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+        },
+        "max_model_len": engine_options.max_model_len,
+        "workload": workload.as_dict(),
+        "results": results,
+        "geometric_means": geometric_means(results),
+        "rounds": {
+            batch: {
+                name: [r.as_dict() for r in done] for name, done in by_method.items()
+            }
+            for batch, by_method in rounds.items()
+        },
+    }
+
+
+def _tokenizer(args: argparse.Namespace) -> Any:
+    from transformers import AutoTokenizer
+
+    name = args.tokenizer or args.model
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"--model {name}: no tokenizer there ({error})") from None
