@@ -83,6 +83,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="bfloat16")
     group.add_argument("--kv-cache-mib", type=int, default=512)
+    group.add_argument(
+        "--compile", action="store_true", help="as vLLM does; default: enforce eager"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,6 +148,7 @@ def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOpt
         dtype=args.dtype,
         kv_cache_mib=args.kv_cache_mib,
         fix_cpu_sampling=is_sampled,
+        options={"enforce_eager": not args.compile},
     )
 
 
