@@ -374,7 +374,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("models"))
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--target-tokens", type=float, default=12e6)
-    parser.add_argument("--draft-tokens", type=float, default=10e6)
+    parser.add_argument("--draft-tokens", type=float, default=12e6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=("all", "draft"), default="all")
     return parser.parse_args()

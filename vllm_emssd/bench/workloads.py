@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ DESCRIPTIONS: dict[str, str] = {
     "completion": "held-out source files cut anywhere (models/prompts.jsonl)",
     "prose": "Python's manual, cut anywhere",
     "mixed": "copy, completion and prose in turns",
+    "half-random": "completion, greedy, and prose at temperature 1, in turns",
     **{name: known.description for name, known in PUBLIC_SETS.items()},
     "hf:OWNER/NAME:SPLIT:COLUMN": "a data set of Hugging Face's",
     "sharegpt:FILE.json": "a ShareGPT file",
@@ -135,6 +136,18 @@ def _mixed(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
     return list(chain.from_iterable(zip(*built, strict=False)))
 
 
+def _half_random(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
+    greedy = [
+        replace(prompt, sampling={"temperature": 0.0})
+        for prompt in _completion(tokenizer, max_prompt_tokens)
+    ]
+    random = [
+        replace(prompt, sampling={"temperature": 1.0})
+        for prompt in _prose(tokenizer, max_prompt_tokens)
+    ]
+    return list(chain.from_iterable(zip(greedy, random, strict=False)))
+
+
 BUILDERS: dict[str, Callable[[Tokenizer, int], list[Prompt]]] = {
     "copy": copying.copying_prompts,
     "copy-rename": copying.renamed_files,
@@ -143,4 +156,5 @@ BUILDERS: dict[str, Callable[[Tokenizer, int], list[Prompt]]] = {
     "completion": _completion,
     "prose": _prose,
     "mixed": _mixed,
+    "half-random": _half_random,
 }
