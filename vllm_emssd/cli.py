@@ -34,6 +34,10 @@ class Entry:
 
 COMMANDS: dict[str, Entry] = {
     "bench": Entry("vllm_emssd.commands.bench", "time methods side by side"),
+    "simulate": Entry(
+        "vllm_emssd.commands.simulate",
+        "predict speeds from a recorded trace and a cost table, without a machine",
+    ),
 }
 
 

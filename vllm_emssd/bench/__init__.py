@@ -1,1 +1,1 @@
-"""Measuring: speculative methods side by side on one workload, and their figures."""
+"""Measuring methods side by side, and predicting them: traces, prices, a simulator."""

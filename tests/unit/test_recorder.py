@@ -1,0 +1,108 @@
+"""Recording agrees with drafting the plain way: one position, no cache, at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_emssd.bench import recorder
+from vllm_emssd.bench.recorder import TraceRecorder, read_prompts
+
+K, MAX_TOKENS = 3, 7
+PROMPTS = [[5, 9, 2], [1], [7, 7, 30, 12, 4]]
+
+
+def small_llama(seed: int, num_layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # far from uniform
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[str, LlamaForCausalLM]:
+    """The drafter is the target's first layers, so that they agree now and then."""
+    target, draft = small_llama(0, 2), small_llama(1, 1)
+    draft.load_state_dict(target.state_dict(), strict=False)
+    return {"target": target, "draft": draft}
+
+
+@pytest.fixture
+def load_pair(
+    pair: dict[str, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "_load", lambda name, dtype: pair[name])
+    monkeypatch.setattr(
+        recorder.transformers.AutoTokenizer, "from_pretrained", lambda name: None
+    )
+
+
+@torch.inference_mode()
+def greedy(
+    model: LlamaForCausalLM, token_ids: list[int], count: int
+) -> tuple[list[int], list[float]]:
+    known, confidences = list(token_ids), []
+    for _ in range(count):
+        probs = model(input_ids=torch.tensor([known])).logits[0, -1].softmax(dim=-1)
+        known.append(int(probs.argmax()))
+        confidences.append(float(probs.max()))
+    return known[len(token_ids) :], confidences
+
+
+@pytest.mark.usefixtures("load_pair")
+def test_every_position_is_what_drafting_there_gives(
+    pair: dict[str, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "MOST_AT_ONCE", 4)  # more positions than go at once
+    made = TraceRecorder("target", "draft", K, "float32", "a test")
+    all_accepted = []
+    for prompt_ids in PROMPTS:
+        trace = made.record_ids(prompt_ids, MAX_TOKENS)
+        trace.check(made.header)
+        output_ids, _ = greedy(pair["target"], prompt_ids, MAX_TOKENS + K)
+        assert trace.output_ids == output_ids
+        for p in range(MAX_TOKENS):
+            known = prompt_ids + output_ids[:p]
+            drafts, confidences = greedy(pair["draft"], known, K)
+            agrees = [
+                draft == token
+                for draft, token in zip(drafts, output_ids[p:], strict=False)
+            ]
+            assert trace.accepted[p] == [*agrees, False].index(False)
+            assert trace.confidences[p] == pytest.approx(confidences, abs=1e-3)
+        all_accepted += trace.accepted
+    assert 0 in all_accepted
+    assert max(all_accepted) > 0
+
+
+@pytest.mark.usefixtures("load_pair")
+def test_llma_needs_the_tokens_alone() -> None:
+    made = TraceRecorder("target", None, K, "float32", "a test")
+    trace = made.record_ids(PROMPTS[0], MAX_TOKENS)
+    trace.check(made.header)
+    assert (made.header.kind, trace.accepted, trace.confidences) == ("llma", [], [])
+
+
+def test_prompts_are_cut(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "import os"}\n{"prompt": "def"}\n{"prompt": "x"}\n')
+    assert read_prompts(file, 2, 6) == ["import", "def"]
+
+
+@pytest.mark.parametrize("line", ["not json", '{"text": "x"}', '{"prompt": ""}', ""])
+def test_no_prompts(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl"):
+        read_prompts(file, 2, 6)

@@ -1,0 +1,167 @@
+"""Records an acceptance trace from a real pair of models, offline, with transformers.
+
+The target writes greedily; then the drafter drafts after every position of what it
+wrote. All drafts of a request are made together: the text is computed once, and each
+position attends to the part of it that comes before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vllm_emssd
+from vllm_emssd.bench.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
+
+MOST_AT_ONCE = 64  # positions that draft together: each has its own K/V
+_CONFIDENCE_DIGITS = 4
+
+
+def read_prompts(path: Path, count: int, num_chars: int) -> list[str]:
+    """The first `count` prompts, cut to `num_chars`. Lines: `{"prompt": ...}`."""
+    try:
+        lines = path.read_text().splitlines()[:count]
+        prompts = [json.loads(line)["prompt"][:num_chars] for line in lines]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: each line must be {{"prompt": ...}}') from error
+    if not prompts or not all(prompts):
+        raise ValueError(f"{path} has no prompts, or an empty one")
+    return prompts
+
+
+class TraceRecorder:
+    """Runs both models.
+
+    Args:
+        target, draft: folders or names of causal language models with one vocabulary;
+            without a drafter, a trace for llma is recorded.
+        k: most drafts that can be replayed.
+    """
+
+    def __init__(
+        self, target: str, draft: str | None, k: int, dtype: str, command: str
+    ) -> None:
+        self._k = k
+        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(target)
+        self._target: Any = _load(target, dtype)
+        self._draft: Any = None if draft is None else _load(draft, dtype)
+        self._header = TraceHeader(
+            format=TRACE_FORMAT,
+            kind="llma" if draft is None else "draft_model",
+            target=Path(target).name,
+            draft=None if draft is None else Path(draft).name,
+            k=k,
+            confidence="match_len / (match_len + 1), from the tokens"
+            if draft is None
+            else "highest probability of the drafter's distribution",
+            provenance={
+                "command": command,
+                "vllm_emssd": vllm_emssd.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "dtype": dtype,
+            },
+        )
+
+    @property
+    def header(self) -> TraceHeader:
+        return self._header
+
+    def record(self, prompts: Sequence[str], max_tokens: int) -> Iterator[RequestTrace]:
+        """One trace after the other; they make a `Trace` with `header`."""
+        for prompt in prompts:
+            yield self.record_ids(self._tokenizer(prompt)["input_ids"], max_tokens)
+
+    @torch.inference_mode()
+    def record_ids(self, prompt_ids: list[int], max_tokens: int) -> RequestTrace:
+        output_ids = self._greedy_output(prompt_ids, max_tokens + self._k)
+        if self._draft is None:
+            return RequestTrace(prompt_ids=prompt_ids, output_ids=output_ids)
+        # Position p is drafted after from the token before it.
+        text = torch.tensor(prompt_ids + output_ids[: max_tokens - 1])
+        tokens, confidences = self._drafts(text, len(prompt_ids) - 1)
+        wanted = torch.tensor(output_ids).unfold(0, self._k, 1)[:max_tokens]
+        agrees = (tokens == wanted).long().cumprod(dim=1).sum(dim=1)
+        return RequestTrace(
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            accepted=agrees.tolist(),
+            confidences=[
+                [round(p, _CONFIDENCE_DIGITS) for p in row]
+                for row in confidences.tolist()
+            ],
+        )
+
+    def _greedy_output(self, prompt_ids: list[int], num_tokens: int) -> list[int]:
+        """Past the end of text too, as with `ignore_eos`."""
+        ids = torch.tensor([prompt_ids])
+        known = self._target(input_ids=ids, use_cache=True)
+        output_ids = [int(known.logits[0, -1].argmax())]
+        while len(output_ids) < num_tokens:
+            last = torch.tensor([output_ids[-1:]])
+            known = self._target(
+                input_ids=last, past_key_values=known.past_key_values, use_cache=True
+            )
+            output_ids.append(int(known.logits[0, -1].argmax()))
+        return output_ids
+
+    def _drafts(
+        self, text: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts after each token of the text from `first` on, and their confidence.
+
+        `text`: [num_tokens]; returns two of [num_tokens - first, k].
+        """
+        known = self._draft(input_ids=text[None], use_cache=True)
+        after = torch.arange(first, len(text))
+        parts = [
+            self._drafts_after(part, known.logits[0, part], known.past_key_values)
+            for part in torch.split(after, MOST_AT_ONCE)
+        ]
+        tokens, confidences = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(confidences)
+
+    def _drafts_after(
+        self, after: torch.Tensor, logits: torch.Tensor, text_cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each of [num_positions] tokens `after` gets a copy of the text's K/V and sees
+        of it what comes before, then its own drafts."""
+        cache = copy.deepcopy(text_cache)
+        cache.batch_repeat_interleave(len(after))
+        is_seen = (torch.arange(cache.get_seq_length()) <= after[:, None]).long()
+        tokens, confidences = [], []
+        for j in range(self._k):
+            highest = logits.float().softmax(dim=-1).max(dim=-1)
+            tokens.append(highest.indices)
+            confidences.append(highest.values)
+            if j + 1 == self._k:
+                break
+            is_seen = torch.cat([is_seen, torch.ones_like(after)[:, None]], dim=1)
+            logits = self._draft(
+                input_ids=highest.indices[:, None],
+                attention_mask=is_seen,
+                position_ids=(after + 1 + j)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        return torch.stack(tokens, dim=1), torch.stack(confidences, dim=1)
+
+
+def record_trace(
+    recorder: TraceRecorder, prompts: Sequence[str], max_tokens: int
+) -> Trace:
+    requests = list(recorder.record(prompts, max_tokens))
+    return Trace(header=recorder.header, requests=requests)
+
+
+def _load(model: str, dtype: str) -> Any:
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype)
+    )
+    return loaded.eval()

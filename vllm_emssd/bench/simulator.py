@@ -1,0 +1,270 @@
+"""The engine without models: vLLM's scheduling, our proposers, and prices for time.
+
+Everything that decides is the code the engine runs: proposers, draft cursor, policies,
+counters. Replaced are the models, by a recorded trace, and the clock, by a cost table.
+As in the engine a step schedules, computes the target's rows, keeps a prefix of the
+drafts, and drafts for the next one, for requests that end in it too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from vllm_emssd.bench.costs import CostFile
+from vllm_emssd.bench.drafting import (
+    CopyDrafting,
+    Drafting,
+    ModelDrafting,
+    PaddedDrafting,
+)
+from vllm_emssd.bench.simulated_request import SimulatedRequest
+from vllm_emssd.bench.traces import RequestTrace, Trace
+from vllm_emssd.draft_length import (
+    AutoDraftLength,
+    DraftLengthPolicy,
+    FixedDraftLength,
+    Survival,
+)
+from vllm_emssd.metrics import Counters
+from vllm_emssd.proposers.llma import LlmaProposer
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a batch is decoded, with at most `k` drafts a request and step.
+
+    plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
+    own `draft_model`.
+    """
+
+    name: Literal["plain", "fixed", "padded", "auto"]
+    k: int = 0
+
+    @property
+    def speculates(self) -> bool:
+        return self.name != "plain" and self.k > 0
+
+    def __str__(self) -> str:
+        has_length = self.name in ("fixed", "padded")
+        return f"{self.name} {self.k}" if has_length else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The engine's limits, and how llma copies."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int = 4096  # vLLM's default for LLM() on a CPU
+    check_length: int = 2
+    copy_length: int = 7
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What simulated steps did. Tokens sampled beyond an output's end do not count."""
+
+    ms: float = 0.0
+    draft_ms: float = 0.0  # of it, draft forwards
+    num_tokens: int = 0
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.ms * 1e3 if self.ms else 0.0
+
+    @property
+    def drafts_per_request_step(self) -> float:
+        counters = self.counters
+        return counters.num_draft_tokens / max(counters.num_request_steps, 1)
+
+    @property
+    def accepted_per_request_step(self) -> float:
+        counters = self.counters
+        return counters.num_accepted_tokens / max(counters.num_request_steps, 1)
+
+
+class SimulatedEngine:
+    """One engine. `outcome` counts from its start; what its policy learns stays."""
+
+    def __init__(
+        self, trace: Trace, costs: CostFile, method: Method, setting: Setting
+    ) -> None:
+        check_method(method, trace)
+        self.outcome = Outcome()
+        self._recorded_beyond = trace.header.k
+        self._max_model_len = max(
+            len(r.prompt_ids) + len(r.output_ids) for r in trace.requests
+        )
+        self._costs, self._setting = costs, setting
+        is_llma = trace.header.kind == "llma"
+        self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
+        self._drafting = self._make_drafting(method, is_llma)
+        self._waiting: deque[SimulatedRequest] = deque()
+        self._running: list[SimulatedRequest] = []
+        self._ended: list[str] = []  # released in the next step
+        self._num_arrived = 0
+
+    def run(self, requests: Sequence[RequestTrace], max_tokens: int) -> None:
+        """Decode requests that arrive at once, until all have ended.
+
+        Args:
+            max_tokens: length of each output, if as many tokens were recorded.
+        """
+        self._waiting.extend(self._arrive(r, max_tokens) for r in requests)
+        while self._waiting or self._running:
+            self._step()
+
+    def _make_drafting(self, method: Method, is_llma: bool) -> Drafting | None:
+        if not method.speculates:
+            return None
+        policy: DraftLengthPolicy = FixedDraftLength()
+        setting, k = self._setting, method.k
+        if is_llma:
+            k = min(k, setting.copy_length)
+        if method.name == "auto":
+            policy = AutoDraftLength(self._prices, Survival(k), may_trim=True)
+        if is_llma:
+            proposer = LlmaProposer(setting.check_length, setting.copy_length, policy)
+            return CopyDrafting(proposer, k, policy.needs_confidence)
+        drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
+        return drafting(
+            policy,
+            self._prices.draft,
+            self.outcome.counters,
+            k,
+            setting.max_num_seqs,
+            setting.max_num_batched_tokens,
+            self._max_model_len,
+        )
+
+    def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
+        self._num_arrived += 1
+        token_ids = np.zeros(self._max_model_len, dtype=np.int32)
+        known = trace.prompt_ids + trace.output_ids
+        token_ids[: len(known)] = known
+        num_recorded = len(trace.output_ids) - self._recorded_beyond
+        return SimulatedRequest(
+            f"r{self._num_arrived}",
+            trace,
+            min(max_tokens, num_recorded),
+            token_ids,
+            len(trace.prompt_ids),
+        )
+
+    # ------------------------------------------------------------ a step
+
+    def _step(self) -> None:
+        self._release_ended()
+        num_rows = self._schedule()
+        batch = [r for r in self._running if r.num_scheduled]
+        speculates = self._drafting is not None
+        ms = self._costs.fixed_ms(len(batch), speculates)
+        ms += float(self._prices.target.ms(np.array(num_rows)))
+        self._verify(batch)
+        draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
+        self.outcome.draft_ms += draft_ms
+        self.outcome.ms += ms + draft_ms
+        self._ended = [r.req_id for r in self._running if r.has_ended]
+        self._running = [r for r in self._running if not r.has_ended]
+
+    def _release_ended(self) -> None:
+        if self._drafting is not None:
+            self._drafting.release(self._ended)
+        self._ended = []
+
+    def _schedule(self) -> int:
+        """Who runs first, then who waits, while rows are left. Returns the rows."""
+        setting = self._setting
+        budget = setting.max_num_batched_tokens
+        for request in self._running:
+            budget -= request.schedule(budget)
+        while budget and self._waiting and len(self._running) < setting.max_num_seqs:
+            request = self._waiting.popleft()
+            budget -= request.schedule(budget)
+            self._running.append(request)
+            if self._drafting is not None:
+                self._drafting.admit(request.req_id)
+        return setting.max_num_batched_tokens - budget
+
+    def _verify(self, batch: Sequence[SimulatedRequest]) -> None:
+        """Sample for each request, and count as the runner does."""
+        counters = self.outcome.counters
+        counters.num_steps += 1
+        longest = num_verifying = 0
+        for request in batch:
+            num_left = request.max_tokens - request.num_output
+            num_drafts, num_accepted = len(request.drafts), request.sample()
+            if not request.num_sampled:
+                continue
+            if self._drafting is not None:
+                self._drafting.record_verified(request.req_id, num_drafts, num_accepted)
+            self.outcome.num_tokens += min(request.num_sampled, num_left)
+            num_verifying += request.is_decode
+            longest = max(longest, num_drafts)
+            counters.num_request_steps += 1
+            counters.num_draft_tokens += num_drafts
+            counters.num_accepted_tokens += num_accepted
+            counters.num_verify_rows += 1 + num_drafts
+            counters.num_padded_verify_rows += 1
+            counters.num_emitted_tokens += request.num_sampled
+        counters.num_padded_verify_rows += num_verifying * longest
+
+
+def check_method(method: Method, trace: Trace) -> None:
+    """Raise ValueError where the trace cannot replay the method."""
+    if method.speculates and method.k > trace.header.k:
+        raise ValueError(
+            f"{method} asks for {method.k} drafts, but the trace holds k = "
+            f"{trace.header.k}: ask for fewer, or record it again with a larger --k"
+        )
+    if method.name == "padded" and trace.header.kind == "llma":
+        raise ValueError("padded is vLLM's draft_model, but the trace is of llma")
+
+
+def simulate(
+    trace: Trace,
+    costs: CostFile,
+    method: Method,
+    setting: Setting,
+    max_tokens: int,
+    first_only: bool = False,
+) -> Outcome:
+    """Decode the trace's requests in batches of `setting.max_num_seqs`.
+
+    A batch arrives once the one before has ended, as `scripts/compare_methods.py` times
+    them; requests are repeated where there are too few. A first batch warms up: it
+    counts for what the policy learns, not for time.
+
+    Args:
+        first_only: one batch of the first requests, else all in turn.
+    """
+    size, num_requests = setting.max_num_seqs, len(trace.requests)
+    num_batches = 1 if first_only else -(-num_requests // size)
+    engine = SimulatedEngine(trace, costs, method, setting)
+    batches = [
+        [trace.requests[(start + i) % num_requests] for i in range(size)]
+        for start in range(0, num_batches * size, size)
+    ]
+    engine.run(batches[-1], max_tokens)
+    warm_up = replace(engine.outcome, counters=replace(engine.outcome.counters))
+    for batch in batches:
+        engine.run(batch, max_tokens)
+    return difference(engine.outcome, warm_up)
+
+
+def difference(after: Outcome, before: Outcome) -> Outcome:
+    counters = {
+        name: count - before.counters.as_dict()[name]
+        for name, count in after.counters.as_dict().items()
+    }
+    return Outcome(
+        after.ms - before.ms,
+        after.draft_ms - before.draft_ms,
+        after.num_tokens - before.num_tokens,
+        Counters(**counters),
+    )
