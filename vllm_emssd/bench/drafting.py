@@ -139,9 +139,14 @@ class PaddedDrafting(ModelDrafting):
         costs: CostTable,
         counters: Counters,
         k: int,
-        *limits: int,
+        max_num_seqs: int,
+        max_num_rows: int,
+        max_model_len: int,
     ) -> None:
-        super().__init__(policy, costs, Counters(), k, *limits)
+        no_limit = max_num_seqs * max_model_len  # of what our proposer would feed
+        super().__init__(
+            policy, costs, Counters(), k, max_num_seqs, no_limit, max_model_len
+        )
         self._counters = counters
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> float:

@@ -104,6 +104,8 @@ class SimulatedEngine:
         is_llma = trace.header.kind == "llma"
         self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
         self._drafting = self._make_drafting(method, is_llma)
+        # vLLM leaves room for a row more of each request with a draft model.
+        self._draft_slots = int(method.speculates and not is_llma)
         self._waiting: deque[SimulatedRequest] = deque()
         self._running: list[SimulatedRequest] = []
         self._ended: list[str] = []  # released in the next step
@@ -179,17 +181,22 @@ class SimulatedEngine:
 
     def _schedule(self) -> int:
         """Who runs first, then who waits, while rows are left. Returns the rows."""
-        setting = self._setting
-        budget = setting.max_num_batched_tokens
+        left, num_rows = self._setting.max_num_batched_tokens, 0
         for request in self._running:
-            budget -= request.schedule(budget)
-        while budget and self._waiting and len(self._running) < setting.max_num_seqs:
+            rows = request.schedule(max(left - self._draft_slots, 0))
+            num_rows += rows
+            left -= rows + self._draft_slots if rows else 0
+        while self._waiting and left > self._draft_slots:
+            if len(self._running) == self._setting.max_num_seqs:
+                break
             request = self._waiting.popleft()
-            budget -= request.schedule(budget)
+            rows = request.schedule(left - self._draft_slots)
+            num_rows += rows
+            left -= rows + self._draft_slots
             self._running.append(request)
             if self._drafting is not None:
                 self._drafting.admit(request.req_id)
-        return setting.max_num_batched_tokens - budget
+        return num_rows
 
     def _verify(self, batch: Sequence[SimulatedRequest]) -> None:
         """Sample for each request, and count as the runner does."""

@@ -1,0 +1,273 @@
+"""The simulated engine: rows and milliseconds by hand, and a plain oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.unit.made_traces import (
+    constant_trace,
+    random_trace,
+    request,
+    straight_costs,
+    trace,
+)
+from vllm_emssd.bench.costs import load_costs
+from vllm_emssd.bench.simulator import (
+    Method,
+    Outcome,
+    Setting,
+    SimulatedEngine,
+    simulate,
+)
+from vllm_emssd.bench.traces import Trace
+
+ALL = [Method("plain"), Method("fixed", 3), Method("padded", 3), Method("auto", 4)]
+
+
+def run_once(
+    found: Trace,
+    method: Method,
+    max_tokens: int = 1000,
+    setting: Setting | None = None,
+) -> Outcome:
+    """All requests of the trace, from an engine that has just started."""
+    setting = setting or Setting(len(found.requests))
+    engine = SimulatedEngine(found, straight_costs(), method, setting)
+    engine.run(found.requests, max_tokens)
+    return engine.outcome
+
+
+# ---------------------------------------------------------------- by hand
+
+# Two requests, prompts of 3 and 2, 4 tokens each. With K = 2: both sample their first
+# token; then the first gets 2 accepted and ends, the second none; then the second 1.
+TWO = trace(request(3, [0, 2, 0, 0], 2), request(2, [0, 0, 1, 0], 2))
+
+
+def test_plain_by_hand() -> None:
+    outcome = run_once(TWO, Method("plain"))
+    # 5 rows of prompt, then three steps of 2 rows; 3 ms besides for 2 requests.
+    assert outcome.ms == pytest.approx((14 + 3) + 3 * (11 + 3))
+    assert (outcome.num_tokens, outcome.counters.num_steps) == (8, 4)
+
+
+def test_fixed_by_hand() -> None:
+    outcome = run_once(TWO, Method("fixed", 2))
+    steps = [
+        (14 + 3.5) + (7 + 2),  # drafter: both prompts and a token each, then a row each
+        (15 + 3.5) + (2 + 1 + 2),  # two after full acceptance, though it has ended
+        (12 + 2.5) + (1 + 1),
+    ]
+    assert outcome.ms == pytest.approx(sum(steps))
+    assert outcome.draft_ms == pytest.approx(9 + 5 + 2)
+    counters = outcome.counters
+    assert (counters.num_steps, counters.num_request_steps) == (3, 5)
+    assert (counters.num_draft_forwards, counters.num_draft_rows) == (6, 16)
+    assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (6, 3)
+    assert (counters.num_verify_rows, counters.num_emitted_tokens) == (11, 8)
+    assert outcome.num_tokens == 8
+
+
+def test_padded_by_hand() -> None:
+    outcome = run_once(TWO, Method("padded", 2))
+    steps = [
+        (14 + 3.5) + (7 + 2),
+        (15 + 3.5) + (2 * 4 + 2),  # K+2 rows each, then one each
+        (12 + 2.5) + (4 + 1),
+    ]
+    assert outcome.ms == pytest.approx(sum(steps))
+    counters = outcome.counters
+    assert (counters.num_draft_forwards, counters.num_draft_rows) == (6, 24)
+    assert counters.num_draft_rows_decode == 24 - 5
+    assert counters.num_accepted_tokens == 3
+
+
+def test_prompts_in_chunks_by_hand() -> None:
+    """4 rows a step: 3 + 1 of the prompts, then the other one and what decodes."""
+    setting = Setting(2, max_num_batched_tokens=4)
+    outcome = run_once(TWO, Method("plain"), setting=setting)
+    # 4 rows; then 1 + 1; then two steps of 2 rows, and one of the second alone.
+    assert outcome.ms == pytest.approx((13 + 3) + 3 * (11 + 3) + (10 + 2))
+    assert outcome.num_tokens == 8
+
+
+def test_third_request_takes_the_place_of_the_first_that_ends() -> None:
+    three = trace(*(request(2, [0] * n, 2) for n in (1, 3, 2)))
+    outcome = run_once(three, Method("plain"), setting=Setting(2))
+    # 2 + 2 rows, and the first has ended; 1 + 2; 1 + 1.
+    assert outcome.ms == pytest.approx((13 + 3) + (12 + 3) + (11 + 3))
+
+
+def test_what_is_sampled_beyond_the_end_does_not_count() -> None:
+    found = trace(request(2, [3] * 6, 3))
+    outcome = run_once(found, Method("fixed", 3), max_tokens=3)
+    assert (outcome.num_tokens, outcome.counters.num_emitted_tokens) == (3, 5)
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def by_request(found: Trace, k: int) -> tuple[int, int]:
+    """Steps in which a request samples and drafts accepted, each request alone."""
+    num_steps = num_accepted = 0
+    for one in found.requests:
+        known, num_steps = 1, num_steps + 1
+        while known < len(one.accepted):
+            accepted = min(one.accepted[known], k)
+            known += accepted + 1
+            num_steps, num_accepted = num_steps + 1, num_accepted + accepted
+    return num_steps, num_accepted
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("fixed", Setting(5)),
+        ("fixed", Setting(2)),
+        ("padded", Setting(5)),
+        # Prompts in chunks; room for all drafts, and for what the drafter catches up.
+        ("fixed", Setting(3, max_num_batched_tokens=3 * (1 + 4 + 1))),
+        ("padded", Setting(3, max_num_batched_tokens=3 * (1 + 4 + 1))),
+    ],
+)
+def test_accepts_what_each_request_alone_accepts(
+    seed: int, name: str, setting: Setting
+) -> None:
+    found = random_trace(seed, k=4)
+    for k in (1, 2, 4):
+        counters = run_once(found, Method(name, k), setting=setting).counters
+        wanted = by_request(found, k)
+        assert (counters.num_request_steps, counters.num_accepted_tokens) == wanted
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("method", ALL, ids=str)
+@pytest.mark.parametrize("setting", [Setting(5), Setting(3, 7)])
+def test_every_output_is_decoded_to_its_end(
+    seed: int, method: Method, setting: Setting
+) -> None:
+    found = random_trace(seed, k=4)
+    outcome = run_once(found, method, setting=setting)
+    assert outcome.num_tokens == sum(len(r.accepted) for r in found.requests)
+    assert outcome.counters.num_emitted_tokens >= outcome.num_tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drafter_is_fed_each_known_token_once(seed: int) -> None:
+    """With one draft a step nothing else is fed, whatever is accepted."""
+    found = random_trace(seed, k=4)
+    for setting in (Setting(5), Setting(2), Setting(3, 9)):
+        counters = run_once(found, Method("fixed", 1), setting=setting).counters
+        known = counters.num_emitted_tokens
+        known += sum(len(r.prompt_ids) for r in found.requests)
+        assert counters.num_draft_rows == known
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_acceptance_zero_and_one(k: int) -> None:
+    num_output = 41
+    nothing = run_once(constant_trace(0, 5, 4, num_output), Method("fixed", k))
+    assert nothing.counters.num_steps == num_output
+    assert nothing.accepted_per_request_step == 0
+    everything = run_once(constant_trace(5, 5, 4, num_output), Method("fixed", k))
+    num_steps = 1 + math.ceil((num_output - 1) / (k + 1))
+    assert everything.counters.num_steps == num_steps
+    assert everything.counters.num_accepted_tokens == 4 * k * (num_steps - 1)
+
+
+def test_plain_is_fixed_zero() -> None:
+    found = random_trace(0, k=4)
+    assert run_once(found, Method("plain")) == run_once(found, Method("fixed", 0))
+
+
+@pytest.mark.parametrize("method", ALL, ids=str)
+def test_same_again(method: Method) -> None:
+    found = random_trace(1, k=4)
+    assert run_once(found, method) == run_once(found, method)
+
+
+# ---------------------------------------------------------------- automatic lengths
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_automatic_gives_up_useless_drafts(batch: int) -> None:
+    found = constant_trace(0, 5, 4, 300)
+    costs = straight_costs(draft_row_ms=0.05, speculation_ms=0.0)
+    plain = simulate(found, costs, Method("plain"), Setting(batch), 300)
+    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 300)
+    assert auto.tokens_per_s > 0.96 * plain.tokens_per_s
+    assert auto.counters.num_draft_forwards > 0, "probes go on"
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_automatic_drafts_where_all_is_accepted(batch: int) -> None:
+    found, costs = constant_trace(5, 5, 4, 200), straight_costs(draft_row_ms=0.2)
+    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 200)
+    best = simulate(found, costs, Method("fixed", 5), Setting(batch), 200)
+    assert auto.tokens_per_s > 0.97 * best.tokens_per_s
+    assert auto.accepted_per_request_step > 4
+
+
+def test_automatic_drafts_nothing_beyond_the_end() -> None:
+    found = constant_trace(5, 5, 4, 21)
+    counters = run_once(found, Method("auto", 5)).counters
+    assert counters.num_accepted_tokens > 0
+    assert counters.num_emitted_tokens == 4 * 21
+
+
+def test_warm_up_is_not_counted() -> None:
+    found, costs = constant_trace(2, 5, 6, 50), straight_costs()
+    for batch, measured in ((1, 6), (4, 8), (6, 6)):
+        outcome = simulate(found, costs, Method("auto", 5), Setting(batch), 30)
+        assert outcome.num_tokens == measured * 30
+        first = simulate(found, costs, Method("auto", 5), Setting(batch), 30, True)
+        assert first.num_tokens == batch * 30
+
+
+# ---------------------------------------------------------------- llma
+
+
+def copying_trace() -> Trace:
+    """The output goes on repeating the prompt; a second one repeats nothing."""
+    repeating = request(6, [], 7).model_copy(
+        update={"prompt_ids": [1, 2, 3] * 2, "output_ids": [1, 2, 3] * 10}
+    )
+    new = request(6, [], 7).model_copy(update={"output_ids": list(range(50, 80))})
+    return trace(repeating, new, kind="llma")
+
+
+def test_copies_from_the_tokens_alone() -> None:
+    outcome = run_once(copying_trace(), Method("fixed", 7))
+    counters = outcome.counters
+    # 23 tokens: the first one plainly, then 8 a step; the other request one by one.
+    assert counters.num_request_steps == (1 + math.ceil(22 / 8)) + 23
+    assert counters.num_accepted_tokens == 3 * 7
+    assert (outcome.draft_ms, counters.num_draft_forwards) == (0, 0)
+
+
+def test_automatic_copies() -> None:
+    counters = run_once(copying_trace(), Method("auto", 7)).counters
+    assert counters.num_accepted_tokens > 10
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_more_drafts_than_recorded() -> None:
+    with pytest.raises(ValueError, match=r"k = 4.*larger --k"):
+        run_once(random_trace(0, k=4), Method("fixed", 5))
+
+
+def test_llma_has_no_padded_drafter() -> None:
+    with pytest.raises(ValueError, match="llma"):
+        run_once(copying_trace(), Method("padded", 5))
+
+
+def test_shipped_roofline_predicts_more_with_a_perfect_drafter() -> None:
+    costs, found = load_costs("h100-llama-70b-1b"), constant_trace(5, 5)
+    plain = simulate(found, costs, Method("plain"), Setting(1), 40)
+    fixed = simulate(found, costs, Method("fixed", 5), Setting(1), 40)
+    assert fixed.tokens_per_s > 2 * plain.tokens_per_s
