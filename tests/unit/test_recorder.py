@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_emssd.bench import recorder
-from vllm_emssd.bench.recorder import TraceRecorder, read_prompts
+from vllm_emssd.bench.recorder import TraceRecorder
 
 K, MAX_TOKENS = 3, 7
 PROMPTS = [[5, 9, 2], [1], [7, 7, 30, 12, 4]]
@@ -92,17 +90,3 @@ def test_llma_needs_the_tokens_alone() -> None:
     trace = made.record_ids(PROMPTS[0], MAX_TOKENS)
     trace.check(made.header)
     assert (made.header.kind, trace.accepted, trace.confidences) == ("llma", [], [])
-
-
-def test_prompts_are_cut(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "import os"}\n{"prompt": "def"}\n{"prompt": "x"}\n')
-    assert read_prompts(file, 2, 6) == ["import", "def"]
-
-
-@pytest.mark.parametrize("line", ["not json", '{"text": "x"}', '{"prompt": ""}', ""])
-def test_no_prompts(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(line)
-    with pytest.raises(ValueError, match=r"prompts\.jsonl"):
-        read_prompts(file, 2, 6)

@@ -8,7 +8,6 @@ position attends to the part of it that comes before.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,6 @@ from vllm_emssd.bench.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHead
 
 MOST_AT_ONCE = 64  # positions that draft together: each has its own K/V
 _CONFIDENCE_DIGITS = 4
-
-
-def read_prompts(path: Path, count: int, num_chars: int) -> list[str]:
-    """The first `count` prompts, cut to `num_chars`. Lines: `{"prompt": ...}`."""
-    try:
-        lines = path.read_text().splitlines()[:count]
-        prompts = [json.loads(line)["prompt"][:num_chars] for line in lines]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: each line must be {{"prompt": ...}}') from error
-    if not prompts or not all(prompts):
-        raise ValueError(f"{path} has no prompts, or an empty one")
-    return prompts
 
 
 class TraceRecorder:

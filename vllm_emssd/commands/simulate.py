@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_emssd import __version__
 from vllm_emssd.bench.costs import CostFile, load_costs, shipped_costs
+from vllm_emssd.bench.prompt_files import read_jsonl
 from vllm_emssd.bench.simulator import (
     Method,
     Outcome,
@@ -197,11 +198,14 @@ def _machine(costs: CostFile) -> str:
 
 
 def _record(args: argparse.Namespace) -> None:
-    from vllm_emssd.bench.recorder import TraceRecorder, read_prompts, record_trace
+    from vllm_emssd.bench.recorder import TraceRecorder, record_trace
 
     if not args.model:
         raise ValueError("--record needs --model, the target")
-    prompts = read_prompts(args.prompts, args.num_prompts, args.prompt_chars)
+    prompts = [
+        prompt.text[: args.prompt_chars]
+        for prompt in read_jsonl(args.prompts)[: args.num_prompts]
+    ]
     command = shlex.join(["vllm-emssd", *sys.argv[1:]])
     recorder = TraceRecorder(args.model, args.draft_model, args.k, args.dtype, command)
     trace = record_trace(recorder, prompts, args.max_tokens)
