@@ -17,7 +17,9 @@ from vllm_emssd.cli import main
 def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "results.json"
     limits = ["--batches", "2", "8", "--fixed", "2", "--max-tokens", "12"]
-    assert main(["simulate", *limits, "--first-only", "--output", str(output)]) == 0
+    assert (
+        main(["simulate", *limits, "--min-requests", "1", "--output", str(output)]) == 0
+    )
     shown = capsys.readouterr().out
     assert "predicted tokens/s" in shown
     written = json.loads(output.read_text())

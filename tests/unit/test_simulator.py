@@ -196,8 +196,8 @@ def test_same_again(method: Method) -> None:
 def test_automatic_gives_up_useless_drafts(batch: int) -> None:
     found = constant_trace(0, 5, 4, 300)
     costs = straight_costs(draft_row_ms=0.05, speculation_ms=0.0)
-    plain = simulate(found, costs, Method("plain"), Setting(batch), 300)
-    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 300)
+    plain = simulate(found, costs, Method("plain"), Setting(batch), 300, 4)
+    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 300, 4)
     assert auto.tokens_per_s > 0.96 * plain.tokens_per_s
     assert auto.counters.num_draft_forwards > 0, "probes go on"
 
@@ -205,8 +205,8 @@ def test_automatic_gives_up_useless_drafts(batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_automatic_drafts_where_all_is_accepted(batch: int) -> None:
     found, costs = constant_trace(5, 5, 4, 200), straight_costs(draft_row_ms=0.2)
-    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 200)
-    best = simulate(found, costs, Method("fixed", 5), Setting(batch), 200)
+    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 200, 4)
+    best = simulate(found, costs, Method("fixed", 5), Setting(batch), 200, 4)
     assert auto.tokens_per_s > 0.97 * best.tokens_per_s
     assert auto.accepted_per_request_step > 4
 
@@ -218,13 +218,16 @@ def test_automatic_drafts_nothing_beyond_the_end() -> None:
     assert counters.num_emitted_tokens == 4 * 21
 
 
-def test_warm_up_is_not_counted() -> None:
+@pytest.mark.parametrize(
+    ("batch", "min_requests", "measured"), [(1, 6, 6), (4, 6, 8), (6, 1, 6), (8, 9, 16)]
+)
+def test_whole_batches_are_counted_and_the_warm_up_is_not(
+    batch: int, min_requests: int, measured: int
+) -> None:
     found, costs = constant_trace(2, 5, 6, 50), straight_costs()
-    for batch, measured in ((1, 6), (4, 8), (6, 6)):
-        outcome = simulate(found, costs, Method("auto", 5), Setting(batch), 30)
-        assert outcome.num_tokens == measured * 30
-        first = simulate(found, costs, Method("auto", 5), Setting(batch), 30, True)
-        assert first.num_tokens == batch * 30
+    setting = Setting(batch)
+    outcome = simulate(found, costs, Method("auto", 5), setting, 30, min_requests)
+    assert outcome.num_tokens == measured * 30
 
 
 # ---------------------------------------------------------------- llma
@@ -268,6 +271,6 @@ def test_llma_has_no_padded_drafter() -> None:
 
 def test_shipped_roofline_predicts_more_with_a_perfect_drafter() -> None:
     costs, found = load_costs("h100-llama-70b-1b"), constant_trace(5, 5)
-    plain = simulate(found, costs, Method("plain"), Setting(1), 40)
-    fixed = simulate(found, costs, Method("fixed", 5), Setting(1), 40)
+    plain = simulate(found, costs, Method("plain"), Setting(1), 40, 4)
+    fixed = simulate(found, costs, Method("fixed", 5), Setting(1), 40, 4)
     assert fixed.tokens_per_s > 2 * plain.tokens_per_s

@@ -8,7 +8,7 @@ position attends to the part of it that comes before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import vllm_emssd
+from vllm_emssd.bench.request import Request, Tokenizer
 from vllm_emssd.bench.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
 
 MOST_AT_ONCE = 64  # positions that draft together: each has its own K/V
@@ -60,10 +61,9 @@ class TraceRecorder:
     def header(self) -> TraceHeader:
         return self._header
 
-    def record(self, prompts: Sequence[str], max_tokens: int) -> Iterator[RequestTrace]:
-        """One trace after the other; they make a `Trace` with `header`."""
-        for prompt in prompts:
-            yield self.record_ids(self._tokenizer(prompt)["input_ids"], max_tokens)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
 
     @torch.inference_mode()
     def record_ids(self, prompt_ids: list[int], max_tokens: int) -> RequestTrace:
@@ -140,11 +140,10 @@ class TraceRecorder:
         return torch.stack(tokens, dim=1), torch.stack(confidences, dim=1)
 
 
-def record_trace(
-    recorder: TraceRecorder, prompts: Sequence[str], max_tokens: int
-) -> Trace:
-    requests = list(recorder.record(prompts, max_tokens))
-    return Trace(header=recorder.header, requests=requests)
+def record_trace(recorder: TraceRecorder, requests: Sequence[Request]) -> Trace:
+    """One request after the other, each to its `max_tokens`."""
+    traces = [recorder.record_ids(r.prompt_token_ids, r.max_tokens) for r in requests]
+    return Trace(header=recorder.header, requests=traces)
 
 
 def _load(model: str, dtype: str) -> Any:

@@ -239,19 +239,19 @@ def simulate(
     method: Method,
     setting: Setting,
     max_tokens: int,
-    first_only: bool = False,
+    min_requests: int,
 ) -> Outcome:
-    """Decode the trace's requests in batches of `setting.max_num_seqs`.
+    """Decode the trace's first requests in batches of `setting.max_num_seqs`.
 
-    A batch arrives once the one before has ended, as `scripts/compare_methods.py` times
-    them; requests are repeated where there are too few. A first batch warms up: it
-    counts for what the policy learns, not for time.
+    A batch arrives once the one before has ended, as `vllm-emssd bench` times them. A
+    first batch warms up: it counts for what the policy learns, not for time.
 
     Args:
-        first_only: one batch of the first requests, else all in turn.
+        min_requests: as many, at least, in whole batches; the trace is repeated where
+            it has fewer.
     """
     size, num_requests = setting.max_num_seqs, len(trace.requests)
-    num_batches = 1 if first_only else -(-num_requests // size)
+    num_batches = max(1, -(-min_requests // size))
     engine = SimulatedEngine(trace, costs, method, setting)
     batches = [
         [trace.requests[(start + i) % num_requests] for i in range(size)]

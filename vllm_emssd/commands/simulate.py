@@ -12,7 +12,6 @@ from typing import Any
 
 from vllm_emssd import __version__
 from vllm_emssd.bench.costs import CostFile, load_costs, shipped_costs
-from vllm_emssd.bench.prompt_files import read_jsonl
 from vllm_emssd.bench.simulator import (
     Method,
     Outcome,
@@ -21,6 +20,7 @@ from vllm_emssd.bench.simulator import (
     simulate,
 )
 from vllm_emssd.bench.traces import SHIPPED_TRACE, Trace, load_trace, save_trace
+from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
 
 Results = dict[int, dict[Method, Outcome]]  # by batch
 
@@ -48,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=4096)
     parser.add_argument(
-        "--first-only",
-        action="store_true",
-        help="one batch of the first requests, as scripts/compare_methods.py runs; "
-        "else all requests in turn",
+        "--min-requests",
+        type=_positive,
+        help="at each batch size, as in 'vllm-emssd bench' (default: the whole trace)",
     )
     parser.add_argument("--output", type=Path, metavar="JSON")
     _add_recording(parser)
@@ -78,9 +77,14 @@ def _add_recording(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--record", type=Path, metavar="TRACE", help=".jsonl[.gz]")
     group.add_argument("--model", help="target: folder or name")
     group.add_argument("--draft-model", help="without it the trace is for llma")
-    group.add_argument("--prompts", type=Path, default=Path("models/prompts.jsonl"))
-    group.add_argument("--num-prompts", type=_positive, default=32)
-    group.add_argument("--prompt-chars", type=_positive, default=400)
+    group.add_argument(
+        "--workload",
+        default="completion",
+        metavar="NAME|FILE.jsonl",
+        help="prompts, as in 'vllm-emssd bench' (default: %(default)s)",
+    )
+    group.add_argument("--num-requests", type=_positive, default=32)
+    group.add_argument("--max-prompt-tokens", type=_positive, default=512)
     group.add_argument("--k", type=_positive, default=8, help="most drafts to replay")
     group.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
 
@@ -105,12 +109,13 @@ def _simulate(args: argparse.Namespace) -> None:
     methods = _methods(args, trace)
     for method in methods:
         check_method(method, trace)
+    min_requests = args.min_requests or len(trace.requests)
     results: Results = {}
     for batch in args.batches:
         setting = Setting(batch, max(args.max_num_batched_tokens, batch))
         results[batch] = {
             method: simulate(
-                trace, costs, method, setting, args.max_tokens, args.first_only
+                trace, costs, method, setting, args.max_tokens, min_requests
             )
             for method in methods
         }
@@ -202,13 +207,13 @@ def _record(args: argparse.Namespace) -> None:
 
     if not args.model:
         raise ValueError("--record needs --model, the target")
-    prompts = [
-        prompt.text[: args.prompt_chars]
-        for prompt in read_jsonl(args.prompts)[: args.num_prompts]
-    ]
     command = shlex.join(["vllm-emssd", *sys.argv[1:]])
     recorder = TraceRecorder(args.model, args.draft_model, args.k, args.dtype, command)
-    trace = record_trace(recorder, prompts, args.max_tokens)
+    options = WorkloadOptions(args.max_tokens, args.max_prompt_tokens)
+    workload = load_workload(
+        args.workload, recorder.tokenizer, options, args.num_requests
+    )
+    trace = record_trace(recorder, workload.requests)
     save_trace(trace, args.record)
     print(f"{len(trace.requests)} requests in {args.record}")
     accepted = [a for r in trace.requests for a in r.accepted[1:]]
