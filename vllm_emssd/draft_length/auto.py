@@ -11,13 +11,14 @@ from vllm_emssd.draft_length.goodput import (
     verified_lengths,
     worth_another_forward,
 )
+from vllm_emssd.draft_length.pace import Pace
 from vllm_emssd.draft_length.policy import DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
 _PROBE_SHARE = 0.01  # of idle time that probes may take,
-_HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay,
-_RAREST_PROBE = 128  # but no more steps than this between two,
-_OFTENEST_PROBE = 4  # and no fewer than this
+_HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay
+_RAREST_PROBE = 128  # or, after so many steps, whether or not,
+_OFTENEST_PROBE = 4  # but no fewer than this between two
 _PROBE_LENGTH = 2
 _DOZE_AFTER = 16  # idle steps; from then on plans are made as seldom as probes may be
 _OPTIMISM = 1.0  # standard errors that count as "may well"
@@ -42,6 +43,7 @@ class AutoDraftLength:
     def __init__(self, costs: StepCosts, survival: Survival, may_trim: bool) -> None:
         self.costs = costs
         self._survival_model = survival
+        self._pace = Pace()
         self._may_trim = may_trim
         self._tokens_per_ms = 0.0
         self._confidences: dict[str, np.ndarray] = {}  # of drafts not yet verified
@@ -101,6 +103,7 @@ class AutoDraftLength:
         self._req_ids = step.req_ids
         self._most = step.max_draft_tokens
         self._factors = self._survival_model.request_factors(step.req_ids)
+        self._worth = self._pace.worth(step.req_ids)
         self._base_rows = int(step.is_sampling.sum()) + step.num_prefill_rows
 
     def _plan(self, step: DraftOpportunity, survival: np.ndarray) -> np.ndarray:
@@ -118,11 +121,14 @@ class AutoDraftLength:
     def _best(self, step: DraftOpportunity, survival: np.ndarray) -> Plan:
         positions = np.arange(survival.shape[1])
         return plan(
-            np.where(positions < self._most[:, None], survival, 0.0),
+            np.where(
+                positions < self._most[:, None], survival * self._worth[:, None], 0.0
+            ),
             step.missing_rows,
             int(step.is_sampling.sum()),
             step.num_prefill_rows,
             self.costs,
+            float(self._worth[step.is_sampling].sum()),
         )
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
@@ -134,11 +140,11 @@ class AutoDraftLength:
         missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)
         request = int(missing.argmin())
         share = self._probe_ms(int(missing[request])) / self._idle_ms
-        if self._idle_since_probe < _RAREST_PROBE:
-            if self._idle_since_probe < _OFTENEST_PROBE or share > _HOPEFUL_SHARE:
-                return lens
-            if share > _PROBE_SHARE and not self._may_well_pay(step):
-                return lens
+        if self._idle_since_probe < _OFTENEST_PROBE or share > _HOPEFUL_SHARE:
+            return lens
+        is_overdue = self._idle_since_probe >= _RAREST_PROBE
+        if share > _PROBE_SHARE and not (is_overdue or self._may_well_pay(step)):
+            return lens
         if not self._may_well_pay(step):
             self._survival_model.doubt()
         self._idle_since_probe, self._idle_ms = 0, 0.0
@@ -173,7 +179,7 @@ class AutoDraftLength:
         )
         verify_rows = self._base_rows + int((self._real > 0).sum())
         may &= worth_another_forward(
-            self._real[req_indices, position],
+            self._real[req_indices, position] * self._worth[req_indices],
             np.where(may, next_acceptance, 0.0),
             verify_rows,
             self.costs,
@@ -185,7 +191,10 @@ class AutoDraftLength:
         if not self._may_trim or self._is_probe or not draft_lens.any():
             return draft_lens
         worth = verified_lengths(
-            self._real, self._base_rows, self.costs.target, self._tokens_per_ms
+            self._real * self._worth[:, None],
+            self._base_rows,
+            self.costs.target,
+            self._tokens_per_ms,
         )
         kept = np.minimum(draft_lens, worth)
         for i in np.flatnonzero(kept < draft_lens):
@@ -199,6 +208,7 @@ class AutoDraftLength:
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
+        self._pace.observe(req_id, num_accepted_tokens + 1)
         confidences = self._confidences.pop(req_id, None)
         if confidences is not None:
             self._survival_model.observe(
@@ -208,3 +218,4 @@ class AutoDraftLength:
     def release(self, req_id: str) -> None:
         self._confidences.pop(req_id, None)
         self._survival_model.release(req_id)
+        self._pace.release(req_id)

@@ -45,7 +45,7 @@ class Plan:
 class _Prices:
     """What plans of one step are compared by."""
 
-    base_tokens: int
+    base_tokens: float
     base_ms: float  # of a step that decodes without drafts
     base_rows: int  # of the target, prefill included
     costs: StepCosts
@@ -104,6 +104,7 @@ def plan(
     num_sampling: int,
     num_prefill_rows: int,
     costs: StepCosts,
+    base_tokens: float | None = None,
 ) -> Plan:
     """Best lengths from what is known before drafting.
 
@@ -112,20 +113,24 @@ def plan(
     it does not make drafts cheap.
 
     Args:
-        survival: [num_reqs, K] expected survival; 0 beyond what a request may draft.
+        survival: [num_reqs, K] expected survival, times what a token of the request is
+            worth; 0 beyond what a request may draft.
         missing_rows: [num_reqs] rows the drafter must be fed before a first draft.
             All but one are an investment, charged over several steps.
         num_sampling: requests that get a token, and a row of the target, anyway.
         num_prefill_rows: the target's other rows.
+        base_tokens: what the tokens that come anyway are worth, if not 1 each.
     """
     base_ms = costs.fixed_ms + float(costs.target.ms(np.array(num_sampling)))
     base_ms = max(base_ms, _LEAST_MS)
     base_rows = num_sampling + num_prefill_rows
-    prices = _Prices(num_sampling, base_ms, base_rows, costs)
+    if base_tokens is None:
+        base_tokens = num_sampling
+    prices = _Prices(base_tokens, base_ms, base_rows, costs)
     missing = np.maximum(missing_rows, 1)
     charged = 1 + (missing - 1) / _CATCH_UP_STEPS
     nothing = np.zeros(len(survival), dtype=np.int64)
-    best = Plan(nothing, num_sampling / base_ms)
+    best = Plan(nothing, base_tokens / base_ms)
     if survival.size == 0:
         return best
     dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
