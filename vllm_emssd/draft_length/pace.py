@@ -15,7 +15,7 @@ import numpy as np
 
 _FORGET_ALL = 0.998  # weight kept by all earlier request-steps at each new one
 _FORGET_OWN = 0.95
-_PRIOR_STEPS = 8.0  # request-steps before a request's own pace counts as much as all
+_PRIOR_STEPS = 2.0  # request-steps before a request's own pace counts as much as all
 _BOUNDS = (0.5, 2.0)
 
 
