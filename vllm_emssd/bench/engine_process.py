@@ -135,6 +135,8 @@ class _Engine:
         done.num_preemptions = self._num_preemptions() - preemptions
         now = self._emssd_stats()
         done.emssd_stats = {name: now[name] - stats[name] for name in now}
+        if self._is_emssd:
+            done.emssd_costs = self._llm.collective_rpc("emssd_costs")[0]
         return done
 
     def _run_batch(self, batch: list[Request]) -> int:

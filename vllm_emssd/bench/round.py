@@ -29,6 +29,7 @@ class Round:
     target_forwards: list[tuple[int, float]] = field(default_factory=list)
     steps: list[list[RequestStep]] = field(default_factory=list)
     emssd_stats: dict[str, int] = field(default_factory=dict)
+    emssd_costs: dict[str, Any] = field(default_factory=dict)  # at its end
 
     @property
     def draft_rows(self) -> int:
@@ -84,6 +85,7 @@ class Round:
             "propose_ms": self.propose_ms,
             "num_preemptions": self.num_preemptions,
             "emssd_stats": self.emssd_stats,
+            "emssd_costs": self.emssd_costs,
         }
 
 

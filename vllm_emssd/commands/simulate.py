@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_emssd import __version__
 from vllm_emssd.bench.costs import CostFile, load_costs, shipped_costs
+from vllm_emssd.bench.learned_costs import costs_of_result
 from vllm_emssd.bench.simulator import (
     Method,
     Outcome,
@@ -53,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at each batch size, as in 'vllm-emssd bench' (default: the whole trace)",
     )
     parser.add_argument("--output", type=Path, metavar="JSON")
+    parser.add_argument(
+        "--learn-costs",
+        type=Path,
+        metavar="RESULT",
+        help="write to --output the costs that a result of 'vllm-emssd bench' shows, "
+        "with the methods plain and auto in it",
+    )
     _add_recording(parser)
 
 
@@ -93,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.record is not None:
             _record(args)
+        elif args.learn_costs is not None:
+            _learn_costs(args)
         else:
             _simulate(args)
     except (OSError, ValueError) as error:
@@ -200,6 +210,13 @@ def _machine(costs: CostFile) -> str:
 
 
 # ---------------------------------------------------------------- recording
+
+
+def _learn_costs(args: argparse.Namespace) -> None:
+    if args.output is None:
+        raise ValueError("--learn-costs needs --output, the cost table to write")
+    costs = costs_of_result(json.loads(args.learn_costs.read_text()))
+    args.output.write_text(costs.model_dump_json(indent=1) + "\n")
 
 
 def _record(args: argparse.Namespace) -> None:

@@ -118,6 +118,17 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             )
         )
 
+    def costs_now(self) -> dict[str, Any]:
+        """See the worker's `emssd_costs`."""
+        if self._step_costs is None:
+            return {}
+        costs = self._step_costs.costs
+        return {
+            "target": costs.target.points,
+            "draft": costs.draft.points,
+            "fixed_ms": costs.fixed_ms,
+        }
+
     def _make_proposer(self, policy: DraftLengthPolicy) -> None:
         config = self.emssd_config
         if config.proposer == "llma":

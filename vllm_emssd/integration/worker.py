@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -27,6 +29,11 @@ class _EmssdStats:
     def emssd_stats(self) -> dict[str, int]:
         """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
         return self.model_runner.counters.as_dict()
+
+    def emssd_costs(self) -> dict[str, Any]:
+        """What this rank's automatic lengths are decided by, as it is now: (rows, ms)
+        of `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
+        return self.model_runner.costs_now()
 
 
 class FixedCPUWorker(CPUWorker):
