@@ -80,9 +80,11 @@ class Loop:
     ones with a prompt the drafter has not seen.
 
     Args:
-        quality: mean acceptance by step and batch row.
+        quality: mean acceptance by step and batch row, or, `by_request`, by step and
+            number of the request: then a slow request gives way to any other.
         spread: how much acceptance varies from draft to draft, 0 to 1.
         power: confidence is acceptance to this power; 1 is calibrated.
+        meter: prices that the policy goes by, if others, which learn from each forward.
     """
 
     def __init__(
@@ -98,13 +100,16 @@ class Loop:
         lifetime: int = 150,
         prompt: int = 40,
         seed: int = 0,
+        meter: StepCosts | None = None,
+        by_request: bool = False,
     ) -> None:
-        self.policy, self._costs = policy, costs
+        self.policy, self._costs, self._meter = policy, costs, meter
         self._num_reqs, self._quality = num_reqs, quality
         self._k, self._spread, self._power = num_spec_tokens, spread, power
         self._lifetime, self._prompt = lifetime, prompt
         self._rng = np.random.default_rng(seed)
         self._num_started = 0
+        self._by_request, self._serials = by_request, list(range(num_reqs))
         self._req_ids = [self._start(i) for i in range(num_reqs)]
         self._left = self._rng.integers(1, lifetime, num_reqs)
         self._missing = np.full(num_reqs, prompt)
@@ -121,13 +126,15 @@ class Loop:
         return sum(s.tokens for s in steps) / sum(s.ms for s in steps)
 
     def _start(self, slot: int) -> str:
+        self._serials[slot] = self._num_started
         self._num_started += 1
         return f"r{self._num_started}"
 
     def _draw(self) -> np.ndarray:
         """Acceptance of every draft that could be made. [num_reqs, K]"""
         now = len(self.steps)
-        mean = np.array([self._quality(now, i) for i in range(self._num_reqs)])
+        of = self._serials if self._by_request else range(self._num_reqs)
+        mean = np.array([self._quality(now, i) for i in of])
         reach = self._spread * np.minimum(mean, 1 - mean)
         noise = self._rng.uniform(-1, 1, (self._num_reqs, self._k))
         return mean[:, None] + reach[:, None] * noise
@@ -173,7 +180,10 @@ class Loop:
         if active.size == 0:
             return step, made, made
         for position in range(int(lens.max())):
-            step.draft_ms += float(self._costs.draft.ms(np.array(rows)))
+            ms = float(self._costs.draft.ms(np.array(rows)))
+            step.draft_ms += ms
+            if self._meter is not None:
+                self._meter.draft.observe(rows, ms)
             made[active] = position + 1
             goes_on = self.policy.go_on(active, confidence[active, position], position)
             active = active[goes_on & (lens[active] > position + 1)]

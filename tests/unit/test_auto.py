@@ -67,16 +67,25 @@ def test_as_good_as_the_best_fixed_length(
 
 @pytest.mark.parametrize("costs", [CHEAP, MEDIUM], ids=["cheap", "mid"])
 def test_mixed_batch_beats_every_fixed_length(costs: StepCosts) -> None:
-    """Half of the requests are predictable."""
-    share = share_of_best_fixed(16, costs, lambda _, i: (0.9, 0.1)[i % 2])
+    """Half of the requests are predictable. All want as many tokens, fast or slow."""
+    share = share_of_best_fixed(
+        16, costs, lambda _, i: (0.9, 0.1)[i % 2], num_steps=1000, by_request=True
+    )
     assert share > 1.08
 
 
-def share_of_best_fixed(num_reqs: int, costs: StepCosts, quality: object) -> float:
+def share_of_best_fixed(
+    num_reqs: int,
+    costs: StepCosts,
+    quality: object,
+    num_steps: int = 250,
+    **more: object,
+) -> float:
     setting = {"costs": costs, "num_reqs": num_reqs, "quality": quality, "seed": 3}
-    loop = Loop(auto_policy(costs, 8), **setting).run(250)
+    setting |= more
+    loop = Loop(auto_policy(costs, 8), **setting).run(num_steps)
     auto = loop.tokens_per_ms(WARM_UP)
-    best, best_length = best_fixed(FIXED_LENGTHS, 250, WARM_UP, **setting)
+    best, best_length = best_fixed(FIXED_LENGTHS, num_steps, WARM_UP, **setting)
     print(
         f"{num_reqs} requests: auto {auto:.3f} tokens/ms, best fixed {best:.3f} at "
         f"K={best_length}: {auto / best:.3f}"
@@ -258,6 +267,24 @@ def test_copies_that_are_never_right_are_given_up_but_probed() -> None:
     assert verified[0] > 16
     assert sum(verified[100:]) < 0.7 * 300
     assert sum(verified[100:]) > 0
+
+
+def test_recovers_from_prices_measured_beside_another_process() -> None:
+    """The drafter seems 15 times dearer than it is, until it is tried."""
+    real, seen = prices(draft_ms=1.5), prices(draft_ms=1.5)
+    seen.draft = CostTable(
+        [r for r, _ in real.draft.points], [ms * 15 for _, ms in real.draft.points]
+    )
+    policy = auto_policy(seen, 8)
+    loop = Loop(policy, real, 8, lambda *_: 0.9, meter=seen)
+    loop.run(1200)
+    settled = loop.tokens_per_ms(1000)
+    wanted = (
+        Loop(auto_policy(real, 8), real, 8, lambda *_: 0.9)
+        .run(1200)
+        .tokens_per_ms(1000)
+    )
+    assert settled > 0.95 * wanted
 
 
 def test_dozes_after_long_idleness_and_wakes_when_drafts_pay() -> None:

@@ -8,12 +8,11 @@ between them, never falling.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import median
 
 import numpy as np
 
 _RATE = 0.05  # share of an observation in the points beside it
-_MOST_CHANGE = 2.0  # an observation counts at most as twice, at least as half its price
+_MOST_CHANGE = 2.0  # times its price is the most that an observation counts as
 _OUTLIER = 5.0  # times the price: another process ran, not a forward,
 _MOST_OUTLIERS = 8  # unless it goes on like that
 _LOOKED_UP = 2  # times the last point: all that is asked for in practice
@@ -26,12 +25,13 @@ class CostTable:
 
     Args:
         rows: [num_points] row counts, rising, >= 1.
-        ms: [num_points] finite and >= 0; made non-falling.
+        ms: [num_points] finite and >= 0; a point above a later one is lowered to it:
+            what else a machine does only ever adds to a time.
     """
 
     def __init__(self, rows: Iterable[int], ms: Iterable[float]) -> None:
         self._rows = np.array(list(rows), dtype=np.float64)
-        self._ms = np.maximum.accumulate(np.array(list(ms), dtype=np.float64))
+        self._ms = _non_falling(np.array(list(ms), dtype=np.float64))
         if self._rows.size == 0 or self._rows.size != self._ms.size:
             raise ValueError("a cost table needs as many times as row counts, >= 1")
         if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
@@ -41,12 +41,12 @@ class CostTable:
 
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
-        """Medians of repeated measurements (rows, ms)."""
+        """The quickest of repeated measurements (rows, ms)."""
         by_rows: dict[int, list[float]] = {}
         for rows, ms in samples:
             by_rows.setdefault(rows, []).append(ms)
         points = sorted(by_rows)
-        return cls(points, (median(by_rows[rows]) for rows in points))
+        return cls(points, (min(by_rows[rows]) for rows in points))
 
     def ms(self, rows: np.ndarray) -> np.ndarray:
         """Cost of each row count; 0 rows cost nothing. Shape kept, float64."""
@@ -80,7 +80,11 @@ class CostTable:
         if 0 < self._outliers <= _MOST_OUTLIERS:
             return
         self._by_rows = None
-        ratio = np.clip(ms / max(price, 1e-6), 1 / _MOST_CHANGE, _MOST_CHANGE)
+        if ms < price / _MOST_CHANGE:
+            # No noise makes a forward this quick: what was measured before was slowed.
+            self._ms *= (1 + ms / price) / 2
+            return
+        ratio = min(ms / max(price, 1e-6), _MOST_CHANGE)
         right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
         left = max(right - 1, 0) if self._rows[right] != rows else right
         for point in {left, right}:
@@ -90,7 +94,7 @@ class CostTable:
         if ratio > 1:
             np.maximum.accumulate(self._ms, out=self._ms)
         else:
-            self._ms = np.minimum.accumulate(self._ms[::-1])[::-1].copy()
+            self._ms = _non_falling(self._ms)
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -103,3 +107,7 @@ class CostTable:
         half = float(np.interp(last / 2, self._rows, self._ms))
         start = max(last / 2, float(self._rows[0]))
         return float((self._ms[-1] - half) / (last - start)) if last > start else 0.0
+
+
+def _non_falling(ms: np.ndarray) -> np.ndarray:
+    return np.asarray(np.minimum.accumulate(ms[::-1])[::-1]).copy()

@@ -4,7 +4,8 @@ A request holds its place in every step until its last token. So a token for a s
 brings the next request in sooner than a token for a fast one: with r tokens a step, of
 an average of R, it is worth R / r average tokens (the relative value of a renewal
 process). Counting all tokens alike would hurry the fast ones and leave the slow ones to
-fill the batch.
+fill the batch. As a few steps tell a pace badly, the square root of that is taken, which
+did best in simulation.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import numpy as np
 _FORGET_ALL = 0.998  # weight kept by all earlier request-steps at each new one
 _FORGET_OWN = 0.95
 _PRIOR_STEPS = 2.0  # request-steps before a request's own pace counts as much as all
-_BOUNDS = (0.5, 2.0)
 
 
 class Pace:
@@ -44,7 +44,7 @@ class Pace:
         tokens, steps = np.array([self._own.get(r, unseen) for r in req_ids]).T
         average = self._tokens / self._steps
         own = (tokens + _PRIOR_STEPS * average) / (steps + _PRIOR_STEPS)
-        return np.minimum(np.maximum(average / own, _BOUNDS[0]), _BOUNDS[1])
+        return np.asarray(np.sqrt(average / own))
 
     def release(self, req_id: str) -> None:
         self._own.pop(req_id, None)
