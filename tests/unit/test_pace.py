@@ -40,7 +40,7 @@ def test_one_lucky_step_counts_little() -> None:
 
 def test_follows_a_change() -> None:
     pace = paced({"a": 4, "b": 2})
-    for _ in range(60):
+    for _ in range(600):
         pace.observe("a", 1)
         pace.observe("b", 2)
     assert pace.worth(["a"])[0] > 1 > pace.worth(["b"])[0]

@@ -3,9 +3,9 @@
 A request holds its place in every step until its last token. So a token for a slow one
 brings the next request in sooner than a token for a fast one: with r tokens a step, of
 an average of R, it is worth R / r average tokens (the relative value of a renewal
-process). Counting all tokens alike would hurry the fast ones and leave the slow ones to
-fill the batch. As a few steps tell a pace badly, the square root of that is taken, which
-did best in simulation.
+process). Counting all tokens alike would hurry the fast ones and leave the slow ones
+to fill the batch. As a few steps tell a pace badly, the square root of that is taken,
+which did best in simulation.
 """
 
 from __future__ import annotations
