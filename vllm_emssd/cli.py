@@ -34,6 +34,8 @@ class Entry:
 
 COMMANDS: dict[str, Entry] = {
     "bench": Entry("vllm_emssd.commands.bench", "time methods side by side"),
+    "doctor": Entry("vllm_emssd.commands.doctor", "can this machine serve with emssd?"),
+    "serve": Entry("vllm_emssd.commands.serve", "vllm serve, set up for this machine"),
 }
 
 
