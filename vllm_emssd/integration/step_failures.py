@@ -8,6 +8,8 @@ one left, and would wait for ever. There the error stops the engine.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from vllm.config import ParallelConfig
 from vllm.logger import init_logger
 
@@ -24,11 +26,21 @@ class StepFailures:
         self._is_alone = (
             parallel_config.world_size == 1 and parallel_config.data_parallel_size == 1
         )
+        # vLLM's multiprocessing executor only logs what a rank other than the first
+        # raises, and that rank goes on; it does notice a process that ends.
+        self._must_end_process = (
+            parallel_config.world_size > 1
+            and parallel_config.distributed_executor_backend == "mp"
+        )
 
     def take(self, error: Exception) -> None:
-        """Swallow `error`, or raise it where other ranks wait for this one."""
+        """Swallow `error`, or end this rank where other ranks wait for it.
+
+        Raises: with several ranks SystemExit where processes are vLLM's own, else
+        `error` itself.
+        """
         if not self._is_alone:
-            raise error
+            self._stop(error)
         self._counters.num_failed_proposals += 1
         if self._counters.num_failed_proposals == 1:
             logger.error(
@@ -37,3 +49,13 @@ class StepFailures:
                 "logged. Output stays exact.",
                 exc_info=error,
             )
+
+    def _stop(self, error: Exception) -> NoReturn:
+        if self._must_end_process:
+            logger.error(
+                "The proposer failed on one of several ranks, which cannot go on "
+                "apart: stopping the engine.",
+                exc_info=error,
+            )
+            raise SystemExit(1) from error
+        raise error
