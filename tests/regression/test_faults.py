@@ -94,7 +94,7 @@ def test_failing_proposer_costs_drafts_only(
         with monkeypatch.context() as context:
             broken = break_parts(
                 context,
-                (ours, "propose", 11),
+                (ours, "propose", 5),
                 (ours, "record_verified", 13),
                 (ours._drafter, "forward", 17)
                 if proposer == "draft_model"
@@ -102,7 +102,7 @@ def test_failing_proposer_costs_drafts_only(
             )
             assert accepted_share(llm, generate) > 0.5 * healthy
         failures = [part.num_failures for part in broken]
-        assert min(failures) > 2
+        assert min(failures) >= 2
         assert stats(llm)["num_failed_proposals"] == sum(failures)
         assert len(logged) == 1
         # What remains of it: nothing. The same drafts, and the same accepted.
