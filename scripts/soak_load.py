@@ -259,7 +259,7 @@ class Client:
                 {"prompt": (prompt * MAX_MODEL_LEN)[: MAX_MODEL_LEN + 1]},
                 {"prompt": []},
                 {"temperature": -1},
-                {"max_tokens": MAX_MODEL_LEN * 2},
+                {"max_tokens": -1},
                 {"extra_body": {"structured_outputs": {"json": "{not json"}}},
                 {"logit_bias": {"99999999": 1}},
             ]
