@@ -157,7 +157,7 @@ def test_wrong_answer_is_seen(wrong: Answer, streams: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_sampled_answer_of_another_length_is_seen(seed: int) -> None:
-    """What was asked for is chosen by the seed, what comes is one choice of 2 tokens."""
+    """The seed chooses what is asked for; what comes is one choice of 2 tokens."""
     client = client_that_answers(EXPECTED, Tally())
     with pytest.raises(WrongAnswerError):
         asyncio.run(client.check_sampled([1], random.Random(seed)))
