@@ -33,6 +33,12 @@ BATCH = 8
 SAMPLED_DRAFTS = DRAFT_MODEL | {"draft_sample_method": "probabilistic"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plain_engine_runs_first() -> None:
+    """There is one engine at a time."""
+    run("plain")
+
+
 def expected() -> list[list[int]]:
     return run("plain").first.token_ids[BATCH]
 
