@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from vllm_emssd.integration.checkup import Finding, State, findings
+from vllm_emssd.integration.checkup import Finding, State, findings, plugin_is_on
 from vllm_emssd.integration.hooks import Hook, is_installed
 from vllm_emssd.integration.inventory import INVENTORY
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.hooks:
+        plugin_is_on()  # as vLLM loads it: what is always in place is in place now
         print("\n\n".join(map(describe_hook, INVENTORY)))
         return 0
     states = []
