@@ -77,16 +77,18 @@ def test_edges(proposer: str, plain: tuple[list[list[int]], list[list[int]]]) ->
 
 def _refused_prompts(llm: Any) -> None:
     """Empty, or with no room for an answer: refused by name, and the engine lives."""
+    from vllm.exceptions import VLLMValidationError
+
     tokens = llm.get_tokenizer().encode(LONG)
     for length, message in (
         (0, "empty"),
         (MAX_MODEL_LEN, "maximum.*length|max_model_len"),
         (MAX_MODEL_LEN + 1, "maximum.*length|max_model_len"),
     ):
-        with pytest.raises(ValueError, match=f"(?i){message}"):
+        with pytest.raises(VLLMValidationError, match=f"(?i){message}"):
             greedy(llm, [{"prompt_token_ids": tokens[:length]}], max_tokens=4)
     for outside in (-1, 10**9):
-        with pytest.raises(ValueError, match=r"(?i)token"):
+        with pytest.raises(VLLMValidationError, match=r"(?i)token"):
             greedy(llm, [{"prompt_token_ids": [1, outside]}], max_tokens=4)
 
 
