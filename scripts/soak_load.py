@@ -39,6 +39,7 @@ class Tally:
 
     requests: Counter[str] = field(default_factory=Counter)  # by kind
     wrong: list[str] = field(default_factory=list)
+    cut_short: int = 0  # requests that vLLM may have ended in the middle of a step
     completion_tokens: int = 0  # of the requests that were not aborted
     seconds: list[float] = field(default_factory=list)
     last_done: float = field(default_factory=time.monotonic)
@@ -180,6 +181,7 @@ class Client:
         for found, wanted in zip(answer.logprobs, expected.logprobs, strict=True):
             if abs(found - wanted) > LOGPROB_TOLERANCE:
                 raise WrongAnswerError(f"{request.kind}: logprob {found} for {wanted}")
+        self._tally.cut_short += request.kind == "stop"  # found in the front end
         self._tally.completion_tokens += len(answer.token_ids)
 
     async def check_sampled(self, prompt: list[int], rng: random.Random) -> None:
@@ -237,6 +239,7 @@ class Client:
     async def abort(self, prompt: list[int], rng: random.Random) -> None:
         """Goes away after a few chunks, or before the first."""
         num_chunks = rng.randint(0, 6)
+        self._tally.cut_short += 1
         async with asyncio.timeout(REQUEST_SECONDS):
             stream = await self._client.completions.create(
                 model="target",
