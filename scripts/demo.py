@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -189,11 +189,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(method: Method, model: str, log: Path) -> Iterator[Server]:
+def serving(
+    method: Method, model: str, log: Path, flags: Sequence[str] = SERVER_FLAGS
+) -> Iterator[Server]:
     """A healthy server, gone with all its processes however the block ends."""
     port = free_port()
     vllm = Path(sys.executable).parent / "vllm"
-    command = [str(vllm), "serve", model, *SERVER_FLAGS, "--port", str(port)]
+    command = [str(vllm), "serve", model, *flags, "--port", str(port)]
     if method.speculative_config:
         command += ["--speculative-config", json.dumps(method.speculative_config)]
     log.write_text(f"{shlex.join(command)}\n")

@@ -38,6 +38,8 @@ COMMANDS: dict[str, Entry] = {
         "vllm_emssd.commands.simulate",
         "predict speeds from a recorded trace and a cost table, without a machine",
     ),
+    "doctor": Entry("vllm_emssd.commands.doctor", "can this machine serve with emssd?"),
+    "serve": Entry("vllm_emssd.commands.serve", "vllm serve, set up for this machine"),
 }
 
 

@@ -48,6 +48,7 @@ class EmssdConfig(BaseModel):
 
 
 _OUR_KEYS = frozenset(EmssdConfig.model_fields)
+_LONGEST_SHOWN = 100  # characters
 _COPY_KEYS = ("check_length", "copy_length")
 
 
@@ -106,12 +107,19 @@ def _check_pairs(ours: Mapping[str, Any], model: Any) -> None:
         )
 
 
+def _shown(value: Any) -> str:
+    """A value in an error message: what a user typed, not a megabyte of it."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
 def _error(key: str, fix: str) -> str:
-    return f'--speculative-config: {key!r} with "method": "{METHOD}": {fix}.'
+    return f'--speculative-config: {_shown(key)} with "method": "{METHOD}": {fix}.'
 
 
 def _unknown_key(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(known), n=1)
+    # Cut, as the search takes quadratic time.
+    close = difflib.get_close_matches(key[:_LONGEST_SHOWN], sorted(known), n=1)
     ours = ", ".join(sorted(_OUR_KEYS))
     hint = f"did you mean {close[0]!r}?" if close else "remove it"
     return (
@@ -124,5 +132,5 @@ def _explain(error: ValidationError) -> str:
     reasons = []
     for detail in error.errors():
         key = ".".join(map(str, detail["loc"]))
-        reasons.append(f"{key!r}: {detail['msg']}, got {detail['input']!r}")
+        reasons.append(f"{key!r}: {detail['msg']}, got {_shown(detail['input'])}")
     return f'--speculative-config with "method": "{METHOD}": ' + "; ".join(reasons)

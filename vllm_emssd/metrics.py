@@ -45,6 +45,9 @@ class Counters:
         "The same if every decoding request verified the step's longest draft."
     )
     num_emitted_tokens: int = _counter("Tokens sampled, before stop truncation.")
+    num_failed_proposals: int = _counter(
+        "Times that the proposer raised and a step went on without its drafts."
+    )
 
     def as_dict(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

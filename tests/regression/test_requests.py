@@ -71,7 +71,25 @@ def test_edges(proposer: str, plain: tuple[list[list[int]], list[list[int]]]) ->
         for i in survivors:
             assert kept[str(i)] == whole[i]
 
+        _refused_prompts(llm)
         _nothing_is_kept_of_finished_requests(llm)
+
+
+def _refused_prompts(llm: Any) -> None:
+    """Empty, or with no room for an answer: refused by name, and the engine lives."""
+    from vllm.exceptions import VLLMValidationError
+
+    tokens = llm.get_tokenizer().encode(LONG)
+    for length, message in (
+        (0, "empty"),
+        (MAX_MODEL_LEN, "maximum.*length|max_model_len"),
+        (MAX_MODEL_LEN + 1, "maximum.*length|max_model_len"),
+    ):
+        with pytest.raises(VLLMValidationError, match=f"(?i){message}"):
+            greedy(llm, [{"prompt_token_ids": tokens[:length]}], max_tokens=4)
+    for outside in (-1, 10**9):
+        with pytest.raises(VLLMValidationError, match=r"(?i)token"):
+            greedy(llm, [{"prompt_token_ids": [1, outside]}], max_tokens=4)
 
 
 def _nothing_is_kept_of_finished_requests(llm: Any) -> None:

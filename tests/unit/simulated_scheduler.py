@@ -31,6 +31,7 @@ class Setup:
     trust_cached_blocks: bool = True
     drafts_always: bool = False  # the policy never asks for fewer than the most
     tells_confidence: bool = True  # the drafter, of each draft
+    failure_chance: float = 0.0  # of each draft forward, and of each verification
 
     @property
     def max_blocks_per_req(self) -> int:
@@ -155,6 +156,30 @@ class Scheduler:
         request.tokens = [*request.tokens, *drafts[:num_accepted], bonus]
         request.drafts = []
         return num_accepted
+
+    def abort_any(self) -> None:
+        self.seen["aborted"] += 1
+        self._end(self._rng.choice([*self._running, *self._waiting]))
+
+    def preempt_any(self) -> None:
+        """As if its blocks were wanted; it may resume in the very next step."""
+        self._preempted = []
+        self._preempt(self._rng.choice(self._running))
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    @property
+    def known_req_ids(self) -> set[str]:
+        """Of whom the worker may keep state: the unfinished, and the finished of whom
+        it was not told yet."""
+        requests = [*self._running, *self._waiting]
+        return {r.req_id for r in requests} | set(self._finished)
 
     def finish(self) -> None:
         for request in list(self._schedule.num_scheduled):

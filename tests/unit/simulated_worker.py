@@ -24,6 +24,10 @@ from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.ragged import RaggedRows
 
 
+class PlannedFailureError(Exception):
+    """What a failing draft model or policy raises here."""
+
+
 class PagedKv:
     """Draft K/V by slot, and what is known of it.
 
@@ -91,6 +95,10 @@ class PagedKv:
         for position in range(request.num_computed_tokens, allocated):
             self._vouched[self.slot(request, position)].discard(request.admission)
 
+    def forget_fed(self, request: Request, position: int) -> None:
+        """What a forward wrote that failed is to be written again."""
+        self._vouched[self.slot(request, position)].discard(request.admission)
+
     def _find_trusted(self, request: Request) -> int:
         start = 0
         while self._is_whole_hit(request, start):
@@ -113,6 +121,7 @@ class RandomLengths:
 
     def __init__(self, rng: random.Random, setup: Setup) -> None:
         self._rng, self._always = rng, setup.drafts_always
+        self._failure_chance = setup.failure_chance
         self.needs_confidence = setup.tells_confidence
         self.feeds_prompts = True
         self.observed: list[tuple[str, int, int]] = []
@@ -162,6 +171,8 @@ class RandomLengths:
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
         self.observed.append((req_id, num_draft_tokens, num_accepted_tokens))
+        if self._chance(self._failure_chance):
+            raise PlannedFailureError
 
     def release(self, req_id: str) -> None:
         self.released.append(req_id)
@@ -173,8 +184,10 @@ class RandomLengths:
 class CheckingDrafter:
     """The draft model: checks every row it is fed and all that the row attends to."""
 
-    def __init__(self, setup: Setup, kv: PagedKv) -> None:
-        self._block_size, self._kv = setup.block_size, kv
+    def __init__(self, setup: Setup, kv: PagedKv, rng: random.Random) -> None:
+        self._block_size, self._kv, self._rng = setup.block_size, kv, rng
+        self._failure_chance = setup.failure_chance
+        self.fails_next = False
         self._tells_confidence = setup.tells_confidence
         self.max_num_rows = setup.max_num_rows
         self.max_model_len = setup.drafter_max_model_len
@@ -200,19 +213,28 @@ class CheckingDrafter:
         positions, tokens = rows.positions.tolist(), token_ids.tolist()
         bounds = rows.query_start_loc.tolist()
         self.fed.append([])
+        fails_after = self._rows_until_failure(rows.num_rows)
         for i, req_idx in enumerate(rows.req_indices.tolist()):
             span = range(bounds[i], bounds[i + 1])
-            for row in span:
+            for row in span[: max(0, fails_after - bounds[i])]:
                 self._feed(req_idx, positions[row], slots[row], tokens[row])
             fed = [positions[row] for row in span]
             assert fed == sorted(set(fed)) != []
             self.fed[-1].append((req_idx, fed))
+        if fails_after <= rows.num_rows:
+            raise PlannedFailureError
         last_row_to_req_idx = dict(
             zip((b - 1 for b in bounds[1:]), rows.req_indices.tolist(), strict=True)
         )
         return self._sample(
             [(last_row_to_req_idx[r], positions[r]) for r in sampled_rows.tolist()]
         )
+
+    def _rows_until_failure(self, num_rows: int) -> int:
+        """Rows written before the forward fails; more than there are if it does not."""
+        fails = self.fails_next or self._rng.random() < self._failure_chance
+        self.fails_next = False
+        return self._rng.randint(0, num_rows) if fails else num_rows + 1
 
     def _feed(self, req_idx: int, position: int, slot: int, token: int) -> None:
         request = self._requests[req_idx]
@@ -247,16 +269,17 @@ class Engine:
         setup: Setup,
         make_cursor: Callable[..., DraftCursor] = DraftCursor,
         seen_by_proposer: Callable[[RandomLengths], DraftLengthPolicy] = lambda p: p,
+        rng: random.Random | None = None,
     ) -> None:
-        self._setup, self._rng = setup, random.Random(setup.seed)
-        self._scheduler = Scheduler(setup, self._rng)
+        self._setup, self._rng = setup, rng or random.Random(setup.seed)
+        self.scheduler = self._scheduler = Scheduler(setup, self._rng)
         self._seen = self._scheduler.seen
         self._kv = PagedKv(setup)
         self._cursor = make_cursor(
             setup.num_blocks, setup.block_size, setup.trust_cached_blocks
         )
         self._policy = RandomLengths(self._rng, setup)
-        self._drafter = CheckingDrafter(setup, self._kv)
+        self.drafter = self._drafter = CheckingDrafter(setup, self._kv, self._rng)
         self._counters = Counters()
         self._proposer = DraftModelProposer(
             self._drafter,
@@ -268,10 +291,10 @@ class Engine:
     def run(self) -> Counter[str]:
         """Returns how often what happened."""
         for _ in range(self._setup.num_steps):
-            self._step()
+            self.step()
         return self._seen
 
-    def _step(self) -> None:
+    def step(self) -> None:
         schedule = self._scheduler.schedule()
         self._take_in_blocks(schedule)
         self._requests = self._rng.sample(
@@ -281,9 +304,14 @@ class Engine:
         num_cached = [self._kv.num_cached(r) for r in self._requests]
         counted = self._counters.as_dict()
         self._policy.start_step()
-        drafts = self._proposer.propose(batch)
-        self._check_drafts(batch, drafts, num_cached)
+        try:
+            drafts = self._proposer.propose(batch)
+        except PlannedFailureError:
+            self._check_failure(num_cached)
+        else:
+            self._check_drafts(batch, drafts, num_cached)
         self._check_counters(counted)
+        self._check_nothing_is_kept_of_others()
         self._scheduler.finish()
 
     def _take_in_blocks(self, schedule: Schedule) -> None:
@@ -314,7 +342,7 @@ class Engine:
                 num_drafts = len(request.drafts)
                 num_accepted = self._scheduler.verify(request)
                 verified.append((request.req_id, num_drafts, num_accepted))
-                self._proposer.record_verified(*verified[-1])
+                self._record_verified(*verified[-1])
                 self._kv.forget_unaccepted(request)
             else:
                 request.num_computed_tokens = end
@@ -322,6 +350,14 @@ class Engine:
         self._policy.observed = []
         num_scheduled = [schedule.num_scheduled[r] for r in self._requests]
         return self._draft_batch(num_scheduled, prefilled, is_sampling)
+
+    def _record_verified(self, req_id: str, *verified: int) -> None:
+        """As the runner does where the proposer fails."""
+        try:
+            self._proposer.record_verified(req_id, *verified)
+        except PlannedFailureError:
+            self._cursor.record_fed_drafts(req_id, 0)
+            self._seen["observing failed"] += 1
 
     def _draft_batch(
         self, num_scheduled: list[int], prefilled: list[int], is_sampling: list[bool]
@@ -351,6 +387,23 @@ class Engine:
             is_sampling=np.array(is_sampling, bool),
             max_draft_tokens=np.clip(room, 0, setup.num_spec_tokens),
         )
+
+    def _check_failure(self, num_cached: list[int]) -> None:
+        """The step goes on without drafts; no cursor moved, so what was fed is fed
+        again."""
+        for forward in self._drafter.fed:
+            for i, positions in forward:
+                for position in positions:
+                    self._kv.forget_fed(self._requests[i], position)
+        for request, num_before in zip(self._requests, num_cached, strict=True):
+            cursor = self._cursor.draft_len(request.req_id)
+            assert cursor == self._kv.num_cached(request) == num_before
+            request.drafts, request.has_drafted = [], False
+        in_mid_draft = len(self._drafter.fed) > 1
+        self._seen["failed in mid-draft" if in_mid_draft else "failed at once"] += 1
+
+    def _check_nothing_is_kept_of_others(self) -> None:
+        assert set(self._cursor._requests) <= self._scheduler.known_req_ids
 
     def _check_drafts(
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]

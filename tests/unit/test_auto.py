@@ -356,3 +356,52 @@ def test_time_it_takes(num_reqs: int) -> None:
 def test_fixed_baselines_do_what_they_say() -> None:
     loop = Loop(AtMost(3), CHEAP, 2, lambda *_: 0.5).run(5)
     assert all(step.made == step.verified == [3, 3] for step in loop.steps)
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_lengths_stay_lengths_while_costs_and_confidence_are_mad(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mad = (np.nan, np.inf, -np.inf, -5.0, 0.0, 1e-300, 1e300)
+    costs = dataclasses.replace(
+        MEDIUM,
+        target=CostTable(*zip(*MEDIUM.target.points, strict=True)),
+        draft=CostTable(*zip(*MEDIUM.draft.points, strict=True)),
+    )
+    policy = AutoDraftLength(costs, Survival(4), may_trim=True)
+    step = opportunity(4)
+    for _ in range(300):
+        for table in (costs.target, costs.draft):
+            table.observe(int(rng.integers(0, 300)), float(rng.choice(mad)))
+        lens = policy.begin(step)
+        assert ((lens >= 0) & (lens <= step.max_draft_tokens)).all()
+        active, made = np.flatnonzero(lens), np.zeros(4, dtype=np.int64)
+        for position in range(int(lens.max())):
+            made[active] += 1
+            # The highest probability of a drafter that computes NaN is given as 0.
+            confidence = rng.choice([0.0, 1.0, 0.5], len(active))
+            active = active[policy.go_on(active, confidence, position)]
+            active = active[lens[active] > position + 1]
+            if not active.size:
+                break
+        kept = policy.finish(made)
+        assert ((kept >= 0) & (kept <= made)).all()
+        for req_id, num_drafts in zip(step.req_ids, kept.tolist(), strict=True):
+            policy.observe(req_id, num_drafts, int(rng.integers(0, num_drafts + 1)))
+
+
+def test_a_step_that_failed_leaves_nothing_to_the_next() -> None:
+    """The drafter raised after `begin`: no drafts, and none observed."""
+    whole, failed = auto_policy(CHEAP, 4), auto_policy(CHEAP, 4)
+    step = opportunity(3)
+    for _ in range(20):
+        failed.begin(step)
+        for req_id in step.req_ids:
+            failed.observe(req_id, 0, 0)
+    for policy in (whole, failed):
+        lens = policy.begin(step)
+        confidence = np.full(3, 0.9)
+        assert policy.go_on(np.arange(3), confidence, 0).all()
+        assert (policy.finish(np.minimum(lens, 2)) >= 1).all()

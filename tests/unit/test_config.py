@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -198,3 +200,37 @@ def test_options_survive_the_trip_to_the_workers() -> None:
     """They travel as the plain dictionary in VllmConfig.additional_config."""
     config, _ = parse(model="draft", num_speculative_tokens=3, unpad_inputs=False)
     assert EmssdConfig(**config.model_dump()) == config
+
+
+VALUES_OF_EVERY_KIND: list[Any] = [
+    *(-1, 0, 2**63, 10**30, 2.0, 7.5, math.nan, math.inf, True, False),
+    *("", "7", "fixed ", "\x00", "x" * 10_000, b"7", [], [1], {}, {"a": 1}, object()),
+]
+ALLOWED: dict[str, Callable[[Any], bool]] = {
+    "proposer": lambda v: v in ("draft_model", "llma"),
+    "draft_length": lambda v: v in ("fixed", "auto"),
+    "unpad_inputs": lambda v: type(v) is bool,
+    "num_speculative_tokens": lambda v: type(v) is int and 1 <= v <= 128,
+    "check_length": lambda v: type(v) is int and 1 <= v <= 64,
+    "copy_length": lambda v: type(v) is int and 1 <= v <= 128,
+}
+
+
+@pytest.mark.parametrize("key", OUR_KEYS)
+@pytest.mark.parametrize("value", VALUES_OF_EVERY_KIND, ids=lambda v: repr(v)[:12])
+def test_value_of_every_kind(key: str, value: Any) -> None:
+    """Taken where it is allowed, else refused by name; never any other error."""
+    if ALLOWED[key](value):
+        assert getattr(parse(**{key: value})[0], key) == value
+    else:
+        assert f"{key!r}" in error_of(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["", "x" * 10_000, "\x00", "__class__", "model_config"])
+def test_key_of_every_kind(key: str) -> None:
+    assert repr(key)[:100] in error_of(**{key: 1})
+
+
+def test_error_on_a_huge_value_stays_readable() -> None:
+    assert len(error_of(copy_length="x" * 1_000_000)) < 2000
+    assert len(error_of(**{"x" * 1_000_000: 1})) < 2000

@@ -155,3 +155,33 @@ def test_noise_does_not_ratchet_a_flat_table_up() -> None:
         table.observe(int(rng.choice([1, 2, 4, 8])), float(10 * rng.uniform(0.7, 1.3)))
     for _, cost in table.points:
         assert cost == pytest.approx(10, rel=0.06)
+
+
+MAD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 1e6, 1e300)
+
+
+@property_test
+@given(st.lists(st.tuples(st.integers(-5, 10**9), st.sampled_from(MAD)), max_size=300))
+def test_a_clock_gone_mad_leaves_a_table(seen: list[tuple[int, float]]) -> None:
+    """Whatever is observed however often: prices stay prices."""
+    table = CostTable(ROWS, TIMES_MS)
+    for rows, took in seen:
+        table.observe(rows, took)
+    costs = table.ms(np.arange(1, 200))
+    assert np.isfinite(costs).all()
+    assert (costs >= 0).all()
+    assert (np.diff(costs) >= 0).all()
+
+
+@pytest.mark.parametrize("took", MAD)
+def test_madness_that_lasts_is_outlived(took: float) -> None:
+    """A thousand absurd times, then sane ones: the table comes back."""
+    table = CostTable(ROWS, TIMES_MS)
+    for _ in range(1000):
+        table.observe(16, took)
+    assert np.isfinite(ms(table, 16))
+    for _ in range(20_000):
+        table.observe(16, 30.0)
+        if ms(table, 16) == pytest.approx(30.0, rel=0.1):
+            return
+    raise AssertionError(f"still {ms(table, 16)} ms, after {took}")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit import simulated_worker
 from tests.unit.simulated_scheduler import Setup
 from tests.unit.simulated_worker import Engine, RandomLengths
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
@@ -39,6 +40,7 @@ def setups(draw: st.DrawFn) -> Setup:
         trust_cached_blocks=draw(st.booleans()),
         drafts_always=draw(st.booleans()),
         tells_confidence=draw(st.booleans()),
+        failure_chance=draw(st.sampled_from((0.0, 0.0, 0.1, 0.5))),
     )
 
 
@@ -48,8 +50,15 @@ def test_equals_naive_drafter(setup: Setup) -> None:
     Engine(setup).run()
 
 
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(setups())
+def test_equals_naive_drafter_in_thousands_of_cases(setup: Setup) -> None:
+    Engine(setup).run()
+
+
 def test_simulation_visits_what_it_claims() -> None:
-    seen = run_all_seeds(DraftCursor)
+    seen = run_all_seeds(DraftCursor) + run_all_seeds(DraftCursor, failure_chance=0.1)
     assert set(seen) == {
         "aborted",
         "cache hit, not whole",
@@ -59,7 +68,10 @@ def test_simulation_visits_what_it_claims() -> None:
         "caught up by another",
         "drafted twice running",
         "drafts trimmed",
+        "failed at once",
+        "failed in mid-draft",
         "left out with drafts pending",
+        "observing failed",
         "paused",
         "preempted",
         "prefill chunked",
@@ -180,6 +192,24 @@ def test_simulation_catches_planted_error(broken_cursor: type[DraftCursor]) -> N
         run_all_seeds(broken_cursor)
 
 
+class MovesBeforeFeeding(DraftModelProposer):
+    """Right, until a forward fails."""
+
+    def _draft(self, batch: DraftBatch, rows: Any, draft_lens: np.ndarray) -> Any:
+        for i, end in zip(rows.req_indices, rows.seq_lens, strict=True):
+            self._cursor.advance(batch.req_ids[i], int(end))
+        return super()._draft(batch, rows, draft_lens)
+
+
+def test_simulation_catches_a_cursor_that_moves_too_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(simulated_worker, "DraftModelProposer", MovesBeforeFeeding)
+    run_all_seeds(DraftCursor)
+    with pytest.raises(AssertionError):
+        run_all_seeds(DraftCursor, failure_chance=0.1)
+
+
 class Misheard:
     """What a broken proposer makes of the policy; the checks know the true one."""
 
@@ -247,10 +277,12 @@ def test_simulation_catches_a_misheard_policy(misheard: type[Misheard]) -> None:
 def run_all_seeds(
     make_cursor: type[DraftCursor],
     seen_by_proposer: Callable[[RandomLengths], DraftLengthPolicy] = lambda p: p,
+    failure_chance: float = 0.0,
 ) -> Counter[str]:
     seen: Counter[str] = Counter()
     for seed in SEEDS:
-        seen += Engine(Setup(seed), make_cursor, seen_by_proposer).run()
+        setup = Setup(seed, failure_chance=failure_chance)
+        seen += Engine(setup, make_cursor, seen_by_proposer).run()
     return seen
 
 

@@ -25,7 +25,12 @@ from vllm_emssd.config import (
 )
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.compat import check_vllm_version
+from vllm_emssd.integration.draft_checks import (
+    check_draft_tokenizer,
+    check_draft_weights,
+)
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
+from vllm_emssd.integration.stats_log import LOG_STATS_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,10 +157,15 @@ def _create_ours(
     _refuse_unsupported(args, model_config, parallel_config)
     if config.draft_length == "auto":
         _refuse_unsupported_auto(parallel_config)
+    model = stock_part.get("model")
+    if model:
+        check_draft_weights(model, args.load_format)
 
     spec_config = _run_stock(
         stock, args, config, stock_part, model_config, parallel_config
     )
+    if model:
+        check_draft_tokenizer(model, stock_part.get("revision"), model_config)
 
     hooks.install([VALIDATION_HOOK])
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
@@ -163,6 +173,7 @@ def _create_ours(
     args.additional_config = {
         **args.additional_config,
         ADDITIONAL_CONFIG_KEY: config.model_dump(),
+        LOG_STATS_KEY: not args.disable_log_stats,
     }
     publish_counters_on_metrics(_served_model_name(args))
     logger.info("vllm-emssd %s is on: %s", __version__, config)

@@ -25,10 +25,14 @@ from vllm_emssd.ragged import RaggedRows
 
 
 def highest_probability(logits: torch.Tensor) -> np.ndarray:
-    """Of each row's softmax. `logits`: [num_rows, vocab_size]; returns [num_rows]."""
+    """Of each row's softmax, 0 of a row with NaN or infinite logits.
+
+    `logits`: [num_rows, vocab_size]; returns [num_rows].
+    """
     logits = logits.float()
     highest = logits.amax(dim=-1) - logits.logsumexp(dim=-1)
-    return highest.exp().cpu().numpy()  # sync: decides who drafts on
+    highest = highest.exp().nan_to_num(nan=0.0)
+    return highest.cpu().numpy()  # sync: decides who drafts on
 
 
 class PagedDrafter:

@@ -36,7 +36,9 @@ from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
+from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
 from vllm_emssd.integration.step_costs import StepCostMeter
+from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -91,6 +93,12 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._shared_counters = (
             open_shared_counters(self.parallel_config.data_parallel_index)
             if is_publisher
+            else None
+        )
+        self._failures = StepFailures(self.counters, self.parallel_config)
+        self._stats_log = (
+            StatsLog(self.counters, self.parallel_config.data_parallel_index)
+            if is_publisher and vllm_config.additional_config.get(LOG_STATS_KEY)
             else None
         )
 
@@ -212,13 +220,19 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         assert self._proposer is not None
         self._record_verified(scheduler_output, sampled_token_ids)
         batch = self._draft_batch(scheduler_output, sampled_token_ids)
-        drafts = self._proposer.propose(batch)
+        try:
+            drafts = self._proposer.propose(batch)
+        except Exception as error:
+            self._failures.take(error)
+            drafts = [[] for _ in batch.req_ids]
         self.num_real_drafts.update(zip(batch.req_ids, map(len, drafts), strict=True))
         if not self.emssd_config.unpad_inputs:
             last = batch.token_ids[np.arange(batch.num_reqs), batch.num_tokens - 1]
             drafts = pad_to_longest(drafts, batch.is_sampling.tolist(), last.tolist())
         if self._shared_counters is not None:
             self._shared_counters.publish(self.counters)
+        if self._stats_log is not None:
+            self._stats_log.step_done()
         if self._step_costs is not None:
             self._step_costs.step_done()
         return drafts
@@ -228,7 +242,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     ) -> None:
         """Move the cursors by what was accepted, and count the step."""
         counters, num_spec_tokens = self.counters, self.num_spec_tokens
-        assert self._proposer is not None
         scheduled_drafts = scheduler_output.scheduled_spec_decode_tokens
         has_draft_model = self._cursor is not None
         counters.num_steps += 1
@@ -250,7 +263,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             num_rows = len(scheduled_drafts.get(req_id, ()))
             num_drafts = min(num_rows, self.num_real_drafts.get(req_id, 0))
             num_accepted = num_sampled - 1
-            self._proposer.record_verified(req_id, num_drafts, num_accepted)
+            self._tell_proposer(req_id, num_drafts, num_accepted)
             num_verifying += is_decode
             longest = max(longest, num_rows)
             counters.num_request_steps += 1
@@ -260,6 +273,16 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             counters.num_padded_verify_rows += 1
             counters.num_emitted_tokens += num_sampled
         counters.num_padded_verify_rows += num_verifying * longest
+
+    def _tell_proposer(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
+        assert self._proposer is not None
+        try:
+            self._proposer.record_verified(req_id, num_drafts, num_accepted)
+        except Exception as error:
+            self._failures.take(error)
+            if self._cursor is not None:
+                # Whether it moved or not: these drafts must not count later.
+                self._cursor.record_fed_drafts(req_id, 0)
 
     def _draft_batch(
         self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]

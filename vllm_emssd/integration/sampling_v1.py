@@ -58,6 +58,18 @@ LOGITSPROCS_HOOK = hooks.Hook(
 )
 
 
+def count_nan_as_one_hot(probs: torch.Tensor, draft_token_ids: torch.Tensor) -> None:
+    """Of a drafter that computed NaN, take each draft as a copy, in place.
+
+    That is exact, as for any token; the NaN itself would reach what the target samples
+    after a rejection. A softmax is NaN everywhere or nowhere. Shapes:
+    [num_draft_tokens, vocab_size] float32, [num_draft_tokens] integers.
+    """
+    is_nan = probs[:, :1].isnan()
+    probs.masked_fill_(is_nan, 0.0)
+    probs.scatter_add_(1, draft_token_ids.long().unsqueeze(1), is_nan.to(probs.dtype))
+
+
 class UnpadSamplingMixin(GPUModelRunner):
     emssd_config: EmssdConfig
     paged_drafter: PagedDrafter | None
@@ -167,6 +179,7 @@ class UnpadSamplingMixin(GPUModelRunner):
             else:
                 probs[rows].scatter_(1, draft_token_ids[rows].long().unsqueeze(1), 1.0)
             first += num_drafts
+        count_nan_as_one_hot(probs, draft_token_ids)
         return probs
 
     def _requests_of_custom_logitsprocs(self) -> list[int]:

@@ -7,10 +7,11 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
-from vllm.v1.worker.worker_base import CompilationTimes
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
+from vllm_emssd.integration.memory_advice import memory_advice
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner, UnpadGPUModelRunner
 
 CPU_RUNNER_HOOK = hooks.Hook(
@@ -36,6 +37,22 @@ class _EmssdStats:
         return self.model_runner.costs_now()
 
 
+class _MemoryAdvice(WorkerBase):
+    """Names what to lower where a start runs out of memory."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with memory_advice("loading the models"):
+            super().load_model(*args, **kwargs)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        with memory_advice("allocating the KV cache of target and draft model"):
+            super().initialize_from_config(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        with memory_advice("warming up"):
+            return super().compile_or_warm_up_model()
+
+
 class FixedCPUWorker(CPUWorker):
     """vLLM's CPU worker with its kernels repaired, for stock speculation."""
 
@@ -44,7 +61,7 @@ class FixedCPUWorker(CPUWorker):
         super().init_device()
 
 
-class UnpadCPUWorker(_EmssdStats, FixedCPUWorker):
+class UnpadCPUWorker(_EmssdStats, _MemoryAdvice, FixedCPUWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()
         self.model_runner.start_automatic_lengths()
@@ -56,7 +73,7 @@ class UnpadCPUWorker(_EmssdStats, FixedCPUWorker):
             super().init_device()
 
 
-class UnpadGPUWorker(_EmssdStats, Worker):
+class UnpadGPUWorker(_EmssdStats, _MemoryAdvice, Worker):
     def _make_model_runner(self) -> GPUModelRunner:
         _require_v1_runner(self.use_v2_model_runner)
         return UnpadGPUModelRunner(self.vllm_config, self.device)

@@ -1,0 +1,408 @@
+#!/usr/bin/env python3
+"""Keep a real server with emssd under mixed load for minutes or hours, and check it.
+
+Plain vLLM answers a catalogue of greedy requests first, in float32. Then a server with
+emssd gets those, sampled ones, aborted ones and bad ones, all at once and at random,
+with prefix caching and so small a cache that requests are preempted all the time.
+Checked: every greedy answer, what others look like, that nothing is stuck, that the
+counters agree, that memory does not grow, and that it ends when told to in mid-stream.
+Writes a record, and exits with 1 if anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+from demo import REPO, Method, Server, describe_machine, serving
+from prometheus_client.parser import text_string_to_metric_families
+from soak_load import (
+    MAX_MODEL_LEN,
+    NEAR_TIE,
+    REQUEST_SECONDS,
+    Answer,
+    Client,
+    GreedyRequest,
+    Tally,
+    WrongAnswerError,
+    least_gap,
+    make_greedy_requests,
+)
+from transformers import AutoTokenizer
+
+FLAGS = shlex.split(
+    "--served-model-name target --dtype float32 --enforce-eager --host 127.0.0.1 "
+    f"--max-model-len {MAX_MODEL_LEN} --max-num-seqs 32 --max-num-batched-tokens 256"
+)
+# For the plain side: room for all, and log probabilities of what is sampled from, in
+# which a near tie shows.
+ROOMY = ["--kv-cache-memory-bytes", str(256 << 20)]
+ROOMY += ["--logprobs-mode", "processed_logprobs"]
+SMALL_CACHE = 9 << 20  # one request of full length, and little more
+SAMPLE_SECONDS = 5
+DRAIN_SECONDS = 60
+STOP_SECONDS = 60
+LEAST_MINUTES_TO_JUDGE_MEMORY = 10
+MOST_GROWTH = 2.0  # MiB a minute, over the later two thirds
+RECORDED = (
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_hits_total",
+)
+KINDS = {"greedy": 60, "sampled": 20, "grammar": 4, "abort": 12, "refuse": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    requests: list[GreedyRequest]
+    answers: list[Answer]
+    prompts: list[list[int]]
+    num_near_ties: int
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/soak", description=__doc__.splitlines()[0]
+    )
+    models, add = REPO / "models", parser.add_argument
+    add("--minutes", type=float, default=60)
+    add("--model", default=str(models / "target"))
+    add("--draft-model", default=str(models / "draft"))
+    add("--llma", action="store_true", help="copy from the text, without draft model")
+    add("--prompts", default=str(models / "prompts.jsonl"))
+    add("--num-speculative-tokens", type=int, default=5)
+    add("--requests", type=int, default=96, help="greedy ones in the catalogue")
+    add("--concurrency", type=int, default=16)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=REPO / "docs" / "results" / "soak.json")
+    options = parser.parse_args()
+    if options.minutes <= 0 or options.concurrency < 1 or options.requests < 8:
+        parser.error("--minutes > 0, --concurrency >= 1 and --requests >= 8 are needed")
+    return options
+
+
+def emssd(options: argparse.Namespace) -> Method:
+    asked: dict[str, Any] = {
+        "method": "emssd",
+        "num_speculative_tokens": options.num_speculative_tokens,
+    }
+    if not options.llma:
+        asked |= {"model": options.draft_model, "draft_sample_method": "probabilistic"}
+    return Method("emssd", asked, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
+
+
+def open_client(server: Server) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=f"{server.address}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=REQUEST_SECONDS,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    )
+
+
+async def plain_answers(
+    server: Server, requests: Sequence[GreedyRequest]
+) -> tuple[list[Answer], list[float]]:
+    """Of each request: plain vLLM's answer, and its nearest tie."""
+    gate = asyncio.Semaphore(8)
+    async with open_client(server) as client:
+        asker = Client(client, Tally())
+
+        async def one(request: GreedyRequest) -> tuple[Answer, float]:
+            async with gate:
+                answer = await asker.answer(request, streams=False)
+                return answer, await least_gap(client, request)
+
+        both = await asyncio.gather(*map(one, requests))
+    return [answer for answer, _ in both], [gap for _, gap in both]
+
+
+def prepare(options: argparse.Namespace, logs: Path) -> Load:
+    """The catalogue, answered by plain vLLM with a roomy cache."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    lines = Path(options.prompts).read_text().splitlines()
+    prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+    rng = random.Random(options.seed)
+    requests = make_greedy_requests(prompts, options.requests, rng)
+    with serving(Method("plain"), options.model, logs / "plain.log", FLAGS + ROOMY) as (
+        server
+    ):
+        answers, gaps = asyncio.run(plain_answers(server, requests))
+    sure = [i for i, gap in enumerate(gaps) if gap > NEAR_TIE]
+    return Load(
+        [requests[i] for i in sure],
+        [answers[i] for i in sure],
+        [prompt[:600] for prompt in prompts],
+        len(requests) - len(sure),
+    )
+
+
+class Soak:
+    """One server under load."""
+
+    def __init__(self, options: argparse.Namespace, load: Load, server: Server) -> None:
+        self._load, self._server = load, server
+        self._concurrency = options.concurrency
+        self._rng = random.Random(options.seed + 1)
+        self._ends = time.monotonic() + 60 * options.minutes
+        self.tally = Tally()
+        self.memory: list[tuple[float, float]] = []  # minutes, MiB
+
+    async def run(self) -> None:
+        async with open_client(self._server) as client:
+            asker = Client(client, self.tally)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch_memory())
+                for _ in range(self._concurrency):
+                    tasks.create_task(self._keep_asking(asker))
+            await self._drain()
+
+    async def _keep_asking(self, client: Client) -> None:
+        rng = random.Random(self._rng.random())
+        while time.monotonic() < self._ends and not self._is_dead():
+            [kind] = rng.choices(list(KINDS), KINDS.values())
+            started = time.monotonic()
+            try:
+                await self._ask(client, kind, rng)
+            except WrongAnswerError as error:
+                self.tally.wrong.append(str(error)[:500])
+            except (openai.APIError, TimeoutError, ValueError) as error:
+                self.tally.wrong.append(f"{kind}: {error!r}"[:500])
+                await asyncio.sleep(1)
+            self.tally.requests[kind] += 1
+            self.tally.seconds.append(time.monotonic() - started)
+            if rng.random() < 0.05:
+                await asyncio.sleep(rng.random())  # load comes and goes
+
+    async def _ask(self, client: Client, kind: str, rng: random.Random) -> None:
+        prompt = rng.choice(self._load.prompts)
+        if kind == "greedy":
+            i = rng.randrange(len(self._load.requests))
+            await client.check_greedy(
+                self._load.requests[i], self._load.answers[i], rng.random() < 0.5
+            )
+        elif kind == "sampled":
+            await client.check_sampled(prompt, rng)
+        elif kind == "grammar":
+            await client.check_sampled_grammar(prompt, rng)
+        elif kind == "abort":
+            await client.abort(prompt, rng)
+        else:
+            await client.refuse(prompt, rng)
+
+    def _is_dead(self) -> bool:
+        return self._server.process.poll() is not None
+
+    async def _watch_memory(self) -> None:
+        started = time.monotonic()
+        while time.monotonic() < self._ends and not self._is_dead():
+            minutes = (time.monotonic() - started) / 60
+            self.memory.append((minutes, resident_mib(self._server.process.pid)))
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def _drain(self) -> None:
+        """Aborted requests may take a step or two to go."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline and not self._is_dead():
+            metrics = await asyncio.to_thread(read_metrics, self._server)
+            if not metrics["vllm:num_requests_running"]:
+                return
+            await asyncio.sleep(0.5)
+
+
+def resident_mib(pid: int) -> float:
+    """Of a process and all that it started."""
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+    return total / 2**20
+
+
+def read_metrics(server: Server) -> dict[str, float]:
+    """All samples of vLLM's and ours, summed over labels."""
+    found: dict[str, float] = {}
+    text = server.get("/metrics").raise_for_status().text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith(("vllm:", "vllm_emssd:")):
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def check_counters(
+    metrics: dict[str, float], tally: Tally, num_spec_tokens: int
+) -> list[str]:
+    """What does not add up."""
+
+    def ours(name: str) -> int:
+        return int(metrics[f"vllm_emssd:{name}_total"])
+
+    accepted = int(metrics["vllm:spec_decode_num_accepted_tokens_total"])
+    wrong = []
+    if ours("num_emitted_tokens") != (
+        ours("num_accepted_tokens") + ours("num_request_steps")
+    ):
+        wrong.append("tokens emitted are not accepted ones and one a request and step")
+    # vLLM leaves out what a step accepted for a request that was aborted meanwhile, as
+    # it is where its front end finds a stop string.
+    left_out = ours("num_accepted_tokens") - accepted
+    if not 0 <= left_out <= tally.cut_short * num_spec_tokens:
+        wrong.append(f"accepted {ours('num_accepted_tokens')}, vLLM counts {accepted}")
+    if ours("num_accepted_tokens") > ours("num_draft_tokens"):
+        wrong.append("more drafts accepted than verified")
+    if ours("num_emitted_tokens") < tally.completion_tokens:
+        wrong.append("fewer tokens emitted than clients got")
+    if ours("num_failed_proposals"):
+        wrong.append(f"{ours('num_failed_proposals')} proposals failed, see the log")
+    if not accepted:
+        wrong.append("no draft was ever accepted")
+    for name in ("num_requests_running", "num_requests_waiting"):
+        if metrics[f"vllm:{name}"]:
+            wrong.append(f"{name} is {metrics[f'vllm:{name}']:.0f} after the load")
+    if metrics["vllm:kv_cache_usage_perc"]:
+        wrong.append("blocks are in use after the load")
+    if not metrics["vllm:num_preemptions_total"]:
+        wrong.append("nothing was preempted: the cache is too large for this load")
+    return wrong
+
+
+def check_log(log: Path) -> list[str]:
+    """Errors that the server logged."""
+    text = log.read_text(errors="replace")
+    errors = re.findall(r"^.*\b(?:ERROR|Traceback)\b.*$", text, re.MULTILINE)
+    return [f"log: {line[:300]}" for line in errors[:5]]
+
+
+def growth(memory: Sequence[tuple[float, float]]) -> float:
+    """MiB a minute over the later two thirds, by least squares."""
+    later = np.array(memory[len(memory) // 3 :])
+    return float(np.polyfit(later[:, 0], later[:, 1], 1)[0]) if len(later) > 2 else 0.0
+
+
+def end_in_mid_stream(server: Server, prompt: list[int]) -> list[str]:
+    """SIGTERM while answers are being streamed: all ends, and soon."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    body = {"model": "target", "prompt": prompt, "max_tokens": 600, "stream": True}
+    body |= {"ignore_eos": True}
+    num_chunks = 0
+    with (
+        suppress(httpx.HTTPError),
+        httpx.stream(
+            "POST",
+            f"{server.address}/v1/completions",
+            json=body,
+            timeout=STOP_SECONDS,
+            trust_env=False,
+        ) as stream,
+    ):
+        for _ in stream.iter_lines():
+            num_chunks += 1
+            if num_chunks == 5:
+                server.process.terminate()
+    wrong = []
+    if num_chunks < 5:
+        wrong.append(f"the last stream had {num_chunks} lines only")
+    try:
+        server.process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        wrong.append(f"the server was still there {STOP_SECONDS} s after SIGTERM")
+    _, left = psutil.wait_procs(children, timeout=10)
+    return wrong + [f"left behind: {process.name()}" for process in left]
+
+
+def commit() -> str:
+    git = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            git, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    return "unknown"
+
+
+def run(options: argparse.Namespace) -> int:
+    logs = Path(tempfile.mkdtemp(prefix="emssd-soak-"))
+    print(f"server logs: {logs}", flush=True)
+    load = prepare(options, logs)
+    print(f"{len(load.requests)} greedy requests have an answer", flush=True)
+    flags = [*FLAGS, "--enable-prefix-caching"]
+    flags += ["--kv-cache-memory-bytes", str(SMALL_CACHE)]
+    log = logs / "emssd.log"
+    started = time.monotonic()
+    with serving(emssd(options), options.model, log, flags) as server:
+        soak = Soak(options, load, server)
+        asyncio.run(soak.run())
+        tally, wrong = soak.tally, list(soak.tally.wrong)
+        metrics: dict[str, float] = {}
+        if server.process.poll() is None:
+            metrics = read_metrics(server)
+            wrong += check_counters(metrics, tally, options.num_speculative_tokens)
+            wrong += end_in_mid_stream(server, load.prompts[0])
+        else:
+            wrong.append(f"the server died with status {server.process.returncode}")
+    wrong += check_log(log)
+    rise = growth(soak.memory)
+    if options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY and rise > MOST_GROWTH:
+        wrong.append(f"memory grows by {rise:.1f} MiB a minute")
+    seconds = sorted(tally.seconds)
+    record = {
+        "command": shlex.join(["scripts/soak", *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": {n: version(n) for n in ("vllm", "torch", "vllm-emssd")},
+        "machine": describe_machine(),
+        "minutes": (time.monotonic() - started) / 60,
+        "is_clean": not wrong,
+        "wrong": wrong[:50],
+        "num_wrong": len(wrong),
+        "requests": dict(tally.requests),
+        "greedy_requests_known": len(load.requests),
+        "near_ties_left_out": load.num_near_ties,
+        "cut_short": tally.cut_short,
+        "completion_tokens": tally.completion_tokens,
+        "seconds": {
+            "median": median(seconds),
+            "p99": quantiles(seconds, n=100)[-1] if len(seconds) > 1 else seconds[0],
+            "most": seconds[-1],
+        },
+        "memory_mib": {
+            "first": soak.memory[0][1],
+            "last": soak.memory[-1][1],
+            "growth_a_minute": rise,
+            "is_judged": options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY,
+        },
+        "counters": {
+            name: int(value)
+            for name, value in sorted(metrics.items())
+            if name.startswith("vllm_emssd:") or name in RECORDED
+        },
+    }
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+    print(f"{'clean' if not wrong else 'NOT CLEAN'}: {options.out}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(run(parse_options()))

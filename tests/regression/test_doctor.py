@@ -1,0 +1,170 @@
+"""`vllm-emssd doctor`: what it finds, what it advises, how it ends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_emssd import cli
+from vllm_emssd.commands import doctor
+from vllm_emssd.integration import checkup, compat
+from vllm_emssd.integration.checkup import Finding, State
+from vllm_emssd.integration.inventory import INVENTORY
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Finding]:
+    return {finding.about: finding for finding in checkup.findings()}
+
+
+def test_this_environment_can_serve(found: dict[str, Finding]) -> None:
+    assert [f for f in found.values() if f.state is State.WRONG] == []
+    assert found["plugin"].state is State.OK
+    assert found["plugin, new process"].state is State.OK
+    assert set(found) >= {"vllm-emssd", "vllm", "python", "torch", "device", "hook"}
+
+
+def test_whatever_is_not_right_says_what_to_change(found: dict[str, Finding]) -> None:
+    for finding in found.values():
+        assert bool(finding.fix) == (finding.state is not State.OK)
+
+
+def run_doctor(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_emssd", "doctor"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_disabled_plugin_ends_with_1() -> None:
+    done = run_doctor(VLLM_PLUGINS="")
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "wrong  plugin: vLLM does not know" in done.stdout
+    assert "wrong  plugin, new process: vLLM does not know" in done.stdout
+    assert "unset it, or add emssd" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("states", "flags", "code"),
+    [
+        ([State.OK, State.OK], [], 0),
+        ([State.OK, State.SLOW], [], 0),
+        ([State.OK, State.SLOW], ["--strict"], 1),
+        ([State.WRONG, State.OK], [], 1),
+        ([State.OK], ["--strict"], 0),
+    ],
+)
+def test_exit_code(
+    states: list[State],
+    flags: list[str],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    findings = [Finding("it", s, "so", "" if s is State.OK else "that") for s in states]
+    monkeypatch.setattr(doctor, "findings", lambda: findings)
+    assert cli.main(["doctor", *flags]) == code
+    out = capsys.readouterr().out
+    assert out.count("change: that") == sum(s is not State.OK for s in states)
+
+
+def test_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--hooks"]) == 0
+    out = capsys.readouterr().out
+    for hook in INVENTORY:
+        assert hook.target in out
+    assert "create_speculative_config: in place now" in out
+
+
+def test_vllm_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", "0.31.0")
+    finding = checkup.check_version()
+    assert finding.state is State.WRONG
+    assert 'pip install "vllm==0.32.*"' in finding.fix
+
+
+def test_no_distribution_called_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    finding = checkup.check_distribution_name()
+    assert finding.state is State.WRONG
+    assert "packaging/vllm-name" in finding.fix
+
+
+def test_plugin_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    finding = checkup.check_plugin_here()
+    assert finding.state is State.WRONG
+    assert "pip install vllm-emssd" in finding.fix
+
+
+def test_a_hook_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    drifted = dataclasses.replace(INVENTORY[0], signature="self, other")
+    monkeypatch.setattr(checkup, "INVENTORY", (drifted,))
+    [finding] = checkup.check_hooks()
+    assert finding.state is State.WRONG
+    assert "expected (self, other)" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("preload", "state", "advice"),
+    [
+        ("/a/libiomp5.so:/a/libtcmalloc_minimal.so.4", State.OK, ""),
+        ("/a/libiomp5.so", State.SLOW, "libtcmalloc-minimal4"),
+        ("/a/libtcmalloc.so", State.SLOW, "pip install intel-openmp"),
+    ],
+)
+def test_preloads(
+    preload: str, state: State, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_PRELOAD", preload)
+    monkeypatch.setattr(checkup, "find_preloads", list)
+    finding = checkup.check_preloads()
+    assert finding.state is state
+    assert advice in finding.fix
+
+
+def test_preloads_that_are_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    paths = [Path("/v/libiomp5.so"), Path("/u/libtcmalloc_minimal.so.4")]
+    monkeypatch.setattr(checkup, "find_preloads", lambda: paths)
+    fix = checkup.check_preloads().fix
+    assert fix.endswith("LD_PRELOAD=/v/libiomp5.so:/u/libtcmalloc_minimal.so.4")
+
+
+@pytest.mark.parametrize(
+    ("bind", "threads", "cpus", "state", "advice"),
+    [
+        ("auto", "2", 2, State.SLOW, "nobind OMP_NUM_THREADS=2"),
+        ("auto", "2", 64, State.OK, ""),
+        ("nobind", "2", 2, State.OK, ""),
+        ("nobind", "9", 2, State.SLOW, "OMP_NUM_THREADS=2"),
+        ("0-1", "9", 2, State.OK, ""),
+    ],
+)
+def test_threads(
+    bind: str,
+    threads: str,
+    cpus: int,
+    state: State,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(checkup, "num_cpus", lambda: cpus)
+    finding = checkup.check_threads()
+    assert finding.state is state
+    assert advice in finding.fix

@@ -1,0 +1,130 @@
+"""A real server, started by `vllm-emssd serve`: its metrics, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.engine import DRAFT_MODEL, TARGET
+from vllm_emssd.metrics import COUNTER_HELP
+
+START_SECONDS, STOP_SECONDS = 240, 60
+COUNTERS_DIR = re.compile(r"vllm-emssd-\w+")
+FLAGS = (
+    "--served-model-name target --dtype float32 --enforce-eager --max-model-len 1280 "
+    f"--kv-cache-memory-bytes {64 << 20} --host 127.0.0.1"
+).split()
+
+
+@dataclass(frozen=True)
+class Server:
+    address: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.address + path, timeout=30, trust_env=False)
+
+    def stream(self, max_tokens: int) -> contextlib.AbstractContextManager:
+        body = {"model": "target", "prompt": "def ", "max_tokens": max_tokens}
+        body |= {"stream": True, "ignore_eos": True, "temperature": 0}
+        url = f"{self.address}/v1/completions"
+        return httpx.stream("POST", url, json=body, timeout=60, trust_env=False)
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asked = ["--speculative-config", json.dumps(DRAFT_MODEL), "--port", str(port)]
+    command = [sys.executable, "-m", "vllm_emssd", "serve", TARGET, *FLAGS, *asked]
+    log = folder / "server.log"
+    env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "TMPDIR": str(folder)}
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # as it is in production
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            with contextlib.suppress(httpx.TransportError):
+                if server.get("/health").is_success:
+                    break
+            time.sleep(0.5)
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_metrics_then_sigterm_in_mid_stream(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        with server.stream(max_tokens=32) as answer:
+            assert sum(line.startswith("data: {") for line in answer.iter_lines()) > 1
+
+        text = server.get("/metrics").text
+        for name, help_text in COUNTER_HELP.items():
+            assert f"# HELP vllm_emssd:{name}_total {help_text}" in text
+        accepted = re.search(r"vllm_emssd:num_accepted_tokens_total\{.*\} (\S+)", text)
+        assert accepted is not None
+        assert float(accepted[1]) > 0
+
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert children
+        assert [p for p in tmp_path.iterdir() if COUNTERS_DIR.fullmatch(p.name)]
+
+        num_lines = 0
+        with (
+            contextlib.suppress(httpx.HTTPError),
+            server.stream(max_tokens=1200) as answer,
+        ):
+            for _ in answer.iter_lines():
+                num_lines += 1
+                if num_lines == 5:
+                    server.process.terminate()
+        assert 5 <= num_lines < 2000
+        server.process.wait(STOP_SECONDS)
+        _, left = psutil.wait_procs(children, timeout=15)
+        assert left == []
+        assert not [p for p in tmp_path.iterdir() if COUNTERS_DIR.fullmatch(p.name)]
+
+
+def test_without_the_plugin_the_method_is_unknown() -> None:
+    """What a user sees who set VLLM_PLUGINS="" and left the method in place."""
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        f"EngineArgs(model={TARGET!r}, max_model_len=512, "
+        "speculative_config={'method': 'emssd', 'model': 'x'}).create_engine_config()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "emssd" in done.stderr
+    assert "method" in done.stderr
+    assert "Input should be" in done.stderr

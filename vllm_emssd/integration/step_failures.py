@@ -1,0 +1,61 @@
+"""A proposer that raises costs a step its drafts, not the server its life.
+
+Drafts are only ever an offer: without them the target decodes as it always does. The
+draft cursor moves only once the drafter was fed, so nothing is lost but time. With
+several ranks that is not so: the others may be in the middle of a collective that this
+one left, and would wait for ever. There the error stops the engine.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from vllm.config import ParallelConfig
+from vllm.logger import init_logger
+
+from vllm_emssd.metrics import Counters
+
+logger = init_logger("vllm.emssd.step_failures")
+
+
+class StepFailures:
+    """Counts failed proposals and logs the first; of several ranks it is fatal."""
+
+    def __init__(self, counters: Counters, parallel_config: ParallelConfig) -> None:
+        self._counters = counters
+        self._is_alone = (
+            parallel_config.world_size == 1 and parallel_config.data_parallel_size == 1
+        )
+        # vLLM's multiprocessing executor only logs what a rank other than the first
+        # raises, and that rank goes on; it does notice a process that ends.
+        self._must_end_process = (
+            parallel_config.world_size > 1
+            and parallel_config.distributed_executor_backend == "mp"
+        )
+
+    def take(self, error: Exception) -> None:
+        """Swallow `error`, or end this rank where other ranks wait for it.
+
+        Raises: with several ranks SystemExit where processes are vLLM's own, else
+        `error` itself.
+        """
+        if not self._is_alone:
+            self._stop(error)
+        self._counters.num_failed_proposals += 1
+        if self._counters.num_failed_proposals == 1:
+            logger.error(
+                "The proposer failed; this step goes on without drafts, and so will "
+                "others. Each is counted in num_failed_proposals; only this one is "
+                "logged. Output stays exact.",
+                exc_info=error,
+            )
+
+    def _stop(self, error: Exception) -> NoReturn:
+        if self._must_end_process:
+            logger.error(
+                "The proposer failed on one of several ranks, which cannot go on "
+                "apart: stopping the engine.",
+                exc_info=error,
+            )
+            raise SystemExit(1) from error
+        raise error
