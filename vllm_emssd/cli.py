@@ -34,6 +34,7 @@ class Entry:
 
 COMMANDS: dict[str, Entry] = {
     "bench": Entry("vllm_emssd.commands.bench", "time methods side by side"),
+    "doctor": Entry("vllm_emssd.commands.doctor", "what of this installation works"),
 }
 
 
