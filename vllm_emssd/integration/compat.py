@@ -29,20 +29,13 @@ def check_vllm_version(version: str | None = None) -> None:
         )
 
 
-def has_method_registry() -> bool:
-    """Patch 0002: plugins can register speculative methods."""
+def method_registrar() -> Callable[[str, Callable[..., Any]], None] | None:
+    """Patch 0002: vLLM's function by which plugins register speculative methods."""
     try:
-        from vllm.v1.spec_decode import registry
+        from vllm.v1.spec_decode.registry import register_speculative_method
     except ImportError:
-        return False
-    return hasattr(registry, "register_speculative_method")
-
-
-def register_method(name: str, create: Callable[..., Any]) -> None:
-    """Only where `has_method_registry`."""
-    from vllm.v1.spec_decode.registry import register_speculative_method
-
-    register_speculative_method(name, create)
+        return None
+    return register_speculative_method
 
 
 def expands_floats(expand_batch_to_tokens: Callable[..., Any] | None) -> bool:

@@ -54,8 +54,8 @@ _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
 
 def install_frontend_hook() -> None:
     """Teach vLLM the method: by its own registry where it has one, else by the hook."""
-    if compat.has_method_registry():
-        compat.register_method(METHOD, _create_by_registry)
+    if (register := compat.method_registrar()) is not None:
+        register(METHOD, _create_by_registry)
     hooks.install([FRONTEND_HOOK])
 
 
@@ -67,7 +67,8 @@ def _create_by_registry(
 
 
 def _registry_suffices(original: Any) -> bool:
-    return compat.has_method_registry() and os.environ.get(CPU_FIXES_SWITCH) != "1"
+    has_registry = compat.method_registrar() is not None
+    return has_registry and os.environ.get(CPU_FIXES_SWITCH) != "1"
 
 
 def _make_hook(
