@@ -167,7 +167,8 @@ def check_imports(patches: list[Patch], root: Path) -> list[str]:
 
 
 def run_on_copy(command: list[str], root: Path) -> list[str]:
-    """Run with the copy as vLLM and this repository as the plugin; print what it says."""
+    """Run with the copy as vLLM and this repository as the plugin. Prints its output;
+    returns the end of it where it failed."""
     search = [str(root), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
     done = subprocess.run(

@@ -50,12 +50,24 @@ def expands_floats(expand_batch_to_tokens: Callable[..., Any] | None) -> bool:
         return True
     if expand_batch_to_tokens is None:
         return False
-    if not dispatcher._registry:  # as outside a worker; again would warn of each
-        current_platform.register_triton_kernel_overrides()
     values = torch.tensor([0.25, 0.75])
     counts = torch.tensor([2, 3], dtype=torch.int32)
-    expanded = expand_batch_to_tokens(values, counts, 3, replace_from=0, replace_to=1)
+    if dispatcher._registry:  # in a worker
+        expanded = expand_batch_to_tokens(
+            values, counts, 3, replace_from=0, replace_to=1
+        )
+    else:
+        expanded = torch.full((3,), -1.0)
+        current_platform.import_kernels()
+        _cpu_kernel_of_expand()(expanded, values, counts, 0, 1)
     return expanded.tolist() == [0.25, 0.25, 0.75]
+
+
+def _cpu_kernel_of_expand() -> Callable[..., None]:
+    """What a worker registers in place of the Triton kernel."""
+    from vllm.utils import cpu_triton_utils
+
+    return cpu_triton_utils._expand_kernel_impl
 
 
 def accepts_min_p_and_logit_bias(validate: Callable[..., Any] | None) -> bool:
