@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -136,10 +137,10 @@ def check_uses(report: Report, source: Path, patched: Path) -> None:
     )
 
 
-def check_overrides(source: Path, installed: Path) -> list[str]:
+def check_overrides(installed: Path, *sources: Path) -> list[str]:
     """What overrides a method of the installed vLLM must do so in the other as well: a
     method that vLLM renamed would never be called."""
-    lost = PluginUses(installed).overrides() - PluginUses(source).overrides()
+    lost = PluginUses(installed).overrides() - PluginUses(*sources).overrides()
     return [
         f"{cls}.{method} overrides nothing any more" for cls, method in sorted(lost)
     ]
@@ -182,14 +183,12 @@ def run_on_copy(command: list[str], root: Path) -> list[str]:
 
 
 def check_installed(report: Report, with_smoke: bool) -> None:
-    import vllm
-
     source = installed_root()
-    assert source is not None
-    patches = patches_for(vllm.__version__)
-    print(
-        f"vLLM {vllm.__version__} (installed), patches of {patches[0].path.parent.name}"
-    )
+    if source is None:
+        raise RuntimeError("no vLLM is installed; name a release, e.g. latest")
+    version = installed_version(PACKAGE)
+    patches = patches_for(version)
+    print(f"vLLM {version} (installed), patches of {patches[0].path.parent.name}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         link_package(source, root)
@@ -210,7 +209,7 @@ def check_release(report: Report, version: str) -> None:
         if installed is not None:
             report.add(
                 "methods that override the installed vLLM's do so here",
-                check_overrides(source, installed),
+                check_overrides(installed, source),
             )
 
 
