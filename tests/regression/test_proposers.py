@@ -21,7 +21,9 @@ def _example(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", [example_name(), *plugin_proposers()])
+@pytest.mark.parametrize(
+    "name", list(dict.fromkeys([example_name(), *plugin_proposers()]))
+)
 def test_tokens_are_plain_decoding_and_drafts_are_accepted(name: str) -> None:
     expected = run("plain").first.token_ids[BATCH]
     stop_counting_others()

@@ -28,7 +28,7 @@ NUM_STEPS = 40
 MAX_MODEL_LEN = 600
 VOCAB_SIZE = 4  # few, so that text repeats
 STOCK_KEYS = ("method", "model")
-NAMES = ["llma", example_name(), *plugin_proposers()]
+NAMES = list(dict.fromkeys(["llma", example_name(), *plugin_proposers()]))
 
 
 @pytest.fixture(autouse=True)
