@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.source_types import Scope, is_vllm
-from scripts.vllm_source import Definition, Function, Parameters, SourceTree
+from scripts.vllm_source import Definition, Function, Parameters, SourceTree, parse
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLUGIN = "vllm_emssd"
@@ -58,7 +58,7 @@ class PluginUses:
         for path in self.files:
             parts = path.relative_to(self._root).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            yield name, path, ast.parse(path.read_text())
+            yield name, path, parse(path)
 
     def problems(self) -> list[Problem]:
         return [

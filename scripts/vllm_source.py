@@ -144,6 +144,11 @@ class Parameters:
         return None
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 class SourceTree:
     """The packages in some folders, as one."""
 
@@ -164,7 +169,7 @@ class SourceTree:
         path = self.path_of(module)
         if path is None:
             return {}
-        return dict(_bindings(ast.parse(path.read_text())))
+        return dict(_bindings(parse(path)))
 
     def find(self, module: str, name: str) -> Definition | None:
         """Follows imports to where the name is defined; None where it is not."""

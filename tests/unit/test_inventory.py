@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_emssd
 from scripts.plugin_uses import PluginUses
 from tests.engine import TARGET
+from vllm_emssd import cli
 from vllm_emssd.integration import compat, hooks, inventory
 from vllm_emssd.integration.compat import SUPPORTED_VLLM
 from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
@@ -216,12 +215,8 @@ def test_description_has_every_text(state: Any) -> None:
     assert row.patch in text
 
 
-def test_doctor_prints_the_inventory() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_emssd", "doctor", "--hooks"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_doctor_prints_the_inventory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--hooks"]) == 0
+    printed = capsys.readouterr().out
     for hook in INVENTORY:
-        assert hook.target in done.stdout
+        assert hook.target in printed

@@ -83,9 +83,9 @@ def test_installed_vllm_has_all_that_the_plugin_uses() -> None:
         ),
         pytest.param(
             DRAFTER,
-            "def _get_slot_mapping(\n        self,",
-            "def _get_slot_mapping(\n        self, batch_size: int,",
-            "_get_slot_mapping needs",
+            "def _determine_batch_execution_and_padding(\n        self,",
+            "def _determine_batch_execution_and_padding(\n        self, is_first,",
+            "_determine_batch_execution_and_padding needs num_tokens too",
             id="method's parameters",
         ),
         pytest.param(

@@ -53,9 +53,12 @@ def expands_floats(expand_batch_to_tokens: Callable[..., Any] | None) -> bool:
     values = torch.tensor([0.25, 0.75])
     counts = torch.tensor([2, 3], dtype=torch.int32)
     if dispatcher._registry:  # in a worker
-        expanded = expand_batch_to_tokens(
-            values, counts, 3, replace_from=0, replace_to=1
-        )
+        try:
+            expanded = expand_batch_to_tokens(
+                values, counts, 3, replace_from=0, replace_to=1
+            )
+        except TypeError:
+            return False  # not what it was; the hook's own check tells how
     else:
         expanded = torch.full((3,), -1.0)
         current_platform.import_kernels()
@@ -83,6 +86,8 @@ def accepts_min_p_and_logit_bias(validate: Callable[..., Any] | None) -> bool:
             validate(params, any_config)
         except VLLMValidationError:
             return False
+        except (AttributeError, TypeError):
+            return False  # not what it was; the hook's own check tells how
     return True
 
 
