@@ -239,7 +239,7 @@ def main() -> int:
         else:
             check_release(report, args.version)
     except RuntimeError as error:
-        report.add(str(error), ["see above"])
+        report.add("vLLM is at hand", [str(error)])
     print("all fits" if not report.num_failed else f"{report.num_failed} checks failed")
     return int(report.num_failed > 0)
 

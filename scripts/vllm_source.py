@@ -7,6 +7,7 @@ to tell whether a version that is not installed still has what the plugin uses.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -30,32 +31,43 @@ def fetch(version: str) -> tuple[str, Path]:
 
     Raises: RuntimeError where the index does not have it.
     """
+    if version == "latest":
+        version = newest_release()
     kept = CACHE / f"vllm-{version}"
     if (kept / PACKAGE).is_dir():
         return version, kept
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        wheel = _download(version, Path(folder))
-        version = wheel.name.split("-")[1]
-        kept = CACHE / f"vllm-{version}"
-        if not (kept / PACKAGE).is_dir():
-            unpacked = Path(folder) / "unpacked"
-            with zipfile.ZipFile(wheel) as archive:
-                sources = [n for n in archive.namelist() if n.endswith(".py")]
-                archive.extractall(unpacked, sources)
-            unpacked.rename(kept)
+        _pip("download", f"--dest={folder}", f"{PACKAGE}=={version}")
+        (wheel,) = Path(folder).glob("*.whl")
+        unpacked = Path(folder) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            sources = [n for n in archive.namelist() if n.endswith(".py")]
+            archive.extractall(unpacked, sources)
+        unpacked.rename(kept)
     return version, kept
 
 
-def _download(version: str, folder: Path) -> Path:
-    wanted = PACKAGE if version == "latest" else f"{PACKAGE}=={version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", f"--platform={ANY_LINUX}", f"--dest={folder}"]
-    done = subprocess.run([*command, wanted], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise RuntimeError(f"cannot download {wanted}: {done.stderr.strip()[-500:]}")
-    return wheels[0]
+def newest_release() -> str:
+    report = _pip(
+        *("install", "--dry-run", "--ignore-installed", "--target=unused"),
+        *("--report=-", PACKAGE),
+    )
+    (install,) = json.loads(report)["install"]
+    return install["metadata"]["version"]
+
+
+def _pip(command: str, *args: str) -> str:
+    """For vLLM alone, as a wheel for Linux, whatever machine this is."""
+    which = ["--no-deps", "--only-binary=:all:", f"--platform={ANY_LINUX}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", command, "--quiet", *which, *args],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"pip {command} {args[-1]}: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
