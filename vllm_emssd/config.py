@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+)
 
 METHOD = "emssd"
 ADDITIONAL_CONFIG_KEY = "emssd"  # where VllmConfig.additional_config carries ours
@@ -32,6 +40,20 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
 }
 ProposerName = Literal["draft_model", "llma"]
 DraftLengthName = Literal["fixed", "auto"]
+PROPOSER_GROUP = "vllm_emssd.proposers"  # entry points by which packages bring more
+
+
+def plugin_proposers() -> tuple[str, ...]:
+    """Names of the proposers that other installed packages bring. Ours come first."""
+    names = entry_points(group=PROPOSER_GROUP).names
+    return tuple(sorted(names - set(get_args(ProposerName))))
+
+
+def _known_proposer(name: Any) -> Any:
+    known = (*get_args(ProposerName), *plugin_proposers())
+    if name not in known:
+        raise ValueError(f"Input should be one of {', '.join(map(repr, known))}")
+    return name
 
 
 class EmssdConfig(BaseModel):
@@ -39,7 +61,7 @@ class EmssdConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    proposer: ProposerName
+    proposer: Annotated[str, BeforeValidator(_known_proposer)]
     num_speculative_tokens: int = Field(default=8, ge=1, le=128)
     draft_length: DraftLengthName = "fixed"
     check_length: int = Field(default=2, ge=1, le=64)
@@ -78,6 +100,10 @@ def parse_speculative_config(
     ours.setdefault("proposer", "draft_model" if model else "llma")
     if ours["proposer"] in get_args(ProposerName):
         _check_pairs(ours, model)
+    elif model and ours["proposer"] in plugin_proposers():
+        raise ValueError(
+            _error("model", f"proposer {ours['proposer']!r} uses no model; remove it")
+        )
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from vllm_emssd import cli
 from vllm_emssd.commands import doctor
 from vllm_emssd.integration import checkup, compat
 from vllm_emssd.integration.checkup import Finding, State
-from vllm_emssd.integration.inventory import INVENTORY
+from vllm_emssd.integration.inventory import INVENTORY, describe, hook_rows
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,11 @@ def test_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for hook in INVENTORY:
         assert hook.target in out
-    assert "create_speculative_config: in place now" in out
+    [frontend] = [
+        row for row in hook_rows() if "create_speculative_config" in row.target
+    ]
+    assert describe(frontend) in out
+    assert frontend.state == "in place"
 
 
 def test_vllm_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 
 from vllm_emssd.integration.checkup import Finding, State, findings, plugin_is_on
-from vllm_emssd.integration.hooks import Hook, is_installed
-from vllm_emssd.integration.inventory import INVENTORY
+from vllm_emssd.integration.inventory import describe as describe_row
+from vllm_emssd.integration.inventory import hook_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else with 1."
     )
     parser.add_argument(
-        "--hooks", action="store_true", help="list the names of vLLM's it replaces"
+        "--hooks",
+        action="store_true",
+        help="list the names of vLLM's it replaces, and their state",
     )
     parser.add_argument(
         "--strict", action="store_true", help="end with 1 for what is slow, too"
@@ -26,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.hooks:
-        plugin_is_on()  # as vLLM loads it: what is always in place is in place now
-        print("\n\n".join(map(describe_hook, INVENTORY)))
-        return 0
+        return _print_hooks()
     states = []
     for finding in findings():
         print(describe(finding), flush=True)
@@ -44,16 +43,8 @@ def describe(finding: Finding) -> str:
     return line
 
 
-def describe_hook(hook: Hook) -> str:
-    state = "in place now" if is_installed(hook) else "not in place now"
-    rows = {
-        "why": hook.why,
-        "signature": f"({hook.signature})",
-        "remove when": hook.remove_when,
-    }
-    lines = [f"{hook.target}: {state}"]
-    lines += [
-        textwrap.fill(f"{name}: {text}", 88, initial_indent="  ", subsequent_indent=" ")
-        for name, text in rows.items()
-    ]
-    return "\n".join(lines)
+def _print_hooks() -> int:
+    plugin_is_on()  # as vLLM loads it: what is always in place is in place now
+    rows = hook_rows()
+    print("\n".join(map(describe_row, rows)))
+    return 0 if all(row.is_ok for row in rows) else 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_emssd.integration import hooks
+from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.hooks import Hook
 
 
@@ -47,22 +47,13 @@ CPU_FIXES = [
         upstream="write through to the caller's tensor in its own dtype",
         remove_when="_expand_kernel_impl fills a float32 output on the CPU",
         make=_make,
+        when="in an emssd worker on a CPU; for stock with EMSSD_CPU_FIXES=1",
+        patch="0001-cpu-expand-kernel",
+        is_upstream=compat.expands_floats,
     )
 ]
 
 
-def stock_expands_rightly() -> bool:
-    """Whether vLLM's own code repeats a float32 value once a draft token."""
-    import vllm.v1.sample.rejection_sampler as rejection_sampler
-
-    stock = hooks.stock_of(CPU_FIXES[0], rejection_sampler.expand_batch_to_tokens)
-    values = torch.tensor([0.25, 0.75])
-    counts = torch.tensor([2, 3], dtype=torch.int32)
-    expanded = stock(values, counts, 3, replace_from=0, replace_to=1)
-    return expanded.tolist() == [0.25, 0.25, 0.75]
-
-
 def install_cpu_fixes() -> None:
     """Install the fixes that this vLLM needs. After its CPU kernels are registered."""
-    if not stock_expands_rightly():
-        hooks.install(CPU_FIXES)
+    hooks.install(CPU_FIXES)

@@ -23,7 +23,7 @@ from vllm_emssd.config import (
     EmssdConfig,
     parse_speculative_config,
 )
-from vllm_emssd.integration import hooks
+from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.compat import check_vllm_version
 from vllm_emssd.integration.draft_checks import (
     check_draft_tokenizer,
@@ -58,7 +58,22 @@ _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
 
 
 def install_frontend_hook() -> None:
+    """Teach vLLM the method: by its own registry where it has one, else by the hook."""
+    if (register := compat.method_registrar()) is not None:
+        register(METHOD, _create_by_registry)
     hooks.install([FRONTEND_HOOK])
+
+
+def _create_by_registry(
+    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> SpeculativeConfig:
+    stock = type(args).create_speculative_config
+    return _create_ours(stock, args, _asked(args), model_config, parallel_config)
+
+
+def _registry_suffices(original: Any) -> bool:
+    has_registry = compat.method_registrar() is not None
+    return has_registry and os.environ.get(CPU_FIXES_SWITCH) != "1"
 
 
 def _make_hook(
@@ -88,6 +103,9 @@ FRONTEND_HOOK = hooks.Hook(
     upstream="a registry for speculative methods",
     remove_when="vLLM lets a plugin register a speculative method",
     make=_make_hook,
+    when="always; passes every other method through",
+    patch="0002-speculative-method-registry",
+    is_upstream=_registry_suffices,
 )
 
 
@@ -122,6 +140,9 @@ VALIDATION_HOOK = hooks.Hook(
     upstream="min_p and logit_bias in the rejection sampler",
     remove_when="stock's V1 rejection sampler applies min_p and logit_bias",
     make=_make_validation_hook,
+    when="in the front end, from the first emssd on",
+    patch="0003-min-p-and-logit-bias-with-drafts",
+    is_upstream=compat.accepts_min_p_and_logit_bias,
 )
 
 

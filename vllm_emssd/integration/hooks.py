@@ -1,9 +1,10 @@
 """Replacing a name of vLLM's, where it offers no extension point.
 
 Every replacement in the plugin is a `Hook` (all are listed in `inventory.py`): what is
-replaced, why, the signature it was written against, and what would remove it. A
-changed signature stops the start; a set of hooks is installed wholly or not at all;
-installing twice is installing once; undo restores the original object.
+replaced, why, the signature it was written against, and what would remove it. A hook
+that this vLLM does not need (see `patches/`) is left out; a changed signature stops the
+start; a set of hooks is installed wholly or not at all; installing twice is installing
+once; undo restores the original object.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vllm_emssd.integration.compat import SUPPORTED_VLLM
 
@@ -28,6 +29,10 @@ class Hook:
     upstream: str  # the change that would make the hook unnecessary
     remove_when: str
     make: Callable[[Any], Any]  # original -> replacement
+    when: str = ""  # it is in place
+    patch: str = ""  # the change offered to vLLM, a file name of patches/vllm-*/
+    # Whether this vLLM does without the hook, told from the original (None: missing).
+    is_upstream: Callable[[Any], bool] = lambda original: False
 
     @property
     def owner_and_name(self) -> tuple[Any, str]:
@@ -37,6 +42,11 @@ class Hook:
         for parent in parents:
             owner = getattr(owner, parent)
         return owner, name
+
+    def original(self) -> Any:
+        """Raises ImportError or AttributeError where vLLM has no such name."""
+        owner, name = self.owner_and_name
+        return _originals.get(self.target, getattr(owner, name))
 
 
 _originals: dict[str, Any] = {}  # target -> what was replaced
@@ -50,23 +60,52 @@ def parameter_names(function: Any) -> str:
 def check(hook: Hook) -> None:
     """Raise RuntimeError where the target is missing or has another signature."""
     try:
-        owner, name = hook.owner_and_name
-        original = _originals.get(hook.target, getattr(owner, name))
+        found = parameter_names(hook.original())
     except (ImportError, AttributeError) as error:
         raise RuntimeError(_drift(hook, f"is missing ({error})")) from error
-    found = parameter_names(original)
     if found != hook.signature:
         raise RuntimeError(
             _drift(hook, f"takes ({found}), expected ({hook.signature})")
         )
 
 
+def is_needed(hook: Hook) -> bool:
+    """False where this vLLM does by itself what the hook is for."""
+    try:
+        original = hook.original()
+    except (ImportError, AttributeError):
+        original = None
+    return not hook.is_upstream(original)
+
+
+State = Literal["in place", "ready", "upstream", "changed"]
+
+
+def state_of(hook: Hook) -> tuple[State, str]:
+    """How a hook stands in this process, and for a changed one the difference.
+
+    "in place"; "ready" to be installed, the signature is as expected; not needed, since
+    "upstream" has it; or "changed", so that it cannot be installed.
+    """
+    if is_installed(hook):
+        return "in place", ""
+    if not is_needed(hook):
+        return "upstream", ""
+    try:
+        check(hook)
+    except RuntimeError as error:
+        return "changed", str(error)
+    return "ready", ""
+
+
 def install(hooks: Sequence[Hook]) -> None:
-    """Install all hooks or, where one does not fit, none. Idempotent."""
-    for hook in hooks:
+    """Install all hooks that this vLLM needs or, where one does not fit, none.
+    Idempotent."""
+    needed = [hook for hook in hooks if is_needed(hook)]
+    for hook in needed:
         check(hook)
     replacements = []
-    for hook in hooks:
+    for hook in needed:
         if hook.target not in _originals:
             owner, name = hook.owner_and_name
             original = getattr(owner, name)
@@ -82,11 +121,6 @@ def undo(hooks: Sequence[Hook]) -> None:
         if hook.target in _originals:
             owner, name = hook.owner_and_name
             setattr(owner, name, _originals.pop(hook.target))
-
-
-def stock_of(hook: Hook, current: Any) -> Any:
-    """What the hook replaced, or `current` where it is not installed."""
-    return _originals.get(hook.target, current)
 
 
 def is_installed(hook: Hook) -> bool:

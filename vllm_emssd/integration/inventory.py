@@ -1,17 +1,83 @@
-"""Every name of vLLM's that the plugin replaces, and when."""
+"""Every name of vLLM's that the plugin replaces, and how each stands.
+
+`hook_rows` is what `vllm-emssd doctor --hooks` prints.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import CPU_FIXES
 from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
-from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration.hooks import Hook, State
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK
 from vllm_emssd.integration.worker import CPU_RUNNER_HOOK
 
 INVENTORY: tuple[Hook, ...] = (
-    FRONTEND_HOOK,  # always; passes every other method through
-    VALIDATION_HOOK,  # in the front end, from the first "emssd" on
-    CPU_RUNNER_HOOK,  # while the worker makes its device ready
-    LOGITSPROCS_HOOK,  # while the runner is made
-    *CPU_FIXES,  # in an emssd worker on a CPU
+    FRONTEND_HOOK,
+    VALIDATION_HOOK,
+    CPU_RUNNER_HOOK,
+    LOGITSPROCS_HOOK,
+    *CPU_FIXES,
 )
+
+STATE_MEANS: dict[State, str] = {
+    "in place": "in place in this process",
+    "ready": "not in place here; the signature is as expected",
+    "upstream": "not needed: this vLLM has the change",
+    "changed": "does not fit this vLLM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HookRow:
+    """One hook as a person reads it."""
+
+    target: str
+    state: State
+    detail: str  # of "changed": what differs, and the versions that work
+    when: str
+    why: str
+    upstream: str
+    remove_when: str
+    patch: str
+
+    @property
+    def is_ok(self) -> bool:
+        return self.state != "changed"
+
+
+def hook_rows(inventory: Sequence[Hook] = INVENTORY) -> list[HookRow]:
+    """The state of every hook in this process. Imports the modules they are in."""
+    rows = []
+    for hook in inventory:
+        state, detail = hooks.state_of(hook)
+        rows.append(
+            HookRow(
+                target=hook.target,
+                state=state,
+                detail=detail,
+                when=hook.when,
+                why=hook.why,
+                upstream=hook.upstream,
+                remove_when=hook.remove_when,
+                patch=hook.patch,
+            )
+        )
+    return rows
+
+
+def describe(row: HookRow) -> str:
+    """A row as a few lines of text."""
+    lines = [f"{row.target}", f"    state:       {STATE_MEANS[row.state]}"]
+    if row.detail:
+        lines.append(f"                 {row.detail}")
+    lines += [
+        f"    in place:    {row.when}",
+        f"    why:         {row.why}",
+        f"    upstream:    {row.upstream} (patches/vllm-*/{row.patch}.patch)",
+        f"    remove when: {row.remove_when}",
+    ]
+    return "\n".join(lines)

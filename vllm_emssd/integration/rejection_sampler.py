@@ -2,7 +2,7 @@
 
 Stock applies `logit_bias` and `min_p` to rows without drafts only, and therefore
 refuses both once speculation is on. Here they apply to every verified row, in the
-order of vLLM's plain sampler.
+order of vLLM's plain sampler. What a vLLM applies itself is left to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_emssd.integration.compat import applies_with_drafts
+
 
 class UnpadRejectionSampler(RejectionSampler):
     def apply_logits_processors(
@@ -26,9 +28,12 @@ class UnpadRejectionSampler(RejectionSampler):
         metadata: SpecDecodeMetadata,
     ) -> torch.Tensor:
         processors = sampling_metadata.logitsprocs
-        add_logit_bias(logits, processors, metadata.num_draft_tokens)
+        if not applies_with_drafts(LogitBiasLogitsProcessor):
+            add_logit_bias(logits, processors, metadata.num_draft_tokens)
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
-        if not sampling_metadata.all_greedy:
+        if not (
+            sampling_metadata.all_greedy or applies_with_drafts(MinPLogitsProcessor)
+        ):
             mask_below_min_p(
                 logits,
                 processors,

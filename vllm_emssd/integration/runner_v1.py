@@ -43,6 +43,7 @@ from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.registry import plugin_proposer
 from vllm_emssd.scorer import pad_to_longest
 
 
@@ -139,7 +140,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
 
     def _make_proposer(self, policy: DraftLengthPolicy) -> None:
         config = self.emssd_config
-        if config.proposer == "llma":
+        if (make := plugin_proposer(config.proposer)) is not None:
+            self._proposer = make(config, policy)
+        elif config.proposer == "llma":
             self._proposer = LlmaProposer(
                 config.check_length, config.copy_length, policy
             )

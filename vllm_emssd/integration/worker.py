@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_emssd.integration import hooks
+from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
 from vllm_emssd.integration.memory_advice import memory_advice
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner, UnpadGPUModelRunner
@@ -21,6 +22,9 @@ CPU_RUNNER_HOOK = hooks.Hook(
     upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
     remove_when="CPUWorker builds its runner in an overridable method",
     make=lambda stock: UnpadCPUModelRunner,
+    when="while an emssd worker makes its device ready",
+    patch="0005-overridable-cpu-model-runner",
+    is_upstream=compat.cpu_worker_makes_runner_in_a_method,
 )
 
 
@@ -71,6 +75,10 @@ class UnpadCPUWorker(_EmssdStats, _MemoryAdvice, FixedCPUWorker):
         _require_v1_runner(self.use_v2_model_runner)
         with hooks.installed([CPU_RUNNER_HOOK]):
             super().init_device()
+
+    def _make_model_runner(self) -> CPUModelRunner:
+        """Called by a vLLM that needs no `CPU_RUNNER_HOOK`."""
+        return UnpadCPUModelRunner(self.vllm_config, self.device)
 
 
 class UnpadGPUWorker(_EmssdStats, _MemoryAdvice, Worker):

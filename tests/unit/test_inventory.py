@@ -1,0 +1,222 @@
+"""Our own hooks against the installed vLLM: all listed, all fitting, all reversible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_emssd
+from scripts.plugin_uses import PluginUses
+from tests.engine import TARGET
+from vllm_emssd import cli
+from vllm_emssd.integration import compat, hooks, inventory
+from vllm_emssd.integration.compat import SUPPORTED_VLLM
+from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
+from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration.inventory import INVENTORY, describe, hook_rows
+
+PATCHES = Path(__file__).parent.parent.parent / "patches"
+each_hook = pytest.mark.parametrize("hook", INVENTORY, ids=lambda hook: hook.target)
+
+
+@pytest.fixture
+def without_hooks() -> Iterator[None]:
+    """As in a process that has not loaded the plugin."""
+    ours = [hook for hook in INVENTORY if hooks.is_installed(hook)]
+    hooks.undo(ours)
+    yield
+    hooks.undo(INVENTORY)
+    hooks.install(ours)
+
+
+def test_every_hook_in_the_source_is_listed() -> None:
+    written = {(h.target, h.signature, h.patch) for h in PluginUses().hooks()}
+    assert {(h.target, h.signature, h.patch) for h in INVENTORY} == written
+    assert len(INVENTORY) == len({hook.target for hook in INVENTORY})
+
+
+@each_hook
+def test_target_exists_with_the_signature_written_down(hook: Hook) -> None:
+    hooks.check(hook)
+    assert hooks.parameter_names(hook.original()) == hook.signature
+
+
+@each_hook
+def test_texts_and_patches_are_there(hook: Hook) -> None:
+    assert all((hook.why, hook.upstream, hook.remove_when, hook.when))
+    for folder in PATCHES.glob("vllm-*"):
+        assert (folder / f"{hook.patch}.patch").is_file()
+
+
+@each_hook
+@pytest.mark.usefixtures("without_hooks")
+def test_install_twice_is_once_and_undo_restores_the_object(
+    hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "is_needed", lambda hook: True)  # on any device
+    owner, name = hook.owner_and_name
+    original = getattr(owner, name)
+    hooks.install([hook])
+    replacement = getattr(owner, name)
+    assert replacement is not original
+    hooks.install([hook])
+    assert getattr(owner, name) is replacement
+    assert hook.original() is original
+    hooks.undo([hook])
+    assert getattr(owner, name) is original
+
+
+@each_hook
+@pytest.mark.usefixtures("without_hooks")
+def test_changed_signature_stops_with_the_versions_that_work(
+    hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = hook.owner_and_name
+    original = getattr(owner, name)
+
+    def drifted(brand_new: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, drifted)
+    monkeypatch.setattr(hooks, "is_needed", lambda hook: True)
+    with pytest.raises(RuntimeError, match=r"takes .brand_new, args") as caught:
+        hooks.install([hook])
+    assert hook.target in str(caught.value)
+    assert str(SUPPORTED_VLLM) in str(caught.value)
+    assert getattr(owner, name) is drifted
+    assert not hooks.is_installed(hook)
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_changed_signature_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of who asks for emssd, at the first hook that does not fit."""
+    from vllm.sampling_params import SamplingParams
+
+    vllm_emssd.register()
+    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", lambda self: None)
+    asked = EngineArgs(model=TARGET, speculative_config={"method": "emssd"})
+    with pytest.raises(RuntimeError, match="_validate_spec_decode takes") as caught:
+        asked.create_engine_config()
+    assert str(SUPPORTED_VLLM) in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_changed_front_end_switches_the_plugin_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then vLLM goes on serving who did not ask for emssd."""
+
+    def drifted(self: EngineArgs, config: Any) -> None: ...
+
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", drifted)
+    monkeypatch.setattr("logging.Logger.warning", _record(warnings := []))
+    vllm_emssd.register()
+    assert EngineArgs.create_speculative_config is drifted
+    assert any(str(SUPPORTED_VLLM) in text for text in warnings)
+
+
+def _record(texts: list[str]) -> Any:
+    def warning(logger: Any, message: str, *args: Any, **kwargs: Any) -> None:
+        texts.append(message % args)
+
+    return warning
+
+
+# ------------------------------------------------------- vLLM with the changes
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_registry_takes_the_place_of_the_front_end_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registered: dict[str, Any] = {}
+    monkeypatch.setattr(compat, "method_registrar", lambda: registered.__setitem__)
+    stock = EngineArgs.create_speculative_config
+    vllm_emssd.register()
+    assert EngineArgs.create_speculative_config is stock
+    args = EngineArgs(
+        model=TARGET, spec_method="emssd", speculative_config={"copy_length": 3}
+    )
+    target, parallel = args.create_model_config(), _parallel_config()
+    config = registered["emssd"](args, target, parallel)
+    assert config.num_speculative_tokens == 3
+    assert args.additional_config["emssd"]["copy_length"] == 3
+    assert args.speculative_config == {"copy_length": 3}
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_hook_stays_for_who_wants_stock_speculation_repaired(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat, "method_registrar", lambda: {}.__setitem__)
+    assert not hooks.is_needed(FRONTEND_HOOK)
+    monkeypatch.setenv("EMSSD_CPU_FIXES", "1")
+    assert hooks.is_needed(FRONTEND_HOOK)
+
+
+def _parallel_config() -> Any:
+    from vllm.config import ParallelConfig
+
+    return ParallelConfig()
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_validation_is_not_hooked_once_stock_accepts_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    def only_logit_bias(self: Any, speculative_config: Any) -> None:
+        if self.min_p:
+            raise VLLMValidationError("min_p")
+
+    assert hooks.is_needed(VALIDATION_HOOK)
+    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", only_logit_bias)
+    assert hooks.is_needed(VALIDATION_HOOK)
+    monkeypatch.setattr(
+        SamplingParams, "_validate_spec_decode", lambda self, speculative_config: None
+    )
+    assert not hooks.is_needed(VALIDATION_HOOK)
+
+
+# ---------------------------------------------------------- what doctor prints
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_rows_tell_each_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks.install([FRONTEND_HOOK])
+    rows = hook_rows()
+    assert [row.target for row in rows] == [hook.target for hook in INVENTORY]
+    states = {row.target: row.state for row in rows}
+    assert states[FRONTEND_HOOK.target] == "in place"
+    assert states[VALIDATION_HOOK.target] == "ready"
+    assert all(row.is_ok for row in rows)
+    monkeypatch.setattr(hooks, "check", _fail)
+    row = hook_rows([VALIDATION_HOOK])[0]
+    assert (row.state, row.detail, row.is_ok) == ("changed", "no longer fits", False)
+    assert "no longer fits" in describe(row)
+
+
+def _fail(hook: Hook) -> None:
+    raise RuntimeError("no longer fits")
+
+
+@pytest.mark.parametrize("state", inventory.STATE_MEANS)
+def test_description_has_every_text(state: Any) -> None:
+    (row,) = hook_rows([VALIDATION_HOOK])
+    text = describe(row)
+    for part in (row.target, row.when, row.why, row.upstream, row.remove_when):
+        assert part in text
+    assert row.patch in text
+
+
+def test_doctor_prints_the_inventory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--hooks"]) == 0
+    printed = capsys.readouterr().out
+    for hook in INVENTORY:
+        assert hook.target in printed

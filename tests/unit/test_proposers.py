@@ -1,0 +1,236 @@
+"""What every proposer without a model promises, on random batches: llma, the example of
+CONTRIBUTING.md, and those of installed packages."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from tests.proposer_example import (
+    MOST_LINES,
+    block_of,
+    example_name,
+    installed_example,
+)
+from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
+from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.proposers.base import DraftBatch, Proposer
+from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.registry import plugin_proposer
+
+NUM_STEPS = 40
+MAX_MODEL_LEN = 600
+VOCAB_SIZE = 4  # few, so that text repeats
+STOCK_KEYS = ("method", "model")
+NAMES = list(dict.fromkeys(["llma", example_name(), *plugin_proposers()]))
+
+
+@pytest.fixture(autouse=True)
+def _example(tmp_path: Path) -> Iterator[None]:
+    with installed_example(tmp_path):
+        yield
+
+
+class ObservedLength(FixedDraftLength):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.observed: list[tuple[str, int, int]] = []
+        self.released: list[str] = []
+
+    def observe(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self.observed.append((req_id, num_draft_tokens, num_accepted_tokens))
+
+    def release(self, req_id: str) -> None:
+        self.released.append(req_id)
+
+
+def make(name: str, policy: FixedDraftLength) -> Proposer:
+    config, _ = parse_speculative_config(
+        {"method": "emssd", "proposer": name}, STOCK_KEYS
+    )
+    if name == "llma":
+        return LlmaProposer(config.check_length, config.copy_length, policy)
+    maker = plugin_proposer(name)
+    assert maker is not None
+    return maker(config, policy)
+
+
+@dataclass
+class Simulation:
+    """Requests come and go, rows move, prompts take several steps."""
+
+    proposer: Proposer
+    random: Random
+    texts: dict[str, list[int]] = field(default_factory=dict)
+    drafts: dict[str, list[int]] = field(default_factory=dict)
+    num_started: int = 0
+    num_drafts: int = 0
+
+    def step(self) -> None:
+        random = self.random
+        if len(self.texts) < 5 and random.random() < 0.6:
+            prompt = [random.randrange(VOCAB_SIZE) for _ in range(random.randint(1, 9))]
+            self.texts[f"r{self.num_started}"] = prompt * random.randint(1, 6)
+            self.num_started += 1
+        if self.texts and random.random() < 0.2:
+            gone = random.choice(sorted(self.texts))
+            del self.texts[gone]
+            self.drafts.pop(gone, None)
+            self.proposer.release([gone])
+        rows = random.sample(sorted(self.texts), random.randint(0, len(self.texts)))
+        is_sampling = [random.random() < 0.8 for _ in rows]
+        for req_id, samples in zip(rows, is_sampling, strict=True):
+            if samples:
+                self._verify(req_id)
+        most = [random.randint(0, 6) for _ in rows]
+        drafts = self.proposer.propose(self._batch(rows, is_sampling, most))
+        assert len(drafts) == len(rows)
+        for i, tokens in enumerate(drafts):
+            assert len(tokens) <= (most[i] if is_sampling[i] else 0)
+            assert all(type(t) is int and 0 <= t < VOCAB_SIZE for t in tokens)
+            self.drafts[rows[i]] = tokens
+            self.num_drafts += len(tokens)
+
+    def _verify(self, req_id: str) -> None:
+        drafts = self.drafts.pop(req_id, [])
+        num_accepted = self.random.randint(0, len(drafts))
+        new = [*drafts[:num_accepted], self.random.randrange(VOCAB_SIZE)]
+        self.texts[req_id] += new
+        self.proposer.record_verified(req_id, len(drafts), num_accepted)
+
+    def _batch(
+        self, rows: list[str], is_sampling: list[bool], most: list[int]
+    ) -> DraftBatch:
+        num_tokens = np.array([len(self.texts[r]) for r in rows], dtype=np.int64)
+        token_ids = np.full((8, MAX_MODEL_LEN), -1, dtype=np.int32)
+        for i, req_id in enumerate(rows):
+            token_ids[i, : num_tokens[i]] = self.texts[req_id]
+        return DraftBatch(
+            req_ids=rows,
+            token_ids=token_ids,
+            num_tokens=num_tokens,
+            num_prompt_tokens=num_tokens,
+            num_scheduled_tokens=np.ones_like(num_tokens),
+            num_prefilled_tokens=num_tokens,
+            is_sampling=np.array(is_sampling, dtype=bool),
+            max_draft_tokens=np.array(most, dtype=np.int64),
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(5))
+def test_drafts_are_valid_and_few_enough(name: str, seed: int) -> None:
+    simulation = Simulation(make(name, FixedDraftLength()), Random(seed))
+    for _ in range(NUM_STEPS):
+        simulation.step()
+    assert simulation.num_drafts > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_steps_give_the_same_drafts(name: str) -> None:
+    """Every rank drafts for itself: nothing may depend on the process."""
+    first, second = (
+        Simulation(make(name, FixedDraftLength()), Random(1)) for _ in range(2)
+    )
+    for _ in range(NUM_STEPS):
+        first.step()
+        second.step()
+        assert first.drafts == second.drafts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_policy_decides_and_is_told(name: str) -> None:
+    class AtMostOne(ObservedLength):
+        def choose(self, step, confidence):  # type: ignore[no-untyped-def]
+            assert confidence.shape[0] == len(step.req_ids)
+            assert confidence.shape[1] >= step.max_draft_tokens.max(initial=0)
+            return np.minimum(step.max_draft_tokens, 1)
+
+    policy = AtMostOne()
+    proposer = make(name, policy)
+    text = [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    simulation = Simulation(proposer, Random(0), texts={"a": text})
+    (drafts,) = proposer.propose(simulation._batch(["a"], [True], [6]))
+    assert drafts == [1]
+    proposer.record_verified("a", 1, 1)
+    assert policy.observed == [("a", 1, 1)]
+    proposer.release(["a"])
+    assert policy.released == ["a"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_released_request_is_forgotten(name: str) -> None:
+    """Its id may come back with another text, shorter or longer."""
+    for text in ([3], [4, 5] * 40):
+        proposer = make(name, FixedDraftLength())
+        simulation = Simulation(proposer, Random(0), texts={"a": [1, 2] * 20})
+        proposer.propose(simulation._batch(["a"], [True], [6]))
+        proposer.release(["a"])
+        simulation.texts["a"] = text
+        fresh = make(name, FixedDraftLength())
+        batch = simulation._batch(["a"], [True], [6])
+        if len(text) > 1:
+            assert proposer.propose(batch) == fresh.propose(batch)
+        else:
+            proposer.propose(batch)
+
+
+# --------------------------------------------------------------- finding them
+
+
+def test_example_is_short() -> None:
+    assert len(block_of("follower_proposer.py").splitlines()) <= MOST_LINES
+
+
+def test_example_is_found_by_its_entry_point() -> None:
+    assert example_name() in plugin_proposers()
+    config, stock = parse_speculative_config(
+        {"method": "emssd", "proposer": example_name(), "num_speculative_tokens": 3},
+        STOCK_KEYS,
+    )
+    assert (config.proposer, config.num_speculative_tokens) == (example_name(), 3)
+    assert stock == {}
+    assert EmssdConfig(**config.model_dump()) == config  # as a worker reads it
+
+
+def test_plugin_takes_no_model() -> None:
+    asked = {"method": "emssd", "proposer": example_name(), "model": "draft"}
+    with pytest.raises(ValueError, match=r"'model'.*uses no model; remove it"):
+        parse_speculative_config(asked, STOCK_KEYS)
+
+
+def test_unknown_proposer_lists_those_of_plugins() -> None:
+    with pytest.raises(ValueError, match=f"'llma'.*'{example_name()}'.*'nobody'"):
+        parse_speculative_config({"method": "emssd", "proposer": "nobody"}, STOCK_KEYS)
+
+
+def test_built_in_names_cannot_be_taken(tmp_path: Path) -> None:
+    _more_entry_points(tmp_path, "thief", "llma = thief:Proposer")
+    assert "llma" not in plugin_proposers()
+    assert plugin_proposer("llma") is None
+
+
+def test_two_packages_of_one_name_are_refused(tmp_path: Path) -> None:
+    _more_entry_points(tmp_path, "rival", f"{example_name()} = rival:Proposer")
+    with pytest.raises(RuntimeError, match=r"several packages.*Uninstall all but one"):
+        plugin_proposer(example_name())
+
+
+def _more_entry_points(folder: Path, package: str, line: str) -> None:
+    """In the folder that the example lies in, which is on the path."""
+    metadata = folder / f"{package}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+    )
+    (metadata / "entry_points.txt").write_text(f"[vllm_emssd.proposers]\n{line}\n")
+    importlib.invalidate_caches()
