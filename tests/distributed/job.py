@@ -1,0 +1,117 @@
+"""One engine in a process tree of its own: `python -m tests.distributed.job IN OUT`.
+
+Reads a `Job` from IN (JSON), serves its prompts, writes a `Report` to OUT. An incident
+("kill", "disagree") happens to the engine once the first tokens have come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ENOUGH_TOKENS = 5  # of one request, before anything happens to the engine
+
+
+@dataclasses.dataclass
+class Job:
+    """What to serve, and how."""
+
+    engine: dict[str, Any]  # AsyncEngineArgs
+    num_prompts: int = 8
+    max_tokens: int = 40
+    incident: str | None = None  # "kill" the last rank, or let it "disagree"
+
+
+@dataclasses.dataclass
+class Report:
+    """What came of it."""
+
+    token_ids: list[list[int]] = dataclasses.field(default_factory=list)
+    gaps: list[list[float]] = dataclasses.field(default_factory=list)  # logprob, top 2
+    stats: list[dict[str, int]] = dataclasses.field(default_factory=list)  # by rank
+    engine_stats: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    prices: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by rank
+    errors: list[str] = dataclasses.field(default_factory=list)  # by request
+    seconds_to_error: float = 0.0
+
+
+async def serve(job: Job) -> Report:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from tests.engine import prompts
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**job.engine))
+    params = SamplingParams(
+        temperature=0, max_tokens=job.max_tokens, ignore_eos=True, logprobs=2
+    )
+    under_way = asyncio.Event()
+
+    async def one(index: int, text: str) -> Any:
+        async for output in engine.generate(text, params, f"request-{index}"):
+            if len(output.outputs[0].token_ids) >= ENOUGH_TOKENS:
+                under_way.set()
+        return output.outputs[0]
+
+    try:
+        process_ids = await engine.collective_rpc("process_id")
+        tasks = [
+            asyncio.create_task(one(i, text))
+            for i, text in enumerate(prompts()[: job.num_prompts])
+        ]
+        happened = time.monotonic()
+        if job.incident:
+            await under_way.wait()
+            happened = time.monotonic()
+            if job.incident == "kill":
+                os.kill(process_ids[-1], signal.SIGKILL)
+            else:
+                await engine.collective_rpc(job.incident)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        errors = [repr(o) for o in outcomes if isinstance(o, BaseException)]
+        if errors:
+            return Report(errors=errors, seconds_to_error=time.monotonic() - happened)
+        return await _report(engine, job, outcomes)
+    finally:
+        engine.shutdown()
+
+
+async def _report(engine: Any, job: Job, completions: list[Any]) -> Report:
+    from vllm_emssd.integration.prometheus import DIRECTORY_VARIABLE
+    from vllm_emssd.metrics import read_shared_counters
+
+    options = job.engine["speculative_config"]
+    is_auto = options.get("draft_length") == "auto"
+    shared = read_shared_counters(Path(os.environ[DIRECTORY_VARIABLE]))
+    return Report(
+        token_ids=[list(c.token_ids) for c in completions],
+        gaps=[[_gap(position) for position in c.logprobs] for c in completions],
+        stats=await engine.collective_rpc("emssd_stats"),
+        engine_stats=[counts for _, counts in shared],
+        prices=await engine.collective_rpc("prices") if is_auto else [],
+    )
+
+
+def _gap(position: dict[int, Any]) -> float:
+    """Between the two likeliest tokens."""
+    first, second = sorted((p.logprob for p in position.values()), reverse=True)[:2]
+    return first - second
+
+
+def main() -> None:
+    spec, result = map(Path, sys.argv[1:])
+    job = Job(**json.loads(spec.read_text()))
+    report = asyncio.run(serve(job))
+    result.write_text(json.dumps(dataclasses.asdict(report)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""scripts/launch_ray.py stops all it started, and nothing else."""
