@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.job import Job, Report
+from tests.distributed.processes import Tree, listening_ports, shared_memory, wait_for
 from tests.distributed.ray_on_cpu.emssd_test_platform import SWITCH
-from tests.distributed.processes import Tree, shared_memory
 from tests.engine import DRAFT_MODEL, LLMA, MAX_MODEL_LEN, TARGET
 
 REPO = Path(__file__).parents[2]
@@ -84,6 +84,11 @@ class Outcome:
         assert self.exit_code == 0, self.log[-6000:]
         return self
 
+    def left_nothing(self) -> None:
+        assert self.processes == []
+        assert self.segments == set()
+        assert not set(self.report.ports) & listening_ports()
+
 
 def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outcome:
     folder.mkdir()
@@ -110,12 +115,8 @@ class RayCluster:
     NUM_GPUS = 4
 
     def __init__(self, folder: Path, port: int) -> None:
-        from tests.distributed.processes import wait_for
-
         folder.mkdir()
-        platform = str(Path(__file__).parent / "ray_on_cpu")
-        python_path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], platform])
-        own = ENVIRONMENT | {SWITCH: "1", "PYTHONPATH": python_path}
+        own = self.own_environment()
         token = folder / "token"
         command = [sys.executable, str(REPO / "scripts" / "launch_ray.py"), "head"]
         command += ["--ray-port", str(port), "--token-file", str(token)]
@@ -123,8 +124,7 @@ class RayCluster:
         self.tree = Tree(command, folder / "log", own)
         ready = wait_for(lambda: "ready; the head is" in self.tree.text, 120)
         assert ready, self.tree.text
-        head = self.tree.text.partition("ready; the head is ")[2].split(".  ")[0]
-        self.head = head.split(". Ctrl-C")[0].strip()
+        self.head = self.tree.text.partition("ready; the head is ")[2].split(". ")[0]
         self.address = self.head.rpartition(":")[0]
         self.environment = own | {
             "RAY_ADDRESS": self.head,
@@ -133,9 +133,15 @@ class RayCluster:
             "VLLM_HOST_IP": self.address,
         }
 
+    @staticmethod
+    def own_environment() -> dict[str, str]:
+        """With the test platform on."""
+        platform = str(Path(__file__).parent / "ray_on_cpu")
+        python_path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], platform])
+        return ENVIRONMENT | {SWITCH: "1", "PYTHONPATH": python_path}
+
     def busy_workers(self) -> list[str]:
         """Ray's processes that still hold a vLLM worker or engine."""
-        from tests.distributed.processes import wait_for
 
         def busy() -> list[str]:
             names = [" ".join(p.cmdline()) for p in self.tree.members()]

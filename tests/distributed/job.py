@@ -16,6 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from tests.distributed.processes import listening_ports
+
 ENOUGH_TOKENS = 5  # of one request, before anything happens to the engine
 
 
@@ -40,6 +44,7 @@ class Report:
     prices: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by rank
     errors: list[str] = dataclasses.field(default_factory=list)  # by request
     seconds_to_error: float = 0.0
+    ports: list[int] = dataclasses.field(default_factory=list)  # listened on
 
 
 async def serve(job: Job) -> Report:
@@ -63,6 +68,8 @@ async def serve(job: Job) -> Report:
 
     try:
         process_ids = await engine.collective_rpc("process_id")
+        this = psutil.Process()
+        ports = sorted(listening_ports(this, *this.children(recursive=True)))
         tasks = [
             asyncio.create_task(one(i, text))
             for i, text in enumerate(prompts()[: job.num_prompts])
@@ -78,8 +85,12 @@ async def serve(job: Job) -> Report:
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [repr(o) for o in outcomes if isinstance(o, BaseException)]
         if errors:
-            return Report(errors=errors, seconds_to_error=time.monotonic() - happened)
-        return await _report(engine, job, outcomes)
+            seconds = time.monotonic() - happened
+            report = Report(errors=errors, seconds_to_error=seconds)
+        else:
+            report = await _report(engine, job, outcomes)
+        report.ports = ports
+        return report
     finally:
         engine.shutdown()
 

@@ -90,3 +90,10 @@ def shared_memory() -> set[str]:
     """Names of all segments. Intel OpenMP registers each process there and leaves the
     entry behind when the process is killed; it is not ours to count."""
     return {p.name for p in SHARED_MEMORY.iterdir() if not p.name.startswith("__KMP")}
+
+
+def listening_ports(*processes: psutil.Process) -> set[int]:
+    """TCP ports that these processes, or all of the machine, listen on."""
+    sources = processes or (psutil,)
+    connections = [c for source in sources for c in source.net_connections("tcp")]
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}

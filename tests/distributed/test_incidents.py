@@ -33,8 +33,7 @@ def ended_clearly(outcome: Outcome) -> None:
     assert len(outcome.report.errors) == 8  # every request has been told
     assert all("EngineDeadError" in error for error in outcome.report.errors)
     assert outcome.report.seconds_to_error < SOON
-    assert outcome.processes == []
-    assert outcome.segments == set()
+    outcome.left_nothing()
 
 
 @pytest.mark.parametrize("setting", KILLED, ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -22,41 +24,56 @@ SMOKE = [
     Setting(tp=2, backend="ray"),
     Setting("llma", dp=2),
 ]
-SLOW = [
-    setting
-    for backend, (tp, dp), proposer, draft_length in product(
-        ("mp", "ray"),
-        ((2, 1), (1, 2), (2, 2)),
-        ("draft_model", "llma"),
-        ("fixed", "auto"),
-    )
-    if (setting := Setting(proposer, draft_length, tp, dp, backend)) not in SMOKE
+SETTINGS = [
+    *SMOKE,
+    *(
+        setting
+        for backend, (tp, dp), proposer, draft_length in product(
+            ("mp", "ray"),
+            ((2, 1), (1, 2), (2, 2)),
+            ("draft_model", "llma"),
+            ("fixed", "auto"),
+        )
+        if (setting := Setting(proposer, draft_length, tp, dp, backend)) not in SMOKE
+    ),
 ]
-ALL = [*SMOKE, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)]
+
+
+def cases(settings: Iterable[Setting]) -> list[Any]:
+    """Slow ones marked so."""
+    marks = {
+        setting: () if setting in SMOKE else pytest.mark.slow for setting in settings
+    }
+    return [pytest.param(s, marks=m, id=str(s)) for s, m in marks.items()]
+
+
+ALL = cases(SETTINGS)
+FIXED = cases(
+    s for s in SETTINGS if (s.proposer, s.draft_length) == ("draft_model", "fixed")
+)
+AUTO = cases(s for s in SETTINGS if s.draft_length == "auto")
 
 
 def same_tokens(report: Report, single: Report) -> int:
     """Assert that; return how many requests part at a near tie."""
     num_parting = 0
-    pairs = zip(report.token_ids, single.token_ids, single.gaps, strict=True)
-    for tokens, expected, gaps in pairs:
+    requests = zip(report.token_ids, single.token_ids, single.gaps, strict=True)
+    for tokens, expected, gaps in requests:
         assert len(tokens) == len(expected)
-        parts = [
-            i for i, pair in enumerate(zip(tokens, expected)) if len(set(pair)) > 1
-        ]
+        parts = [i for i, token in enumerate(tokens) if token != expected[i]]
         if parts:
             assert gaps[parts[0]] < NEAR_TIE
             num_parting += 1
     return num_parting
 
 
-@pytest.mark.parametrize("setting", ALL, ids=str)
+@pytest.mark.parametrize("setting", ALL)
 def test_tokens_are_the_single_workers(setting: Setting, runs: Runs) -> None:
     single, several = runs.of(SINGLE).check().report, runs.of(setting).check().report
     assert same_tokens(several, single) <= len(single.token_ids) // 4
 
 
-@pytest.mark.parametrize("setting", ALL, ids=str)
+@pytest.mark.parametrize("setting", ALL)
 def test_ranks_count_alike(setting: Setting, runs: Runs) -> None:
     report = runs.of(setting).check().report
     assert len(report.stats) == setting.tp
@@ -69,12 +86,10 @@ def test_ranks_count_alike(setting: Setting, runs: Runs) -> None:
     assert emitted >= sum(map(len, report.token_ids))
 
 
-@pytest.mark.parametrize("setting", ALL, ids=str)
+@pytest.mark.parametrize("setting", FIXED)
 def test_fixed_lengths_accept_what_the_single_worker_accepts(
     setting: Setting, runs: Runs
 ) -> None:
-    if setting.draft_length != "fixed" or setting.proposer != SINGLE.proposer:
-        pytest.skip("counts depend on measured prices, or on another proposer")
     single, several = runs.of(SINGLE).check().report, runs.of(setting).check().report
     if same_tokens(several, single):
         pytest.skip("requests parted at a near tie")
@@ -83,10 +98,8 @@ def test_fixed_lengths_accept_what_the_single_worker_accepts(
         assert total == single.engine_stats[0][name], name
 
 
-@pytest.mark.parametrize("setting", ALL, ids=str)
+@pytest.mark.parametrize("setting", AUTO)
 def test_ranks_decide_by_the_same_prices(setting: Setting, runs: Runs) -> None:
-    if setting.draft_length != "auto":
-        pytest.skip("decides by no prices")
     prices = runs.of(setting).check().report.prices
     assert len(prices) == setting.tp
     assert all(rank["used"] == prices[0]["used"] for rank in prices)
@@ -94,8 +107,6 @@ def test_ranks_decide_by_the_same_prices(setting: Setting, runs: Runs) -> None:
         assert prices[0]["own"] != prices[1]["own"]
 
 
-@pytest.mark.parametrize("setting", ALL, ids=str)
+@pytest.mark.parametrize("setting", ALL)
 def test_nothing_is_left_behind(setting: Setting, runs: Runs) -> None:
-    outcome = runs.of(setting).check()
-    assert outcome.processes == []
-    assert outcome.segments == set()
+    runs.of(setting).check().left_nothing()
