@@ -32,13 +32,15 @@ class Ranks:
     def compare(self, fingerprint: int) -> None:
         """Raise RuntimeError, on every rank, unless all have the same fingerprint."""
         mine = torch.tensor([fingerprint], dtype=torch.int64)
-        everyones = torch.empty(self._num_ranks, dtype=torch.int64)
-        torch.distributed.all_gather_into_tensor(everyones, mine, group=self._group)
-        if (everyones != mine).any():
+        gathered = [torch.empty_like(mine) for _ in range(self._num_ranks)]
+        torch.distributed.all_gather(gathered, mine, group=self._group)
+        fingerprints = [int(each) for each in gathered]
+        if len(set(fingerprints)) > 1:
             raise RuntimeError(
                 "vllm-emssd: the tensor-parallel ranks of this engine decided "
-                f"differently on draft lengths (fingerprints {everyones.tolist()}, by "
-                "rank). Going on would hang the engine, so it stops. Ranks must run "
-                "the same versions on the same kind of processor; if they do, this is "
-                'a bug: please report it, and use "draft_length": "fixed" meanwhile.'
+                f"differently on draft lengths (fingerprints by "
+                f"rank: {fingerprints}). Going on would hang the engine, so it stops. "
+                "Ranks must run the same versions on the same kind of processor; if they do, "
+                'this is a bug: please report it, and use "draft_length": "fixed" '
+                "meanwhile."
             )
