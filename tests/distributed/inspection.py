@@ -14,11 +14,6 @@ class Inspection:
     def process_id(self) -> int:
         return os.getpid()
 
-    def num_threads(self) -> int:
-        import torch
-
-        return torch.get_num_threads()
-
     def prices(self) -> dict[str, Any]:
         """By which drafts are decided on, and the worker's own measurements."""
         meter = self.model_runner._step_costs
@@ -28,9 +23,10 @@ class Inspection:
         }
 
     def disagree(self) -> None:
-        """From now on the last rank drafts one token fewer than it decides to."""
-        if self.model_runner._ranks.is_alone or self.model_runner._ranks.is_first:
+        """From now on the last rank decides on one draft more than the first."""
+        if self.model_runner._ranks.is_first:
             return
         policy = self.model_runner._proposer._policy._policy
-        begin = policy.begin
-        policy.begin = lambda step: (begin(step) - 1).clip(0)
+        begin, choose = policy.begin, policy.choose
+        policy.begin = lambda *args: begin(*args) + 1
+        policy.choose = lambda *args: choose(*args) + 1

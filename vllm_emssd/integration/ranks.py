@@ -38,9 +38,8 @@ class Ranks:
         if len(set(fingerprints)) > 1:
             raise RuntimeError(
                 "vllm-emssd: the tensor-parallel ranks of this engine decided "
-                f"differently on draft lengths (fingerprints by "
-                f"rank: {fingerprints}). Going on would hang the engine, so it stops. "
-                "Ranks must run the same versions on the same kind of processor; if they do, "
-                'this is a bug: please report it, and use "draft_length": "fixed" '
-                "meanwhile."
+                f"differently on draft lengths (fingerprints by rank: {fingerprints}). "
+                "Going on would hang the engine, so it stops. Ranks must run the same "
+                "versions on the same kind of processor; if they do, this is a bug: "
+                'please report it, and use "draft_length": "fixed" meanwhile.'
             )
