@@ -65,9 +65,12 @@ class Setting:
                 "data_parallel_backend": "ray",
                 "data_parallel_address": address,
             }
-        if self.incident:
-            return Job(engine, max_tokens=400, incident=self.incident)
-        return Job(engine)
+        return Job(engine, incident=self.incident)
+
+
+# One engine each for the smoke tests of what it says and of how it ends.
+KILL_OVER_MP = Setting(tp=2, incident="kill")
+DISAGREE_OVER_RAY = Setting(tp=2, backend="ray", incident="disagree")
 
 
 @dataclass(frozen=True)

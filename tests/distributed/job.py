@@ -1,7 +1,7 @@
 """One engine in a process tree of its own: `python -m tests.distributed.job IN OUT`.
 
-Reads a `Job` from IN (JSON), serves its prompts, writes a `Report` to OUT. An incident
-("kill", "disagree") happens to the engine once the first tokens have come.
+Reads a `Job` from IN (JSON), serves its prompts, writes a `Report` to OUT. Then, if the
+job says so, serves them again, and has something happen to the engine in mid-run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 import time
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import psutil
 from tests.distributed.processes import listening_ports
 
 ENOUGH_TOKENS = 5  # of one request, before anything happens to the engine
+LONG = 400  # tokens, not reached then
 
 
 @dataclasses.dataclass
@@ -29,7 +32,7 @@ class Job:
 
     engine: dict[str, Any]  # AsyncEngineArgs
     num_prompts: int = 8
-    max_tokens: int = 40
+    max_tokens: int = 96  # more than 64 steps
     incident: str | None = None  # "kill" the last rank, or let it "disagree"
 
 
@@ -48,51 +51,60 @@ class Report:
 
 
 async def serve(job: Job) -> Report:
-    from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from tests.engine import prompts
 
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**job.engine))
-    params = SamplingParams(
-        temperature=0, max_tokens=job.max_tokens, ignore_eos=True, logprobs=2
-    )
-    under_way = asyncio.Event()
-
-    async def one(index: int, text: str) -> Any:
-        async for output in engine.generate(text, params, f"request-{index}"):
-            if len(output.outputs[0].token_ids) >= ENOUGH_TOKENS:
-                under_way.set()
-        return output.outputs[0]
-
+    texts = prompts()[: job.num_prompts]
     try:
-        process_ids = await engine.collective_rpc("process_id")
         this = psutil.Process()
         ports = sorted(listening_ports(this, *this.children(recursive=True)))
-        tasks = [
-            asyncio.create_task(one(i, text))
-            for i, text in enumerate(prompts()[: job.num_prompts])
-        ]
-        happened = time.monotonic()
-        if job.incident:
-            await under_way.wait()
-            happened = time.monotonic()
-            if job.incident == "kill":
-                os.kill(process_ids[-1], signal.SIGKILL)
-            else:
-                await engine.collective_rpc(job.incident)
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [repr(o) for o in outcomes if isinstance(o, BaseException)]
-        if errors:
-            seconds = time.monotonic() - happened
-            report = Report(errors=errors, seconds_to_error=seconds)
-        else:
-            report = await _report(engine, job, outcomes)
+        requests = _Requests(engine, texts, job.max_tokens)
+        report = await _report(engine, job, await asyncio.gather(*requests.tasks))
         report.ports = ports
+        if job.incident:
+            await _have_incident(engine, job.incident, texts, report)
         return report
     finally:
         engine.shutdown()
+
+
+class _Requests:
+    """All prompts at once, greedily."""
+
+    def __init__(self, engine: Any, texts: Sequence[str], max_tokens: int) -> None:
+        self.under_way = asyncio.Event()
+        self._engine, self._max_tokens = engine, max_tokens
+        self.tasks = [asyncio.create_task(self._one(text)) for text in texts]
+
+    async def _one(self, text: str) -> Any:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=self._max_tokens, ignore_eos=True, logprobs=2
+        )
+        async for output in self._engine.generate(text, params, uuid.uuid4().hex):
+            if len(output.outputs[0].token_ids) >= ENOUGH_TOKENS:
+                self.under_way.set()
+        return output.outputs[0]
+
+
+async def _have_incident(
+    engine: Any, incident: str, texts: Sequence[str], report: Report
+) -> None:
+    process_ids = await engine.collective_rpc("process_id")
+    requests = _Requests(engine, texts, LONG)
+    await requests.under_way.wait()
+    happened = time.monotonic()
+    if incident == "kill":
+        os.kill(process_ids[-1], signal.SIGKILL)
+    else:
+        await engine.collective_rpc(incident)
+    outcomes = await asyncio.gather(*requests.tasks, return_exceptions=True)
+    report.errors = [repr(o) for o in outcomes if isinstance(o, BaseException)]
+    report.seconds_to_error = time.monotonic() - happened
 
 
 async def _report(engine: Any, job: Job, completions: list[Any]) -> Report:

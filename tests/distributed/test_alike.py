@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.conftest import Runs
-from tests.distributed.engines import Setting
+from tests.distributed.engines import DISAGREE_OVER_RAY, KILL_OVER_MP, Setting
 from tests.distributed.job import Report
 
 pytestmark = pytest.mark.distributed
@@ -19,11 +19,7 @@ pytestmark = pytest.mark.distributed
 NEAR_TIE = 1e-4
 
 SINGLE = Setting(draft_length="fixed")
-SMOKE = [
-    Setting(tp=2),
-    Setting(tp=2, backend="ray"),
-    Setting("llma", dp=2),
-]
+SMOKE = [KILL_OVER_MP, DISAGREE_OVER_RAY, Setting("llma", dp=2)]
 SETTINGS = [
     *SMOKE,
     *(
@@ -103,6 +99,7 @@ def test_ranks_decide_by_the_same_prices(setting: Setting, runs: Runs) -> None:
     prices = runs.of(setting).check().report.prices
     assert len(prices) == setting.tp
     assert all(rank["used"] == prices[0]["used"] for rank in prices)
+    assert runs.of(setting).report.stats[0]["num_steps"] > 64  # taken over since
     if setting.tp > 1:
         assert prices[0]["own"] != prices[1]["own"]
 

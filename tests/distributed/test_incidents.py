@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.distributed.conftest import Runs
-from tests.distributed.engines import Outcome, Setting
+from tests.distributed.engines import (
+    DISAGREE_OVER_RAY,
+    KILL_OVER_MP,
+    Outcome,
+    Setting,
+)
 
 pytestmark = pytest.mark.distributed
 
 SOON = 60  # seconds from an incident to the error; vLLM itself would wait for 300
 
-KILLED = [
-    Setting(tp=2, incident="kill"),
-    pytest.param(Setting(tp=2, backend="ray", incident="kill"), marks=pytest.mark.slow),
-]
+
+def slow(**options: Any) -> Any:
+    return pytest.param(Setting(**options), marks=pytest.mark.slow)
+
+
+KILLED = [KILL_OVER_MP, slow(tp=2, backend="ray", incident="kill")]
 DISAGREE = [
-    Setting(tp=2, incident="disagree"),
-    pytest.param(Setting("llma", tp=2, incident="disagree"), marks=pytest.mark.slow),
-    pytest.param(
-        Setting(draft_length="fixed", tp=2, incident="disagree"),
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        Setting(tp=2, backend="ray", incident="disagree"), marks=pytest.mark.slow
-    ),
+    DISAGREE_OVER_RAY,
+    slow(tp=2, incident="disagree"),
+    slow(proposer="llma", tp=2, incident="disagree"),
+    slow(draft_length="fixed", tp=2, incident="disagree"),
 ]
 
 
