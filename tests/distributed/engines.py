@@ -40,8 +40,10 @@ class Setting:
     incident: str | None = None
 
     def __str__(self) -> str:
-        parts = [f"tp {self.tp}", f"dp {self.dp}", self.backend, self.proposer]
-        return " ".join([*parts, self.draft_length, self.incident or ""]).strip()
+        spread = (f"tp{self.tp}", f"dp{self.dp}", self.backend)
+        return "-".join(
+            filter(None, (*spread, self.proposer, self.draft_length, self.incident))
+        )
 
     def job(self, address: str) -> Job:
         lengths = {"draft_length": self.draft_length}
