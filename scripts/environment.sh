@@ -57,7 +57,7 @@ install_all() {
     fi
     "$python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null || install_vllm
     say "installing vllm-emssd and what its scripts and tests need"
-    "$python" -m pip install -q -e "$repo[test,bench]"
+    "$python" -m pip install -q -e "$repo[test,bench,ray]"
     has_nvidia_gpu || remove_what_does_not_load
 }
 

@@ -30,6 +30,17 @@ def test_accepted_config_reaches_every_process() -> None:
     assert not config.scheduler_config.async_scheduling
 
 
+@pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])
+def test_accepted_on_several_workers(draft_tp: dict[str, Any]) -> None:
+    config = _create(
+        {"model": DRAFT, "draft_length": "auto", **draft_tp},
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+    assert config.parallel_config.world_size == 2
+    assert config.speculative_config.draft_tensor_parallel_size == 2
+
+
 def test_creating_the_config_twice_gives_the_same() -> None:
     args = EngineArgs(
         model=TARGET, max_model_len=512, speculative_config={"method": "emssd"}
@@ -62,6 +73,11 @@ def test_spec_flags_are_merged() -> None:
             "'num_speculative_tokens'.*at least|greater",
         ),
         ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
+        (
+            {"model": DRAFT, "draft_tensor_parallel_size": 1},
+            {"tensor_parallel_size": 2},
+            "'draft_tensor_parallel_size' 1 differs from --tensor-parallel-size 2",
+        ),
         ({}, {"worker_cls": "mine.Worker"}, "remove --worker-cls"),
         ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
         ({}, {"async_scheduling": True}, "remove --async-scheduling"),

@@ -1,5 +1,6 @@
 """How many drafts each request makes: policies without a dependency on vLLM."""
 
+from vllm_emssd.draft_length.agreement import AgreedDraftLength
 from vllm_emssd.draft_length.auto import AutoDraftLength
 from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.fixed import FixedDraftLength
@@ -8,6 +9,7 @@ from vllm_emssd.draft_length.policy import DraftLengthPolicy, DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
 __all__ = [
+    "AgreedDraftLength",
     "AutoDraftLength",
     "CostTable",
     "DraftLengthPolicy",

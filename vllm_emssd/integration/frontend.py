@@ -177,7 +177,8 @@ def _create_ours(
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, model_config, parallel_config)
     if config.draft_length == "auto":
-        _refuse_unsupported_auto(parallel_config)
+        _refuse_unsupported_auto()
+    _refuse_other_draft_ranks(stock_part, parallel_config)
     model = stock_part.get("model")
     if model:
         check_draft_weights(model, args.load_format)
@@ -279,11 +280,25 @@ def _refuse_unsupported(
         raise ValueError('"method": "emssd" supports text-only target models.')
 
 
-def _refuse_unsupported_auto(parallel_config: ParallelConfig) -> None:
-    if not current_platform.is_cpu() or parallel_config.world_size > 1:
+def _refuse_unsupported_auto() -> None:
+    if not current_platform.is_cpu():
         raise ValueError(
-            "--speculative-config: 'draft_length' \"auto\" measures costs on one CPU "
-            'worker only, so far; use "draft_length": "fixed".'
+            "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs "
+            'only, so far; use "draft_length": "fixed".'
+        )
+
+
+def _refuse_other_draft_ranks(
+    stock_part: dict[str, Any], parallel_config: ParallelConfig
+) -> None:
+    """vLLM's V1 draft model raises in its workers; say so before they start."""
+    asked = stock_part.get("draft_tensor_parallel_size")
+    size = parallel_config.tensor_parallel_size
+    if asked not in (None, size):
+        raise ValueError(
+            f"--speculative-config: 'draft_tensor_parallel_size' {asked} differs from "
+            f"--tensor-parallel-size {size}: vLLM's V1 runner splits the draft model "
+            "over all workers of the target. Remove it, or make both the same."
         )
 
 

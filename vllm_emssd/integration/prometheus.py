@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from vllm_emssd.metrics import COUNTER_HELP, SharedCounters, read_shared_counters
 
 DIRECTORY_VARIABLE = "EMSSD_COUNTERS_DIR"
+RAY_VARIABLES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # vLLM's own option
 PREFIX = "vllm_emssd:"
 
 
@@ -64,6 +65,8 @@ def publish_counters_on_metrics(model_name: str) -> None:
     else:
         directory = Path(tempfile.mkdtemp(prefix="vllm-emssd-"))
         os.environ[DIRECTORY_VARIABLE] = str(directory)
+        copied = os.environ.get(RAY_VARIABLES)
+        os.environ[RAY_VARIABLES] = ",".join(filter(None, [copied, DIRECTORY_VARIABLE]))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
     _collector = EmssdCollector(directory, model_name)
     REGISTRY.register(_collector)

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import (
+    AgreedDraftLength,
     AutoDraftLength,
     DraftLengthPolicy,
     FixedDraftLength,
@@ -34,6 +35,7 @@ from vllm_emssd.draft_length import (
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
+from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
@@ -85,6 +87,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.emssd_config = EmssdConfig(**options)
         self.counters = Counters()
+        self._ranks = Ranks()
         self._proposer: Proposer | None = None  # made with the KV cache
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
@@ -117,7 +120,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self._step_costs = StepCostMeter(self, self.paged_drafter)
+        self._step_costs = StepCostMeter(self, self.paged_drafter, self._ranks)
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
         self._make_proposer(
             AutoDraftLength(
@@ -140,6 +143,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
 
     def _make_proposer(self, policy: DraftLengthPolicy) -> None:
         config = self.emssd_config
+        if not self._ranks.is_alone:
+            policy = AgreedDraftLength(policy, self._ranks.compare)
         if (make := plugin_proposer(config.proposer)) is not None:
             self._proposer = make(config, policy)
         elif config.proposer == "llma":

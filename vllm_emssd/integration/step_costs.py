@@ -1,8 +1,14 @@
-"""Measures what a step costs: at the start with dummy rows, then from live steps."""
+"""Measures what a step costs: at the start with dummy rows, then from live steps.
+
+With several workers each measures, as the forwards are theirs together, but only the
+first one's prices count: all take them over at the start and at numbered steps, and
+between those every worker decides from the same numbers.
+"""
 
 from __future__ import annotations
 
 import time
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +18,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.paged_drafter import PagedDrafter
+from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.ragged import RaggedRows
 
 logger = init_logger("vllm.emssd.step_costs")
@@ -22,6 +29,7 @@ _CONTEXT = 256  # tokens each row attends to
 _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05
 _LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
+_STEPS_BETWEEN_SHARING = 64  # of the first worker's prices
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -45,17 +53,27 @@ class ForwardTimer:
 
 
 class StepCostMeter:
-    """Owns the cost tables of one worker and keeps them fresh."""
+    """Owns the cost tables of one worker and keeps them fresh.
 
-    def __init__(self, runner: GPUModelRunner, drafter: PagedDrafter | None) -> None:
+    `costs` are the prices to decide by, the same on all ranks; `measured` are this
+    worker's own. A single worker has one object for both.
+    """
+
+    def __init__(
+        self, runner: GPUModelRunner, drafter: PagedDrafter | None, ranks: Ranks
+    ) -> None:
         self._target = ForwardTimer(runner.model)
         self._drafter = drafter
+        self._ranks = ranks
+        self._num_steps = 0
         self._step_ended: float | None = None
-        self.costs = StepCosts(
+        self.measured = StepCosts(
             self._measure_target(runner),
             NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter),
             _FIXED_MS,
         )
+        self.costs = self.measured if ranks.is_alone else copy(self.measured)
+        self._take_over_prices()
         logger.info("Milliseconds by rows:\n%s", self.table())
 
     def _measure_target(self, runner: GPUModelRunner) -> CostTable:
@@ -77,7 +95,7 @@ class StepCostMeter:
     def step_done(self) -> None:
         """Called when a step's drafts are made: learn from the step."""
         now = time.perf_counter()
-        costs = self.costs
+        costs = self.measured
         costs.target.observe(self._target.rows, self._target.ms)
         draft_ms = 0.0
         if self._drafter is not None:
@@ -89,6 +107,21 @@ class StepCostMeter:
             if 0 < ms < _LONGEST_PAUSE * costs.fixed_ms:
                 costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
         self._step_ended = now
+        self._num_steps += 1
+        if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
+            self._take_over_prices()
+
+    def _take_over_prices(self) -> None:
+        """The first rank's measured prices are everyone's from now on."""
+        if self._ranks.is_alone:
+            return
+        target, draft = self.measured.target.points, self.measured.draft.points
+        own = [ms for _, ms in (*target, *draft)]
+        prices = self._ranks.of_first(np.array([self.measured.fixed_ms, *own]))
+        self.costs.fixed_ms = float(prices[0])
+        target_ms, draft_ms = np.split(prices[1:], [len(target)])
+        self.costs.target = CostTable([rows for rows, _ in target], target_ms)
+        self.costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
 
     def table(self) -> str:
         """The prices as a small text table."""

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Start Ray on this machine, join another machine's, or serve over it.
+
+Each command runs in the foreground until it is stopped (Ctrl-C, SIGTERM) or what it
+started ends, and then stops all it started, by process id; other Ray clusters of the
+machine are left alone. Token authentication is on, as whoever reaches Ray's ports could
+run code otherwise: all machines need the same token file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+from packaging.version import Version
+
+FIRST_RAY_WITH_TOKENS = Version("2.52")
+READY_SECONDS = 90
+STOP_SECONDS = 20
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"  # Ray's own default
+BIN = Path(sys.executable).parent
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def say(text: str) -> None:
+    print(f"[launch_ray] {text}", file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    say(text)
+    sys.exit(1)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def own_address() -> str:
+    """Of the interface that leads to other machines; 127.0.0.1 if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("10.255.255.255", 1))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(sock.getsockname()[0])
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our arguments, and those to hand on to `vllm serve`."""
+    everyones = argparse.ArgumentParser(add_help=False)
+    everyones.add_argument(
+        "--address",
+        default=own_address(),
+        help="this machine's, as the others reach it (default: %(default)s)",
+    )
+    everyones.add_argument(
+        "--token-file",
+        type=Path,
+        default=TOKEN_FILE,
+        help="a head makes it where it is missing; copy it to the other machines "
+        "(default: %(default)s)",
+    )
+    everyones.add_argument("--num-gpus", type=int, help="default: what Ray finds")
+    everyones.add_argument("--num-cpus", type=int, help="default: what Ray finds")
+    ray_port = argparse.ArgumentParser(add_help=False)
+    ray_port.add_argument(
+        "--ray-port", type=int, default=6379, help="of the head (default: %(default)s)"
+    )
+
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(
+        name: str, text: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            parents=[everyones, *parents],
+            help=text,
+            description=text,
+            allow_abbrev=False,
+        )
+
+    add("head", "Start Ray's first node.", ray_port)
+    worker = add("worker", "Add this machine to a head's cluster.")
+    worker.add_argument("--head", required=True, metavar="IP:PORT")
+    serve = add(
+        "serve", "Run `vllm serve` over Ray; it gets all other flags.", ray_port
+    )
+    serve.add_argument("target", metavar="TARGET", help="the model to serve")
+    serve.add_argument("--head", metavar="IP:PORT", help="default: start one here")
+    serve.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    serve.add_argument("--data-parallel-size", "-dp", type=int, default=1)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {shlex.join(rest)}")
+    return args, rest
+
+
+def check_ray() -> None:
+    try:
+        found = Version(version("ray"))
+    except PackageNotFoundError:
+        fail("Ray is not installed: pip install 'vllm-emssd[ray]'")
+    if found < FIRST_RAY_WITH_TOKENS:
+        fail(
+            f"token authentication needs Ray {FIRST_RAY_WITH_TOKENS} or newer, found "
+            f"{found}: pip install --upgrade 'ray[default]'"
+        )
+
+
+def prepare_token(path: Path, may_make: bool) -> None:
+    if not path.exists():
+        if not may_make:
+            fail(f"{path} is missing: copy it from the head's machine (--token-file)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        say(f"made {path}; the cluster's other machines need a copy")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path.resolve())
+
+
+# ---------------------------------------------------------------- processes
+
+
+def adopt_orphans() -> None:
+    """Whatever is started from here stays among our descendants, whoever ends first."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def stop_all(signal_first: list[subprocess.Popen[bytes]]) -> None:
+    """Ask these to end, in order; then end all descendants that are left."""
+    for process in signal_first:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                say(f"process {process.pid} does not stop; killing it")
+                process.kill()
+    left = psutil.Process().children(recursive=True)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in left:
+            try:
+                end(process)
+            except psutil.NoSuchProcess:
+                continue
+        _, left = psutil.wait_procs(left, timeout=STOP_SECONDS / 4)
+        left += [p for p in psutil.Process().children(recursive=True) if p not in left]
+
+
+def start_ray(args: argparse.Namespace, where: list[str]) -> subprocess.Popen[bytes]:
+    command = [str(BIN / "ray"), "start", *where, "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address", args.address]
+    for flag, number in (("--num-gpus", args.num_gpus), ("--num-cpus", args.num_cpus)):
+        if number is not None:
+            command += [flag, str(number)]
+    say(shlex.join(command))
+    return subprocess.Popen(  # in a session of its own: Ctrl-C reaches us alone
+        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def wait_until_ready(ray: subprocess.Popen[bytes], head: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    command = [str(BIN / "ray"), "health-check", "--address", head]
+    while subprocess.run(command, capture_output=True).returncode != 0:
+        if ray.poll() is not None:
+            fail(f"Ray ended with exit code {ray.returncode}; see its output above")
+        if time.monotonic() > deadline:
+            fail(f"Ray does not answer at {head} after {READY_SECONDS} s")
+        time.sleep(0.5)
+
+
+def start_serve(
+    args: argparse.Namespace, head: str, rest: list[str]
+) -> subprocess.Popen[bytes]:
+    command = [str(BIN / "vllm"), "serve", args.target]
+    command += ["--distributed-executor-backend", "ray"]
+    command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
+    if args.data_parallel_size > 1:
+        command += ["--data-parallel-size", str(args.data_parallel_size)]
+        command += ["--data-parallel-backend", "ray"]
+        command += ["--data-parallel-address", args.address]
+    command += rest
+    say(f"RAY_ADDRESS={head} {shlex.join(command)}")
+    return subprocess.Popen(
+        command, env=os.environ | {"RAY_ADDRESS": head}, start_new_session=True
+    )
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Returns the exit code: that of what ended by itself."""
+    started: list[subprocess.Popen[bytes]] = []  # the last one is stopped first
+    starts_head = args.command == "head" or not args.head
+    head = f"{args.address}:{args.ray_port}" if starts_head else args.head
+    try:
+        if args.command != "serve" or starts_head:
+            where = ["--head", "--port", str(args.ray_port)]
+            ray = start_ray(args, where if starts_head else ["--address", head])
+            started.append(ray)
+            wait_until_ready(ray, head)
+        if args.command == "serve":
+            started.append(start_serve(args, head, rest))
+        else:
+            say(f"ready; the head is {head}. Ctrl-C stops this node")
+        while all(process.poll() is None for process in started):
+            time.sleep(0.2)
+        ended = next(p for p in reversed(started) if p.poll() is not None)
+        say(f"process {ended.pid} ended with exit code {ended.returncode}")
+        return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stop_all(started[::-1])
+
+
+def main() -> int:
+    args, rest = parse(sys.argv[1:])
+    check_ray()
+    may_make = args.command == "head" or (args.command == "serve" and not args.head)
+    prepare_token(args.token_file, may_make)
+    os.environ["VLLM_HOST_IP"] = args.address
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    adopt_orphans()
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return run(args, rest)
+    except KeyboardInterrupt:
+        say("stopped")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

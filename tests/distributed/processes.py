@@ -1,0 +1,99 @@
+"""Process trees that tests start: all of a tree is found again, whoever its parent is.
+
+A mark in the environment is inherited by all that a process starts, and what is not
+started by us does not have it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+MARK = "EMSSD_TEST_MARK"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass
+class Tree:
+    """A process, all that it starts, and its log."""
+
+    command: list[str]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    stopped_by: int = signal.SIGTERM
+
+    def __post_init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.shared_memory_before = shared_memory()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env=os.environ | self.env | {MARK: self.mark},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def members(self) -> list[psutil.Process]:
+        """All processes of the tree that are alive."""
+        return [p for p in psutil.process_iter() if self._is_member(p)]
+
+    def _is_member(self, process: psutil.Process) -> bool:
+        try:
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            return is_alive and process.environ().get(MARK) == self.mark
+        except psutil.Error:
+            return False
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit code; None, and all of it killed, if it takes longer."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+
+    def leftovers(self, patience: float = 20.0) -> list[str]:
+        """What is still there a while after the process has ended; then killed."""
+        wait_for(lambda: not self.members(), patience)
+        left = [" ".join(p.cmdline()) or p.name() for p in self.members()]
+        self.kill()
+        return left
+
+    def kill(self) -> None:
+        for process in self.members():
+            process.kill()
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def shared_memory() -> set[str]:
+    """Names of all segments. Intel OpenMP registers each process there and leaves the
+    entry behind when the process is killed; it is not ours to count."""
+    return {p.name for p in SHARED_MEMORY.iterdir() if not p.name.startswith("__KMP")}
+
+
+def listening_ports(*processes: psutil.Process) -> set[int]:
+    """TCP ports that these processes, or all of the machine, listen on."""
+    sources = processes or (psutil,)
+    connections = [c for source in sources for c in source.net_connections("tcp")]
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}

@@ -1,0 +1,110 @@
+"""Prices of the first rank for all; fingerprints compared; over real process groups."""
+
+from __future__ import annotations
+
+import multiprocessing
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.integration import ranks as ranks_module
+from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.step_costs import StepCostMeter
+
+NUM_RANKS = 2
+
+
+def join(rank: int, meeting_point: str) -> Ranks:
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting_point, rank=rank, world_size=NUM_RANKS
+    )
+    group = SimpleNamespace(
+        world_size=NUM_RANKS,
+        is_first_rank=rank == 0,
+        ranks=list(range(NUM_RANKS)),
+        cpu_group=torch.distributed.group.WORLD,
+    )
+    ranks_module.get_tp_group = lambda: group
+    return Ranks()
+
+
+def meter(rank: int, ranks: Ranks) -> StepCostMeter:
+    """Without a model to measure."""
+    made = StepCostMeter.__new__(StepCostMeter)
+    made._target = SimpleNamespace(rows=4, ms=10.0 * (rank + 1))
+    made._drafter, made._ranks = None, ranks
+    made._num_steps, made._step_ended = 0, None
+    made.measured = StepCosts(
+        CostTable([1, 8], [5.0 + rank, 9.0 + rank]), CostTable([1], [0.0]), 4.0 + rank
+    )
+    made.costs = StepCosts(made.measured.target, made.measured.draft, 0.0)
+    made._take_over_prices()
+    return made
+
+
+def prices_of(costs: StepCosts) -> list[Any]:
+    return [costs.target.points, costs.draft.points, costs.fixed_ms]
+
+
+def scenario(rank: int, meeting_point: str, results: Any) -> None:
+    ranks = join(rank, meeting_point)
+    out: dict[str, Any] = {"first": ranks.of_first(np.array([1.5 + rank])).tolist()}
+    m = meter(rank, ranks)
+    out["at start"] = prices_of(m.costs)
+    for _ in range(63):
+        m.step_done()
+    out["after 63"] = prices_of(m.costs)
+    m.step_done()
+    out["after 64"] = prices_of(m.costs)
+    out["own"] = prices_of(m.measured)
+    ranks.compare(7)
+    try:
+        ranks.compare(7 + rank)
+    except RuntimeError as error:
+        out["error"] = str(error)
+    results.put((rank, out))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    meeting_point = f"file://{tmp_path_factory.mktemp('ranks') / 'store'}"
+    results = context.Queue()
+    processes = [
+        context.Process(target=scenario, args=(rank, meeting_point, results))
+        for rank in range(NUM_RANKS)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(results.get(timeout=120) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    return [found[rank] for rank in range(NUM_RANKS)]
+
+
+def test_the_first_ranks_numbers_count(outcomes: list[dict[str, Any]]) -> None:
+    assert [o["first"] for o in outcomes] == [[1.5], [1.5]]
+    assert outcomes[0]["at start"] == outcomes[1]["at start"]
+    assert outcomes[0]["at start"][0] == [(1, 5.0), (8, 9.0)]
+
+
+def test_prices_change_at_numbered_steps_only(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert outcome["after 63"] == outcome["at start"]
+        assert outcome["after 64"] != outcome["at start"]
+    assert outcomes[0]["after 64"] == outcomes[1]["after 64"] == outcomes[0]["own"]
+    assert outcomes[1]["own"] != outcomes[0]["own"]
+
+
+def test_every_rank_is_told_of_a_disagreement(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert "[7, 8]" in outcome["error"]
+        assert '"draft_length": "fixed"' in outcome["error"]
