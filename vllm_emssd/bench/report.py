@@ -23,6 +23,8 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     console.print(_ratio_table(results))
     if results[0]["saving"]:
         console.print(_saving_table(results))
+    if any(result["vanilla"] for result in results):
+        console.print(_vanilla_table(results))
     if any(m["num_preemptions"] for r in results for m in r["methods"].values()):
         console.print(
             "[red]Requests were preempted: counts and times are not those of this "
@@ -102,6 +104,33 @@ def _saving_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{s['saving_over_predicted']:.2f}",
             f"{s['bookkeeping_over_forwards']:.2f}",
         )
+    return table
+
+
+def _vanilla_table(results: Sequence[dict[str, Any]]) -> Table:
+    table = _table(
+        "the paper's vanilla, replayed (its time: padded inputs + priced K/V padding)",
+        "batch",
+        "method",
+        "rows / unpadded",
+        "cache slots read / unpadded",
+        "row-slots / unpadded",
+        "speed over padded inputs",
+        "over vanilla",
+    )
+    for result in results:
+        for name, found in result["vanilla"].items():
+            own, padded = found["counts"]["unpadded"], found["counts"]["vanilla"]
+            table.add_row(
+                str(result["batch"]),
+                name,
+                *(
+                    f"{padded[count] / own[count]:.2f}"
+                    for count in ("num_rows", "num_kv_slots", "num_row_slots")
+                ),
+                f"{found['over_padded_inputs']:.2f}",
+                f"{found['over_vanilla']:.2f}",
+            )
     return table
 
 

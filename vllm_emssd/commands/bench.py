@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_emssd.bench.comparison import compare_all, geometric_means
+from vllm_emssd.bench import methods, workloads
+from vllm_emssd.bench.comparison import PADDED, compare_all, geometric_means
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
-from vllm_emssd.bench.harness import Plan, Rounds, measure
-from vllm_emssd.bench.methods import DESCRIPTIONS, MethodOptions, parse_method
+from vllm_emssd.bench.harness import Measurement, Plan, measure
+from vllm_emssd.bench.methods import MethodOptions, parse_method
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.report import print_results, write_result
 from vllm_emssd.bench.workloads import (
@@ -27,14 +28,20 @@ DEFAULTS = {"batches": [1, 8, 24], "rounds": 7, "max_tokens": 96}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "methods:\n" + "\n".join(
-        f"  {name:14} {text}" for name, text in DESCRIPTIONS.items()
+    parser.epilog = (
+        f"methods:\n{_listing(methods.DESCRIPTIONS)}\n\n"
+        f"workloads:\n{_listing(workloads.DESCRIPTIONS)}"
     )
     parser.add_argument("--quick", action="store_true", help="a few minutes")
     parser.add_argument("--output", type=Path, help="JSON file for everything measured")
     _add_what_runs(parser)
     _add_workload(parser)
     _add_engine(parser)
+
+
+def _listing(descriptions: dict[str, str]) -> str:
+    width = max(map(len, descriptions))
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in descriptions.items())
 
 
 def _add_what_runs(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +56,12 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="requests in a round, at least: small batches run several, one by one",
+    )
+    group.add_argument(
+        "--price-kv-padding",
+        action="store_true",
+        help="estimate the paper's vanilla: needs llma and llma-padded, or emssd and "
+        "padded, which then also run over short and long contexts",
     )
     group.add_argument("--num-speculative-tokens", type=int, default=5, metavar="K")
     group.add_argument("--auto-tokens", type=int, default=8, help="most of auto")
@@ -86,6 +99,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile", action="store_true", help="as vLLM does; default: enforce eager"
     )
+    group.add_argument(
+        "--cached-prompts",
+        action="store_true",
+        help="prefix caching on: the warm-up fills it, the rounds measure decoding",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,11 +119,11 @@ def run(args: argparse.Namespace) -> int:
             plan.most_requests(),
         )
         engine_options = engine_options_of(args, workload)
-        rounds = measure(plan, engine_options, workload.requests)
+        measured = measure(plan, engine_options, workload.requests)
     except (ValueError, EngineError) as error:
         print(f"vllm-emssd bench: {error}", file=sys.stderr)
         return 1
-    result = result_of(args, workload, engine_options, rounds)
+    result = result_of(args, workload, engine_options, measured)
     print_results(result["results"])
     if args.output:
         write_result(args.output, result)
@@ -124,8 +142,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
         check_length=args.check_length,
         copy_length=args.copy_length,
     )
-    methods = [parse_method(text, options) for text in args.methods]
-    return Plan(methods, args.batches, args.rounds, args.min_requests)
+    chosen = [parse_method(text, options) for text in args.methods]
+    priced = set(PADDED.values()) if args.price_kv_padding else ()
+    return Plan(
+        chosen, args.batches, args.rounds, args.min_requests, priced=tuple(priced)
+    )
 
 
 def workload_options(args: argparse.Namespace) -> WorkloadOptions:
@@ -148,7 +169,10 @@ def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOpt
         dtype=args.dtype,
         kv_cache_mib=args.kv_cache_mib,
         fix_cpu_sampling=is_sampled,
-        options={"enforce_eager": not args.compile},
+        options={
+            "enforce_eager": not args.compile,
+            "enable_prefix_caching": args.cached_prompts,
+        },
     )
 
 
@@ -156,9 +180,10 @@ def result_of(
     args: argparse.Namespace,
     workload: Workload,
     engine_options: EngineOptions,
-    rounds: Rounds,
+    measured: Measurement,
 ) -> dict[str, Any]:
-    results = compare_all(rounds, args.num_speculative_tokens)
+    lens = [len(request.prompt_token_ids) for request in workload.requests]
+    results = compare_all(measured, lens, args.num_speculative_tokens)
     return {
         "provenance": provenance(),
         "arguments": {
@@ -172,7 +197,7 @@ def result_of(
             batch: {
                 name: [r.as_dict() for r in done] for name, done in by_method.items()
             }
-            for batch, by_method in rounds.items()
+            for batch, by_method in measured.rounds.items()
         },
     }
 
