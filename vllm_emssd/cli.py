@@ -34,6 +34,7 @@ class Entry:
 
 COMMANDS: dict[str, Entry] = {
     "bench": Entry("vllm_emssd.commands.bench", "time methods side by side"),
+    "plot": Entry("vllm_emssd.commands.plot", "draw the figures of a result"),
 }
 
 

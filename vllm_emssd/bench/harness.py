@@ -70,7 +70,7 @@ def measure(
             "needed: lower --batches or --min-requests, or give a larger workload"
         )
     measured = Measurement()
-    with _progress() as progress, contextlib.ExitStack() as stack:
+    with progress_bars() as progress, contextlib.ExitStack() as stack:
         engines = _start(plan.methods, options, progress, stack)
         num_turns = len(plan.batches) * (plan.rounds + plan.warm_up)
         bar = progress.add_task("rounds", total=num_turns)
@@ -143,7 +143,7 @@ def _running(method: Method, options: EngineOptions) -> Iterator[EngineProcess]:
         engine.close()
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description:20}"),
         BarColumn(),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_emssd.bench.comparison import geometric_means
+from vllm_emssd.bench.over_http import LATENCIES
 
 WIDTH = 160
 
@@ -30,6 +31,30 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
             "[red]Requests were preempted: counts and times are not those of this "
             "batch. Raise --kv-cache-mib.[/]"
         )
+
+
+def print_http_results(results: Sequence[dict[str, Any]]) -> None:
+    columns = ("concurrency", "method", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99")
+    table = _table("over HTTP, medians of the rounds; latencies in ms", *columns)
+    for result in results:
+        for name, found in result["methods"].items():
+            latencies = (f"{found[key]:.1f}" for key in LATENCIES)
+            speed = f"{found['output_throughput']:.0f}"
+            table.add_row(str(result["concurrency"]), name, speed, *latencies)
+    Console(width=WIDTH).print(table)
+
+
+def print_proposer_times(times: Sequence[dict[str, Any]]) -> None:
+    columns = ("proposer", "context", "requests", "first step", "step", "step p99")
+    table = _table("copy proposers alone, ms", *columns)
+    for found in times:
+        table.add_row(
+            found["proposer"],
+            str(found["num_context_tokens"]),
+            str(found["num_reqs"]),
+            *(f"{found[key]:.3f}" for key in ("first_ms", "step_ms", "step_ms_p99")),
+        )
+    Console(width=WIDTH).print(table)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
