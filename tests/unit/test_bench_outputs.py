@@ -89,7 +89,7 @@ def test_what_is_drawn() -> None:
     axes = Figure().subplots()
     draw_speed_up(axes, result())
     (line,) = axes.containers
-    assert line.lines[0].get_ydata().tolist() == [1.0, 4.0]  # 5 tokens for 2, half time
+    assert line.lines[0].get_ydata().tolist() == [1.0, 2.0]
     axes = Figure().subplots()
     draw_acceptance(axes, result())
     (bars,) = axes.containers

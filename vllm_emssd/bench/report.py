@@ -160,7 +160,8 @@ def _vanilla_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    """As wide as its title: a narrower table would break it."""
+    table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     for column in columns:
         table.add_column(column, justify="right")
     return table

@@ -70,7 +70,8 @@ def serve_command(method: Method, options: EngineOptions, port: int) -> Sequence
     command += ["--max-model-len", str(options.max_model_len)]
     command += ["--max-num-seqs", str(options.max_num_seqs)]
     command += ["--kv-cache-memory-bytes", str(options.kv_cache_mib << 20)]
-    command += ["--enforce-eager"]
+    if options.options.get("enforce_eager", True):
+        command += ["--enforce-eager"]
     if not options.options.get("enable_prefix_caching"):
         command += ["--no-enable-prefix-caching"]
     if method.speculative_config is not None:
