@@ -57,11 +57,24 @@ def draw_speed_up(axes: Axes, result: Result) -> None:
             [r["high"] - r["ratio"] for r in ratios],
         ]
         axes.errorbar(positions, middle, errors, fmt=style, capsize=3, label=name)
+    _draw_vanilla(axes, results)
     axes.set_xticks(positions, [str(batch) for batch in batches])
     axes.set_xlabel("batch size")
     axes.set_ylabel("speed over plain decoding")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
+
+
+def _draw_vanilla(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
+    """The paper's vanilla, as far as its cache's padding was priced."""
+    points = [
+        (i, r["ratios"]["llma/plain"]["ratio"] / r["vanilla"]["llma"]["over_vanilla"])
+        for i, r in enumerate(results)
+        if r["vanilla"].get("llma", {}).get("over_vanilla")
+        and "llma/plain" in r["ratios"]
+    ]
+    if points:
+        axes.plot(*zip(*points, strict=True), "k:", label="vanilla, estimated")
 
 
 def draw_rows(axes: Axes, result: Result) -> None:
