@@ -228,12 +228,13 @@ def train(
     num_tokens: int,
     phases: list[tuple[float, int, int]],
     rng: np.random.Generator,
+    lr_scale: float = 1.0,
 ) -> float:
     """Run `phases` of (share of tokens, window length, tokens a step).
 
     Returns the seconds it took.
     """
-    optimizers = build_optimizers(model, 1.0)
+    optimizers = build_optimizers(model, lr_scale)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     begun, done, smooth = time.monotonic(), 0, None
     columns = (
