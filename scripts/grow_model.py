@@ -86,6 +86,13 @@ def copy_norm(large: nn.Module, small: nn.Module) -> None:
 
 
 @torch.no_grad()
+def widen(large: torch.Tensor, small: torch.Tensor) -> None:
+    """Zeros in the columns that the small one lacks."""
+    large.zero_()
+    large[:, : small.shape[1]] = small
+
+
+@torch.no_grad()
 def place(large: nn.Linear, small: nn.Linear, rows: object, columns: object) -> None:
     """Put the small weights into a zeroed large matrix. Both are [out, in]."""
     large.weight.zero_()
@@ -116,10 +123,9 @@ def grow(small: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
     torch.manual_seed(0)
     large = LlamaForCausalLM(config)
     slim = small.config
-    large.model.embed_tokens.weight.zero_()
-    large.model.embed_tokens.weight[:, : slim.hidden_size] = (
-        small.model.embed_tokens.weight
-    )
+    widen(large.model.embed_tokens.weight, small.model.embed_tokens.weight)
+    if not slim.tie_word_embeddings:
+        widen(large.lm_head.weight, small.lm_head.weight)
     copy_norm(large.model.norm, small.model.norm)
     for i, layer in enumerate(large.model.layers):
         if i < slim.num_hidden_layers:

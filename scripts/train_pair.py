@@ -44,6 +44,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_emssd.bench.corpus import is_held_out
+
 END_OF_TEXT = "<|endoftext|>"
 MAX_POSITION = 2048
 SKIPPED_DIRS = {
@@ -59,8 +61,6 @@ SUFFIXES = {".py", ".rst", ".md"}
 MAX_FILE_BYTES = 200_000
 MIN_FILE_BYTES = 800
 MAX_PACKAGE_BYTES = 3_000_000  # no site-package may drown the others
-HELD_OUT_ONE_IN = 40
-HELD_OUT_ONE_IN_STDLIB = 12  # the prompts come from these
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,6 @@ def _files(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _held_out(name: str) -> bool:
-    digest = hashlib.sha256(name.encode()).digest()
-    one_in = HELD_OUT_ONE_IN_STDLIB if name.startswith("stdlib/") else HELD_OUT_ONE_IN
-    return int.from_bytes(digest[:4], "big") % one_in == 0
-
-
 def collect_documents(rng: random.Random) -> list[Document]:
     """Every usable file once, in an order that depends on the seed alone."""
     stdlib = Path(sysconfig.get_path("stdlib"))
@@ -141,7 +135,7 @@ def collect_documents(rng: random.Random) -> list[Document]:
                 continue
             seen.add(digest)
             budget -= len(text)
-            documents.append(Document(name, text, _held_out(name)))
+            documents.append(Document(name, text, is_held_out(name)))
     rng.shuffle(documents)
     return documents
 
@@ -234,12 +228,13 @@ def train(
     num_tokens: int,
     phases: list[tuple[float, int, int]],
     rng: np.random.Generator,
+    lr_scale: float = 1.0,
 ) -> float:
     """Run `phases` of (share of tokens, window length, tokens a step).
 
     Returns the seconds it took.
     """
-    optimizers = build_optimizers(model, 1.0)
+    optimizers = build_optimizers(model, lr_scale)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     begun, done, smooth = time.monotonic(), 0, None
     columns = (

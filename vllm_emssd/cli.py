@@ -40,6 +40,7 @@ COMMANDS: dict[str, Entry] = {
     ),
     "doctor": Entry("vllm_emssd.commands.doctor", "can this machine serve with emssd?"),
     "serve": Entry("vllm_emssd.commands.serve", "vllm serve, set up for this machine"),
+    "plot": Entry("vllm_emssd.commands.plot", "draw the figures of a result"),
 }
 
 

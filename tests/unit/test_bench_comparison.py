@@ -8,7 +8,6 @@ import pytest
 
 from vllm_emssd.bench.comparison import (
     compare,
-    compare_all,
     geometric_means,
     ratios,
     speed_ratio,
@@ -139,8 +138,7 @@ def test_saving_over_stock() -> None:
         "stock": [drafting(2.0, [3, 3, 4], 1030.0)] * 3,
         "emssd": [drafting(1.2, [1, 3], 480.0)] * 3,
     }
-    (result,) = compare_all({2: rounds}, k=5)
-    saving = result["saving"]
+    saving = compare(2, rounds, k=5)["saving"]
     assert saving["draft_rows_saved"] == 6
     assert saving["row_cost_ratio"] == pytest.approx(0.5)
     assert saving["predicted_saving_s"] == pytest.approx(0.6)

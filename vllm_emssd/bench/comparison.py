@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from vllm_emssd.bench.harness import Rounds
+from vllm_emssd.bench.harness import Measurement
+from vllm_emssd.bench.kv_price import estimate, row_slot_ms
 from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.row_costs import row_cost
+from vllm_emssd.bench.vanilla import replay
 
 NUM_RESAMPLES = 4000
 COVERAGE = 0.95
@@ -26,6 +28,8 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("auto", "emssd"),
     ("llma-auto", "llma"),
 )
+# Unpadded and padded sides of the paper's vanilla.
+PADDED: dict[str, str] = {"llma": "llma-padded", "emssd": "padded"}
 # Methods that choose by themselves, against the better of those a user chooses from.
 AGAINST_BEST: dict[str, tuple[str, ...]] = {
     "auto": ("plain", "stock"),
@@ -105,8 +109,32 @@ def geometric_means(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def compare_all(rounds: Rounds, k: int) -> list[dict[str, Any]]:
-    return [compare(batch, by_method, k) for batch, by_method in rounds.items()]
+def compare_all(
+    measured: Measurement, num_prompt_tokens: Sequence[int], k: int
+) -> list[dict[str, Any]]:
+    """One result a batch size. num_prompt_tokens: of the workload's requests."""
+    return [
+        compare(batch, rounds, k)
+        | {"vanilla": vanilla(batch, measured, num_prompt_tokens)}
+        for batch, rounds in measured.rounds.items()
+    ]
+
+
+def vanilla(
+    batch: int, measured: Measurement, num_prompt_tokens: Sequence[int]
+) -> dict[str, Any]:
+    """Of each unpadded method that ran beside its padded twin: what the paper's
+    vanilla would have computed, and, where K/V was priced, taken."""
+    rounds, estimates = measured.rounds[batch], {}
+    for name, padded in PADDED.items():
+        if not {name, padded} <= rounds.keys():
+            continue
+        num_requests = 1 + max(e.request for s in rounds[name][0].steps for e in s)
+        lens = num_prompt_tokens[:num_requests]
+        replays = [replay(done, lens, batch) for done in rounds[name]]
+        price = row_slot_ms(measured.forwards[batch].get(padded, ()))
+        estimates[name] = estimate(replays, rounds[name], rounds[padded], price)
+    return estimates
 
 
 def _summary(rounds: list[Round]) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class _Engine:
                     "enforce_eager": True,
                     "enable_prefix_caching": False,
                     "disable_log_stats": False,
+                    "use_tqdm_on_load": False,
                     "seed": 0,
                 }
                 | options.options

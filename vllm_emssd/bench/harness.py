@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from vllm_emssd.bench.engine_process import EngineOptions, EngineProcess
+from vllm_emssd.bench.kv_price import Forward, decode_forwards, stretched
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
@@ -38,6 +39,7 @@ class Plan:
     rounds: int
     min_requests: int = 1
     warm_up: int = 1  # rounds of each batch size that are not kept
+    priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
         """Of one round: whole batches."""
@@ -51,30 +53,68 @@ def in_batches(requests: Sequence[Request], size: int) -> list[list[Request]]:
     return [list(requests[i : i + size]) for i in range(0, len(requests), size)]
 
 
-def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> Rounds:
+@dataclass(slots=True)
+class Measurement:
+    rounds: Rounds = field(default_factory=dict)
+    # batch size -> method -> decoding steps over short and long contexts
+    forwards: dict[int, dict[str, list[Forward]]] = field(default_factory=dict)
+
+
+def measure(
+    plan: Plan, options: EngineOptions, requests: Sequence[Request]
+) -> Measurement:
     """Raises ValueError where there are too few requests."""
     if len(requests) < plan.most_requests():
         raise ValueError(
             f"the workload has {len(requests)} requests, {plan.most_requests()} are "
             "needed: lower --batches or --min-requests, or give a larger workload"
         )
-    with _progress() as progress, contextlib.ExitStack() as stack:
+    measured = Measurement()
+    with progress_bars() as progress, contextlib.ExitStack() as stack:
         engines = _start(plan.methods, options, progress, stack)
-        num_turns = plan.rounds + plan.warm_up
-        bar = progress.add_task("rounds", total=len(plan.batches) * num_turns)
-        rounds: Rounds = {}
+        num_turns = len(plan.batches) * (plan.rounds + plan.warm_up)
+        bar = progress.add_task("rounds", total=num_turns)
         for batch in plan.batches:
-            batches = in_batches(requests[: plan.num_requests(batch)], batch)
-            rounds[batch] = {method.name: [] for method in plan.methods}
-            for i in range(num_turns):
-                progress.update(bar, description=f"batch {batch}")
-                for engine in engines if i % 2 else reversed(engines):
-                    done = engine.run(batches)
-                    if i >= plan.warm_up:
-                        rounds[batch][engine.method.name].append(done)
-                    time.sleep(PAUSE_S)
-                progress.advance(bar)
+            progress.update(bar, description=f"batch {batch}")
+            chosen = requests[: plan.num_requests(batch)]
+            batches = in_batches(chosen, batch)
+            measured.rounds[batch] = _rounds(
+                plan, engines, batches, lambda: progress.advance(bar)
+            )
+            measured.forwards[batch] = {
+                engine.method.name: _stretched(engine, batches[0], options)
+                for engine in engines
+                if engine.method.name in plan.priced
+            }
+    return measured
+
+
+def _rounds(
+    plan: Plan,
+    engines: Sequence[EngineProcess],
+    batches: list[list[Request]],
+    advance: Callable[[], None],
+) -> dict[str, list[Round]]:
+    """The methods in turns, every other time backwards."""
+    rounds: dict[str, list[Round]] = {method.name: [] for method in plan.methods}
+    for i in range(plan.rounds + plan.warm_up):
+        for engine in engines if i % 2 else reversed(engines):
+            done = engine.run(batches)
+            if i >= plan.warm_up:
+                rounds[engine.method.name].append(done)
+            time.sleep(PAUSE_S)
+        advance()
     return rounds
+
+
+def _stretched(
+    engine: EngineProcess, batch: list[Request], options: EngineOptions
+) -> list[Forward]:
+    forwards: list[Forward] = []
+    for requests in stretched(batch, options.max_model_len):
+        lens = [len(request.prompt_token_ids) for request in requests]
+        forwards += decode_forwards(engine.run([requests]), lens)
+    return forwards
 
 
 def _start(
@@ -103,7 +143,7 @@ def _running(method: Method, options: EngineOptions) -> Iterator[EngineProcess]:
         engine.close()
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description:20}"),
         BarColumn(),

@@ -30,6 +30,8 @@ def read_jsonl(path: Path) -> list[Prompt]:
 
 def prompt_of(line: dict[str, Any]) -> Prompt:
     """Raises ValueError for keys that are not known, or no prompt."""
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
     own = {"prompt", "turns", "max_tokens", "arrival_ms", "source", *SAMPLING_KEYS}
     if unknown := line.keys() - own - QUESTION_KEYS:
         raise ValueError(f"unknown keys {sorted(unknown)}; known: {sorted(own)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_emssd.bench.comparison import geometric_means
+from vllm_emssd.bench.over_http import LATENCIES
 
 WIDTH = 160
 
@@ -23,11 +24,37 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     console.print(_ratio_table(results))
     if results[0]["saving"]:
         console.print(_saving_table(results))
+    if any(result["vanilla"] for result in results):
+        console.print(_vanilla_table(results))
     if any(m["num_preemptions"] for r in results for m in r["methods"].values()):
         console.print(
             "[red]Requests were preempted: counts and times are not those of this "
             "batch. Raise --kv-cache-mib.[/]"
         )
+
+
+def print_http_results(results: Sequence[dict[str, Any]]) -> None:
+    columns = ("concurrency", "method", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99")
+    table = _table("over HTTP, medians of the rounds; latencies in ms", *columns)
+    for result in results:
+        for name, found in result["methods"].items():
+            latencies = (f"{found[key]:.1f}" for key in LATENCIES)
+            speed = f"{found['output_throughput']:.0f}"
+            table.add_row(str(result["concurrency"]), name, speed, *latencies)
+    Console(width=WIDTH).print(table)
+
+
+def print_proposer_times(times: Sequence[dict[str, Any]]) -> None:
+    columns = ("proposer", "context", "requests", "first step", "step", "step p99")
+    table = _table("copy proposers alone, ms", *columns)
+    for found in times:
+        table.add_row(
+            found["proposer"],
+            str(found["num_context_tokens"]),
+            str(found["num_reqs"]),
+            *(f"{found[key]:.3f}" for key in ("first_ms", "step_ms", "step_ms_p99")),
+        )
+    Console(width=WIDTH).print(table)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -53,6 +80,15 @@ def _rows(result: dict[str, Any], name: str) -> str:
 def _spread(result: dict[str, Any], name: str) -> str:
     return f"{result['methods'][name]['spread']:.1%}"
 
+
+# Table 2 of the paper, EMS-SD over "unpad KV only" and over vanilla, by batch size.
+PAPER = {
+    2: (1.09, 1.09),
+    4: (1.19, 1.25),
+    8: (1.48, 1.59),
+    16: (1.72, 1.97),
+    24: (1.87, 2.14),
+}
 
 CELLS = {
     "tokens/s, medians of alternating rounds (x first method, or plain)": _speed,
@@ -105,8 +141,42 @@ def _saving_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def _vanilla_table(results: Sequence[dict[str, Any]]) -> Table:
+    table = _table(
+        "the paper's vanilla, replayed (its time: padded inputs + priced K/V padding)",
+        "batch",
+        "method",
+        "rows / unpadded",
+        "cache slots read / unpadded",
+        "row-slots / unpadded",
+        "speed over padded inputs (paper)",
+        "over vanilla (paper)",
+    )
+    for result in results:
+        for name, found in result["vanilla"].items():
+            own, padded = found["counts"]["unpadded"], found["counts"]["vanilla"]
+            table.add_row(
+                str(result["batch"]),
+                name,
+                *(
+                    f"{padded[count] / own[count]:.2f}"
+                    for count in ("num_rows", "num_kv_slots", "num_row_slots")
+                ),
+                *_beside_paper(result["batch"], name, found),
+            )
+    return table
+
+
+def _beside_paper(batch: int, name: str, found: dict[str, Any]) -> Iterator[str]:
+    paper = PAPER.get(batch, (None, None)) if name == "llma" else (None, None)
+    ours = (found["over_padded_inputs"], found["over_vanilla"])
+    for own, theirs in zip(ours, paper, strict=True):
+        yield f"{own:.2f}" + (f" ({theirs:.2f})" if theirs else "")
+
+
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    """As wide as its title: a narrower table would break it."""
+    table = Table(title=title, title_justify="left", min_width=len(title) + 2)
     for column in columns:
         table.add_column(column, justify="right")
     return table

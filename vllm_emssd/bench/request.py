@@ -21,6 +21,8 @@ SAMPLING_KEYS = (
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
+    def decode(self, token_ids: list[int]) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_emssd.bench.comparison import compare_all, geometric_means
+from vllm_emssd.bench import methods, over_http, workloads
+from vllm_emssd.bench.comparison import PADDED, compare_all, geometric_means
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
-from vllm_emssd.bench.harness import Plan, Rounds, measure
-from vllm_emssd.bench.methods import DESCRIPTIONS, MethodOptions, parse_method
+from vllm_emssd.bench.harness import Measurement, Plan, measure
+from vllm_emssd.bench.methods import MethodOptions, parse_method
+from vllm_emssd.bench.over_http import measure_over_http
+from vllm_emssd.bench.proposer_time import proposer_times
 from vllm_emssd.bench.provenance import provenance
-from vllm_emssd.bench.report import print_results, write_result
+from vllm_emssd.bench.report import (
+    print_http_results,
+    print_proposer_times,
+    print_results,
+    write_result,
+)
 from vllm_emssd.bench.workloads import (
     SHIPPED_MODELS,
     Workload,
@@ -21,20 +29,39 @@ from vllm_emssd.bench.workloads import (
 )
 
 LENGTH_STEP = 128  # --max-model-len, where it follows from the workload
+PROPOSER_STEPS = 60
 QUICK = {"batches": [1, 4], "rounds": 3, "max_tokens": 32}
 DEFAULTS = {"batches": [1, 8, 24], "rounds": 7, "max_tokens": 96}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "methods:\n" + "\n".join(
-        f"  {name:14} {text}" for name, text in DESCRIPTIONS.items()
+    parser.epilog = (
+        f"methods:\n{_listing(methods.DESCRIPTIONS)}\n\n"
+        f"workloads:\n{_listing(workloads.DESCRIPTIONS)}"
     )
     parser.add_argument("--quick", action="store_true", help="a few minutes")
     parser.add_argument("--output", type=Path, help="JSON file for everything measured")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--http",
+        action="store_true",
+        help="start `vllm serve` of each method and load it with `vllm bench serve`; "
+        "--batches are concurrencies",
+    )
+    mode.add_argument(
+        "--proposer-time",
+        action="store_true",
+        help="only the copy proposers' own time a step, at contexts of 512, 4k, 32k",
+    )
     _add_what_runs(parser)
     _add_workload(parser)
     _add_engine(parser)
+
+
+def _listing(descriptions: dict[str, str]) -> str:
+    width = max(map(len, descriptions))
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in descriptions.items())
 
 
 def _add_what_runs(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +76,12 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="requests in a round, at least: small batches run several, one by one",
+    )
+    group.add_argument(
+        "--price-kv-padding",
+        action="store_true",
+        help="estimate the paper's vanilla: needs llma and llma-padded, or emssd and "
+        "padded, which then also run over short and long contexts",
     )
     group.add_argument("--num-speculative-tokens", type=int, default=5, metavar="K")
     group.add_argument("--auto-tokens", type=int, default=8, help="most of auto")
@@ -86,6 +119,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile", action="store_true", help="as vLLM does; default: enforce eager"
     )
+    group.add_argument(
+        "--cached-prompts",
+        action="store_true",
+        help="prefix caching on: the warm-up fills it, the rounds measure decoding",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,39 +131,62 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     try:
-        plan = plan_of(args)
-        workload = load_workload(
-            args.workload,
-            _tokenizer(args),
-            workload_options(args),
-            plan.most_requests(),
-        )
-        engine_options = engine_options_of(args, workload)
-        rounds = measure(plan, engine_options, workload.requests)
+        measured = _time_proposers(args) if args.proposer_time else _compare(args)
     except (ValueError, EngineError) as error:
         print(f"vllm-emssd bench: {error}", file=sys.stderr)
         return 1
-    result = result_of(args, workload, engine_options, rounds)
-    print_results(result["results"])
     if args.output:
-        write_result(args.output, result)
+        said = {"arguments": vars(args) | {"output": str(args.output)}}
+        write_result(args.output, {"provenance": provenance()} | said | measured)
     return 0
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    shipped = SHIPPED_MODELS / "target"
+def _time_proposers(args: argparse.Namespace) -> dict[str, Any]:
+    times = proposer_times(
+        _tokenizer(args), max(args.batches), PROPOSER_STEPS, method_options(args)
+    )
+    print_proposer_times(times)
+    return {"proposer_times": times}
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    plan, tokenizer = plan_of(args), _tokenizer(args)
+    workload = load_workload(
+        args.workload, tokenizer, workload_options(args), plan.most_requests()
+    )
+    options = engine_options_of(args, workload)
+    said = {"max_model_len": options.max_model_len, "workload": workload.as_dict()}
+    if args.http:
+        rounds = measure_over_http(plan, options, workload.requests, tokenizer)
+        results = over_http.summaries(rounds)
+        print_http_results(results)
+        return said | {"results": results, "rounds": rounds}
+    measured = measure(plan, options, workload.requests)
+    found = result_of(args, workload, measured)
+    print_results(found["results"])
+    return said | found
+
+
+def method_options(args: argparse.Namespace) -> MethodOptions:
     draft_model = args.draft_model
-    if draft_model is None and Path(args.model) == shipped:
+    if draft_model is None and Path(args.model) == SHIPPED_MODELS / "target":
         draft_model = str(SHIPPED_MODELS / "draft")
-    options = MethodOptions(
+    return MethodOptions(
         draft_model=draft_model,
         num_speculative_tokens=args.num_speculative_tokens,
         auto_tokens=args.auto_tokens,
         check_length=args.check_length,
         copy_length=args.copy_length,
     )
-    methods = [parse_method(text, options) for text in args.methods]
-    return Plan(methods, args.batches, args.rounds, args.min_requests)
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    options = method_options(args)
+    chosen = [parse_method(text, options) for text in args.methods]
+    priced = set(PADDED.values()) if args.price_kv_padding else ()
+    return Plan(
+        chosen, args.batches, args.rounds, args.min_requests, priced=tuple(priced)
+    )
 
 
 def workload_options(args: argparse.Namespace) -> WorkloadOptions:
@@ -148,31 +209,26 @@ def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOpt
         dtype=args.dtype,
         kv_cache_mib=args.kv_cache_mib,
         fix_cpu_sampling=is_sampled,
-        options={"enforce_eager": not args.compile},
+        options={
+            "enforce_eager": not args.compile,
+            "enable_prefix_caching": args.cached_prompts,
+        },
     )
 
 
 def result_of(
-    args: argparse.Namespace,
-    workload: Workload,
-    engine_options: EngineOptions,
-    rounds: Rounds,
+    args: argparse.Namespace, workload: Workload, measured: Measurement
 ) -> dict[str, Any]:
-    results = compare_all(rounds, args.num_speculative_tokens)
+    lens = [len(request.prompt_token_ids) for request in workload.requests]
+    results = compare_all(measured, lens, args.num_speculative_tokens)
     return {
-        "provenance": provenance(),
-        "arguments": {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-        },
-        "max_model_len": engine_options.max_model_len,
-        "workload": workload.as_dict(),
         "results": results,
         "geometric_means": geometric_means(results),
         "rounds": {
             batch: {
                 name: [r.as_dict() for r in done] for name, done in by_method.items()
             }
-            for batch, by_method in rounds.items()
+            for batch, by_method in measured.rounds.items()
         },
     }
 

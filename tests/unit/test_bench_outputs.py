@@ -1,0 +1,197 @@
+"""Figures, HTTP commands and the proposer's timing, from made-up measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from tests.unit.test_workloads import Words
+from vllm_emssd import cli
+from vllm_emssd.bench import proposer_time
+from vllm_emssd.bench.comparison import compare_all
+from vllm_emssd.bench.engine_process import EngineOptions
+from vllm_emssd.bench.harness import Measurement
+from vllm_emssd.bench.methods import Method, MethodOptions
+from vllm_emssd.bench.over_http import KEPT, load_command, summaries, write_prompts
+from vllm_emssd.bench.plots import FIGURES, draw_acceptance, draw_rows, draw_speed_up
+from vllm_emssd.bench.provenance import provenance
+from vllm_emssd.bench.report import (
+    print_http_results,
+    print_proposer_times,
+    print_results,
+    write_result,
+)
+from vllm_emssd.bench.request import Request
+from vllm_emssd.bench.round import RequestStep, Round
+from vllm_emssd.bench.server import Server, serve_command
+
+OPTIONS = EngineOptions("TARGET", "TOKENIZER", max_model_len=640, max_num_seqs=8)
+
+
+def result() -> dict[str, object]:
+    """Two methods; llma accepts 1 and 3 drafts and is twice as fast at batch 8."""
+
+    def rounds(seconds: float, sampled: int) -> list[Round]:
+        prompt = [RequestStep(0, 9, 0, 1)]
+        step = [RequestStep(0, sampled, sampled - 1, sampled)]
+        return [
+            Round(
+                seconds=seconds,
+                num_tokens=1 + sampled,
+                target_forwards=[(9, 1.0), (sampled, 2.0)],
+                steps=[prompt, step],
+            )
+            for _ in range(3)
+        ]
+
+    measured = Measurement(
+        rounds={
+            1: {"plain": rounds(1.0, 1), "llma": rounds(1.0, 2)},
+            8: {"plain": rounds(1.0, 1), "llma": rounds(0.5, 4)},
+        }
+    )
+    return {
+        "provenance": provenance(),
+        "workload": {"name": "copy"},
+        "results": compare_all(measured, [9], k=5),
+        "rounds": {
+            batch: {name: [r.as_dict() for r in done] for name, done in methods.items()}
+            for batch, methods in measured.rounds.items()
+        },
+    }
+
+
+def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table2.json"
+    write_result(path, result())
+    assert cli.main(["plot", str(path), "-o", str(tmp_path / "figures")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [str(tmp_path / f"figures/table2-{name}.png") for name in FIGURES]
+    assert all(Path(line).stat().st_size > 5000 for line in printed)
+
+
+def test_plot_of_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    assert cli.main(["plot", str(path), "-o", str(tmp_path)]) == 1
+    assert "is no result of vllm-emssd bench" in capsys.readouterr().err
+    assert cli.main(["plot", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_what_is_drawn() -> None:
+    axes = Figure().subplots()
+    draw_speed_up(axes, result())
+    (line,) = axes.containers
+    assert line.lines[0].get_ydata().tolist() == [1.0, 2.0]
+    axes = Figure().subplots()
+    draw_acceptance(axes, result())
+    (bars,) = axes.containers
+    assert [(b.get_height(), round(b.get_x() + 0.4)) for b in bars] == [(1.0, 3)]
+    axes = Figure().subplots()
+    draw_rows(axes, result())
+    target, _ = axes.containers
+    assert [bar.get_height() for bar in target] == [10 / 2, 13 / 5]
+
+
+def test_printing_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    print_results(result()["results"])  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    assert "llma/plain" in printed
+    assert "preempted" not in printed
+
+
+def test_provenance_names_what_ran() -> None:
+    made = provenance()
+    assert made["vllm"].startswith("0.")
+    assert made["commit"]
+    assert made["command"]
+    assert "cores" in made["machine"]
+
+
+# ---------------------------------------------------------------- over HTTP
+
+
+def test_server_of_a_method() -> None:
+    config = {"method": "emssd"}
+    command = serve_command(Method("llma", config), OPTIONS, port=1234)
+    assert json.loads(command[command.index("--speculative-config") + 1]) == config
+    assert command[command.index("--max-model-len") + 1] == "640"
+    plain = serve_command(Method("plain", None), OPTIONS, port=1234)
+    assert "--speculative-config" not in plain
+    assert list(plain) == list(command[: len(plain)])
+
+
+def test_load_is_greedy_and_of_the_workload(tmp_path: Path) -> None:
+    words = Words()
+    requests = [
+        Request(words.encode(text), n, {"temperature": 0.0})
+        for text, n in (("a b", 5), ("c d e", 6))
+    ]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", requests, words)
+    assert [json.loads(line) for line in prompts.read_text().splitlines()] == [
+        {"prompt": "a b", "output_tokens": 5},
+        {"prompt": "c d e", "output_tokens": 6},
+    ]
+    server = Server(Method("plain", None), "http://127.0.0.1:1", tmp_path / "log")
+    command = load_command(
+        server, OPTIONS, requests, prompts, 2, tmp_path / "result.json"
+    )
+    assert "--temperature=0.0" in command
+    assert command[command.index("--max-concurrency") + 1] == "2"
+    assert command[command.index("--num-prompts") + 1] == "2"
+
+
+def test_load_of_mixed_sampling_is_refused(tmp_path: Path) -> None:
+    requests = [Request([1], 1, {"temperature": t}) for t in (0.0, 1.0)]
+    server = Server(Method("plain", None), "http://127.0.0.1:1", tmp_path / "log")
+    with pytest.raises(ValueError, match="leave --http away"):
+        load_command(server, OPTIONS, requests, tmp_path, 1, tmp_path / "r.json")
+
+
+def test_http_summaries(capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = {4: {"plain": [dict.fromkeys(KEPT, value) for value in (1.0, 9.0, 2.0)]}}
+    found = summaries(rounds)
+    assert found == [{"concurrency": 4, "methods": {"plain": dict.fromkeys(KEPT, 2.0)}}]
+    print_http_results(found)
+    assert "TTFT" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the proposer
+
+
+def test_proposer_is_timed_at_its_contexts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every context is reached, a few tokens a step, by every request."""
+    seen: list[tuple[int, int]] = []
+
+    def recorder(num_reqs: int, options: MethodOptions) -> proposer_time.Propose:
+        def propose(token_ids: np.ndarray, num_tokens: np.ndarray) -> None:
+            known = int(num_tokens[0])
+            assert (num_tokens == known).all()
+            assert token_ids[:, :known].any(axis=1).all()
+            seen.append((num_reqs, known))
+
+        return propose
+
+    monkeypatch.setattr(proposer_time, "CONTEXTS", (64, 256))
+    monkeypatch.setattr(proposer_time, "_ngram", recorder)
+    times = proposer_time.proposer_times(Words(), 2, 4, MethodOptions(None))
+    assert [(t["proposer"], t["num_context_tokens"]) for t in times] == [
+        ("llma", 64),
+        ("llma", 256),
+        ("ngram", 64),
+        ("ngram", 256),
+    ]
+    assert seen[0] == (2, 64 - 4 * 8)
+    assert seen[8] == (2, 64)
+    assert seen[-1] == (2, 256)
+    print_proposer_times(times)
+    assert "llma" in capsys.readouterr().out

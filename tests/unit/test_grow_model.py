@@ -1,0 +1,73 @@
+"""A grown model says what the small one says."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SCRIPT = Path(__file__).parents[2] / "scripts/grow_model.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("grow_model", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def small(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=request.param,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for name, weights in model.named_parameters():
+        if "norm" in name:
+            weights.data.uniform_(0.5, 1.5)
+    return model
+
+
+def arguments(**sizes: int) -> argparse.Namespace:
+    asked = {"hidden_size": 96, "num_layers": 4, "intermediate_size": 80}
+    return argparse.Namespace(**asked | {"query_group": 3} | sizes)
+
+
+@pytest.mark.parametrize("query_group", [2, 3])
+def test_same_logits(
+    script: ModuleType, small: LlamaForCausalLM, query_group: int
+) -> None:
+    config = script.grown_config(small.config, arguments(query_group=query_group))
+    script.check_sizes(small.config, config)
+    large = script.grow(small, config).eval()
+    assert large.num_parameters() > 5 * small.num_parameters()
+    assert script.largest_difference(small, large) < 1e-4
+
+
+def test_a_lost_weight_is_seen(script: ModuleType, small: LlamaForCausalLM) -> None:
+    """The check that guards the written model can fail."""
+    large = script.grow(small, script.grown_config(small.config, arguments())).eval()
+    large.model.layers[1].mlp.down_proj.weight.data.zero_()
+    assert script.largest_difference(small, large) > script.TOLERANCE
+
+
+def test_too_small(script: ModuleType, small: LlamaForCausalLM) -> None:
+    config = script.grown_config(small.config, arguments(num_layers=1))
+    with pytest.raises(ValueError, match="num_hidden_layers would shrink"):
+        script.check_sizes(small.config, config)

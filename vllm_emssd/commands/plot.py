@@ -1,0 +1,41 @@
+"""`vllm-emssd plot`: the figures of a result of `vllm-emssd bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(), metavar="DIR", help="for the PNGs"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from vllm_emssd.bench.plots import draw_all
+    except ImportError:
+        print(
+            "vllm-emssd plot needs matplotlib: pip install matplotlib", file=sys.stderr
+        )
+        return 1
+    for path in args.results:
+        try:
+            result = json.loads(path.read_text())
+            drawn = draw_all(result, args.output, path.stem)
+        except (OSError, ValueError) as error:
+            print(f"vllm-emssd plot: {path}: {error}", file=sys.stderr)
+            return 1
+        except KeyError as error:
+            print(
+                f"vllm-emssd plot: {path} is no result of vllm-emssd bench: "
+                f"it has no {error}",
+                file=sys.stderr,
+            )
+            return 1
+        print("\n".join(map(str, drawn)))
+    return 0
