@@ -26,6 +26,7 @@ from vllm_emssd.config import (
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.compat import check_vllm_version
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
+from vllm_emssd.integration.references import REFERENCE_HOOKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,7 +158,7 @@ def _create_ours(
         stock, args, config, stock_part, model_config, parallel_config
     )
 
-    hooks.install([VALIDATION_HOOK])
+    hooks.install([VALIDATION_HOOK, *REFERENCE_HOOKS])
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
     args.additional_config = {
@@ -178,8 +179,8 @@ def _run_stock(
     parallel_config: ParallelConfig,
 ) -> SpeculativeConfig:
     """Build vLLM's own config, leaving `args` as the user gave them."""
-    stock_part["num_speculative_tokens"] = config.num_speculative_tokens
-    if config.proposer == "draft_model":
+    stock_part["num_speculative_tokens"] = config.most_draft_tokens
+    if config.uses_draft_model:
         stock_part |= {"method": "draft_model", "disable_padded_drafter_batch": True}
     else:
         stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}
