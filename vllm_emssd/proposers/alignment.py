@@ -20,7 +20,7 @@ _FAR_MATCH_LENGTH = 8  # for more, or to go back, so many must agree
 _LONGEST_EDIT = 16  # tokens replaced or written, for an edit to be remembered
 _ANCHOR_WINDOW = 8  # tokens behind a departure where one equal token is believed
 _MOST_GUESSES = 2  # tokens of a departure taken to replace as many
-_LONGEST_DEPARTURE = 128  # tokens kept: a longer one is a text of its own
+_LONGEST_DEPARTURE = 128  # tokens: a longer one is a text of its own
 _INDEXED_A_STEP = 16384  # tokens of a long reference, so that no step stalls
 _ANY = -1  # no token id
 
