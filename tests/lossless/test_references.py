@@ -101,11 +101,12 @@ def test_tokens_are_plain_decoding(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixed", "llma"])
 def test_right_reference_is_copied_whole(name: str) -> None:
-    """40 tokens: one from the prompt, then at most 8 (mixed: 8 too) a forward."""
+    """40 tokens: one from the prompt, then 8 a forward, of which one is the target's.
+    Tokenized anew, text may give other tokens than the answer had."""
     runs = _runs(name)[0]
-    assert runs["right, token ids"].num_accepted_tokens == NUM_PROMPTS * (39 - 5)
-    assert runs["right, text"].num_accepted_tokens >= NUM_PROMPTS * 30
-    assert runs["none"].num_accepted_tokens < NUM_PROMPTS * 30
+    assert runs["right, token ids"].num_accepted_tokens >= NUM_PROMPTS * (39 - 5)
+    assert runs["right, text"].num_accepted_tokens >= NUM_PROMPTS * 24
+    assert runs["none"].num_accepted_tokens < NUM_PROMPTS * 24
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))
