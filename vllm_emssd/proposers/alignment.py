@@ -59,6 +59,10 @@ class ReferenceAlignment:
         self._has_just_edited = False  # right before the pointer
         self.run = 0  # tokens followed since the pointer was last found anew
 
+    def start_at(self, position: int, run: int) -> None:
+        """The answer was found to repeat the reference up to here, `run` tokens."""
+        self._resume(position, run)
+
     @property
     def standing(self) -> Standing:
         if self._departure is None:

@@ -3,12 +3,15 @@
 Of the copies that are possible the one is taken whose like has held longest in this
 request: copies are alike that come from the same source after a match of about the
 same length. Before anything was verified the longer match wins.
+
+Once a request has copied a stretch of its prompt, the prompt is its reference: an
+edit of a text in the prompt is followed like that of a reference it brought.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,8 +23,10 @@ _FORGET = 0.9  # weight kept by what was seen before, each time
 _IDLE_FORGET = 0.98  # each time a copy is not worth it, so that it is tried again
 _WORTHLESS = 0.1  # acceptance below which nothing is copied
 _REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
+_PROMPT_STRETCH = 16  # tokens of the prompt repeated, to take it as the reference
 _STANDING_PRIOR = {Standing.EDITS: 0.85, Standing.GUESSES: 0.5}
 
+_OWN_TEXT = "own text"
 _Kind = tuple[str, int]  # source, binary logarithm of the match length
 
 
@@ -32,6 +37,8 @@ class Copy:
     token_ids: list[int]
     acceptance: float
     kind: _Kind = ("none", 0)
+    source: int = 0  # where it stands in the request's text, if it does,
+    match_len: int = 0  # and how many tokens agree before it
 
     @property
     def gain(self) -> float:
@@ -82,10 +89,11 @@ class _RequestCopies:
     """The sources of one request and its record."""
 
     index: OccurrenceIndex
+    num_prompt_tokens: int
     alignment: ReferenceAlignment | None
     num_aligned: int  # tokens of the text that the alignment has seen
     records: dict[_Kind, AcceptanceRecord] = field(default_factory=dict)
-    pending: _Kind | None = None  # of the copy not yet verified
+    pending: Copy | None = None  # not yet verified
 
 
 class Copier:
@@ -122,7 +130,7 @@ class Copier:
 
     def record_proposed(self, req_id: str, copy: Copy) -> None:
         """These are the request's drafts now."""
-        self._requests[req_id].pending = copy.kind
+        self._requests[req_id].pending = copy
 
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
@@ -131,10 +139,28 @@ class Copier:
         request = self._requests.get(req_id)
         if request is None or request.pending is None:
             return
-        record = request.records.setdefault(request.pending, AcceptanceRecord())
+        copy, request.pending = request.pending, None
         if num_draft_tokens:
+            record = request.records.setdefault(copy.kind, AcceptanceRecord())
             record.observe(num_draft_tokens, num_accepted_tokens)
-        request.pending = None
+            self._maybe_align_with_prompt(request, copy, num_accepted_tokens)
+
+    def _maybe_align_with_prompt(
+        self, request: _RequestCopies, copy: Copy, num_accepted_tokens: int
+    ) -> None:
+        end, run = copy.source + num_accepted_tokens, copy.match_len
+        run += num_accepted_tokens
+        if (
+            request.alignment is None
+            and copy.kind[0] == _OWN_TEXT
+            and run >= _PROMPT_STRETCH
+            and end <= request.num_prompt_tokens
+        ):
+            tokens = request.index.tokens  # what was known when the copy was found
+            prompt = np.array(tokens[: request.num_prompt_tokens], dtype=np.int32)
+            request.alignment = ReferenceAlignment(prompt, self._check_length)
+            request.alignment.start_at(end, run)
+            request.num_aligned = len(tokens) + num_accepted_tokens
 
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
@@ -160,7 +186,7 @@ class Copier:
         if reference is not None and len(reference):
             alignment = ReferenceAlignment(reference, self._check_length)
         index = OccurrenceIndex(self._check_length)
-        return _RequestCopies(index, alignment, num_prompt_tokens)
+        return _RequestCopies(index, num_prompt_tokens, alignment, num_prompt_tokens)
 
     def _copies(self, request: _RequestCopies, length: int) -> list[Copy]:
         """The reference's first: of equals it is taken."""
@@ -179,9 +205,10 @@ class Copier:
             # A copy that reaches the end goes on with what it just copied.
             period = len(tokens) - source
             copied = [tokens[source + j % period] for j in range(length)]
-            kind = ("own text", match_len.bit_length())
+            kind = (_OWN_TEXT, match_len.bit_length())
             prior = match_len / (match_len + 1)
-            copies.append(self._copy(request, copied, kind, prior))
+            copy = self._copy(request, copied, kind, prior)
+            copies.append(replace(copy, source=source, match_len=match_len))
         return copies
 
     @staticmethod
