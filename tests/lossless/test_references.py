@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine import stats, stop_counting_others
 from tests.lossless.engines import NUM_PROMPTS, Sampled, engine, sample, texts
@@ -110,7 +111,7 @@ def _changed_throughout(tokenizer: Any, answer: list[int]) -> list[int] | None:
 
 
 def _error(llm: Any, reference: Any) -> str:
-    with pytest.raises(ValueError, match="emssd_reference") as caught:
+    with pytest.raises(VLLMValidationError, match="emssd_reference") as caught:
         llm.generate(texts(1), _params(reference), use_tqdm=False)
     return str(caught.value)
 

@@ -14,6 +14,7 @@ from vllm_emssd.integration.compat import SUPPORTED_VLLM, check_vllm_version
 from vllm_emssd.integration.cpu_fixes import CPU_FIXES
 from vllm_emssd.integration.frontend import FRONTEND_HOOK
 from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration.references import REFERENCE_HOOKS
 from vllm_emssd.integration.worker import CPU_RUNNER_HOOK
 
 MODULE = "stub_of_vllm"
@@ -170,7 +171,9 @@ def test_installed_leaves_hooks_that_were_there(stub: types.ModuleType) -> None:
     assert stub.Runner.run is run
 
 
-@pytest.mark.parametrize("hook", [FRONTEND_HOOK, CPU_RUNNER_HOOK, *CPU_FIXES])
+@pytest.mark.parametrize(
+    "hook", [FRONTEND_HOOK, CPU_RUNNER_HOOK, *REFERENCE_HOOKS, *CPU_FIXES]
+)
 def test_our_hooks_fit_the_vllm_that_is_installed(hook: Hook) -> None:
     hooks.check(hook)
     assert hook.why
