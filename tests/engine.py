@@ -26,6 +26,7 @@ STOCK = {
 }
 DRAFT_MODEL = STOCK | {"method": "emssd", "draft_length": "fixed"}
 LLMA = {"method": "emssd", "draft_length": "fixed"}
+MIXED = DRAFT_MODEL | {"proposer": "mixed"}
 
 
 @dataclass(frozen=True)

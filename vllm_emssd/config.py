@@ -38,7 +38,7 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
         'remove it or use "method": "draft_model"'
     ),
 }
-ProposerName = Literal["draft_model", "llma"]
+ProposerName = Literal["draft_model", "llma", "mixed"]
 DraftLengthName = Literal["fixed", "auto"]
 PROPOSER_GROUP = "vllm_emssd.proposers"  # entry points by which packages bring more
 
@@ -67,6 +67,21 @@ class EmssdConfig(BaseModel):
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
     unpad_inputs: StrictBool = True
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.proposer != "llma"
+
+    @property
+    def copies(self) -> bool:
+        return self.proposer != "draft_model"
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """Of a request and step, drafted or copied: what vLLM must make room for."""
+        if self.proposer == "mixed":
+            return max(self.num_speculative_tokens, self.copy_length)
+        return self.num_speculative_tokens
 
 
 _OUR_KEYS = frozenset(EmssdConfig.model_fields)
@@ -117,20 +132,28 @@ def parse_speculative_config(
 
 
 def _check_pairs(ours: Mapping[str, Any], model: Any) -> None:
-    if ours["proposer"] == "draft_model":
-        if not model:
-            raise ValueError(
-                _error("proposer", "'draft_model' needs 'model', a draft model")
+    proposer = ours["proposer"]
+    if proposer == "llma" and model:
+        raise ValueError(
+            _error(
+                "model",
+                f"proposer {proposer!r} uses no model; remove it, or use 'mixed' to "
+                "copy and draft",
             )
+        )
+    if proposer != "llma" and not model:
+        raise ValueError(
+            _error("proposer", f"{proposer!r} needs 'model', a draft model")
+        )
+    if proposer == "draft_model":
         for key in _COPY_KEYS:
             if key in ours:
                 raise ValueError(
-                    _error(key, 'only "proposer": "llma" copies; remove one of them')
+                    _error(
+                        key,
+                        'only "proposer": "llma" and "mixed" copy; remove one of them',
+                    )
                 )
-    elif model:
-        raise ValueError(
-            _error("model", f"proposer {ours['proposer']!r} uses no model; remove it")
-        )
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from tests.engine import (
     DRAFT_MODEL,
     LLMA,
+    MIXED,
     STOCK,
     EngineConfig,
     prompts,
@@ -24,8 +25,10 @@ CONFIGS = {
     "stock": EngineConfig(STOCK),
     "draft_model": EngineConfig(DRAFT_MODEL, **CACHED),
     "llma": EngineConfig(LLMA, **CACHED),
+    "mixed": EngineConfig(MIXED, **CACHED),
     "draft_model, padded": EngineConfig(DRAFT_MODEL | {"unpad_inputs": False}),
     "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}),
+    "mixed, padded": EngineConfig(MIXED | {"unpad_inputs": False}),
 }
 OURS = ("draft_model", "llma")
 

@@ -18,6 +18,7 @@ from vllm import SamplingParams
 from tests.engine import (
     DRAFT_MODEL,
     LLMA,
+    MIXED,
     EngineConfig,
     greedy,
     model_runner,
@@ -30,6 +31,7 @@ from tests.lossless.test_sampled import (
     FAST,
     PARAMETERS,
     PROBABILISTIC,
+    SAMPLED_DRAFTS,
     compare,
     draw,
 )
@@ -41,6 +43,7 @@ CONFIGS = {
     "draft_model": EngineConfig(DRAFT_MODEL | AUTO, prefix_caching=True),
     "probabilistic": EngineConfig(PROBABILISTIC | AUTO, prefix_caching=True),
     "llma": EngineConfig(LLMA | AUTO, prefix_caching=True),
+    "mixed": EngineConfig(MIXED | AUTO | SAMPLED_DRAFTS, prefix_caching=True),
 }
 pytestmark = pytest.mark.slow
 

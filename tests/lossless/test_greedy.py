@@ -92,8 +92,10 @@ def results(name: str) -> dict[str, Sampled]:
     "name",
     [
         *OURS,
+        "mixed",
         pytest.param("draft_model, padded", marks=pytest.mark.slow),
         pytest.param("llma, padded", marks=pytest.mark.slow),
+        pytest.param("mixed, padded", marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_plain_decoding(name: str, case: str) -> None:
@@ -124,6 +126,7 @@ def test_drafts_are_accepted_as_by_stock(case: str) -> None:
         )
 
 
-def test_llma_accepts() -> None:
-    accepting = [c for c, seen in results("llma").items() if seen.num_accepted_tokens]
+@pytest.mark.parametrize("name", ["llma", "mixed"])
+def test_copies_are_accepted(name: str) -> None:
+    accepting = [c for c, seen in results(name).items() if seen.num_accepted_tokens]
     assert len(accepting) >= len(CASES) // 2

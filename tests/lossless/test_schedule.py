@@ -20,6 +20,7 @@ from tests.engine import (
 from tests.lossless.engines import CONFIGS, OURS
 from tests.regression.runs import SMALL_CACHE
 
+NAMES = [*OURS, pytest.param("mixed", marks=pytest.mark.slow)]
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 # At a temperature, yet with one outcome: the sampled path must give the greedy tokens.
 SAMPLED = SamplingParams(temperature=0.8, top_k=1, max_tokens=32, ignore_eos=True)
@@ -64,7 +65,7 @@ def plain() -> dict[str, list[list[int]]]:
         }
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", NAMES)
 def test_arrivals_and_whole_cached_blocks(name: str) -> None:
     expected = plain()
     stop_counting_others()
@@ -86,7 +87,7 @@ def test_arrivals_and_whole_cached_blocks(name: str) -> None:
         assert stats(llm)["num_draft_tokens"] == drafts
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", NAMES)
 def test_resumed_requests_at_a_temperature(name: str) -> None:
     stop_counting_others()
     config = dataclasses.replace(CONFIGS[name], kv_cache_bytes=SMALL_CACHE)

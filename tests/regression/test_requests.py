@@ -99,4 +99,4 @@ def _nothing_is_kept_of_finished_requests(llm: Any) -> None:
     if runner._cursor is not None:
         assert len(runner._cursor._requests) <= 1
     else:
-        assert len(runner._proposer._indexes) <= 1
+        assert len(runner._proposer._copier._requests) <= 1

@@ -19,7 +19,7 @@ from tests.unit.simulated_scheduler import Request, Schedule, Scheduler, Setup
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, DraftOpportunity
 from vllm_emssd.metrics import Counters
-from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.ragged import RaggedRows
 
@@ -281,12 +281,10 @@ class Engine:
         self._policy = RandomLengths(self._rng, setup)
         self.drafter = self._drafter = CheckingDrafter(setup, self._kv, self._rng)
         self._counters = Counters()
-        self._proposer = DraftModelProposer(
-            self._drafter,
-            self._cursor,
-            seen_by_proposer(self._policy),
-            self._counters,
-        )
+        self._proposer = self._make_proposer(seen_by_proposer(self._policy))
+
+    def _make_proposer(self, policy: DraftLengthPolicy) -> Proposer:
+        return DraftModelProposer(self._drafter, self._cursor, policy, self._counters)
 
     def run(self) -> Counter[str]:
         """Returns how often what happened."""
@@ -346,8 +344,7 @@ class Engine:
                 self._kv.forget_unaccepted(request)
             else:
                 request.num_computed_tokens = end
-        assert self._policy.observed == verified
-        self._policy.observed = []
+        self._check_observed(verified)
         num_scheduled = [schedule.num_scheduled[r] for r in self._requests]
         return self._draft_batch(num_scheduled, prefilled, is_sampling)
 
@@ -358,6 +355,10 @@ class Engine:
         except PlannedFailureError:
             self._cursor.record_fed_drafts(req_id, 0)
             self._seen["observing failed"] += 1
+
+    def _check_observed(self, verified: list[tuple[str, int, int]]) -> None:
+        assert self._policy.observed == verified
+        self._policy.observed = []
 
     def _draft_batch(
         self, num_scheduled: list[int], prefilled: list[int], is_sampling: list[bool]
@@ -455,7 +456,7 @@ class Engine:
             end = min(len(request.tokens), self._setup.drafter_max_model_len)
             if batch.is_sampling[i]:
                 assert step.missing_rows[i] == max(0, end - num_cached[i])
-        assert step.num_prefill_rows == sum(
+        assert step.num_prefill_rows == batch.num_other_rows + sum(
             scheduled
             for scheduled, sampling in zip(
                 batch.num_scheduled_tokens.tolist(), batch.is_sampling, strict=True

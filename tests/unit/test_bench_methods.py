@@ -30,7 +30,8 @@ def test_emssd_accepts_its_own(name: str) -> None:
     asked = config(name)
     if asked["method"] == "emssd":
         ours, _ = parse_speculative_config(asked, STOCK_KEYS)
-        assert ours.proposer == ("llma" if "llma" in name else "draft_model")
+        copies = [n for n in ("llma", "mixed") if n in name]
+        assert [ours.proposer] == (copies or ["draft_model"])
         assert ours.unpad_inputs == ("padded" not in name)
         assert ours.draft_length in get_args(DraftLengthName)
         assert (ours.draft_length == "auto") == ("auto" in name)
@@ -69,7 +70,7 @@ def test_refused(text: str, says: str) -> None:
         parse_method(text, OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["stock", "emssd", "k3", "auto", "padded"])
+@pytest.mark.parametrize("name", ["stock", "emssd", "k3", "auto", "padded", "mixed"])
 def test_needs_a_draft_model(name: str) -> None:
     with pytest.raises(ValueError, match="--draft-model"):
         parse_method(name, MethodOptions(draft_model=None))

@@ -76,6 +76,17 @@ def test_all_of_ours_are_taken() -> None:
     assert stock == {}
 
 
+def test_mixed_drafts_and_copies_each_up_to_its_own_length() -> None:
+    config, stock = parse(proposer="mixed", model="draft", copy_length=20)
+    assert (config.num_speculative_tokens, config.copy_length) == (8, 20)
+    assert config.most_draft_tokens == 20
+    assert config.uses_draft_model
+    assert config.copies
+    assert stock == {"model": "draft"}
+    assert parse(proposer="mixed", model="draft")[0].most_draft_tokens == 8
+    assert parse(copy_length=3)[0].most_draft_tokens == 3
+
+
 def test_none_means_default() -> None:
     assert parse(**dict.fromkeys(OUR_KEYS))[0] == parse()[0]
 
@@ -173,6 +184,8 @@ def test_all_wrong_values_are_named_at_once() -> None:
         ({"proposer": "llma", "model": "draft"}, "model", "remove it"),
         ({"model": "draft", "copy_length": 7}, "copy_length", "remove one"),
         ({"model": "draft", "check_length": 2}, "check_length", "remove one"),
+        ({"proposer": "mixed"}, "proposer", "needs 'model'"),
+        ({"proposer": "llma", "model": "draft"}, "model", "'mixed'"),
     ],
 )
 def test_impossible_pair_names_key_and_fix(

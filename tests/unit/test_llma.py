@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tests import oracle
 from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.llma import (
+from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.occurrences import (
     MAX_CANDIDATES,
     MAX_MATCH_LENGTH,
-    LlmaProposer,
     OccurrenceIndex,
 )
 
@@ -58,7 +59,7 @@ def batch_of(
 
 
 def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
-    return LlmaProposer(check_length, copy_length, FixedDraftLength())
+    return LlmaProposer(Copier(check_length), copy_length, FixedDraftLength())
 
 
 def expected(tokens: list[int], check_length: int, length: int) -> list[int]:
@@ -196,7 +197,8 @@ def test_policy_chooses_by_length_of_the_match(
     limits = [limit for _, limit, _ in requests]
     is_sampling = [sampling for _, _, sampling in requests]
     policy = HalvesCopies()
-    drafts = LlmaProposer(2, 7, policy).propose(batch_of(tokens, limits, is_sampling))
+    proposer = LlmaProposer(Copier(2), 7, policy)
+    drafts = proposer.propose(batch_of(tokens, limits, is_sampling))
     [(step, confidence)] = policy.told
     assert step.req_ids == list(tokens)
     assert step.missing_rows.tolist() == [0] * len(requests)
@@ -214,7 +216,7 @@ def test_policy_chooses_by_length_of_the_match(
 
 def test_policy_hears_of_verification_and_release() -> None:
     policy = HalvesCopies()
-    proposer = LlmaProposer(2, 7, policy)
+    proposer = LlmaProposer(Copier(2), 7, policy)
     proposer.record_verified("a", 3, 2)
     proposer.record_verified("b", 0, 0)
     proposer.release(["a"])

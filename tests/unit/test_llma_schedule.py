@@ -10,15 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import oracle
 from tests.unit.simulated_scheduler import Request, Scheduler, Setup
 from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.llma import (
-    MAX_CANDIDATES,
-    MAX_MATCH_LENGTH,
-    LlmaProposer,
-)
+from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
+from vllm_emssd.proposers.llma import LlmaProposer
 
 
 class PlannedFailureError(Exception):
@@ -36,14 +32,16 @@ class FailsAtTimes(FixedDraftLength):
 
 
 class CopyEngine:
-    """The simulated scheduler with a proposer that copies."""
+    """The simulated scheduler with a proposer that copies, and beside it one copier for
+    each request alone, which knows of no batch, no pause and no other request."""
 
     def __init__(self, setup: Setup, check_length: int, copy_length: int) -> None:
         self._setup, self._rng = setup, random.Random(setup.seed)
         self._scheduler = Scheduler(setup, self._rng)
         self._check_length, self._copy_length = check_length, copy_length
         policy = FailsAtTimes(self._rng, setup.failure_chance)
-        self._proposer = LlmaProposer(check_length, copy_length, policy)
+        self._proposer = LlmaProposer(Copier(check_length), copy_length, policy)
+        self._alone: dict[Request, Copier] = {}
         self.seen = self._scheduler.seen
 
     def run(self) -> Counter[str]:
@@ -62,38 +60,49 @@ class CopyEngine:
             if is_sampling[-1]:
                 num_drafts = len(request.drafts)
                 num_accepted = self._scheduler.verify(request)
-                self._proposer.record_verified(request.req_id, num_drafts, num_accepted)
+                verified = (request.req_id, num_drafts, num_accepted)
+                self._proposer.record_verified(*verified)
+                self._copier_of(request).observe(*verified)
             else:
                 request.num_computed_tokens = end
         batch = self._batch(requests, is_sampling)
+        expected = self._found_alone(requests, batch)
         try:
             drafts = self._proposer.propose(batch)
         except PlannedFailureError:
             drafts = [[] for _ in requests]
             self.seen["failed"] += 1
         else:
-            self._check(requests, batch, drafts)
+            self._check(requests, expected, drafts)
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
-        assert set(self._proposer._indexes) <= self._scheduler.known_req_ids
+        assert set(self._proposer._copier._requests) <= self._scheduler.known_req_ids
         self._scheduler.finish()
 
-    def _check(
-        self, requests: list[Request], batch: DraftBatch, drafts: list[list[int]]
-    ) -> None:
+    def _copier_of(self, request: Request) -> Copier:
+        return self._alone.setdefault(request, Copier(self._check_length))
+
+    def _found_alone(self, requests: list[Request], batch: DraftBatch) -> list[Copy]:
+        found = []
         for i, request in enumerate(requests):
             most = min(int(batch.max_draft_tokens[i]), self._copy_length)
-            expected: list[int] = []
+            copy = NO_COPY
             if batch.is_sampling[i] and most:
-                expected, _ = oracle.copied(
-                    request.tokens,
-                    self._check_length,
-                    most,
-                    MAX_CANDIDATES,
-                    MAX_MATCH_LENGTH,
+                known = np.array(request.tokens, np.int32)
+                copy = self._copier_of(request).find(
+                    request.req_id, known, request.num_prompt_tokens, most
                 )
-            assert drafts[i] == expected
-            self.seen["copied"] += bool(expected)
+            found.append(copy)
+        return found
+
+    def _check(
+        self, requests: list[Request], expected: list[Copy], drafts: list[list[int]]
+    ) -> None:
+        assert drafts == [copy.token_ids for copy in expected]
+        for request, copy in zip(requests, expected, strict=True):
+            if copy.token_ids:
+                self._copier_of(request).record_proposed(request.req_id, copy)
+                self.seen["copied"] += 1
 
     def _batch(self, requests: list[Request], is_sampling: list[bool]) -> DraftBatch:
         setup = self._setup
@@ -134,14 +143,14 @@ def engines(draw: st.DrawFn) -> CopyEngine:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(engines())
-def test_copies_what_a_full_scan_finds(engine: CopyEngine) -> None:
+def test_copies_what_each_request_would_alone(engine: CopyEngine) -> None:
     engine.run()
 
 
 @pytest.mark.slow
 @settings(max_examples=5000, deadline=None)
 @given(engines())
-def test_copies_what_a_full_scan_finds_in_thousands_of_cases(
+def test_copies_what_each_request_would_alone_in_thousands_of_cases(
     engine: CopyEngine,
 ) -> None:
     engine.run()

@@ -21,6 +21,7 @@ from tests.proposer_example import (
 from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
 from vllm_emssd.draft_length import FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch, Proposer
+from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.registry import plugin_proposer
 
@@ -58,7 +59,7 @@ def make(name: str, policy: FixedDraftLength) -> Proposer:
         {"method": "emssd", "proposer": name}, STOCK_KEYS
     )
     if name == "llma":
-        return LlmaProposer(config.check_length, config.copy_length, policy)
+        return LlmaProposer(Copier(config.check_length), config.copy_length, policy)
     maker = plugin_proposer(name)
     assert maker is not None
     return maker(config, policy)

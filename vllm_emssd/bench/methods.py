@@ -19,10 +19,12 @@ DESCRIPTIONS: dict[str, str] = {
     "llma": "emssd copy, copy_length drafts",
     "llma-auto": "emssd copy, lengths by goodput",
     "llma-padded": "emssd copy, padded inputs",
+    "mixed": "emssd copy or draft model per request, copy_length or K drafts",
+    "mixed-auto": "the same, lengths by goodput",
     "NAME={...}": "any --speculative-config, under a name",
 }
 FIXED_LENGTH = re.compile(r"k([1-9]\d*)")
-NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded"}
+NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded", "mixed", "mixed-auto"}
 LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
 
 
@@ -78,6 +80,7 @@ def _known(name: str, options: MethodOptions) -> dict[str, Any] | None:
         "check_length": options.check_length,
         "copy_length": options.copy_length,
     }
+    mixed = fixed | llma | {"proposer": "mixed"}
     ngram = {
         "method": "ngram",
         "num_speculative_tokens": options.copy_length,
@@ -95,6 +98,8 @@ def _known(name: str, options: MethodOptions) -> dict[str, Any] | None:
         "llma": llma,
         "llma-auto": llma | {"draft_length": "auto"},
         "llma-padded": llma | {"unpad_inputs": False},
+        "mixed": mixed,
+        "mixed-auto": mixed | auto,
     }
     if name in known:
         return known[name]

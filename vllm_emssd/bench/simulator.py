@@ -31,6 +31,7 @@ from vllm_emssd.draft_length import (
     Survival,
 )
 from vllm_emssd.metrics import Counters
+from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.llma import LlmaProposer
 
 
@@ -131,7 +132,9 @@ class SimulatedEngine:
         if method.name == "auto":
             policy = AutoDraftLength(self._prices, Survival(k), may_trim=True)
         if is_llma:
-            proposer = LlmaProposer(setting.check_length, setting.copy_length, policy)
+            proposer = LlmaProposer(
+                Copier(setting.check_length), setting.copy_length, policy
+            )
             return CopyDrafting(proposer, k, policy.needs_confidence)
         drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
         return drafting(

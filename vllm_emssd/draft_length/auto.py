@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.goodput import (
     Plan,
     StepCosts,
@@ -23,6 +24,8 @@ _PROBE_LENGTH = 2
 _DOZE_AFTER = 16  # idle steps; from then on plans are made as seldom as probes may be
 _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
+_CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
+_FREE = CostTable([1], [0.0])
 
 
 class AutoDraftLength:
@@ -60,6 +63,7 @@ class AutoDraftLength:
         if self._dozes(step):
             return np.zeros_like(step.max_draft_tokens)
         self._take_in(step)
+        self._prices = self.costs
         expected = self._survival_model.expected(self._factors.by_position)
         self._real = np.zeros_like(expected)  # survival of the drafts made
         self._confidence = np.zeros_like(expected)
@@ -72,6 +76,7 @@ class AutoDraftLength:
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
         self._take_in(step)
+        self._prices = StepCosts(self.costs.target, _FREE, self.costs.fixed_ms)
         factors = np.broadcast_to(
             self._factors.by_confidence[:, None], confidence.shape
         )
@@ -98,6 +103,22 @@ class AutoDraftLength:
         self._idle_since_probe += 1
         if self._tokens_per_ms:
             self._idle_ms += np.count_nonzero(step.is_sampling) / self._tokens_per_ms
+
+    def drafting_cost(
+        self, num_drafts: np.ndarray, missing_rows: np.ndarray
+    ) -> np.ndarray:
+        """Tokens that could be emitted in the time the drafter needs for each request,
+        were all who may draft to draft. Shapes: [num_reqs], integers; returns float."""
+        num_drafting = int((num_drafts > 0).sum())
+        if not num_drafting:
+            return np.zeros(len(num_drafts))
+        draft = self.costs.draft
+        forward_ms = float(draft.ms(np.array(num_drafting))) / num_drafting
+        row_ms = float(np.diff(draft.ms(np.array([1, 1 + _CATCH_UP_STEPS])))[0])
+        row_ms /= _CATCH_UP_STEPS
+        extra_rows = np.maximum(missing_rows - 1, 0) / _CATCH_UP_STEPS
+        cost = self._tokens_per_ms * (forward_ms * num_drafts + row_ms * extra_rows)
+        return np.asarray(np.where(num_drafts > 0, cost, 0.0))
 
     def _take_in(self, step: DraftOpportunity) -> None:
         self._req_ids = step.req_ids
@@ -127,7 +148,7 @@ class AutoDraftLength:
             step.missing_rows,
             int(step.is_sampling.sum()),
             step.num_prefill_rows,
-            self.costs,
+            self._prices,
             float(self._worth[step.is_sampling].sum()),
         )
 
@@ -154,8 +175,8 @@ class AutoDraftLength:
 
     def _probe_ms(self, missing_rows: int) -> float:
         rows = self._base_rows + np.array([0, _PROBE_LENGTH])
-        draft_ms = self.costs.draft.ms(np.array([missing_rows, 1])).sum()
-        return float(draft_ms + np.diff(self.costs.target.ms(rows))[0])
+        draft_ms = self._prices.draft.ms(np.array([missing_rows, 1])).sum()
+        return float(draft_ms + np.diff(self._prices.target.ms(rows))[0])
 
     def _may_well_pay(self, step: DraftOpportunity) -> bool:
         hoped = self._survival_model.expected(self._factors.by_position, _OPTIMISM)

@@ -25,7 +25,7 @@ class DraftOpportunity:
     is_sampling: np.ndarray  # bool: False for requests in prefill
     max_draft_tokens: np.ndarray  # int64: 0 for requests in prefill
     missing_rows: np.ndarray  # int64: rows the drafter needs before a first draft
-    num_prefill_rows: int  # rows of this step's prompts, likely as many the next
+    num_prefill_rows: int  # of this step's prompts, likely as many the next, and copies
 
 
 class DraftLengthPolicy(Protocol):

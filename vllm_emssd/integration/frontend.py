@@ -30,6 +30,7 @@ from vllm_emssd.integration.draft_checks import (
     check_draft_weights,
 )
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
+from vllm_emssd.integration.references import REFERENCE_HOOKS
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _create_ours(
     if model:
         check_draft_tokenizer(model, stock_part.get("revision"), model_config)
 
-    hooks.install([VALIDATION_HOOK])
+    hooks.install([VALIDATION_HOOK, *REFERENCE_HOOKS])
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
     args.additional_config = {
@@ -211,8 +212,8 @@ def _run_stock(
     parallel_config: ParallelConfig,
 ) -> SpeculativeConfig:
     """Build vLLM's own config, leaving `args` as the user gave them."""
-    stock_part["num_speculative_tokens"] = config.num_speculative_tokens
-    if config.proposer == "draft_model":
+    stock_part["num_speculative_tokens"] = config.most_draft_tokens
+    if config.uses_draft_model:
         stock_part |= {"method": "draft_model", "disable_padded_drafter_batch": True}
     else:
         stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}

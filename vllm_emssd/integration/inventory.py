@@ -12,12 +12,14 @@ from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import CPU_FIXES
 from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
 from vllm_emssd.integration.hooks import Hook, State
+from vllm_emssd.integration.references import REFERENCE_HOOKS
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK
 from vllm_emssd.integration.worker import CPU_RUNNER_HOOK
 
 INVENTORY: tuple[Hook, ...] = (
     FRONTEND_HOOK,
     VALIDATION_HOOK,
+    *REFERENCE_HOOKS,
     CPU_RUNNER_HOOK,
     LOGITSPROCS_HOOK,
     *CPU_FIXES,

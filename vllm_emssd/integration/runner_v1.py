@@ -36,6 +36,7 @@ from vllm_emssd.integration import hooks
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.references import reference_of
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
@@ -43,8 +44,10 @@ from vllm_emssd.integration.step_costs import StepCostMeter
 from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
+from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.mixed import DraftingCost, MixedProposer, unmeasured_cost
 from vllm_emssd.proposers.registry import plugin_proposer
 from vllm_emssd.scorer import pad_to_longest
 
@@ -112,9 +115,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        if self.emssd_config.proposer == "draft_model":
+        if self.emssd_config.uses_draft_model:
             self._make_drafter(kv_cache_config)
-        self._make_proposer(FixedDraftLength())
+        self._proposer = self._make_proposer(FixedDraftLength(), FixedDraftLength())
 
     def start_automatic_lengths(self) -> None:
         """Measure costs and draft by them from now on: after warm-up, once."""
@@ -122,13 +125,12 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             return
         self._step_costs = StepCostMeter(self, self.paged_drafter, self._ranks)
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
-        self._make_proposer(
-            AutoDraftLength(
-                self._step_costs.costs,
-                Survival(self.num_spec_tokens),
-                may_trim=not is_sampled,
-            )
+        costs = self._step_costs.costs
+        drafting = AutoDraftLength(
+            costs, Survival(self.num_spec_tokens), may_trim=not is_sampled
         )
+        copying = AutoDraftLength(costs, Survival(self.num_spec_tokens), may_trim=True)
+        self._proposer = self._make_proposer(drafting, copying, drafting.drafting_cost)
 
     def costs_now(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
@@ -141,22 +143,32 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             "fixed_ms": costs.fixed_ms,
         }
 
-    def _make_proposer(self, policy: DraftLengthPolicy) -> None:
+    def _make_proposer(
+        self,
+        drafting_policy: DraftLengthPolicy,
+        copying_policy: DraftLengthPolicy,
+        drafting_cost: DraftingCost = unmeasured_cost,
+    ) -> Proposer:
         config = self.emssd_config
         if not self._ranks.is_alone:
-            policy = AgreedDraftLength(policy, self._ranks.compare)
+            drafting_policy = AgreedDraftLength(drafting_policy, self._ranks.compare)
+            copying_policy = AgreedDraftLength(copying_policy, self._ranks.compare)
         if (make := plugin_proposer(config.proposer)) is not None:
-            self._proposer = make(config, policy)
-        elif config.proposer == "llma":
-            self._proposer = LlmaProposer(
-                config.check_length, config.copy_length, policy
-            )
-        else:
-            assert self.paged_drafter is not None
-            assert self._cursor is not None
-            self._proposer = DraftModelProposer(
-                self.paged_drafter, self._cursor, policy, self.counters
-            )
+            return make(config, copying_policy)
+        copying = LlmaProposer(
+            Copier(config.check_length), config.copy_length, copying_policy
+        )
+        if not config.uses_draft_model:
+            return copying
+        assert self.paged_drafter is not None
+        assert self._cursor is not None
+        drafting = DraftModelProposer(
+            self.paged_drafter, self._cursor, drafting_policy, self.counters
+        )
+        if not config.copies:
+            return drafting
+        most = config.num_speculative_tokens
+        return MixedProposer(copying, drafting, most, drafting_cost)
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         check_full_attention(kv_cache_config, self.drafter.kv_cache_gid)
@@ -186,7 +198,17 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
                 self.paged_drafter.draft_probs.pop(req_id, None)
         if self._cursor is not None:
             self._take_in_blocks(self._cursor, scheduler_output)
+        self._take_in_references(scheduler_output)
         return super()._update_states(scheduler_output)
+
+    def _take_in_references(self, scheduler_output: SchedulerOutput) -> None:
+        if not isinstance(self._proposer, LlmaProposer | MixedProposer):
+            return
+        vocab_size = self.model_config.get_vocab_size()
+        for new in scheduler_output.scheduled_new_reqs:
+            reference = reference_of(new.sampling_params, vocab_size)
+            if reference is not None:
+                self._proposer.add_reference(new.req_id, reference)
 
     def _take_in_blocks(
         self, cursor: DraftCursor, scheduler_output: SchedulerOutput
@@ -249,7 +271,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
     ) -> None:
         """Move the cursors by what was accepted, and count the step."""
-        counters, num_spec_tokens = self.counters, self.num_spec_tokens
+        counters = self.counters
+        num_spec_tokens = self.emssd_config.num_speculative_tokens
         scheduled_drafts = scheduler_output.scheduled_spec_decode_tokens
         has_draft_model = self._cursor is not None
         counters.num_steps += 1
@@ -271,6 +294,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             num_rows = len(scheduled_drafts.get(req_id, ()))
             num_drafts = min(num_rows, self.num_real_drafts.get(req_id, 0))
             num_accepted = num_sampled - 1
+            if self.paged_drafter is not None:
+                self.paged_drafter.draft_probs.pop(req_id, None)  # used up
             self._tell_proposer(req_id, num_drafts, num_accepted)
             num_verifying += is_decode
             longest = max(longest, num_rows)
@@ -319,7 +344,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Most drafts of each request: K, what the model length leaves room for (one
         place stays for the token the target adds), and what the drafter can take."""
         room = self.max_model_len - num_tokens - 1
-        if self.paged_drafter is not None:
+        if self.paged_drafter is not None and not self.emssd_config.copies:
             room = np.minimum(room, self.paged_drafter.max_model_len - num_tokens + 1)
         if self.emssd_config.draft_length == "auto":
             room = np.minimum(room, self._num_wanted_tokens(num_tokens) - 1)

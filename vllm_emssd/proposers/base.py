@@ -28,6 +28,7 @@ class DraftBatch:
     num_prefilled_tokens: np.ndarray  # [num_reqs] int64: computed + scheduled
     is_sampling: np.ndarray  # [num_reqs] bool
     max_draft_tokens: np.ndarray  # [num_reqs] int64: most drafts it may get, >= 0
+    num_other_rows: int = 0  # that the target verifies besides: drafts made elsewhere
 
     def __post_init__(self) -> None:
         num_reqs = len(self.req_ids)
@@ -59,7 +60,7 @@ class DraftBatch:
             self.is_sampling,
             np.where(self.is_sampling, max_draft_tokens, 0),
             missing_rows,
-            int(prefill),
+            int(prefill) + self.num_other_rows,
         )
 
 

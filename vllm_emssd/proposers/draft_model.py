@@ -102,6 +102,17 @@ class DraftModelProposer:
             self._cursor.release(req_id)
             self._policy.release(req_id)
 
+    def max_draft_tokens(self, batch: DraftBatch) -> np.ndarray:
+        """Most drafts of each request that the drafter's length allows. [num_reqs]"""
+        room = self._drafter.max_model_len - batch.num_tokens + 1
+        most: np.ndarray = np.clip(room, 0, batch.max_draft_tokens)
+        return most
+
+    def missing_rows(self, batch: DraftBatch) -> np.ndarray:
+        """Known tokens of each request without draft K/V. [num_reqs] int64"""
+        starts, ends = self._missing_spans(batch)
+        return ends - starts
+
     def _missing_spans(self, batch: DraftBatch) -> tuple[np.ndarray, np.ndarray]:
         """Known tokens without draft K/V: starts and ends, [num_reqs] int64."""
         starts = np.fromiter(

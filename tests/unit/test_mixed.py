@@ -1,0 +1,249 @@
+"""Copies and drafts side by side: the drafter is fed what it must be, no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.unit.scripted_target import batch_of_one, replay
+from tests.unit.simulated_scheduler import Setup
+from tests.unit.simulated_worker import Engine
+from tests.unit.test_draft_model import SEEDS, setups
+from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
+from vllm_emssd.metrics import Counters
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
+from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.mixed import MixedProposer
+from vllm_emssd.ragged import RaggedRows
+
+
+class SpiedCopying(LlmaProposer):
+    """Copies now and then only, and keeps what it proposed and was told."""
+
+    rng: random.Random
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.drafts: list[list[int]] = []
+        self.verified: list[tuple[str, int, int]] = []
+
+    def find(self, batch: DraftBatch) -> list[Copy]:
+        copies = super().find(batch)
+        return [c if self.rng.random() < 0.6 else NO_COPY for c in copies]
+
+    def choose(self, batch: DraftBatch, copies: list[Copy]) -> list[list[int]]:
+        self.drafts = super().choose(batch, copies)
+        return self.drafts
+
+    def record_verified(self, *verified: Any) -> None:
+        self.verified.append(verified)
+        super().record_verified(*verified)
+
+
+class MixedEngine(Engine):
+    """The simulated deployment with the mixed proposer: half of the requests bring a
+    reference. What is copied is not drafted; all else is as with the model alone."""
+
+    make_mixed: type[MixedProposer] = MixedProposer
+
+    def _make_proposer(self, policy: DraftLengthPolicy) -> MixedProposer:
+        setup = self._setup
+        self._copying = SpiedCopying(
+            Copier(2), setup.num_spec_tokens, FixedDraftLength()
+        )
+        self._copying.rng = random.Random(setup.seed)
+        return self.make_mixed(
+            self._copying, super()._make_proposer(policy), setup.num_spec_tokens
+        )
+
+    def _take_in_blocks(self, schedule: Any) -> None:
+        super()._take_in_blocks(schedule)
+        for request in schedule.admitted:
+            if self._copying.rng.random() < 0.5:
+                token_ids = np.array(request.tokens[::-1] * 3, dtype=np.int32)
+                self._proposer.add_reference(request.req_id, token_ids)
+
+    def _check_observed(self, verified: list[tuple[str, int, int]]) -> None:
+        """Each proposer hears of its own drafts, and of no others."""
+        by_model, by_copying = self._policy.observed, self._copying.verified
+        assert [v[0] for v in by_model] == [v[0] for v in verified]
+        for seen, model, copying in zip(verified, by_model, by_copying, strict=True):
+            has_copied = seen[0] in self._has_copied
+            assert copying == (seen if has_copied else (seen[0], 0, 0))
+            assert model == ((seen[0], 0, 0) if has_copied else seen)
+        self._policy.observed, self._copying.verified = [], []
+
+    _has_copied: frozenset[str] = frozenset()
+
+    def _check_drafts(
+        self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
+    ) -> None:
+        copied, requests = self._copying.drafts, self._requests
+        others = [[] if c else d for c, d in zip(copied, drafts, strict=True)]
+        for copy, both in zip(copied, drafts, strict=True):
+            assert not copy or both == copy
+        for i in np.flatnonzero([len(c) > 0 for c in copied]):
+            assert self._policy.asked[i] == 0
+            self._seen["copied"] += 1
+            self._seen["copied while others drafted"] += any(others)
+            self._seen["copied, cursor behind"] += (
+                len(requests[i].tokens) - num_cached[i] > 2
+            )
+        told = dataclasses.replace(
+            batch,
+            max_draft_tokens=np.where(
+                list(map(len, copied)), 0, batch.max_draft_tokens
+            ),
+            num_other_rows=sum(map(len, copied)),
+        )
+        has_drafted = [r.has_drafted for r in requests]
+        super()._check_drafts(told, others, num_cached)
+        for request, copy, drafted in zip(requests, copied, has_drafted, strict=True):
+            if copy:
+                request.drafts = copy
+                self._seen["copied after drafting"] += drafted
+        now = {r.req_id for r, c in zip(requests, copied, strict=True) if c}
+        gone = {r.req_id for r in requests} - now
+        self._has_copied = (self._has_copied - gone) | now
+
+
+def run_all_seeds(mixed: type[MixedProposer] = MixedProposer) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    for seed in SEEDS:
+        engine = type("Engine", (MixedEngine,), {"make_mixed": mixed})(Setup(seed))
+        seen += engine.run()
+    return seen
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(setups())
+def test_equals_naive_drafter_where_it_does_not_copy(setup: Setup) -> None:
+    MixedEngine(setup).run()
+
+
+def test_simulation_visits_what_it_claims() -> None:
+    seen = run_all_seeds()
+    for event in (
+        "copied",
+        "copied after drafting",
+        "copied while others drafted",
+        "copied, cursor behind",
+        "caught up",
+        "drafted twice running",
+        "left out with drafts pending",
+        "preempted",
+        "resumed",
+    ):
+        assert seen[event] >= 20, event
+
+
+class TellsTheDrafterOfCopies(MixedProposer):
+    def record_verified(self, req_id: str, *verified: int) -> None:
+        self._copied.discard(req_id)
+        super().record_verified(req_id, *verified)
+
+
+class TellsTheCopierOfDrafts(MixedProposer):
+    def record_verified(self, req_id: str, *verified: int) -> None:
+        self._copied.add(req_id)
+        super().record_verified(req_id, *verified)
+
+
+class DraftsForWhoCopies(MixedProposer):
+    def _prefers_copy(self, *args: Any) -> np.ndarray:
+        prefers = super()._prefers_copy(*args)
+        propose = type(self._drafting).propose.__get__(self._drafting)
+        most = args[0].max_draft_tokens
+        self._drafting.propose = lambda told: propose(
+            dataclasses.replace(told, max_draft_tokens=most)
+        )
+        return prefers
+
+
+@pytest.mark.parametrize(
+    "broken", [TellsTheDrafterOfCopies, TellsTheCopierOfDrafts, DraftsForWhoCopies]
+)
+def test_simulation_catches_planted_error(broken: type[MixedProposer]) -> None:
+    with pytest.raises(AssertionError):
+        run_all_seeds(broken)
+
+
+# ---------------------------------------------------------------- which of the two
+
+
+class OracleDrafter:
+    """Drafts 1, 2, 3, ...; counts its rows."""
+
+    max_num_rows = max_model_len = 4096
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+
+    def forward(self, rows: RaggedRows, token_ids: Any, sampled_rows: Any, _: int):
+        self.num_rows += rows.num_rows
+        last = torch.as_tensor(token_ids)[torch.from_numpy(sampled_rows)]
+        return last.long() + 1, None
+
+
+def mixed_of_one(
+    reference: list[int] | None, copy_length: int = 7
+) -> tuple[MixedProposer, OracleDrafter]:
+    cursor = DraftCursor(num_blocks=512, block_size=8)
+    cursor.update_blocks([AdmittedRequest("r", range(512), 0)], [])
+    drafter, fixed = OracleDrafter(), FixedDraftLength()
+    copying = LlmaProposer(Copier(2), copy_length, fixed)
+    if reference is not None:
+        copying.add_reference("r", np.array(reference, dtype=np.int32))
+    drafting = DraftModelProposer(drafter, cursor, fixed, Counters())
+    return MixedProposer(copying, drafting, 4), drafter
+
+
+COUNTING = list(range(2000, 2400))  # the drafter is always right
+SQUARES = [n * n for n in range(400)]  # and always wrong
+
+
+def test_right_reference_costs_the_drafter_nothing() -> None:
+    proposer, drafter = mixed_of_one(SQUARES, copy_length=15)
+    seen = replay(proposer, [1], SQUARES, 15)
+    assert seen.num_forwards == 25
+    assert drafter.num_rows == 0
+
+
+def test_wrong_reference_leaves_the_drafter_its_work() -> None:
+    proposer, _ = mixed_of_one(SQUARES)
+    alone, _ = mixed_of_one(None)
+    best = replay(alone, [1], COUNTING, 7)
+    assert best.num_forwards == -(-399 // 5)
+    assert replay(proposer, [1], COUNTING, 7).num_forwards <= best.num_forwards + 8
+
+
+def test_changes_to_whichever_fares_better() -> None:
+    """The reference holds for the first half, drafts for the second."""
+    answer = [*SQUARES, *COUNTING]
+    proposer, drafter = mixed_of_one(SQUARES)
+    seen = replay(proposer, [1], answer, 7)
+    assert seen.num_forwards <= 400 / 8 + 400 / 5 + 8
+    assert 0 < drafter.num_rows <= len(answer) + 4 * 400 / 5 + 40
+
+
+def test_copies_are_preferred_by_what_drafting_costs() -> None:
+    """The same record; the dearer the drafter, the more a copy is worth."""
+    known = np.array([[5, 6, 7, 8, 5, 6, -1]], dtype=np.int32)
+    copied = []
+    for cost in (0.0, 10.0):
+        proposer, drafter = mixed_of_one(None, copy_length=1)
+        proposer._drafting_cost = lambda n, missing, cost=cost: np.full(len(n), cost)
+        [drafts] = proposer.propose(batch_of_one("r", known, 6, 4, 4))
+        copied.append(drafts == [7])
+        assert (drafter.num_rows == 0) == copied[-1]
+    assert copied == [False, True]

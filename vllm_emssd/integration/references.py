@@ -1,0 +1,201 @@
+"""References: text that a request brings since its answer will mostly repeat it.
+
+`emssd_reference` in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), text or
+token ids; in chat completions also OpenAI's `prediction`. The front end checks it,
+turns text into token ids, and sends those along with the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
+
+from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.integration.hooks import Hook
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.v1.engine import EngineCoreRequest
+
+logger = init_logger("vllm.emssd.references")
+
+REFERENCE_KEY = "emssd_reference"
+MAX_BYTES_PER_TOKEN = 32  # of a reference's text, before it is tokenized
+
+
+def reference_token_ids(
+    reference: Any, model_config: ModelConfig, tokenizer: Any
+) -> list[int]:
+    """Token ids of what a request gave as its reference, perhaps none.
+
+    Raises: VLLMValidationError (HTTP 400) naming the fix.
+    """
+    max_model_len = model_config.max_model_len
+    if isinstance(reference, str):
+        num_bytes = len(reference.encode("utf-8", "surrogatepass"))
+        if num_bytes > MAX_BYTES_PER_TOKEN * max_model_len:
+            raise _error(
+                f"has {num_bytes} bytes, more than {MAX_BYTES_PER_TOKEN} times the "
+                f"model's length of {max_model_len} tokens; shorten it"
+            )
+        if tokenizer is None:
+            raise _error(
+                "is text, but the tokenizer was not loaded; give token ids, or remove "
+                "--skip-tokenizer-init"
+            )
+        text = reference.encode("utf-8", "replace").decode()  # no lone surrogates
+        token_ids = list(tokenizer.encode(text, add_special_tokens=False))
+    elif isinstance(reference, list | tuple):
+        token_ids = list(reference)
+        for token_id in token_ids:
+            if type(token_id) is not int:
+                raise _error(
+                    "must be text or a list of token ids, found "
+                    f"{type(token_id).__name__} in the list"
+                )
+    else:
+        raise _error(
+            f"must be text or a list of token ids, got {type(reference).__name__}"
+        )
+    if len(token_ids) > max_model_len:
+        raise _error(
+            f"has {len(token_ids)} tokens, more than the model's length of "
+            f"{max_model_len}; shorten it"
+        )
+    vocab_size = model_config.get_vocab_size()
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        wrong = next(t for t in token_ids if not 0 <= t < vocab_size)
+        raise _error(
+            f"has the token id {wrong}; ids of this model are 0 to {vocab_size - 1}"
+        )
+    return token_ids
+
+
+def _error(what: str) -> VLLMValidationError:
+    return VLLMValidationError(f"{REFERENCE_KEY} {what}.", parameter=REFERENCE_KEY)
+
+
+def reference_of(params: SamplingParams | None, vocab_size: int) -> np.ndarray | None:
+    """In the worker: a new request's reference, [num_tokens] int32, if it has one that
+    went through the front end's checks; what did not is left out."""
+    extra_args = params.extra_args if params is not None else None
+    token_ids = (extra_args or {}).get(REFERENCE_KEY)
+    if not isinstance(token_ids, list) or not token_ids:
+        return None
+    if not all(type(t) is int and 0 <= t < vocab_size for t in token_ids):
+        return None
+    return np.array(token_ids, dtype=np.int32)
+
+
+# ---------------------------------------------------------------- in the front end
+
+
+def _make_process_inputs(
+    stock: Callable[..., EngineCoreRequest],
+) -> Callable[..., EngineCoreRequest]:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> EngineCoreRequest:
+        token_ids = None
+        if isinstance(params, SamplingParams) and _has_reference(params):
+            options = self.vllm_config.additional_config.get(ADDITIONAL_CONFIG_KEY)
+            if options is not None:
+                token_ids = _checked(self, params, EmssdConfig(**options))
+        request = stock(self, request_id, prompt, params, *args, **kwargs)
+        if token_ids is not None:
+            # The request's own copy: the caller's parameters stay as they are.
+            ours = request.sampling_params
+            assert ours is not None
+            ours.extra_args = {**(ours.extra_args or {}), REFERENCE_KEY: token_ids}
+        return request
+
+    return process_inputs
+
+
+def _has_reference(params: SamplingParams) -> bool:
+    return (params.extra_args or {}).get(REFERENCE_KEY) is not None
+
+
+def _checked(processor: Any, params: SamplingParams, config: EmssdConfig) -> list[int]:
+    assert params.extra_args is not None
+    token_ids = reference_token_ids(
+        params.extra_args[REFERENCE_KEY], processor.model_config, processor.tokenizer
+    )
+    if not config.copies:
+        logger.warning_once(
+            "%s is ignored: the proposer 'draft_model' does not copy. Serve with "
+            '"proposer": "mixed" (or without a draft model).',
+            REFERENCE_KEY,
+        )
+        return []
+    return token_ids
+
+
+PROCESS_INPUTS_HOOK = Hook(
+    target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    why="a reference is checked, and its text tokenized, where errors reach the client",
+    signature=(
+        "self, request_id, prompt, params, supported_tasks, arrival_time, "
+        "lora_request, tokenization_kwargs, trace_headers, priority, "
+        "data_parallel_rank, resumable, session_id, kv_hints"
+    ),
+    upstream="a hook for plugins to validate extra_args",
+    remove_when="vLLM lets a plugin process SamplingParams.extra_args",
+    make=_make_process_inputs,
+)
+
+
+def prediction_of(request: Any) -> Any:
+    """The content of a chat request's `prediction`, which vLLM keeps but ignores:
+    text, or parts of text as OpenAI's API has them. None where there is none."""
+    prediction = (request.model_extra or {}).get("prediction")
+    if prediction is None:
+        return None
+    content = prediction.get("content") if isinstance(prediction, dict) else None
+    if isinstance(content, list):
+        parts = [p.get("text") if isinstance(p, dict) else None for p in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
+    if not isinstance(content, str):
+        raise VLLMValidationError(
+            'prediction must be {"type": "content", "content": TEXT}, where TEXT may '
+            'be a list of {"type": "text", "text": TEXT}.',
+            parameter="prediction",
+        )
+    return content
+
+
+def _make_to_sampling_params(
+    stock: Callable[..., SamplingParams],
+) -> Callable[..., SamplingParams]:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
+        params = stock(self, *args, **kwargs)
+        prediction = prediction_of(self)
+        if prediction is not None and not _has_reference(params):
+            params.extra_args = {
+                **(params.extra_args or {}),
+                REFERENCE_KEY: prediction,
+            }
+        return params
+
+    return to_sampling_params
+
+
+PREDICTION_HOOK = Hook(
+    target=(
+        "vllm.entrypoints.openai.chat_completion.protocol:"
+        "ChatCompletionRequest.to_sampling_params"
+    ),
+    why="vLLM accepts OpenAI's prediction field but does not hand it on",
+    signature="self, max_tokens, default_sampling_params",
+    upstream="predicted outputs in the OpenAI server",
+    remove_when="vLLM hands prediction on in SamplingParams",
+    make=_make_to_sampling_params,
+)
+
+REFERENCE_HOOKS = (PROCESS_INPUTS_HOOK, PREDICTION_HOOK)

@@ -1,0 +1,146 @@
+"""Copies where that is likely right, drafts of a model elsewhere: chosen per request.
+
+A copy costs the drafter nothing. A request that copies is not fed to it, so its draft
+cursor stays behind and catches up when the request drafts again; the missed tokens are
+charged to drafting. Which of the two a request does depends on its known tokens and on
+how its earlier drafts fared, never on drafts not yet verified: copies are one-hot in
+the rejection sampler, drafts are what they are with the draft model alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.copier import AcceptanceRecord, Copy, expected_accepted
+from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.llma import LlmaProposer
+
+_PRIOR_ACCEPTANCE = 0.7  # of a model's drafts, until some were verified
+_PRIOR_TESTS = 4.0  # drafts that what is known of all requests is worth for one
+_POOL_FORGET = 0.99
+
+# (drafts to make, rows to feed before the first), [num_reqs] each -> the tokens that
+# could be emitted in the time that takes, [num_reqs] float
+DraftingCost = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def unmeasured_cost(num_drafts: np.ndarray, missing_rows: np.ndarray) -> np.ndarray:
+    """Without prices: a draft costs little, but not nothing; missed text is charged
+    over the steps to come."""
+    return np.where(num_drafts > 0, 0.02 * num_drafts + 0.001 * missing_rows, 0.0)
+
+
+class DraftRecord:
+    """How a model's drafts fare, of each request and of all."""
+
+    def __init__(self) -> None:
+        self._pool = AcceptanceRecord()
+        self._requests: dict[str, AcceptanceRecord] = {}
+
+    def acceptance(self, req_id: str) -> float:
+        pooled = self._pool.acceptance(_PRIOR_ACCEPTANCE)
+        record = self._requests.get(req_id)
+        return pooled if record is None else record.acceptance(pooled, _PRIOR_TESTS)
+
+    def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
+        if num_drafts:
+            self._pool.observe(num_drafts, num_accepted, _POOL_FORGET)
+            record = self._requests.setdefault(req_id, AcceptanceRecord())
+            record.observe(num_drafts, num_accepted)
+
+    def skip(self, req_id: str) -> None:
+        """It copied: what is known of its drafts grows old."""
+        if req_id in self._requests:
+            self._requests[req_id].fade()
+
+    def release(self, req_id: str) -> None:
+        self._requests.pop(req_id, None)
+
+
+class MixedProposer:
+    """Per request and step, a copy or a model's drafts.
+
+    Args:
+        copying, drafting: the two proposers; each has its own policy.
+        num_draft_tokens: most drafts the model makes for a request.
+        drafting_cost: what drafting costs beyond copying as many tokens.
+    """
+
+    def __init__(
+        self,
+        copying: LlmaProposer,
+        drafting: DraftModelProposer,
+        num_draft_tokens: int,
+        drafting_cost: DraftingCost = unmeasured_cost,
+    ) -> None:
+        self._copying = copying
+        self._drafting = drafting
+        self._num_draft_tokens = num_draft_tokens
+        self._drafting_cost = drafting_cost
+        self._record = DraftRecord()
+        self._copied: set[str] = set()  # requests whose drafts to verify are copies
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        copies = self._copying.find(batch)
+        may_draft = self._drafting.max_draft_tokens(batch)
+        may_draft = np.minimum(may_draft, self._num_draft_tokens)
+        prefers_copy = self._prefers_copy(batch, copies, may_draft)
+        chosen = [
+            copy if prefers else dataclasses.replace(copy, token_ids=[])
+            for copy, prefers in zip(copies, prefers_copy, strict=True)
+        ]
+        drafts = self._copying.choose(batch, chosen)
+        num_copied = np.array(list(map(len, drafts)), dtype=np.int64)
+        made = self._drafting.propose(
+            dataclasses.replace(
+                batch,
+                max_draft_tokens=np.where(num_copied > 0, 0, may_draft),
+                num_other_rows=int(num_copied.sum()),
+            )
+        )
+        self._copied.difference_update(batch.req_ids)
+        for i in np.flatnonzero(num_copied):
+            self._copied.add(batch.req_ids[i])
+            self._record.skip(batch.req_ids[i])
+        return [copied or tokens for copied, tokens in zip(drafts, made, strict=True)]
+
+    def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
+        self._copying.add_reference(req_id, token_ids)
+
+    def record_verified(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """Each proposer hears of its own drafts; of the other's it hears there were
+        none, so that nothing it fed earlier stays pending."""
+        verified, nothing = (num_draft_tokens, num_accepted_tokens), (0, 0)
+        is_copy = req_id in self._copied
+        self._copying.record_verified(req_id, *(verified if is_copy else nothing))
+        self._drafting.record_verified(req_id, *(nothing if is_copy else verified))
+        if not is_copy:
+            self._record.observe(req_id, *verified)
+        self._copied.discard(req_id)
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        req_ids = list(req_ids)
+        self._copying.release(req_ids)
+        self._drafting.release(req_ids)
+        self._copied.difference_update(req_ids)
+        for req_id in req_ids:
+            self._record.release(req_id)
+
+    def _prefers_copy(
+        self, batch: DraftBatch, copies: list[Copy], may_draft: np.ndarray
+    ) -> np.ndarray:
+        """Which requests gain more by their copy than by drafts. [num_reqs] bool"""
+        cost = self._drafting_cost(may_draft, self._drafting.missing_rows(batch))
+        prefers = np.zeros(batch.num_reqs, dtype=bool)
+        for i, copy in enumerate(copies):
+            if copy.token_ids:
+                acceptance = self._record.acceptance(batch.req_ids[i])
+                drafted = expected_accepted(acceptance, int(may_draft[i]))
+                prefers[i] = copy.gain >= drafted - cost[i]
+        return prefers
