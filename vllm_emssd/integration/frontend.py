@@ -38,7 +38,7 @@ logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
 CPU_WORKER = "vllm_emssd.integration.worker.UnpadCPUWorker"
 FIXED_CPU_WORKER = "vllm_emssd.integration.worker.FixedCPUWorker"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"
-GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
+GPU_WORKER = "vllm_emssd.integration.gpu_worker.UnpadGPUWorker"
 SCHEDULER = "vllm_emssd.integration.scheduler.UnpadScheduler"
 COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
 

@@ -1,15 +1,16 @@
-"""Worker classes: vLLM's own, with our model runner in them."""
+"""CPU worker classes: vLLM's own, with our model runner in them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
-from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner, UnpadGPUModelRunner
+from vllm_emssd.integration.gpu_worker import EmssdStats
+from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner
 
 CPU_RUNNER_HOOK = hooks.Hook(
     target="vllm.v1.worker.cpu_worker:CPUModelRunner",
@@ -21,12 +22,20 @@ CPU_RUNNER_HOOK = hooks.Hook(
 )
 
 
-class _EmssdStats:
-    model_runner: UnpadCPUModelRunner | UnpadGPUModelRunner
+def _make_cpu_runner_v2(stock: Any) -> Any:
+    from vllm_emssd.integration.runner_v2 import UnpadCPUModelRunnerV2
 
-    def emssd_stats(self) -> dict[str, int]:
-        """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
-        return self.model_runner.counters.as_dict()
+    return UnpadCPUModelRunnerV2
+
+
+CPU_RUNNER_V2_HOOK = hooks.Hook(
+    target="vllm.v1.worker.cpu.model_runner:CPUModelRunner",
+    why="the same for the V2 runner, which runs on CPUs with Triton; only while asked",
+    signature="vllm_config, device",
+    upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
+    remove_when="CPUWorker builds its runner in an overridable method",
+    make=_make_cpu_runner_v2,
+)
 
 
 class FixedCPUWorker(CPUWorker):
@@ -37,27 +46,13 @@ class FixedCPUWorker(CPUWorker):
         super().init_device()
 
 
-class UnpadCPUWorker(_EmssdStats, FixedCPUWorker):
+class UnpadCPUWorker(EmssdStats, FixedCPUWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         times = super().compile_or_warm_up_model()
         self.model_runner.start_automatic_lengths()
         return times
 
     def init_device(self) -> None:
-        _require_v1_runner(self.use_v2_model_runner)
-        with hooks.installed([CPU_RUNNER_HOOK]):
+        is_v2 = self.use_v2_model_runner
+        with hooks.installed([CPU_RUNNER_V2_HOOK if is_v2 else CPU_RUNNER_HOOK]):
             super().init_device()
-
-
-class UnpadGPUWorker(_EmssdStats, Worker):
-    def _make_model_runner(self) -> GPUModelRunner:
-        _require_v1_runner(self.use_v2_model_runner)
-        return UnpadGPUModelRunner(self.vllm_config, self.device)
-
-
-def _require_v1_runner(use_v2_model_runner: bool) -> None:
-    if use_v2_model_runner:
-        raise RuntimeError(
-            '"method": "emssd" with a draft model runs on vLLM\'s V1 model runner. '
-            "Set VLLM_USE_V2_MODEL_RUNNER=0."
-        )

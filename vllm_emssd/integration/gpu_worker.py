@@ -1,0 +1,33 @@
+"""The GPU worker class: vLLM's own, with our model runner in it.
+
+Apart from the CPU worker, whose module makes no-ops of torch's CUDA streams, events
+and copies as soon as it is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_emssd.metrics import Counters
+
+
+class EmssdStats:
+    model_runner: Any  # one of ours, which has `counters: Counters`
+
+    def emssd_stats(self) -> dict[str, int]:
+        """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
+        counters: Counters = self.model_runner.counters
+        return counters.as_dict()
+
+
+class UnpadGPUWorker(EmssdStats, Worker):
+    def _make_model_runner(self) -> Any:
+        if self.use_v2_model_runner:
+            from vllm_emssd.integration.runner_v2 import UnpadGPUModelRunnerV2
+
+            return UnpadGPUModelRunnerV2(self.vllm_config, self.device)
+        from vllm_emssd.integration.runner_v1 import UnpadGPUModelRunner
+
+        return UnpadGPUModelRunner(self.vllm_config, self.device)
