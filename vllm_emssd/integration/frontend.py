@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -26,6 +27,7 @@ from vllm_emssd.config import (
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.compat import check_vllm_version
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
+from vllm_emssd.integration.v2_limits import refuse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,6 +154,8 @@ def _create_ours(
     _refuse_unsupported(args, model_config, parallel_config)
     if config.draft_length == "auto":
         _refuse_unsupported_auto(parallel_config)
+    if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
+        refuse_options(config)
 
     spec_config = _run_stock(
         stock, args, config, stock_part, model_config, parallel_config

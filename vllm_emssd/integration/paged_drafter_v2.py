@@ -35,10 +35,11 @@ class BatchOnDevice:
     def moved_positions(
         self, req_indices: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """True positions of rows; both [num_rows] int64, on the device."""
+        """True positions of rows; both [num_rows] int64, on the device. Negative ones
+        come up in vLLM's warm-up alone, whose steps overstate what was accepted."""
         if self.moved_by is None:
             return positions
-        return positions + self.moved_by[req_indices]
+        return (positions + self.moved_by[req_indices]).clamp_(min=0)
 
 
 class KnownTokens:

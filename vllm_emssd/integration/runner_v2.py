@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.triton_utils import HAS_TRITON
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -23,42 +22,8 @@ from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.speculator_v2 import INIT_SPECULATOR_HOOK, UnpadSpeculator
+from vllm_emssd.integration.v2_limits import refuse_deployment, refuse_options
 from vllm_emssd.metrics import Counters
-
-USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
-
-
-def check_supported(config: EmssdConfig, vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what works on vLLM's V1 runner only, or nowhere."""
-    if config.proposer != "draft_model":
-        raise ValueError(
-            f'"method": "emssd" copies ("proposer": "{config.proposer}") on vLLM\'s V1 '
-            f"model runner only. {USE_V1}, or leave it unset: vLLM then chooses V1."
-        )
-    if config.draft_length != "fixed":
-        raise ValueError(
-            f"--speculative-config: 'draft_length' \"{config.draft_length}\" works on "
-            f'vLLM\'s V1 model runner only. {USE_V1}, or use "draft_length": "fixed".'
-        )
-    if not config.unpad_inputs:
-        raise ValueError(
-            "--speculative-config: 'unpad_inputs' false works on vLLM's V1 model "
-            f"runner only. {USE_V1}, or remove 'unpad_inputs'."
-        )
-    if vllm_config.watermark_config is not None:
-        raise ValueError(
-            '"method": "emssd" does not support watermarking; remove '
-            "--watermark-config."
-        )
-    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
-        raise ValueError(
-            '"method": "emssd" does not support prefill context parallelism; set '
-            "--prefill-context-parallel-size 1."
-        )
-    if not HAS_TRITON:
-        raise ValueError(
-            f"vLLM's V2 model runner needs Triton, which this machine lacks. {USE_V1}."
-        )
 
 
 class UnpadGPUModelRunnerV2(GPUModelRunner):
@@ -67,7 +32,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.emssd_config = EmssdConfig(**options)
-        check_supported(self.emssd_config, vllm_config)
+        refuse_options(self.emssd_config)
+        refuse_deployment(vllm_config)
         with hooks.installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._output: AsyncOutput | None = None  # with a verdict not yet recorded
@@ -79,7 +45,9 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         )
 
     def start_automatic_lengths(self) -> None:
-        """Nothing to start: lengths are fixed on this runner."""
+        """Warm-up is over, whose requests do not count. Lengths stay fixed."""
+        self._record_verdict()
+        self.speculator.reset_counters()
 
     @property
     def counters(self) -> Counters:

@@ -104,6 +104,10 @@ class UnpadSpeculator(StandaloneARSpeculator):
             self._drafter, self._cursor, policy, self.counters
         )
 
+    def reset_counters(self) -> None:
+        self.counters = Counters()
+        self.set_policy(self.policy)
+
     def _draft_group(self, kv_cache_config: KVCacheConfig) -> int:
         gids = [
             gid
