@@ -38,12 +38,15 @@ from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
 REGEX = r"(foo|bar)(_[a-z]{2}){1,2}"
-SMALL = {"max_model_len": 128, "kv_cache_bytes": 8 << 20}
+SMALL = {
+    "max_model_len": 128,
+    "kv_cache_bytes": 8 << 20,
+    "options": {"block_size": 32},
+}
 CHUNKED = SMALL | {
     "kv_cache_bytes": 1200 << 10,  # fewer blocks than wanted: some are preempted
     "prefix_caching": True,
     "max_num_batched_tokens": 48,
-    "options": {"block_size": 16},
 }
 STOCK_K = STOCK | {"num_speculative_tokens": K}
 EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
@@ -145,7 +148,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     return seen
 
 
-def run_all() -> dict[str, dict[str, dict[str, Any]]]:
+def run_all(path: Path) -> None:
     import vllm_emssd.integration.worker  # noqa: F401  before vLLM's V2 runner
     from vllm_emssd.integration import speculator_v2
 
@@ -167,8 +170,8 @@ def run_all() -> dict[str, dict[str, dict[str, Any]]]:
             runner = type(model_runner(llm))
             seen[name]["runner"] = f"{runner.__module__}.{runner.__qualname__}"
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    return seen
+        path.write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(run_all()))
+    run_all(Path(sys.argv[1]))
