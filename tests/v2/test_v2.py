@@ -19,7 +19,7 @@ from tests.v2.runs import EMSSD, MAX_TOKENS, REGEX, SMALL, K, texts
 
 REPO = Path(__file__).resolve().parents[2]
 VARIANTS = ("exact rows", "no copy")
-OURS = (*VARIANTS, "chunked")
+OURS = (*VARIANTS, "cached", "tight")
 TIMEOUT = 240  # seconds for all engines; the suite's share is four minutes
 
 
@@ -80,11 +80,16 @@ def test_ragged_lengths_give_the_same_tokens(name: str) -> None:
     assert 0 < drafts_a_step[0] < drafts_a_step[1]
 
 
-def test_cached_prefixes_and_preemption() -> None:
-    again = seen("chunked", "again")
+def test_cached_prefixes() -> None:
+    first, again = seen("cached"), seen("cached", "again")
     assert again["token_ids"] == seen("plain")["token_ids"]
     assert again["gained"]["prefix_cache_hits"] > 0
-    assert seen("chunked")["gained"]["num_preemptions"] > 0
+    accepted = "spec_decode_num_accepted_tokens"
+    assert again["gained"][accepted] == first["gained"][accepted]
+
+
+def test_a_small_cache_preempts() -> None:
+    assert seen("tight")["gained"]["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -127,13 +132,22 @@ def test_exact_rows_are_fewer_than_without_a_copy() -> None:
     assert exact["num_draft_forwards"] == late["num_draft_forwards"]
 
 
-def test_stock_feeds_what_the_padded_counter_says() -> None:
-    stock_rows = seen("stock")["draft_rows"]
+def test_rows_of_a_decoding_request_against_stocks() -> None:
+    """K+1 without a copy, fewer with exact rows, where stock feeds 2K+1. In the step
+    that ends its prompt a request costs K rows beside it, on either side."""
+    num_reqs = len(MAX_TOKENS)
+    stock = seen("stock")
+    stock_rows = stock["draft_rows"] - stock["num_prompt_tokens"] - K * num_reqs
     for name in VARIANTS:
         counts = seen(name)["counts"]
-        assert counts["num_padded_draft_rows"] == stock_rows
-        decode = stock_rows - seen(name)["num_prompt_tokens"]
-        assert counts["num_draft_rows_decode"] < 0.6 * decode
+        num_decode_steps = counts["num_request_steps"] - num_reqs
+        assert stock_rows == (2 * K + 1) * num_decode_steps > 0
+        assert counts["num_padded_draft_rows"] == stock["draft_rows"]
+        rows = counts["num_draft_rows_decode"] - K * num_reqs
+        if name == "no copy":
+            assert rows == (K + 1) * num_decode_steps
+        else:
+            assert K * num_decode_steps < rows < (K + 1) * num_decode_steps
 
 
 @pytest.mark.parametrize("name", VARIANTS)
