@@ -52,15 +52,13 @@ def running(config: EngineConfig) -> Iterator[Any]:
     llm = LLM(
         config.model,
         dtype=config.dtype,
-        enforce_eager=True,
         max_model_len=config.max_model_len,
-        max_num_seqs=32,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.prefix_caching,
         kv_cache_memory_bytes=config.kv_cache_bytes,
         speculative_config=config.speculative_config,
         disable_log_stats=False,
-        **({"seed": 0} | config.options),
+        **({"seed": 0, "enforce_eager": True, "max_num_seqs": 32} | config.options),
     )
     try:
         yield llm

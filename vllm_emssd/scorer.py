@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_emssd.metrics import Counters
+
 
 def pad_to_longest(
     drafts: list[list[int]], may_pad: Sequence[bool], filler: Sequence[int]
@@ -60,3 +62,37 @@ class VerifiedRows:
             np.repeat(first_row, num_draft_tokens) + within,
             (first_row + num_draft_tokens).astype(np.int64),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """What one target forward verifies. Arrays are [num_reqs], in batch order."""
+
+    req_ids: list[str]
+    num_scheduled_tokens: np.ndarray  # int64
+    num_draft_tokens: np.ndarray  # int64: the scheduled tokens that are drafts
+    is_decode: np.ndarray  # bool: the prompt was computed before
+    is_sampling: np.ndarray  # bool: the prompt is computed afterwards
+
+    def count(
+        self, num_sampled: np.ndarray, num_spec_tokens: int, counters: Counters
+    ) -> None:
+        """Add what came of it. `num_sampled`: [num_reqs], 0 where not sampling."""
+        at_least = np.where(self.is_decode, 1 + num_spec_tokens, 0)
+        padded = np.maximum(self.num_scheduled_tokens, at_least) + num_spec_tokens
+        padded_decode = np.where(self.is_decode, padded, num_spec_tokens)
+        num_drafts = self.num_draft_tokens[self.is_sampling]
+        num_emitted = int(num_sampled[self.is_sampling].sum())
+        num_verifying = int((self.is_decode & self.is_sampling).sum())
+        counters.num_steps += 1
+        counters.num_request_steps += len(num_drafts)
+        counters.num_padded_draft_rows += int(padded.sum())
+        counters.num_padded_draft_rows_decode += int(padded_decode.sum())
+        counters.num_draft_tokens += int(num_drafts.sum())
+        counters.num_accepted_tokens += num_emitted - len(num_drafts)
+        counters.num_verify_rows += len(num_drafts) + int(num_drafts.sum())
+        counters.num_padded_verify_rows += len(num_drafts)
+        counters.num_padded_verify_rows += num_verifying * int(
+            num_drafts.max(initial=0)
+        )
+        counters.num_emitted_tokens += num_emitted

@@ -90,6 +90,27 @@ def test_refused(
         _create(speculative, **options)
 
 
+@pytest.mark.parametrize(
+    ("speculative", "message"),
+    [
+        ({}, "copies, .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"model": DRAFT, "draft_length": "auto"}, "'draft_length' \"auto\".*=0"),
+        ({"model": DRAFT, "unpad_inputs": False}, "remove 'unpad_inputs'"),
+    ],
+)
+def test_refused_on_the_v2_runner(
+    monkeypatch: pytest.MonkeyPatch, speculative: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match=message):
+        _create(speculative)
+
+
+def test_adaptive_verification_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"enable_adaptive_verification.*remove it"):
+        _create({"model": DRAFT, "enable_adaptive_verification": True})
+
+
 def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:
     import json
     import shutil

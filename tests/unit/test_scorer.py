@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
-from vllm_emssd.scorer import VerifiedRows, pad_to_longest
+from vllm_emssd.metrics import Counters
+from vllm_emssd.scorer import ScheduledStep, VerifiedRows, pad_to_longest
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 DRAFT_COUNTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8)), max_size=7)
@@ -69,3 +70,51 @@ def test_pad_to_longest_equals_loop(
     before = [list(tokens) for tokens in drafts]
     assert pad_to_longest(drafts, may_pad, filler) == expected
     assert drafts == before, "the caller still needs the real drafts"
+
+
+@property_test
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5), st.integers(1, 9), st.booleans(), st.integers(0, 5)
+        ),
+        min_size=1,
+        max_size=7,
+    )
+)
+def test_counts_equal_a_loop(requests: list[tuple[int, int, bool, int]]) -> None:
+    """Requests that decode: drafts and accepted of them; or that prefill: tokens, and
+    whether the chunk is the last."""
+    num_spec_tokens = 5
+    scheduled, drafts, decode, sampling, sampled = [], [], [], [], []
+    for num_drafts, num_prompt, is_prefill, num_accepted in requests:
+        decode.append(not is_prefill)
+        drafts.append(0 if is_prefill else num_drafts)
+        scheduled.append(num_prompt if is_prefill else 1 + num_drafts)
+        sampling.append(not is_prefill or num_accepted > 2)
+        sampled.append((1 + min(num_accepted, drafts[-1])) * sampling[-1])
+    step = ScheduledStep(
+        [f"r{i}" for i in range(len(requests))],
+        *(np.array(x, np.int64) for x in (scheduled, drafts)),
+        *(np.array(x, bool) for x in (decode, sampling)),
+    )
+    counters = Counters()
+    step.count(np.array(sampled, np.int32), num_spec_tokens, counters)
+
+    expected = dict.fromkeys(counters.as_dict(), 0) | {"num_steps": 1}
+    longest = max((d for d, s in zip(drafts, sampling, strict=True) if s), default=0)
+    for i in range(len(requests)):
+        at_least = 1 + num_spec_tokens if decode[i] else scheduled[i]
+        padded = max(scheduled[i], at_least) + num_spec_tokens
+        expected["num_padded_draft_rows"] += padded
+        expected["num_padded_draft_rows_decode"] += (
+            padded if decode[i] else num_spec_tokens
+        )
+        if sampling[i]:
+            expected["num_request_steps"] += 1
+            expected["num_draft_tokens"] += drafts[i]
+            expected["num_accepted_tokens"] += sampled[i] - 1
+            expected["num_verify_rows"] += 1 + drafts[i]
+            expected["num_padded_verify_rows"] += 1 + longest * decode[i]
+            expected["num_emitted_tokens"] += sampled[i]
+    assert counters.as_dict() == expected

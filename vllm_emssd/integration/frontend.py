@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -32,6 +33,7 @@ from vllm_emssd.integration.draft_checks import (
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
 from vllm_emssd.integration.references import REFERENCE_HOOKS
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
+from vllm_emssd.integration.v2_limits import refuse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +46,7 @@ logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
 CPU_WORKER = "vllm_emssd.integration.worker.UnpadCPUWorker"
 FIXED_CPU_WORKER = "vllm_emssd.integration.worker.FixedCPUWorker"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"
-GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
+GPU_WORKER = "vllm_emssd.integration.gpu_worker.UnpadGPUWorker"
 SCHEDULER = "vllm_emssd.integration.scheduler.UnpadScheduler"
 COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
 
@@ -179,6 +181,8 @@ def _create_ours(
     _refuse_unsupported(args, model_config, parallel_config)
     if config.draft_length == "auto":
         _refuse_unsupported_auto()
+    if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
+        refuse_options(config)
     _refuse_other_draft_ranks(stock_part, parallel_config)
     model = stock_part.get("model")
     if model:

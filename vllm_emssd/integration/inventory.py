@@ -14,14 +14,19 @@ from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
 from vllm_emssd.integration.hooks import Hook, State
 from vllm_emssd.integration.references import REFERENCE_HOOKS
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK
-from vllm_emssd.integration.worker import CPU_RUNNER_HOOK
+from vllm_emssd.integration.worker import CPU_RUNNER_HOOK, CPU_RUNNER_V2_HOOK
+
+# After the worker, whose module must come before vLLM's V2 runner on a CPU.
+from vllm_emssd.integration.speculator_v2 import INIT_SPECULATOR_HOOK  # isort: skip
 
 INVENTORY: tuple[Hook, ...] = (
     FRONTEND_HOOK,
     VALIDATION_HOOK,
     *REFERENCE_HOOKS,
     CPU_RUNNER_HOOK,
+    CPU_RUNNER_V2_HOOK,
     LOGITSPROCS_HOOK,
+    INIT_SPECULATOR_HOOK,
     *CPU_FIXES,
 )
 

@@ -15,11 +15,7 @@ import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    UniformTypeKVCacheSpecs,
-)
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -33,6 +29,7 @@ from vllm_emssd.draft_length import (
     Survival,
 )
 from vllm_emssd.integration import hooks
+from vllm_emssd.integration.kv_cache import check_full_attention
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
@@ -62,19 +59,6 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
         yield
     finally:
         spec_config.disable_padded_drafter_batch = saved
-
-
-def check_full_attention(kv_cache_config: KVCacheConfig, gid: int) -> None:
-    """Raise ValueError where the drafter's K/V does not stay in its blocks."""
-    spec = kv_cache_config.kv_cache_groups[gid].kv_cache_spec
-    is_uniform = isinstance(spec, UniformTypeKVCacheSpecs)
-    for one in spec.kv_cache_specs.values() if is_uniform else [spec]:
-        if not isinstance(one, FullAttentionSpec):
-            raise ValueError(
-                '"method": "emssd" needs a draft model with full attention in every '
-                f"layer, found {type(one).__name__}. Choose another 'model', or use "
-                '"method": "draft_model".'
-            )
 
 
 class UnpadRunnerMixin(UnpadSamplingMixin):

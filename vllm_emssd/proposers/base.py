@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from vllm_emssd.draft_length import DraftOpportunity
+
+
+class TokenIds(Protocol):
+    """Tokens by batch row and position: a numpy array, or what is indexed like one and
+    gives tensors of a device."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +28,7 @@ class DraftBatch:
     """
 
     req_ids: list[str]  # batch row -> request id
-    token_ids: np.ndarray  # [max_num_reqs, max_model_len] int32
+    token_ids: TokenIds  # [max_num_reqs, max_model_len] int32
     num_tokens: np.ndarray  # [num_reqs] int64: known tokens
     num_prompt_tokens: np.ndarray  # [num_reqs] int64
     num_scheduled_tokens: np.ndarray  # [num_reqs] int64: of this step

@@ -10,6 +10,7 @@ Paper: EMS-SD (arXiv 2405.07542), "unpad input tokens", applied to the drafter.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy
+from vllm_emssd.late_cursor import LateDraftCursor
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.ragged import RaggedRows, grant_rows
@@ -48,13 +50,38 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceDrafts:
+    """Drafts where the forwards left them, on the drafter's device."""
+
+    made: list[tuple[np.ndarray, torch.Tensor]]  # of each forward: batch rows, tokens
+    num_made: np.ndarray  # [num_reqs] int64: drafts of each batch row
+    num_kept: np.ndarray  # [num_reqs] int64: of them, those to be verified
+
+    @classmethod
+    def none(cls, num_reqs: int) -> DeviceDrafts:
+        nothing = np.zeros(num_reqs, dtype=np.int64)
+        return cls([], nothing, nothing)
+
+    def tolist(self) -> list[list[int]]:
+        """Draft token ids of each batch row, those kept."""
+        drafts: list[list[int]] = [[] for _ in self.num_made]
+        if self.made:
+            # sync: the scheduler needs the drafts on the host
+            flat = iter(torch.cat([tokens for _, tokens in self.made]).tolist())
+            for requests, _ in self.made:
+                for i in requests.tolist():
+                    drafts[i].append(next(flat))
+        return [tokens[:n] for tokens, n in zip(drafts, self.num_kept, strict=True)]
+
+
 class DraftModelProposer:
     """Unpadded drafting with a draft model."""
 
     def __init__(
         self,
         drafter: Drafter,
-        cursor: DraftCursor,
+        cursor: DraftCursor | LateDraftCursor,
         policy: DraftLengthPolicy,
         counters: Counters,
     ) -> None:
@@ -64,6 +91,10 @@ class DraftModelProposer:
         self._counters = counters
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
+        return self.draft(batch).tolist()
+
+    def draft(self, batch: DraftBatch) -> DeviceDrafts:
+        """Like `propose`, but leaves the drafts on the device."""
         starts, ends = self._missing_spans(batch)
         step = batch.opportunity(batch.max_draft_tokens, ends - starts)
         draft_lens = self._policy.begin(step)
@@ -80,16 +111,17 @@ class DraftModelProposer:
 
         fed = np.flatnonzero(granted)
         if fed.size == 0:
-            return [[] for _ in batch.req_ids]
+            return DeviceDrafts.none(batch.num_reqs)
         rows = RaggedRows.from_spans(fed, starts[fed], (starts + granted)[fed])
-        drafts = self._draft(batch, rows, draft_lens)
+        made = self._draft(batch, rows, draft_lens)
+        num_made = np.zeros(batch.num_reqs, dtype=np.int64)
+        for requests, _ in made:
+            num_made[requests] += 1
         for i in fed:
             self._cursor.advance(batch.req_ids[i], int(starts[i] + granted[i]))
-            self._cursor.record_fed_drafts(batch.req_ids[i], max(len(drafts[i]) - 1, 0))
-
-        made = np.fromiter(map(len, drafts), np.int64, batch.num_reqs)
-        kept = self._policy.finish(made)
-        return [tokens[:n] for tokens, n in zip(drafts, kept, strict=True)]
+            num_fed_drafts = max(int(num_made[i]) - 1, 0)
+            self._cursor.record_fed_drafts(batch.req_ids[i], num_fed_drafts)
+        return DeviceDrafts(made, num_made, self._policy.finish(num_made))
 
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
@@ -124,16 +156,16 @@ class DraftModelProposer:
 
     def _draft(
         self, batch: DraftBatch, rows: RaggedRows, draft_lens: np.ndarray
-    ) -> list[list[int]]:
-        """Run the forwards. Returns the drafts made by each batch row, of lengths up to
-        `draft_lens` [num_reqs]; who drafts must be in `rows`."""
+    ) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """Run the forwards. Returns the batch rows and the drafts of each; no request
+        makes more than its `draft_lens` [num_reqs]; who drafts must be in `rows`."""
         known_ids = batch.token_ids[rows.row_req_indices, rows.positions]
         drafting = rows.req_indices[draft_lens[rows.req_indices] > 0]
         sampled_rows = rows.last_rows[draft_lens[rows.req_indices] > 0]
         self._count_forward(batch, rows)
         tokens, confidence = self._drafter.forward(rows, known_ids, sampled_rows, 0)
         if drafting.size == 0:
-            return [[] for _ in batch.req_ids]
+            return []
 
         active = drafting  # batch rows, the set only shrinks
         made: list[tuple[np.ndarray, torch.Tensor]] = []  # of each forward
@@ -153,13 +185,7 @@ class DraftModelProposer:
             tokens, confidence = self._drafter.forward(
                 rows, tokens, rows.last_rows, position + 1
             )
-        drafts: list[list[int]] = [[] for _ in batch.req_ids]
-        # sync: the scheduler needs the drafts on the host
-        flat = iter(torch.cat([tokens for _, tokens in made]).tolist())
-        for requests, _ in made:
-            for i in requests.tolist():
-                drafts[i].append(next(flat))
-        return drafts
+        return made
 
     def _count_forward(self, batch: DraftBatch, rows: RaggedRows) -> None:
         is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]

@@ -1,0 +1,98 @@
+"""One engine on a GPU; prints what it saw as one line of JSON.
+
+python -m tests.gpu.run_engine SIDE VARIANT OPTIONS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from statistics import median
+from typing import Any
+
+from tests.engine import (
+    DRAFT_MODEL,
+    LLMA,
+    STOCK,
+    EngineConfig,
+    model_runner,
+    prompts,
+    running,
+    vllm_counters,
+)
+
+SIDES: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "stock": STOCK,
+    "emssd": DRAFT_MODEL,
+    "ragged": DRAFT_MODEL,
+    "llma": LLMA,
+}
+ROUNDS = 5
+
+
+def speculative_config(side: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    config = SIDES[side]
+    if config is None:
+        return None
+    draft, sampled = options.get("draft"), options.get("sampled")
+    config = config | ({"model": draft} if draft else {})
+    return config | ({"draft_sample_method": "probabilistic"} if sampled else {})
+
+
+def choose(side: str, variant: str) -> None:
+    """The first pass of our V2 speculator, before it is made."""
+    if side in ("emssd", "ragged"):
+        from vllm_emssd.integration import speculator_v2
+
+        speculator_v2.copies_verdict = lambda device: variant == "exact rows"
+
+
+def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    batch, timed = options.pop("batch", 24), options.pop("time", False)
+    is_sampled = bool(options.get("sampled"))
+    dtype = options.pop("dtype")
+    config = speculative_config(side, options)
+    options = {k: v for k, v in options.items() if k not in ("draft", "sampled")}
+    choose(side, variant)
+    texts = [prompts()[i % len(prompts())] for i in range(batch)]
+    params = SamplingParams(
+        temperature=float(is_sampled), seed=0, max_tokens=64, ignore_eos=True
+    )
+    engine = EngineConfig(
+        config,
+        dtype=dtype,
+        kv_cache_bytes=2 << 30,
+        options={"enforce_eager": True, "max_num_seqs": 128} | options,
+    )
+    with running(engine) as llm:
+        if side == "ragged":
+            from tests.v2.runs import RaggedLengths
+
+            model_runner(llm).speculator.set_policy(RaggedLengths())
+        seconds = []
+        for _ in range(ROUNDS if timed else 1):
+            started = time.perf_counter()
+            outputs = llm.generate(texts, params, use_tqdm=False)
+            seconds.append(time.perf_counter() - started)
+        counters = vllm_counters(llm)
+        is_ours = config is not None and config["method"] == "emssd"
+        ranks = llm.collective_rpc("emssd_stats") if is_ours else [{}]
+    accepted = int(counters.get("vllm:spec_decode_num_accepted_tokens", 0))
+    drafted = int(counters.get("vllm:spec_decode_num_draft_tokens", 0))
+    token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+    return {
+        "token_ids": token_ids,
+        "num_accepted_tokens": accepted,
+        "accepted_share": accepted / max(drafted, 1),
+        "counts": ranks[0],
+        "ranks_count_alike": all(counts == ranks[0] for counts in ranks),
+        "tokens_per_second": sum(map(len, token_ids)) / median(seconds),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))

@@ -1,0 +1,140 @@
+"""What only a GPU can show. Run by scripts/gpu_check; skipped without one.
+
+Each engine gets a process of its own, so that one failure says nothing of the next
+and every worker starts from a clean CUDA context.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import NUM_SPECULATIVE_TOKENS, TARGET
+
+REPO = Path(__file__).resolve().parents[2]
+NUM_GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NUM_GPUS == 0, reason="no GPU that CUDA can use"),
+]
+EXACT = {"dtype": "float32", "attention_backend": "TRITON_ATTN"}
+FLASH = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN"}
+RUNNERS = ("V1", "V2")
+VARIANTS = ("no copy", "exact rows")  # of our first pass on V2
+
+
+def run(side: str, runner: str = "V2", variant: str = "no copy", **options: Any) -> Any:
+    return _run(side, runner, variant, json.dumps(options, sort_keys=True))
+
+
+@cache
+def _run(side: str, runner: str, variant: str, options: str) -> Any:
+    """One engine in its own process; see tests/gpu/run_engine.py."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VLLM_CPU_", "OMP_", "LD_PRELOAD"))
+    }
+    env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner == "V2"))
+    env["PYTHONPATH"] = str(REPO)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.run_engine", side, variant, options],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_rows(counts: dict[str, int]) -> None:
+    most = (NUM_SPECULATIVE_TOKENS + 1) * counts["num_request_steps"]
+    assert 0 < counts["num_draft_rows_decode"] <= most
+    assert counts["num_accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flash_attention_varlen(variant: str) -> None:
+    """Ragged rows through FlashAttention's varlen kernels, in bfloat16."""
+    stock, ours = run("stock", **FLASH), run("emssd", variant=variant, **FLASH)
+    check_rows(ours["counts"])
+    assert ours["accepted_share"] == pytest.approx(stock["accepted_share"], rel=0.05)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("eager", [True, False])
+def test_v2_float32_tokens_and_acceptance(variant: str, eager: bool) -> None:
+    options = EXACT | {"enforce_eager": eager}
+    plain, stock = run("plain", **options), run("stock", **options)
+    ours = run("emssd", variant=variant, **options)
+    assert ours["token_ids"] == plain["token_ids"]
+    assert ours["num_accepted_tokens"] == stock["num_accepted_tokens"]
+    check_rows(ours["counts"])
+
+
+def test_v2_ragged_lengths() -> None:
+    ragged = run("ragged", **EXACT)
+    assert ragged["token_ids"] == run("plain", **EXACT)["token_ids"]
+    check_rows(ragged["counts"])
+
+
+def test_v1_float32_tokens_and_acceptance() -> None:
+    plain, stock = run("plain", "V1", **EXACT), run("stock", "V1", **EXACT)
+    ours = run("emssd", "V1", **EXACT)
+    assert ours["token_ids"] == plain["token_ids"]
+    assert ours["num_accepted_tokens"] == stock["num_accepted_tokens"]
+    check_rows(ours["counts"])
+
+
+def test_v1_is_chosen_for_copying() -> None:
+    plain, ours = run("plain", "V1", **EXACT), run("llma", "V1", **EXACT)
+    assert ours["token_ids"] == plain["token_ids"]
+    assert ours["counts"]["num_draft_tokens"] > 0
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_model_drafting_for_itself_is_accepted(runner: str) -> None:
+    """Sampled drafts judged by the distribution they came from."""
+    options = EXACT | {"draft": TARGET, "sampled": True}
+    counts = run("emssd", runner, **options)["counts"]
+    assert counts["num_accepted_tokens"] >= 0.98 * counts["num_draft_tokens"] > 0
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="one GPU")
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_tensor_parallel(runner: str, backend: str) -> None:
+    if backend == "ray":
+        pytest.importorskip("ray")
+    options = EXACT | {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": backend,
+    }
+    ours = run("emssd", runner, **options)
+    assert ours["token_ids"] == run("plain", runner, **options)["token_ids"]
+    check_rows(ours["counts"])
+    assert ours["ranks_count_alike"]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32, 128])
+def test_time_against_stock(batch: int, record_property: Any) -> None:
+    """Recorded, not judged: tokens a second of each side at each batch size."""
+    options = FLASH | {"enforce_eager": False, "batch": batch, "time": True}
+    for side, variant in (
+        ("plain", "no copy"),
+        ("stock", "no copy"),
+        *(("emssd", v) for v in VARIANTS),
+    ):
+        seen = run(side, variant=variant, **options)
+        assert seen["tokens_per_second"] > 0
+        record_property(f"{side}, {variant}", seen["tokens_per_second"])

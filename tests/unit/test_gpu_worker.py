@@ -1,0 +1,44 @@
+"""The GPU worker's module leaves torch's CUDA interface alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_gpu_worker_imports_nothing_of_the_cpu_worker() -> None:
+    """The CPU worker's module replaces streams, events and copies by no-ops."""
+    code = (
+        "import sys\n"
+        "import vllm_emssd.integration.gpu_worker, vllm_emssd.integration.runner_v1\n"
+        "import vllm_emssd.integration.runner_v2\n"
+        "print([name for name in sys.modules if name.endswith('worker.cpu.shm')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_inventory_is_what_vllm_has() -> None:
+    """Every replaced name exists with the signature the hook was written against."""
+    code = (
+        "from vllm_emssd.integration import hooks, inventory\n"
+        "for hook in inventory.INVENTORY: hooks.check(hook)\n"
+        "print(len(inventory.INVENTORY))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout.splitlines()[-1]) >= 7

@@ -1,0 +1,66 @@
+"""Lets vLLM's V2 model runner run on a CPU, under Triton's interpreter. For tests only.
+
+Call `install` before anything imports vLLM or decorates a Triton kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def install() -> None:
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"
+    _pretend_cpu_backend()
+    _mend_comparisons()
+    _add_log1p()
+
+
+def _pretend_cpu_backend() -> None:
+    """vLLM asks for a "cpu" backend of Triton and looks no further than its name."""
+    import triton.backends
+    from triton.backends.driver import DriverBase
+
+    def nothing(self: Any, *args: Any) -> None: ...
+
+    names = set(DriverBase.__abstractmethods__) - {"is_active"}
+    members = dict.fromkeys(names, nothing) | {
+        "__init__": nothing,
+        "is_active": classmethod(lambda cls: False),
+    }
+    driver = type("InterpretedCpu", (DriverBase,), members)
+    triton.backends.backends["cpu"] = triton.backends.Backend(
+        compiler=None, driver=driver
+    )
+
+
+def _mend_comparisons() -> None:
+    """The interpreter types a comparison's result as its operands, so that splatting a
+    scalar condition makes an integer mask of it."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    binary_op = InterpreterBuilder.binary_op
+
+    def with_bool_type(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = binary_op(self, lhs, rhs, op)
+        if result.data.dtype == bool:
+            return TensorHandle(result.data, tl.int1)
+        return result
+
+    InterpreterBuilder.binary_op = with_bool_type
+
+
+def _add_log1p() -> None:
+    """Device functions return None under the interpreter."""
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def log1p(x: Any, _semantic: Any = None) -> Any:
+        handle = TensorHandle(np.log1p(x.handle.data), x.handle.dtype)
+        return tl.core.tensor(handle, x.type)
+
+    libdevice.log1p = log1p

@@ -1,0 +1,178 @@
+"""Runs of the V2 runner under the interpreter, in a process of their own.
+
+    python -m tests.v2.runs RESULTS.json
+
+The interpreter must be in place before vLLM is imported, so the tests start this once
+and look at what it wrote.
+"""
+
+from __future__ import annotations
+
+from tests.v2 import interpreter
+
+if __name__ == "__main__":
+    interpreter.install()
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.engine import (
+    DRAFT_MODEL,
+    STOCK,
+    TARGET,
+    EngineConfig,
+    model_runner,
+    prompts,
+    running,
+    stats,
+    stop_counting_others,
+    vllm_counters,
+)
+from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
+
+K = 3
+MAX_TOKENS = (14, 9, 18, 1, 6)
+REGEX = r"(foo|bar)(_[a-z]{2}){1,2}"
+SMALL = {
+    "max_model_len": 128,
+    "kv_cache_bytes": 8 << 20,
+    "options": {"block_size": 32},
+}
+CACHED = SMALL | {"prefix_caching": True, "max_num_batched_tokens": 48}
+TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
+    "prefix_caching": True,
+    "options": {"block_size": 32, "num_gpu_blocks_override": 7},
+}
+STOCK_K = STOCK | {"num_speculative_tokens": K}
+EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
+ITSELF = EMSSD | {"model": TARGET, "draft_sample_method": "probabilistic"}
+
+
+class RaggedLengths(FixedDraftLength):
+    """Any number of drafts, another for each request and step, 0 among them."""
+
+    def begin(self, step: DraftOpportunity) -> np.ndarray:
+        self._steps = getattr(self, "_steps", 0) + 1
+        wanted = (np.arange(len(step.req_ids)) * 2 + self._steps) % (K + 1)
+        return np.minimum(wanted, step.max_draft_tokens)
+
+
+def texts() -> list[str]:
+    return [text[: 100 + 40 * i] for i, text in enumerate(prompts()[: len(MAX_TOKENS)])]
+
+
+class DraftRows:
+    """Rows fed to the draft model, seen from the model itself."""
+
+    def __init__(self, llm: Any) -> None:
+        self.num_rows = 0
+        speculator = model_runner(llm).speculator
+        if speculator is not None:
+            speculator.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.num_rows += int(kwargs["input_ids"].shape[0])
+
+
+def one_pass(llm: Any, rows: DraftRows, **parameters: Any) -> dict[str, Any]:
+    """Generate for all texts. What came out, and what it cost."""
+    from vllm import SamplingParams
+
+    is_ours = hasattr(model_runner(llm), "counters")
+    before, rows_before = vllm_counters(llm), rows.num_rows
+    counts_before = stats(llm) if is_ours else {}
+    params = [
+        SamplingParams(
+            **({"temperature": 0, "ignore_eos": True, "max_tokens": n} | parameters)
+        )
+        for n in MAX_TOKENS
+    ]
+    started = time.perf_counter()
+    outputs = llm.generate(texts(), params, use_tqdm=False)
+    after, counts = vllm_counters(llm), stats(llm) if is_ours else {}
+    gained = {
+        name.removeprefix("vllm:"): int(after[name] - before.get(name, 0))
+        for name in after
+        if "spec_decode" in name or "preempt" in name or "cache_hits" in name
+    }
+    return {
+        "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
+        "texts": [o.outputs[0].text for o in outputs],
+        "logprobs": [
+            [
+                {t: e.logprob for t, e in at.items()}
+                for at in o.outputs[0].logprobs or ()
+            ]
+            for o in outputs
+        ],
+        "num_prompt_tokens": sum(len(o.prompt_token_ids) for o in outputs),
+        "gained": gained,
+        "draft_rows": rows.num_rows - rows_before,
+        "counts": {k: v - counts_before[k] for k, v in counts.items()},
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def structured(**parameters: Any) -> dict[str, Any]:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = StructuredOutputsParams(regex=REGEX)
+    return {"structured_outputs": grammar, "ignore_eos": False} | parameters
+
+
+def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
+    rows = DraftRows(llm)
+    if name == "itself":
+        seen = {
+            "sampled": one_pass(llm, rows, temperature=1.0, seed=7),
+            "structured": one_pass(llm, rows, **structured(temperature=1.0, seed=7)),
+        }
+        model_runner(llm).speculator.set_policy(RaggedLengths())
+        return seen | {"ragged": one_pass(llm, rows, temperature=1.0, seed=7)}
+    seen = {"greedy": one_pass(llm, rows)}
+    if name == "cached":
+        seen["again"] = one_pass(llm, rows)  # on cached prefixes
+    elif name not in ("stock", "tight"):
+        seen["logprobs"] = one_pass(
+            llm, rows, logprobs=2, logit_bias={201: 3.0}, presence_penalty=0.5
+        )
+        seen["structured"] = one_pass(llm, rows, **structured())
+    if name not in ("plain", "stock"):
+        model_runner(llm).speculator.set_policy(RaggedLengths())
+        seen["ragged"] = one_pass(llm, rows)
+    return seen
+
+
+def run_all(path: Path) -> None:
+    import vllm_emssd.integration.worker  # noqa: F401  before vLLM's V2 runner
+    from vllm_emssd.integration import speculator_v2
+
+    engines = {  # name -> its configuration, and whether the host copies the verdict
+        "plain": (EngineConfig(**SMALL), True),
+        "stock": (EngineConfig(STOCK_K, **SMALL), True),
+        "exact rows": (EngineConfig(EMSSD, **SMALL), True),
+        "no copy": (EngineConfig(EMSSD, **SMALL), False),
+        "cached": (EngineConfig(EMSSD, **CACHED), False),
+        "tight": (EngineConfig(EMSSD, **TIGHT), False),
+        "itself": (EngineConfig(ITSELF, **SMALL), False),
+    }
+    seen = {}
+    for name, (config, copies) in engines.items():
+        speculator_v2.copies_verdict = lambda device, copies=copies: copies
+        stop_counting_others()
+        started = time.perf_counter()
+        with running(config) as llm:
+            seen[name] = passes(llm, name)
+            runner = type(model_runner(llm))
+            seen[name]["runner"] = f"{runner.__module__}.{runner.__qualname__}"
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+        path.write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))

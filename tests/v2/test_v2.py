@@ -1,0 +1,178 @@
+"""vLLM's V2 model runner, interpreted: tokens, acceptance, rows and counters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.engine import EngineConfig, running
+from tests.v2.runs import EMSSD, MAX_TOKENS, REGEX, SMALL, K, texts
+
+REPO = Path(__file__).resolve().parents[2]
+VARIANTS = ("exact rows", "no copy")
+OURS = (*VARIANTS, "cached", "tight")
+TIMEOUT = 240  # seconds for all engines; the suite's share is four minutes
+
+
+@cache
+def results() -> dict[str, Any]:
+    """All runs under the interpreter, from one process."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "results.json"
+        subprocess.run(
+            [sys.executable, "-m", "tests.v2.runs", str(path)],
+            cwd=REPO,
+            env=os.environ | {"PYTHONPATH": str(REPO)},
+            check=True,
+            timeout=TIMEOUT,
+        )
+        return json.loads(path.read_text())
+
+
+@cache
+def v1_tokens(name: str) -> list[list[int]]:
+    """The same greedy requests on the V1 runner, in this process."""
+    from vllm import SamplingParams
+
+    config = EngineConfig(EMSSD if name == "emssd" else None, **SMALL)
+    params = [
+        SamplingParams(temperature=0, ignore_eos=True, max_tokens=n) for n in MAX_TOKENS
+    ]
+    with running(config) as llm:
+        outputs = llm.generate(texts(), params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def seen(name: str, what: str = "greedy") -> dict[str, Any]:
+    return results()[name][what]
+
+
+def test_the_v2_runner_ran() -> None:
+    assert results()["stock"]["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
+    for name in OURS:
+        assert results()[name]["runner"].endswith("runner_v2.UnpadCPUModelRunnerV2")
+
+
+@pytest.mark.parametrize("name", ["plain", "stock", *OURS])
+def test_greedy_tokens_are_those_of_v1(name: str) -> None:
+    assert seen(name)["token_ids"] == v1_tokens("plain")
+    assert v1_tokens("emssd") == v1_tokens("plain")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ragged_lengths_give_the_same_tokens(name: str) -> None:
+    ragged, fixed = seen(name, "ragged"), seen(name)
+    assert ragged["token_ids"] == seen("plain")["token_ids"]
+    assert ragged["gained"]["spec_decode_num_accepted_tokens"] > 0
+    drafts_a_step = [
+        s["counts"]["num_draft_tokens"] / s["counts"]["num_request_steps"]
+        for s in (ragged, fixed)
+    ]
+    assert 0 < drafts_a_step[0] < drafts_a_step[1]
+
+
+def test_cached_prefixes() -> None:
+    first, again = seen("cached"), seen("cached", "again")
+    assert again["token_ids"] == seen("plain")["token_ids"]
+    assert again["gained"]["prefix_cache_hits"] > 0
+    accepted = "spec_decode_num_accepted_tokens"
+    assert again["gained"][accepted] == first["gained"][accepted]
+
+
+def test_a_small_cache_preempts() -> None:
+    assert seen("tight")["gained"]["num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forced_length_accepts_exactly_what_stock_accepts(name: str) -> None:
+    stock, ours = seen("stock")["gained"], seen(name)["gained"]
+    assert stock["spec_decode_num_accepted_tokens"] > 0
+    assert ours == stock
+
+
+@pytest.mark.parametrize("name", [*OURS, "itself"])
+def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
+    for what in ("greedy", "again", "logprobs", "sampled", "structured", "ragged"):
+        if what not in results()[name]:
+            continue
+        run = seen(name, what)
+        counts, gained = run["counts"], run["gained"]
+        assert counts["num_draft_rows"] == run["draft_rows"] > 0
+        assert counts["num_draft_tokens"] == gained["spec_decode_num_draft_tokens"]
+        assert (
+            counts["num_accepted_tokens"] == gained["spec_decode_num_accepted_tokens"]
+        )
+        assert counts["num_emitted_tokens"] == (
+            counts["num_accepted_tokens"] + counts["num_request_steps"]
+        )
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("what", ["greedy", "ragged"])
+def test_decoding_request_costs_at_most_k_plus_one_rows_a_step(
+    name: str, what: str
+) -> None:
+    counts = seen(name, what)["counts"]
+    most = (K + 1) * counts["num_request_steps"]
+    assert 0 < counts["num_draft_rows_decode"] <= most
+
+
+def test_exact_rows_are_fewer_than_without_a_copy() -> None:
+    exact, late = (seen(name)["counts"] for name in VARIANTS)
+    assert exact["num_draft_rows_decode"] < late["num_draft_rows_decode"]
+    assert exact["num_draft_forwards"] == late["num_draft_forwards"]
+
+
+def test_rows_of_a_decoding_request_against_stocks() -> None:
+    """K+1 without a copy, fewer with exact rows, where stock feeds 2K+1. In the step
+    that ends its prompt a request costs K rows beside it, on either side."""
+    num_reqs = len(MAX_TOKENS)
+    stock = seen("stock")
+    stock_rows = stock["draft_rows"] - stock["num_prompt_tokens"] - K * num_reqs
+    for name in VARIANTS:
+        counts = seen(name)["counts"]
+        num_decode_steps = counts["num_request_steps"] - num_reqs
+        assert stock_rows == (2 * K + 1) * num_decode_steps > 0
+        assert counts["num_padded_draft_rows"] == stock["draft_rows"]
+        rows = counts["num_draft_rows_decode"] - K * num_reqs
+        if name == "no copy":
+            assert rows == (K + 1) * num_decode_steps
+        else:
+            assert K * num_decode_steps < rows < (K + 1) * num_decode_steps
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("what", ["logprobs", "structured"])
+def test_sampling_parameters_do_what_they_do_without_speculation(
+    name: str, what: str
+) -> None:
+    ours, plain = seen(name, what), seen("plain", what)
+    assert ours["token_ids"] == plain["token_ids"]
+    assert ours["gained"]["spec_decode_num_draft_tokens"] > 0
+    for ours_at, plain_at in zip(ours["logprobs"], plain["logprobs"], strict=True):
+        assert len(ours_at) == len(plain_at)
+        for a, b in zip(ours_at, plain_at, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("what", ["sampled", "ragged"])
+def test_samples_of_the_target_itself_are_accepted(what: str) -> None:
+    """Each draft is judged by the distribution it was sampled from."""
+    counts = seen("itself", what)["counts"]
+    assert counts["num_accepted_tokens"] >= 0.95 * counts["num_draft_tokens"] > 0
+
+
+def test_sampling_under_a_grammar_obeys_it() -> None:
+    run = seen("itself", "structured")
+    assert run["gained"]["spec_decode_num_draft_tokens"] > 0
+    for text, most in zip(run["texts"], MAX_TOKENS, strict=True):
+        assert re.fullmatch(REGEX, text) or most < 12, text

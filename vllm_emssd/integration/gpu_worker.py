@@ -1,0 +1,30 @@
+"""The GPU worker class: vLLM's own, with our model runner in it.
+
+Apart from the CPU worker, whose module makes no-ops of torch's CUDA streams, events
+and copies as soon as it is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_emssd.integration.worker_mixins import EmssdStats, MemoryAdvice
+
+
+class UnpadGPUWorker(EmssdStats, MemoryAdvice, Worker):
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_automatic_lengths()
+        return times
+
+    def _make_model_runner(self) -> Any:
+        if self.use_v2_model_runner:
+            from vllm_emssd.integration.runner_v2 import UnpadGPUModelRunnerV2
+
+            return UnpadGPUModelRunnerV2(self.vllm_config, self.device)
+        from vllm_emssd.integration.runner_v1 import UnpadGPUModelRunner
+
+        return UnpadGPUModelRunner(self.vllm_config, self.device)

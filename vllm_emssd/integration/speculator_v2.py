@@ -1,0 +1,316 @@
+"""vLLM's stand-alone draft-model speculator (V2 runner) with unpadded drafting.
+
+Stock feeds the drafter all scheduled rows of every request again, rejected ones
+included, and one more, then one row a request and draft: 2K+1 of a decoding request.
+This feeds what is missing and drafts for each request as many tokens as its policy
+allows, in one of two ways (`knows_verdict`):
+
+- *exact rows*: the number of accepted drafts is copied to the host before drafting, so
+  that a first pass has 1 row, or 2 after a full acceptance. The host waits for the
+  target and the device then for the host.
+- *no copy*: the host launches the drafter by a bound (`LateDraftCursor`): 2 rows a
+  request, uniform over those that drafted before, K+1 in all; who lags behind is fed
+  all it lacks in the same pass. The verdict reaches the host with the step's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
+    StandaloneARSpeculator,
+)
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
+from vllm_emssd.integration import hooks
+from vllm_emssd.integration.kv_cache import check_full_attention
+from vllm_emssd.integration.paged_drafter_v2 import (
+    BatchOnDevice,
+    KnownTokens,
+    PagedDrafterV2,
+)
+from vllm_emssd.late_cursor import LateDraftCursor
+from vllm_emssd.metrics import Counters
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.draft_model import DeviceDrafts, DraftModelProposer
+from vllm_emssd.scorer import ScheduledStep
+
+INIT_SPECULATOR_HOOK = hooks.Hook(
+    target="vllm.v1.worker.gpu.model_runner:init_speculator",
+    why="the V2 runner builds its speculator by a closed list; only while it is made",
+    signature="vllm_config, device, req_states",
+    upstream="a registry for speculators, or an overridable method of the runner",
+    remove_when="a subclass of the V2 runner can choose its speculator",
+    make=lambda stock: UnpadSpeculator,
+)
+
+
+def copies_verdict(device: torch.device) -> bool:
+    """Whether the host should wait for the verdict: where that costs nothing."""
+    return device.type == "cpu"
+
+
+class UnpadSpeculator(StandaloneARSpeculator):
+    """Owns the proposer, the draft cursor and the counters of one rank."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.knows_verdict = copies_verdict(device)
+        self.counters = Counters()
+        self.policy: DraftLengthPolicy = FixedDraftLength()
+        self.draft_lens: dict[str, int] = {}  # of the last batch, for the scheduler
+        self._req_states = req_states
+        self._constrained: set[str] = set()  # requests under a grammar
+        self._step: ScheduledStep | None = None  # whose verdict is not known yet
+        self._cursor: DraftCursor | LateDraftCursor  # both made with the KV cache
+        self._proposer: DraftModelProposer
+
+    # ------------------------------------------------------------ start-up
+
+    def set_attn(
+        self, model_state: Any, kv_cache_config: KVCacheConfig, *args: Any
+    ) -> None:
+        super().set_attn(model_state, kv_cache_config, *args)
+        self._gid = self._draft_group(kv_cache_config)
+        check_full_attention(kv_cache_config, self._gid)
+        group = kv_cache_config.kv_cache_groups[self._gid]
+        cursor = DraftCursor(
+            kv_cache_config.num_blocks,
+            group.kv_cache_spec.block_size,
+            trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
+        )
+        self._cursor = cursor if self.knows_verdict else LateDraftCursor(cursor)
+        self._drafter = PagedDrafterV2(
+            self, min(self.draft_model_config.max_model_len, self.max_model_len)
+        )
+        self.set_policy(self.policy)
+
+    def set_policy(self, policy: DraftLengthPolicy) -> None:
+        """Draft by these lengths from now on."""
+        self.policy = policy
+        self._proposer = DraftModelProposer(
+            self._drafter, self._cursor, policy, self.counters
+        )
+
+    def reset_counters(self) -> None:
+        self.counters = Counters()
+        self.set_policy(self.policy)
+
+    def _draft_group(self, kv_cache_config: KVCacheConfig) -> int:
+        gids = [
+            gid
+            for gid, group in enumerate(kv_cache_config.kv_cache_groups)
+            if self.draft_attn_layer_names.intersection(group.layer_names)
+        ]
+        if len(gids) != 1:
+            raise ValueError(
+                '"method": "emssd" needs all layers of the draft model in one KV-cache '
+                f"group, found them in {len(gids)}. Choose another 'model', or use "
+                '"method": "draft_model".'
+            )
+        return gids[0]
+
+    # ------------------------------------------------------------ before a step
+
+    def take_in(self, scheduler_output: SchedulerOutput) -> None:
+        """A step's new requests (resumed ones too) and block allocations."""
+        gid, cached = self._gid, scheduler_output.scheduled_cached_reqs
+        admitted = [
+            AdmittedRequest(new.req_id, new.block_ids[gid], new.num_computed_tokens)
+            for new in scheduler_output.scheduled_new_reqs
+        ]
+        self._constrained.update(
+            new.req_id
+            for new in scheduler_output.scheduled_new_reqs
+            if new.sampling_params is not None
+            and new.sampling_params.structured_outputs is not None
+        )
+        extended = [
+            (req_id, block_ids[gid])
+            for req_id, block_ids in zip(
+                cached.req_ids, cached.new_block_ids, strict=True
+            )
+            if block_ids is not None
+        ]
+        self._cursor.update_blocks(admitted, extended)
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """Forget finished requests."""
+        req_ids = list(req_ids)
+        self._proposer.release(req_ids)
+        self._constrained.difference_update(req_ids)
+
+    # ------------------------------------------------------------ a step
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if dummy_run:  # profiling: stock's rows, the most there can be
+            return super().propose(
+                input_batch,
+                attn_metadata,
+                slot_mappings,
+                last_hidden_states,
+                aux_hidden_states,
+                num_sampled,
+                num_rejected,
+                last_sampled,
+                next_prefill_tokens,
+                temperature,
+                seeds,
+                *args,
+                dummy_run=True,
+                **kwargs,
+            )
+        self._copy_request_inputs(
+            input_batch.num_reqs, input_batch.idx_mapping, temperature, seeds
+        )
+        self._step = step = scheduled_step(input_batch, self._req_states)
+        if self.knows_verdict:
+            num_sampled_np = num_sampled.cpu().numpy()  # sync: how many were accepted
+            self.record_verdict(num_sampled_np)
+            accepted = most_accepted = (
+                np.maximum(num_sampled_np.astype(np.int64), 1) - 1
+            )
+        else:
+            accepted = self._reckon(step)
+            most_accepted = np.where(step.is_sampling, step.num_draft_tokens, 0)
+        batch = self._draft_batch(input_batch, step, accepted, most_accepted)
+        return self._to_columns(step.req_ids, self._proposer.draft(batch))
+
+    def record_verdict(self, num_sampled: np.ndarray) -> None:
+        """Move the cursors by what the last step accepted, and count the step.
+
+        `num_sampled`: [num_reqs] tokens sampled by each request of the last batch.
+        Does nothing where the verdict has been recorded.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        for i in np.flatnonzero(step.is_sampling):
+            self._proposer.record_verified(
+                step.req_ids[i], int(step.num_draft_tokens[i]), int(num_sampled[i]) - 1
+            )
+        if isinstance(self._cursor, LateDraftCursor):
+            self._cursor.settle()
+        step.count(num_sampled, self.num_speculative_steps, self.counters)
+
+    def _reckon(self, step: ScheduledStep) -> np.ndarray:
+        """Accepted tokens to reckon with until the verdict. [num_reqs] int64"""
+        assert isinstance(self._cursor, LateDraftCursor)
+        accepted = np.zeros(len(step.req_ids), dtype=np.int64)
+        for i in np.flatnonzero(step.is_sampling):
+            accepted[i] = self._cursor.reckon(
+                step.req_ids[i], int(step.num_draft_tokens[i])
+            )
+        return accepted
+
+    def _draft_batch(
+        self,
+        input_batch: InputBatch,
+        step: ScheduledStep,
+        accepted: np.ndarray,
+        most_accepted: np.ndarray,
+    ) -> DraftBatch:
+        """`accepted`, `most_accepted`: [num_reqs] int64, equal where they are known."""
+        states = self._req_states
+        idx_mapping_np = input_batch.idx_mapping_np
+        num_computed = input_batch.num_computed_tokens_np.astype(np.int64)
+        num_prefilled = num_computed + step.num_scheduled_tokens
+        num_known = num_prefilled - step.num_draft_tokens  # before sampling
+        prefill_len = input_batch.prefill_len_np.astype(np.int64)
+        num_tokens = np.where(step.is_sampling, num_known + 1 + accepted, prefill_len)
+        max_moved_by = most_accepted - accepted
+        on_device = self._batch_on_device(input_batch, step, num_tokens, max_moved_by)
+        self._drafter.start_step(on_device)
+        return DraftBatch(
+            req_ids=step.req_ids,
+            token_ids=KnownTokens(states.all_token_ids.gpu, on_device),
+            num_tokens=num_tokens,
+            num_prompt_tokens=states.prompt_len.np[idx_mapping_np].astype(np.int64),
+            num_scheduled_tokens=step.num_scheduled_tokens,
+            num_prefilled_tokens=num_prefilled,
+            is_sampling=step.is_sampling,
+            max_draft_tokens=self._max_draft_tokens(num_tokens + max_moved_by),
+        )
+
+    def _batch_on_device(
+        self,
+        input_batch: InputBatch,
+        step: ScheduledStep,
+        num_tokens: np.ndarray,
+        max_moved_by: np.ndarray,
+    ) -> BatchOnDevice:
+        idx_mapping = input_batch.idx_mapping
+        moved_by = None
+        if not self.knows_verdict:
+            true_len = self._req_states.total_len.gpu[idx_mapping].long()
+            moved_by = true_len - async_tensor_h2d(num_tokens, device=self.device)
+        constrained = np.array([r in self._constrained for r in step.req_ids], bool)
+        if self.draft_logits is not None and constrained.any():
+            # A grammar cuts drafts by their value, and only greedy ones may be.
+            rows = async_tensor_h2d(np.flatnonzero(constrained), device=self.device)
+            self.temperature[idx_mapping[rows]] = 0.0
+        return BatchOnDevice(idx_mapping, moved_by, max_moved_by, constrained)
+
+    def _max_draft_tokens(self, num_tokens: np.ndarray) -> np.ndarray:
+        """Most drafts of each request: K, what the model length leaves room for (one
+        place stays for the token the target adds), and what the drafter can take.
+        `num_tokens`: [num_reqs] int64, at most that many are known."""
+        room = np.minimum(
+            self.max_model_len - num_tokens - 1,
+            self._drafter.max_model_len - num_tokens + 1,
+        )
+        return np.clip(room, 0, self.num_speculative_steps)
+
+    def _to_columns(self, req_ids: list[str], drafts: DeviceDrafts) -> torch.Tensor:
+        """[num_reqs, K] int64 on the device, as vLLM keeps drafts; the rest is 0."""
+        self.draft_lens = dict(zip(req_ids, drafts.num_kept.tolist(), strict=True))
+        columns = self.draft_tokens[: len(req_ids)].zero_()
+        for position, (requests, tokens) in enumerate(drafts.made):
+            rows = async_tensor_h2d(requests, device=self.device)
+            columns[rows, position] = tokens
+        return columns
+
+
+def scheduled_step(input_batch: InputBatch, req_states: RequestState) -> ScheduledStep:
+    """Scheduling is synchronous, so that the host's computed tokens are exact."""
+    num_scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
+    num_drafts = input_batch.num_draft_tokens_per_req
+    if num_drafts is None:
+        num_drafts = np.zeros(input_batch.num_reqs)
+    num_computed = input_batch.num_computed_tokens_np
+    return ScheduledStep(
+        req_ids=input_batch.req_ids,
+        num_scheduled_tokens=num_scheduled,
+        num_draft_tokens=num_drafts.astype(np.int64),
+        is_decode=num_computed >= req_states.prompt_len.np[input_batch.idx_mapping_np],
+        is_sampling=num_computed + num_scheduled >= input_batch.prefill_len_np,
+    )

@@ -1,0 +1,47 @@
+"""What does not work on vLLM's V2 model runner, each with the flag to change."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.triton_utils import HAS_TRITON
+
+from vllm_emssd.config import EmssdConfig
+
+USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
+
+
+def refuse_options(config: EmssdConfig) -> None:
+    """Raise ValueError for options that the V1 runner alone has."""
+    if config.proposer != "draft_model":
+        raise ValueError(
+            f"--speculative-config: 'proposer' \"{config.proposer}\" copies, which "
+            f"works on vLLM's V1 model runner only. {USE_V1}."
+        )
+    if config.draft_length != "fixed":
+        raise ValueError(
+            f"--speculative-config: 'draft_length' \"{config.draft_length}\" works on "
+            f'vLLM\'s V1 model runner only. {USE_V1}, or use "draft_length": "fixed".'
+        )
+    if not config.unpad_inputs:
+        raise ValueError(
+            "--speculative-config: 'unpad_inputs' false works on vLLM's V1 model "
+            f"runner only. {USE_V1}, or remove 'unpad_inputs'."
+        )
+
+
+def refuse_deployment(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for what vLLM's V2 runner offers and emssd does not."""
+    if not HAS_TRITON:
+        raise ValueError(
+            f"vLLM's V2 model runner needs Triton, which this machine lacks. {USE_V1}."
+        )
+    if vllm_config.watermark_config is not None:
+        raise ValueError(
+            '"method": "emssd" does not support watermarking; remove '
+            "--watermark-config."
+        )
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        raise ValueError(
+            '"method": "emssd" does not support prefill context parallelism; set '
+            "--prefill-context-parallel-size 1."
+        )

@@ -1,0 +1,41 @@
+"""What all our worker classes share, whatever the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from vllm_emssd.integration.memory_advice import memory_advice
+from vllm_emssd.metrics import Counters
+
+
+class EmssdStats:
+    model_runner: Any  # one of ours
+
+    def emssd_stats(self) -> dict[str, int]:
+        """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
+        counters: Counters = self.model_runner.counters
+        return counters.as_dict()
+
+    def emssd_costs(self) -> dict[str, Any]:
+        """What this rank's automatic lengths are decided by, as it is now: (rows, ms)
+        of `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
+        costs: dict[str, Any] = self.model_runner.costs_now()
+        return costs
+
+
+class MemoryAdvice(WorkerBase):
+    """Names what to lower where a start runs out of memory."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        with memory_advice("loading the models"):
+            super().load_model(*args, **kwargs)
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        with memory_advice("allocating the KV cache of target and draft model"):
+            super().initialize_from_config(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        with memory_advice("warming up"):
+            return super().compile_or_warm_up_model()
