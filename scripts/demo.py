@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compare plain decoding, stock draft-model speculation and emssd, side by side.
+"""Compare plain decoding, stock draft-model speculation and emssd (fixed and automatic).
 
-Starts `vllm serve` three times, one after the other, with the same flags, sends
+Starts `vllm serve` four times, one after the other, with the same flags, sends
 each the same concurrent prompts through the OpenAI client and shows tokens/s,
 acceptance, draft rows, and whether the greedy outputs are the same tokens.
 Exits with 1 if they are not, or if a server failed.
@@ -152,6 +152,9 @@ def list_methods(options: argparse.Namespace) -> list[Method]:
     return [
         Method("plain"),
         Method("stock", {"method": "draft_model", **draft}),
+        Method(
+            "emssd-fixed", {"method": "emssd", "draft_length": "fixed", **draft}, v1
+        ),
         Method("emssd", {"method": "emssd", **draft}, v1),
     ]
 
@@ -300,10 +303,9 @@ def measure(
 
 
 def make_table(results: list[Result]) -> Table:
-    plain, stock, emssd = results
-    rows = emssd.counts["vllm_emssd:num_draft_rows_total"]
-    padded_rows = emssd.counts["vllm_emssd:num_padded_draft_rows_total"]
-    draft_rows = {"plain": "-", "stock": f"{padded_rows:,} *", "emssd": f"{rows:,}"}
+    plain, stock, fixed, _ = results
+    padded_rows = fixed.counts["vllm_emssd:num_padded_draft_rows_total"]
+    draft_rows = {"plain": "-", "stock": f"{padded_rows:,} *"}
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\nmethod", no_wrap=True)
     for title in (
@@ -324,7 +326,8 @@ def make_table(results: list[Result]) -> Table:
             format_ratio(result, plain),
             format_ratio(result, stock),
             f"{length:.2f}" if length else "-",
-            draft_rows[result.method],
+            draft_rows.get(result.method)
+            or f"{result.counts['vllm_emssd:num_draft_rows_total']:,}",
             f"{'yes' if all(same) else '[red]no[/]'}, {sum(same)}/{len(same)}",
         )
     return table
@@ -351,7 +354,7 @@ def report(results: list[Result], logs: Path) -> None:
     console.print(make_table(results))
     console.print(
         "* not measured, vLLM does not count them: what a padded drafter would have "
-        "been fed in emssd's steps",
+        "been fed in emssd-fixed's steps",
         soft_wrap=True,
     )
     for sentence in losses(results):

@@ -63,18 +63,18 @@ class EmssdConfig(BaseModel):
 
     proposer: Annotated[str, BeforeValidator(_known_proposer)]
     num_speculative_tokens: int = Field(default=8, ge=1, le=128)
-    draft_length: DraftLengthName = "fixed"
+    draft_length: DraftLengthName = "auto"
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
     unpad_inputs: StrictBool = True
 
     @property
     def uses_draft_model(self) -> bool:
-        return self.proposer != "llma"
+        return self.proposer in ("draft_model", "mixed")
 
     @property
     def copies(self) -> bool:
-        return self.proposer != "draft_model"
+        return self.proposer in ("llma", "mixed")
 
     @property
     def most_draft_tokens(self) -> int:

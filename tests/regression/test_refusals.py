@@ -9,7 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 import vllm_emssd
 from tests.engine import DRAFT, TARGET
-from vllm_emssd.integration import compat
+from vllm_emssd.config import EmssdConfig
+from vllm_emssd.integration import compat, frontend
 
 
 def _create(speculative_config: dict[str, Any], **options: Any) -> Any:
@@ -27,7 +28,24 @@ def test_accepted_config_reaches_every_process() -> None:
     assert config.additional_config["emssd"]["num_speculative_tokens"] == 8
     assert config.speculative_config.num_speculative_tokens == 8
     assert config.parallel_config.worker_cls.startswith("vllm_emssd.")
+    assert config.additional_config["emssd"]["draft_length"] == "auto"
     assert not config.scheduler_config.async_scheduling
+
+
+@pytest.mark.parametrize("where", ["GPU", "V2"])
+def test_lengths_are_fixed_where_costs_are_not_measured(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "GPU":
+        monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: False)
+    else:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    config = EmssdConfig(proposer="draft_model")
+    settled = frontend._settle_draft_length(config, {})
+    assert settled == config.model_copy(update={"draft_length": "fixed"})
+    assert frontend._settle_draft_length(settled, {}) is settled
+    with pytest.raises(ValueError, match=r"'draft_length' \"auto\".*\"fixed\""):
+        frontend._settle_draft_length(config, {"draft_length": "auto"})
 
 
 @pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])

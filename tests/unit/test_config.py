@@ -40,7 +40,7 @@ def test_defaults_without_model_are_those_of_the_llma_paper() -> None:
     assert config == EmssdConfig(
         proposer="llma",
         num_speculative_tokens=7,
-        draft_length="fixed",
+        draft_length="auto",
         check_length=2,
         copy_length=7,
         unpad_inputs=True,

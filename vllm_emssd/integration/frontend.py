@@ -179,8 +179,7 @@ def _create_ours(
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, model_config, parallel_config)
-    if config.draft_length == "auto":
-        _refuse_unsupported_auto()
+    config = _settle_draft_length(config, asked)
     if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
         refuse_options(config)
     _refuse_other_draft_ranks(stock_part, parallel_config)
@@ -285,12 +284,28 @@ def _refuse_unsupported(
         raise ValueError('"method": "emssd" supports text-only target models.')
 
 
-def _refuse_unsupported_auto() -> None:
+def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdConfig:
+    """Automatic lengths where costs can be measured, unless asked otherwise. Raises
+    ValueError where they are asked for and cannot be."""
+    if config.draft_length != "auto":
+        return config
     if not current_platform.is_cpu():
+        where = "on CPUs only, so far"
+    elif envs.VLLM_USE_V2_MODEL_RUNNER:
+        where = "on vLLM's V1 model runner only, so far (VLLM_USE_V2_MODEL_RUNNER=0)"
+    else:
+        return config
+    if asked.get("draft_length") == "auto":
         raise ValueError(
-            "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs "
-            'only, so far; use "draft_length": "fixed".'
+            f"--speculative-config: 'draft_length' \"auto\" measures costs {where}; "
+            'use "draft_length": "fixed".'
         )
+    logger.warning(
+        "draft_length is fixed here: automatic lengths measure costs %s. At high load "
+        "fixed lengths can be slower than no speculation.",
+        where,
+    )
+    return config.model_copy(update={"draft_length": "fixed"})
 
 
 def _refuse_other_draft_ranks(
