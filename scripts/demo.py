@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare plain decoding, stock draft-model speculation and emssd (fixed and automatic).
+"""Compare plain decoding, stock draft-model speculation, and emssd fixed and automatic.
 
 Starts `vllm serve` four times, one after the other, with the same flags, sends
 each the same concurrent prompts through the OpenAI client and shows tokens/s,
