@@ -84,14 +84,16 @@ class Outcome:
     log: str
     processes: list[str]
     segments: set[str]
+    has_died: bool  # the engine, of an incident
 
     def check(self) -> Outcome:
         assert self.exit_code == 0, self.log[-6000:]
         return self
 
     def left_nothing(self) -> None:
+        """vLLM's own segments stay behind when its engine dies; emssd makes none."""
         assert self.processes == []
-        assert self.segments == set()
+        assert self.has_died or self.segments == set()
         assert not set(self.report.ports) & listening_ports()
 
 
@@ -111,7 +113,8 @@ def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outco
         processes += cluster.busy_workers()
     report = Report(**json.loads(result.read_text())) if result.exists() else Report()
     segments = shared_memory() - tree.shared_memory_before
-    return Outcome(exit_code, report, tree.text, processes, segments)
+    has_died = setting.incident is not None
+    return Outcome(exit_code, report, tree.text, processes, segments, has_died)
 
 
 class RayCluster:

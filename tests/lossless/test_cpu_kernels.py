@@ -165,6 +165,8 @@ def test_fix_is_left_out_once_stock_is_right(monkeypatch: pytest.MonkeyPatch) ->
         return cpu_fixes.expand_batch_to_tokens(*args, **kwargs)
 
     monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", mended)
+    # As in a worker, whose kernels are registered: the function itself is asked.
+    monkeypatch.setattr(dispatcher, "_registry", {"registered": object()})
     assert not hooks.is_needed(cpu_fixes.CPU_FIXES[0])
     cpu_fixes.install_cpu_fixes()
     assert rejection_sampler.expand_batch_to_tokens is mended

@@ -57,14 +57,14 @@ def test_fixed_by_hand() -> None:
     outcome = run_once(TWO, Method("fixed", 2))
     steps = [
         (14 + 3.5) + (7 + 2),  # drafter: both prompts and a token each, then a row each
-        (15 + 3.5) + (2 + 1 + 2),  # two after full acceptance, though it has ended
-        (12 + 2.5) + (1 + 1),
+        (15 + 3.5) + (1 + 1),  # one has ended
+        (12 + 2.5),  # the other too
     ]
     assert outcome.ms == pytest.approx(sum(steps))
-    assert outcome.draft_ms == pytest.approx(9 + 5 + 2)
+    assert outcome.draft_ms == pytest.approx(9 + 2)
     counters = outcome.counters
     assert (counters.num_steps, counters.num_request_steps) == (3, 5)
-    assert (counters.num_draft_forwards, counters.num_draft_rows) == (6, 16)
+    assert (counters.num_draft_forwards, counters.num_draft_rows) == (4, 11)
     assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (6, 3)
     assert (counters.num_verify_rows, counters.num_emitted_tokens) == (11, 8)
     assert outcome.num_tokens == 8

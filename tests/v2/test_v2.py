@@ -116,11 +116,12 @@ def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if name != "tight"])
 @pytest.mark.parametrize("what", ["greedy", "ragged"])
 def test_decoding_request_costs_at_most_k_plus_one_rows_a_step(
     name: str, what: str
 ) -> None:
+    """Not of the tight cache: who is preempted is fed its own output again."""
     counts = seen(name, what)["counts"]
     most = (K + 1) * counts["num_request_steps"]
     assert 0 < counts["num_draft_rows_decode"] <= most

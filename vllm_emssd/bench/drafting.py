@@ -41,10 +41,8 @@ def draft_batch(
     def each(values: Sequence[int]) -> np.ndarray:
         return np.array(values, dtype=np.int64)
 
-    most = np.full(len(requests), k)
-    if knows_the_end:
-        left = each([r.max_tokens - r.num_output for r in requests])
-        most = np.clip(left - 1, 0, k)
+    left = each([r.max_tokens - r.num_output for r in requests])
+    most = np.clip(left - 1, 0, k) if knows_the_end else np.where(left > 0, k, 0)
     return DraftBatch(
         req_ids=[r.req_id for r in requests],
         token_ids=np.stack([r.token_ids for r in requests]),

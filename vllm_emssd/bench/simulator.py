@@ -3,7 +3,7 @@
 Everything that decides is the code the engine runs: proposers, draft cursor, policies,
 counters. Replaced are the models, by a recorded trace, and the clock, by a cost table.
 As in the engine a step schedules, computes the target's rows, keeps a prefix of the
-drafts, and drafts for the next one, for requests that end in it too.
+drafts, and drafts for the next one; vLLM's own drafter for requests that end in it too.
 """
 
 from __future__ import annotations

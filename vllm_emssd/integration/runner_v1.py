@@ -330,9 +330,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         room = self.max_model_len - num_tokens - 1
         if self.paged_drafter is not None and not self.emssd_config.copies:
             room = np.minimum(room, self.paged_drafter.max_model_len - num_tokens + 1)
+        wanted = self._num_wanted_tokens(num_tokens)
         if self.emssd_config.draft_length == "auto":
-            room = np.minimum(room, self._num_wanted_tokens(num_tokens) - 1)
+            room = np.minimum(room, wanted - 1)
         most = np.clip(room, 0, self.num_spec_tokens)
+        most[wanted <= 0] = 0  # this step was their last
         most[self._requests_of_custom_logitsprocs()] = 0
         return most
 
