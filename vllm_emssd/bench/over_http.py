@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +33,12 @@ def measure_over_http(
     requests: Sequence[Request],
     tokenizer: Tokenizer,
 ) -> HttpRounds:
-    """All servers are up at once and take turns. Batch sizes are concurrencies."""
+    """All servers are up at once and take turns. Batch sizes are concurrencies.
+
+    Raises ValueError where `vllm bench serve` lacks what it reads prompts with.
+    """
+    if find_spec("pandas") is None:
+        raise ValueError("--http: vllm bench serve needs pandas: pip install pandas")
     rounds: HttpRounds = {}
     with (
         progress_bars() as progress,
