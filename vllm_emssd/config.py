@@ -68,13 +68,14 @@ class EmssdConfig(BaseModel):
     copy_length: int = Field(default=7, ge=1, le=128)
     unpad_inputs: StrictBool = True
 
+    # Proposers of other packages do neither.
     @property
     def uses_draft_model(self) -> bool:
-        return self.proposer != "llma"
+        return self.proposer in ("draft_model", "mixed")
 
     @property
     def copies(self) -> bool:
-        return self.proposer != "draft_model"
+        return self.proposer in ("llma", "mixed")
 
     @property
     def most_draft_tokens(self) -> int:
