@@ -31,6 +31,7 @@ from scripts.vllm_source import PACKAGE
 
 PATCHES = REPOSITORY / "patches"
 SMOKE = REPOSITORY / "scripts" / "smoke_patched.py"
+SMOKE_V2 = REPOSITORY / "scripts" / "smoke_patched_v2.py"
 HEADER = ("Subject: ", "Why: ", "Upstream issue: ", "Remove when: ")
 
 
@@ -197,6 +198,9 @@ def check_installed(report: Report, with_smoke: bool) -> None:
         if with_smoke:
             smoke = run_on_copy([sys.executable, str(SMOKE)], root)
             report.add("emssd runs on the patched copy without hooks", smoke)
+        if with_smoke and find_spec("triton"):
+            smoke = run_on_copy([sys.executable, str(SMOKE_V2)], root)
+            report.add("so it does on the V2 runner", smoke)
 
 
 def check_release(report: Report, version: str) -> None:

@@ -61,6 +61,47 @@ def check_parameters(llm: Any) -> None:
     assert tokens(temperature=1, min_p=1.0) == plain
 
 
+def check_references(llm: Any) -> None:
+    """A reference as parameter or as OpenAI's `prediction` is copied; a bad one is
+    refused."""
+    from vllm import SamplingParams
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.exceptions import VLLMValidationError
+
+    prompt = prompts()[0]
+
+    def answer(params: Any) -> tuple[str, int]:
+        before = stats(llm)["num_accepted_tokens"]
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        accepted = stats(llm)["num_accepted_tokens"] - before
+        return output.outputs[0].text, accepted
+
+    def with_extra_args(**extra_args: Any) -> SamplingParams:
+        return SamplingParams(
+            temperature=0, max_tokens=40, ignore_eos=True, extra_args=extra_args
+        )
+
+    text, without = answer(with_extra_args())
+    request = ChatCompletionRequest(
+        messages=[],
+        temperature=0,
+        ignore_eos=True,
+        prediction={"type": "content", "content": [{"type": "text", "text": text}]},
+    )
+    for params in (
+        with_extra_args(emssd_reference=text),
+        request.to_sampling_params(40, {}),
+    ):
+        again, accepted = answer(params)
+        assert again == text
+        assert accepted > without, (accepted, without)
+    try:
+        answer(with_extra_args(emssd_reference=7))
+    except VLLMValidationError:
+        return
+    raise AssertionError("a bad reference was accepted")
+
+
 def run(speculative_config: dict[str, Any] | None) -> tuple[list[list[int]], int, int]:
     """Greedy tokens, rows fed to a draft model, if any, and, of emssd, the rows that
     stock's padded batch would have fed."""
@@ -76,6 +117,8 @@ def run(speculative_config: dict[str, Any] | None) -> tuple[list[list[int]], int
             assert counts["num_accepted_tokens"] > 0, counts
             num_padded_rows = counts["num_padded_draft_rows"]
             check_parameters(llm)
+            if not has_model:
+                check_references(llm)
     return tokens, num_rows, num_padded_rows
 
 

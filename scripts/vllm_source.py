@@ -190,7 +190,9 @@ class SourceTree:
                 return Definition(f"{module}.{name}", "", ast.Module([], []))
             node = self.names(module).get(name)
             if node is None:
-                return self._lazily_exported(module, name)
+                return self._star_imported(module, name) or self._lazily_exported(
+                    module, name
+                )
             if not isinstance(node, ast.ImportFrom):
                 return Definition(module, name, node)
             source = self._source_of(module, node)
@@ -198,6 +200,15 @@ class SourceTree:
                 return Definition(source, name, node)
             original = {a.asname or a.name: a.name for a in node.names}
             module, name = source, original[name]
+        return None
+
+    def _star_imported(self, module: str, name: str) -> Definition | None:
+        path = self.path_of(module)
+        for node in parse(path).body if path else ():
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                found = self.find(self._source_of(module, node), name)
+                if found is not None:
+                    return found
         return None
 
     def _lazily_exported(self, module: str, name: str) -> Definition | None:

@@ -68,6 +68,7 @@ class EmssdConfig(BaseModel):
     copy_length: int = Field(default=7, ge=1, le=128)
     unpad_inputs: StrictBool = True
 
+    # Proposers of other packages do neither.
     @property
     def uses_draft_model(self) -> bool:
         return self.proposer in ("draft_model", "mixed")

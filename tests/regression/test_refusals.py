@@ -111,7 +111,7 @@ def test_refused(
 @pytest.mark.parametrize(
     ("speculative", "message"),
     [
-        ({}, "copies, .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({}, '"llma" works on .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0'),
         ({"model": DRAFT, "draft_length": "auto"}, "'draft_length' \"auto\".*=0"),
         ({"model": DRAFT, "unpad_inputs": False}, "remove 'unpad_inputs'"),
     ],

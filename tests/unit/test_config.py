@@ -87,6 +87,21 @@ def test_mixed_drafts_and_copies_each_up_to_its_own_length() -> None:
     assert parse(copy_length=3)[0].most_draft_tokens == 3
 
 
+@pytest.mark.parametrize(
+    ("asked", "drafts", "copies"),
+    [
+        ({"model": "draft"}, True, False),
+        ({}, False, True),
+        ({"model": "draft", "proposer": "mixed"}, True, True),
+    ],
+)
+def test_who_drafts_and_who_copies(
+    asked: dict[str, Any], drafts: bool, copies: bool
+) -> None:
+    config, _ = parse(**asked)
+    assert (config.uses_draft_model, config.copies) == (drafts, copies)
+
+
 def test_none_means_default() -> None:
     assert parse(**dict.fromkeys(OUR_KEYS))[0] == parse()[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,40 @@ def test_registry_takes_the_place_of_the_front_end_hook(
     assert config.num_speculative_tokens == 3
     assert args.additional_config["emssd"]["copy_length"] == 3
     assert args.speculative_config == {"copy_length": 3}
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_async_scheduling_is_off_whatever_vllm_would_choose() -> None:
+    """vLLM 0.33 leaves it on for unpadded batches on its V2 runner."""
+    vllm_emssd.register()
+    args = EngineArgs(model=TARGET, speculative_config={"method": "emssd"})
+    assert args.async_scheduling is None
+    args.create_speculative_config(args.create_model_config(), _parallel_config())
+    assert args.async_scheduling is False
+
+
+@pytest.mark.usefixtures("without_hooks")
+def test_speculator_registry_takes_the_place_of_the_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm_emssd.integration import speculator_v2
+
+    factories: list[Any] = []
+    assert hooks.is_needed(speculator_v2.INIT_SPECULATOR_HOOK)
+    monkeypatch.setattr(compat, "speculator_registrar", lambda: factories.append)
+    assert not hooks.is_needed(speculator_v2.INIT_SPECULATOR_HOOK)
+    made: list[Any] = []
+    monkeypatch.setattr(
+        speculator_v2, "_make_speculator", lambda *args: made.append(args) or "ours"
+    )
+    speculator_v2.register_speculator()
+    (factory,) = factories
+    asked, stock = (
+        SimpleNamespace(additional_config=options) for options in ({"emssd": {}}, {})
+    )
+    assert factory(asked, "cpu", "states") == "ours"
+    assert made == [(asked, "cpu", "states")]
+    assert factory(stock, "cpu", "states") is None
 
 
 @pytest.mark.usefixtures("without_hooks")

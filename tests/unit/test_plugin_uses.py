@@ -47,6 +47,13 @@ def test_installed_vllm_has_all_that_the_plugin_uses() -> None:
             id="imported name",
         ),
         pytest.param(
+            "vllm/distributed/parallel_state.py",
+            "def get_tp_group(",
+            "def get_tensor_group(",
+            "vllm.distributed has no get_tp_group",
+            id="name of a star import",
+        ),
+        pytest.param(
             "vllm/sampling_params.py",
             "def _validate_spec_decode(\n        self,",
             "def _validate_spec_decode(\n        self, model_config,",

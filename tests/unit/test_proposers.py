@@ -199,6 +199,9 @@ def test_example_is_found_by_its_entry_point() -> None:
         STOCK_KEYS,
     )
     assert (config.proposer, config.num_speculative_tokens) == (example_name(), 3)
+    assert not config.uses_draft_model
+    assert not config.copies
+    assert config.most_draft_tokens == 3
     assert stock == {}
     assert EmssdConfig(**config.model_dump()) == config  # as a worker reads it
 

@@ -12,12 +12,16 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_emssd.config import parse_speculative_config
+from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.references import (
     MAX_BYTES_PER_TOKEN,
+    PREDICTION_HOOK,
     PROCESS_INPUTS_HOOK,
     prediction_of,
     reference_of,
     reference_token_ids,
+    register_references,
+    tokenize_reference,
 )
 
 VOCABULARY, LENGTH = 300, 20
@@ -77,26 +81,30 @@ def test_text_needs_a_tokenizer() -> None:
         reference_token_ids("text", MODEL, None)
 
 
-def process(params: SamplingParams, asked: dict[str, Any] | None) -> Any:
-    """Through the hook: the request's own parameters."""
+def processor_of(asked: dict[str, Any] | None) -> Any:
+    """Stands in for vLLM's InputProcessor."""
     options = {}
     if asked is not None:
         config, _ = parse_speculative_config(
             {"method": "emssd", **asked}, {"method", "model", "num_speculative_tokens"}
         )
         options = {"emssd": config.model_dump()}
-    processor = SimpleNamespace(
+    return SimpleNamespace(
         vllm_config=SimpleNamespace(additional_config=options),
         model_config=MODEL,
         tokenizer=ByteTokenizer(),
     )
+
+
+def process(params: SamplingParams, asked: dict[str, Any] | None) -> Any:
+    """Through the hook: the request's own parameters."""
 
     def stock(self: Any, request_id: str, prompt: Any, params: Any, tasks: Any) -> Any:
         assert (request_id, prompt, tasks) == ("id", "prompt", "tasks")
         return SimpleNamespace(sampling_params=params.clone())
 
     hook = PROCESS_INPUTS_HOOK.make(stock)
-    return hook(processor, "id", "prompt", params, "tasks").sampling_params
+    return hook(processor_of(asked), "id", "prompt", params, "tasks").sampling_params
 
 
 def test_request_carries_token_ids_and_the_users_parameters_stay() -> None:
@@ -107,6 +115,61 @@ def test_request_carries_token_ids_and_the_users_parameters_stay() -> None:
     found = reference_of(sent, VOCABULARY)
     assert found is not None
     assert found.tolist() == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "sent"),
+    [
+        ({"prediction": "ab"}, {"emssd_reference": [97, 98]}),
+        ({"prediction": "ab", "emssd_reference": "c"}, {"emssd_reference": [99]}),
+        ({"other": 1}, {"other": 1}),
+        (None, None),
+    ],
+)
+def test_prediction_that_vllm_hands_on_is_a_reference(
+    monkeypatch: pytest.MonkeyPatch, extra_args: Any, sent: Any
+) -> None:
+    monkeypatch.setattr(hooks, "is_installed", lambda hook: hook is not PREDICTION_HOOK)
+    params = SamplingParams(extra_args=extra_args)
+    tokenize_reference(processor_of({}), params)
+    assert params.extra_args == sent
+
+
+def test_prediction_is_nothing_where_vllm_does_not_hand_it_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hooks, "is_installed", lambda hook: True)
+    params = SamplingParams(extra_args={"prediction": 7})
+    tokenize_reference(processor_of({}), params)
+    assert params.extra_args == {"prediction": 7}
+
+
+def test_registry_takes_the_place_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM has patch 0009."""
+    registered: list[Any] = []
+    assert hooks.is_needed(PROCESS_INPUTS_HOOK)
+    monkeypatch.setattr(compat, "sampling_params_registrar", lambda: registered.append)
+    assert not hooks.is_needed(PROCESS_INPUTS_HOOK)
+    register_references()
+    assert registered == [tokenize_reference]
+
+
+def test_prediction_is_not_hooked_once_vllm_hands_it_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where vLLM has patch 0010; a field alone is not enough."""
+
+    def handed_on(self: Any, max_tokens: int, defaults: Any) -> SamplingParams:
+        text = self.model_extra["prediction"]["content"]
+        return SamplingParams(extra_args={"prediction": text})
+
+    hooks.undo([PREDICTION_HOOK])
+    assert hooks.is_needed(PREDICTION_HOOK)
+    owner, name = PREDICTION_HOOK.owner_and_name
+    monkeypatch.setattr(owner, name, handed_on)
+    assert not hooks.is_needed(PREDICTION_HOOK)
+    monkeypatch.setattr(owner, name, lambda *args: SamplingParams())
+    assert hooks.is_needed(PREDICTION_HOOK)
 
 
 def test_proposer_that_does_not_copy_is_sent_nothing() -> None:

@@ -192,9 +192,9 @@ def _plugin_finding(about: str, is_on: bool) -> Finding:
 
 def check_hooks() -> Iterator[Finding]:
     for hook in INVENTORY:
-        try:
-            hooks.check(hook)
-        except RuntimeError as error:
-            yield Finding("hook", State.WRONG, hook.target, str(error))
+        state, difference = hooks.state_of(hook)
+        if state == "changed":
+            yield Finding("hook", State.WRONG, hook.target, difference)
         else:
-            yield Finding("hook", State.OK, f"{hook.target} fits")
+            found = "is not needed" if state == "upstream" else "fits"
+            yield Finding("hook", State.OK, f"{hook.target} {found}")

@@ -38,6 +38,40 @@ def method_registrar() -> Callable[[str, Callable[..., Any]], None] | None:
     return register_speculative_method
 
 
+def sampling_params_registrar() -> Callable[[Callable[..., None]], None] | None:
+    """Patch 0009: by which plugins check and change requests' sampling parameters."""
+    try:
+        from vllm.v1.engine.input_processor import register_sampling_params_processor
+    except ImportError:
+        return None
+    return register_sampling_params_processor
+
+
+def hands_prediction_on(to_sampling_params: Callable[..., Any] | None) -> bool:
+    """Patch 0010: a chat request's prediction is in its `extra_args`, as text."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    if to_sampling_params is None:
+        return False
+    request = ChatCompletionRequest(
+        messages=[], prediction={"type": "content", "content": "text"}
+    )
+    try:
+        params = to_sampling_params(request, 1, {})
+    except (AttributeError, TypeError):
+        return False  # not what it was; the hook's own check tells how
+    return (params.extra_args or {}).get("prediction") == "text"
+
+
+def speculator_registrar() -> Callable[[Callable[..., Any]], None] | None:
+    """Patch 0007: by which plugins bring speculators of the V2 runner."""
+    try:
+        from vllm.v1.worker.gpu.spec_decode import register_speculator
+    except ImportError:
+        return None
+    return register_speculator
+
+
 def expands_floats(expand_batch_to_tokens: Callable[..., Any] | None) -> bool:
     """Patch 0001: vLLM's function repeats a float32 value once a draft token.
 

@@ -31,7 +31,7 @@ from vllm_emssd.integration.draft_checks import (
     check_draft_weights,
 )
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
-from vllm_emssd.integration.references import REFERENCE_HOOKS
+from vllm_emssd.integration.references import REFERENCE_HOOKS, register_references
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
 from vllm_emssd.integration.v2_limits import refuse_options
 
@@ -194,8 +194,10 @@ def _create_ours(
         check_draft_tokenizer(model, stock_part.get("revision"), model_config)
 
     hooks.install([VALIDATION_HOOK, *REFERENCE_HOOKS])
+    register_references()
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
+    args.async_scheduling = False  # vLLM 0.33 leaves it on for its V2 runner
     args.additional_config = {
         **args.additional_config,
         ADDITIONAL_CONFIG_KEY: config.model_dump(),

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
-from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration import compat, hooks
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.emssd.references")
 
 REFERENCE_KEY = "emssd_reference"
+PREDICTION_KEY = "prediction"  # where a vLLM with patch 0010 hands it on
 MAX_BYTES_PER_TOKEN = 32  # of a reference's text, before it is tokenized
 
 
@@ -101,42 +102,52 @@ def _make_process_inputs(
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> EngineCoreRequest:
-        token_ids = None
-        if isinstance(params, SamplingParams) and _has_reference(params):
-            options = self.vllm_config.additional_config.get(ADDITIONAL_CONFIG_KEY)
-            if options is not None:
-                token_ids = _checked(self, params, EmssdConfig(**options))
         request = stock(self, request_id, prompt, params, *args, **kwargs)
-        if token_ids is not None:
-            # The request's own copy: the caller's parameters stay as they are.
-            ours = request.sampling_params
-            assert ours is not None
-            ours.extra_args = {**(ours.extra_args or {}), REFERENCE_KEY: token_ids}
+        if request.sampling_params is not None:
+            tokenize_reference(self, request.sampling_params)
         return request
 
     return process_inputs
 
 
-def _has_reference(params: SamplingParams) -> bool:
-    return (params.extra_args or {}).get(REFERENCE_KEY) is not None
+def tokenize_reference(processor: Any, params: SamplingParams) -> None:
+    """Put token ids in place of a request's reference, if it has one.
+
+    `params` are the request's own copy: the caller's stay as they are. `processor`:
+    vLLM's InputProcessor.
+
+    Raises: VLLMValidationError (HTTP 400) naming the fix.
+    """
+    extra_args = dict(params.extra_args or {})
+    reference = extra_args.get(REFERENCE_KEY)
+    if not hooks.is_installed(PREDICTION_HOOK):  # vLLM hands it on
+        prediction = extra_args.pop(PREDICTION_KEY, None)
+        reference = prediction if reference is None else reference
+    if reference is None:
+        return
+    options = processor.vllm_config.additional_config.get(ADDITIONAL_CONFIG_KEY)
+    if options is not None:
+        config = EmssdConfig(**options)
+        extra_args[REFERENCE_KEY] = _checked(processor, reference, config)
+        params.extra_args = extra_args
 
 
-def _checked(processor: Any, params: SamplingParams, config: EmssdConfig) -> list[int]:
-    assert params.extra_args is not None
+def _checked(processor: Any, reference: Any, config: EmssdConfig) -> list[int]:
     token_ids = reference_token_ids(
-        params.extra_args[REFERENCE_KEY], processor.model_config, processor.tokenizer
+        reference, processor.model_config, processor.tokenizer
     )
     if not config.copies:
         logger.warning_once(
-            "%s is ignored: the proposer 'draft_model' does not copy. Serve with "
-            '"proposer": "mixed" (or without a draft model).',
+            "%s is ignored: the proposer '%s' does not follow it. Serve with "
+            '"proposer": "mixed" (or "llma", without a draft model).',
             REFERENCE_KEY,
+            config.proposer,
         )
         return []
     return token_ids
 
 
-PROCESS_INPUTS_HOOK = Hook(
+PROCESS_INPUTS_HOOK = hooks.Hook(
     target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     why="a reference is checked, and its text tokenized, where errors reach the client",
     signature=(
@@ -147,6 +158,9 @@ PROCESS_INPUTS_HOOK = Hook(
     upstream="a hook for plugins to validate extra_args",
     remove_when="vLLM lets a plugin process SamplingParams.extra_args",
     make=_make_process_inputs,
+    when="in the front end, from the first emssd on; requests with a reference only",
+    patch="0009-sampling-params-processors",
+    is_upstream=lambda _: compat.sampling_params_registrar() is not None,
 )
 
 
@@ -176,17 +190,15 @@ def _make_to_sampling_params(
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
         params = stock(self, *args, **kwargs)
         prediction = prediction_of(self)
-        if prediction is not None and not _has_reference(params):
-            params.extra_args = {
-                **(params.extra_args or {}),
-                REFERENCE_KEY: prediction,
-            }
+        extra_args = params.extra_args or {}
+        if prediction is not None and extra_args.get(REFERENCE_KEY) is None:
+            params.extra_args = {**extra_args, REFERENCE_KEY: prediction}
         return params
 
     return to_sampling_params
 
 
-PREDICTION_HOOK = Hook(
+PREDICTION_HOOK = hooks.Hook(
     target=(
         "vllm.entrypoints.openai.chat_completion.protocol:"
         "ChatCompletionRequest.to_sampling_params"
@@ -196,6 +208,15 @@ PREDICTION_HOOK = Hook(
     upstream="predicted outputs in the OpenAI server",
     remove_when="vLLM hands prediction on in SamplingParams",
     make=_make_to_sampling_params,
+    when="in the front end, from the first emssd on; requests with prediction only",
+    patch="0010-prediction-in-extra-args",
+    is_upstream=compat.hands_prediction_on,
 )
 
 REFERENCE_HOOKS = (PROCESS_INPUTS_HOOK, PREDICTION_HOOK)
+
+
+def register_references() -> None:
+    """What takes the place of `PROCESS_INPUTS_HOOK` in a vLLM that needs none."""
+    if (register := compat.sampling_params_registrar()) is not None:
+        register(tokenize_reference)

@@ -21,7 +21,11 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.prometheus import open_shared_counters
-from vllm_emssd.integration.speculator_v2 import INIT_SPECULATOR_HOOK, UnpadSpeculator
+from vllm_emssd.integration.speculator_v2 import (
+    INIT_SPECULATOR_HOOK,
+    UnpadSpeculator,
+    register_speculator,
+)
 from vllm_emssd.integration.v2_limits import refuse_deployment, refuse_options
 from vllm_emssd.metrics import Counters
 
@@ -34,6 +38,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.emssd_config = EmssdConfig(**options)
         refuse_options(self.emssd_config)
         refuse_deployment(vllm_config)
+        register_speculator()
         with hooks.installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._output: AsyncOutput | None = None  # with a verdict not yet recorded

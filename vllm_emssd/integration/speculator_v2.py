@@ -30,9 +30,10 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_emssd.config import ADDITIONAL_CONFIG_KEY
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
-from vllm_emssd.integration import hooks
+from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.kv_cache import check_full_attention
 from vllm_emssd.integration.paged_drafter_v2 import (
     BatchOnDevice,
@@ -47,12 +48,37 @@ from vllm_emssd.scorer import ScheduledStep
 
 INIT_SPECULATOR_HOOK = hooks.Hook(
     target="vllm.v1.worker.gpu.model_runner:init_speculator",
-    why="the V2 runner builds its speculator by a closed list; only while it is made",
+    why="the V2 runner builds its speculator by a closed list",
     signature="vllm_config, device, req_states",
     upstream="a registry for speculators, or an overridable method of the runner",
     remove_when="a subclass of the V2 runner can choose its speculator",
-    make=lambda stock: UnpadSpeculator,
+    make=lambda stock: _make_speculator,
+    when="while an emssd worker makes its V2 runner",
+    patch="0007-speculator-registry",
+    is_upstream=lambda _: compat.speculator_registrar() is not None,
 )
+
+
+def register_speculator() -> None:
+    """What takes the place of `INIT_SPECULATOR_HOOK` in a vLLM that needs none."""
+    if (register := compat.speculator_registrar()) is not None:
+        register(_speculator_of)
+
+
+def _make_speculator(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> UnpadSpeculator:
+    return UnpadSpeculator(vllm_config, device, req_states=req_states)
+
+
+def _speculator_of(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> UnpadSpeculator | None:
+    """None for who did not ask for emssd."""
+    options = vllm_config.additional_config
+    if not isinstance(options, dict) or ADDITIONAL_CONFIG_KEY not in options:
+        return None
+    return _make_speculator(vllm_config, device, req_states)
 
 
 def copies_verdict(device: torch.device) -> bool:
@@ -64,7 +90,11 @@ class UnpadSpeculator(StandaloneARSpeculator):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        *,
+        req_states: RequestState,
     ) -> None:
         super().__init__(vllm_config, device)
         self.knows_verdict = copies_verdict(device)
@@ -80,9 +110,13 @@ class UnpadSpeculator(StandaloneARSpeculator):
     # ------------------------------------------------------------ start-up
 
     def set_attn(
-        self, model_state: Any, kv_cache_config: KVCacheConfig, *args: Any
+        self,
+        model_state: Any,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().set_attn(model_state, kv_cache_config, *args)
+        super().set_attn(model_state, kv_cache_config, *args, **kwargs)
         self._gid = self._draft_group(kv_cache_config)
         check_full_attention(kv_cache_config, self._gid)
         group = kv_cache_config.kv_cache_groups[self._gid]

@@ -14,8 +14,8 @@ def refuse_options(config: EmssdConfig) -> None:
     """Raise ValueError for options that the V1 runner alone has."""
     if config.proposer != "draft_model":
         raise ValueError(
-            f"--speculative-config: 'proposer' \"{config.proposer}\" copies, which "
-            f"works on vLLM's V1 model runner only. {USE_V1}."
+            f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
+            f"V1 model runner only. {USE_V1}."
         )
     if config.draft_length != "fixed":
         raise ValueError(

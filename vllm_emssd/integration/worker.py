@@ -15,7 +15,7 @@ from vllm_emssd.integration.worker_mixins import EmssdStats, MemoryAdvice
 
 CPU_RUNNER_HOOK = hooks.Hook(
     target="vllm.v1.worker.cpu_worker:CPUModelRunner",
-    why="CPUWorker.init_device names its runner class; in place only while it runs",
+    why="CPUWorker.init_device names its runner class",
     signature="vllm_config, device",
     upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
     remove_when="CPUWorker builds its runner in an overridable method",
@@ -34,7 +34,7 @@ def _make_cpu_runner_v2(stock: Any) -> Any:
 
 CPU_RUNNER_V2_HOOK = hooks.Hook(
     target="vllm.v1.worker.cpu.model_runner:CPUModelRunner",
-    why="the same for the V2 runner, which runs on CPUs with Triton; only while asked",
+    why="the same for the V2 runner, which runs on CPUs with Triton",
     signature="vllm_config, device",
     upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
     remove_when="CPUWorker builds its runner in an overridable method",
@@ -65,7 +65,7 @@ class UnpadCPUWorker(EmssdStats, MemoryAdvice, FixedCPUWorker):
             super().init_device()
 
     def _make_model_runner(self) -> CPUModelRunner:
-        """Called by a vLLM that needs no `CPU_RUNNER_HOOK`."""
+        """Called by a vLLM that needs neither hook."""
         if self.use_v2_model_runner:
             return _make_cpu_runner_v2(None)(self.vllm_config, self.device)
         return UnpadCPUModelRunner(self.vllm_config, self.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_emssd.integration.memory_advice import memory_advice
 from vllm_emssd.metrics import Counters
@@ -25,7 +26,7 @@ class EmssdStats:
         return costs
 
 
-class MemoryAdvice(WorkerBase):
+class MemoryAdvice(Worker):
     """Names what to lower where a start runs out of memory."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
