@@ -22,7 +22,6 @@ _RAREST_PROBE = 128  # or, after so many steps, whether or not,
 _OFTENEST_PROBE = 4  # but no fewer than this between two
 _PROBE_LENGTH = 2
 _DOZE_AFTER = 16  # idle steps; from then on plans are made as seldom as probes may be
-_LEAST_GAIN = 0.02  # over plain decoding: prices are not that exact
 _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
 _CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
@@ -130,21 +129,15 @@ class AutoDraftLength:
 
     def _plan(self, step: DraftOpportunity, survival: np.ndarray) -> np.ndarray:
         best = self._best(step, survival)
-        plain = self._plain_tokens_per_ms(step)
-        pays = best.tokens_per_ms > (1 + _LEAST_GAIN) * plain
-        self._tokens_per_ms = best.tokens_per_ms if pays else plain
+        self._tokens_per_ms = best.tokens_per_ms
         self._is_probe = False
+        pays = bool(best.draft_lens.any())
         is_sure = self._idle_steps == 0 or self._survival_model.num_tested >= _SURE
         if pays and is_sure:
             self._idle_steps = self._idle_since_probe = 0
             self._idle_ms = 0.0
             return best.draft_lens
         return self._maybe_probe(step)
-
-    def _plain_tokens_per_ms(self, step: DraftOpportunity) -> float:
-        """As `plan` reckons without drafts."""
-        nothing = np.zeros((len(step.req_ids), 0))
-        return self._best(step, nothing).tokens_per_ms
 
     def _best(self, step: DraftOpportunity, survival: np.ndarray) -> Plan:
         positions = np.arange(survival.shape[1])
@@ -187,8 +180,7 @@ class AutoDraftLength:
 
     def _may_well_pay(self, step: DraftOpportunity) -> bool:
         hoped = self._survival_model.expected(self._factors.by_position, _OPTIMISM)
-        plain = self._plain_tokens_per_ms(step)
-        return self._best(step, hoped).tokens_per_ms > (1 + _LEAST_GAIN) * plain
+        return bool(self._best(step, hoped).draft_lens.any())
 
     def go_on(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
