@@ -14,7 +14,15 @@ if __name__ == "__main__":
     interpreter.install()  # before anything imports vLLM
 
 import tests.conftest  # noqa: F401  the environment of engines
-from tests.engine import EngineConfig, greedy, model_runner, prompts, running, stats
+from tests.engine import (
+    EngineConfig,
+    greedy,
+    model_runner,
+    prompts,
+    running,
+    stats,
+    stop_counting_others,
+)
 from tests.v2.runs import EMSSD, SMALL
 
 NUM_PROMPTS = 2
@@ -29,6 +37,7 @@ def main() -> None:
     texts = [text[:100] for text in prompts()[:NUM_PROMPTS]]
     with running(EngineConfig(**SMALL)) as llm:
         plain = greedy(llm, texts, MAX_TOKENS)
+    stop_counting_others()
     with running(EngineConfig(EMSSD, **SMALL)) as llm:
         assert isinstance(model_runner(llm).speculator, UnpadSpeculator)
         assert greedy(llm, texts, MAX_TOKENS) == plain

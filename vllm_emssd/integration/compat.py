@@ -53,12 +53,12 @@ def hands_prediction_on(to_sampling_params: Callable[..., Any] | None) -> bool:
 
     if to_sampling_params is None:
         return False
-    request = ChatCompletionRequest(
-        messages=[], prediction={"type": "content", "content": "text"}
-    )
     try:
+        request = ChatCompletionRequest(
+            messages=[], prediction={"type": "content", "content": "text"}
+        )
         params = to_sampling_params(request, 1, {})
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError):
         return False  # not what it was; the hook's own check tells how
     return (params.extra_args or {}).get("prediction") == "text"
 
