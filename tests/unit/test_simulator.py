@@ -21,7 +21,7 @@ from vllm_emssd.bench.simulator import (
     SimulatedEngine,
     simulate,
 )
-from vllm_emssd.bench.traces import Trace
+from vllm_emssd.bench.traces import RequestTrace, Trace
 
 ALL = [Method("plain"), Method("fixed", 3), Method("padded", 3), Method("auto", 4)]
 
@@ -121,6 +121,14 @@ def by_request(found: Trace, k: int) -> tuple[int, int]:
     return num_steps, num_accepted
 
 
+def last_emitted(one: RequestTrace, k: int) -> int:
+    known = emitted = 1
+    while known < len(one.accepted):
+        emitted = min(one.accepted[known], k) + 1
+        known += emitted
+    return emitted
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("name", "setting"),
@@ -157,13 +165,16 @@ def test_every_output_is_decoded_to_its_end(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_drafter_is_fed_each_known_token_once(seed: int) -> None:
-    """With one draft a step nothing else is fed, whatever is accepted."""
-    found = random_trace(seed, k=4)
+    """With one draft a step nothing else is fed, whatever is accepted; what a request's
+    last step emits is not."""
+    several = [r for r in random_trace(seed, k=4).requests if len(r.accepted) > 1]
+    found = random_trace(seed, k=4).model_copy(update={"requests": several})
     for setting in (Setting(5), Setting(2), Setting(3, 9)):
         counters = run_once(found, Method("fixed", 1), setting=setting).counters
         known = counters.num_emitted_tokens
         known += sum(len(r.prompt_ids) for r in found.requests)
-        assert counters.num_draft_rows == known
+        last = sum(last_emitted(r, 1) for r in found.requests)
+        assert counters.num_draft_rows == known - last
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
