@@ -32,7 +32,7 @@ class Job:
 
     engine: dict[str, Any]  # AsyncEngineArgs
     num_prompts: int = 8
-    max_tokens: int = 192  # more than 64 steps
+    max_tokens: int = 320  # more than 64 steps
     incident: str | None = None  # "kill" the last rank, or let it "disagree"
 
 

@@ -40,6 +40,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode import utils as spec_decode
 from vllm.v1.worker import block_table, mamba_utils
 
+from tests.without_hooks import without
 from vllm_emssd.integration import cpu_fixes, hooks, scheduler
 
 UNTOUCHED = -9  # what a kernel must leave alone
@@ -164,13 +165,14 @@ def test_fix_is_left_out_once_stock_is_right(monkeypatch: pytest.MonkeyPatch) ->
     def mended(*args: Any, **kwargs: Any) -> torch.Tensor:
         return cpu_fixes.expand_batch_to_tokens(*args, **kwargs)
 
-    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", mended)
-    # As in a worker, whose kernels are registered: the function itself is asked.
-    monkeypatch.setattr(dispatcher, "_registry", {"registered": object()})
-    assert not hooks.is_needed(cpu_fixes.CPU_FIXES[0])
-    cpu_fixes.install_cpu_fixes()
-    assert rejection_sampler.expand_batch_to_tokens is mended
-    assert not hooks.is_installed(cpu_fixes.CPU_FIXES[0])
+    with without(cpu_fixes.CPU_FIXES), monkeypatch.context() as context:
+        context.setattr(rejection_sampler, "expand_batch_to_tokens", mended)
+        # As in a worker, whose kernels are registered: the function itself is asked.
+        context.setattr(dispatcher, "_registry", {"registered": object()})
+        assert not hooks.is_needed(cpu_fixes.CPU_FIXES[0])
+        cpu_fixes.install_cpu_fixes()
+        assert rejection_sampler.expand_batch_to_tokens is mended
+        assert not hooks.is_installed(cpu_fixes.CPU_FIXES[0])
 
 
 @pytest.fixture(scope="module")

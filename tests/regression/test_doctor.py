@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
 from vllm_emssd.integration import checkup, compat
@@ -117,7 +118,8 @@ def test_a_hook_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     drifted = dataclasses.replace(INVENTORY[0], signature="self, other")
     monkeypatch.setattr(checkup, "INVENTORY", (drifted,))
-    [finding] = checkup.check_hooks()
+    with without(INVENTORY):
+        [finding] = checkup.check_hooks()
     assert finding.state is State.WRONG
     assert "expected (self, other)" in finding.fix
 

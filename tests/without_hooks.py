@@ -1,0 +1,19 @@
+"""Hooks taken away for a test: an earlier one may have left them in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from vllm_emssd.integration import hooks
+from vllm_emssd.integration.hooks import Hook
+
+
+@contextmanager
+def without(taken: Sequence[Hook]) -> Iterator[None]:
+    ours = [hook for hook in taken if hooks.is_installed(hook)]
+    hooks.undo(ours)
+    try:
+        yield
+    finally:
+        hooks.install(ours)
