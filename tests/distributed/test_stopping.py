@@ -40,7 +40,9 @@ def test_stopping_the_cluster(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped_by", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "stopped_by", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"]
+)
 def test_serving_over_ray(stopped_by: signal.Signals, tmp_path: Path) -> None:
     """One command: a cluster, a server that answers, and nothing left of both."""
     before, port = shared_memory(), free_port()

@@ -10,6 +10,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner, UnpadGPUModelRunner
+from vllm_emssd.integration.shared_memory import remove_names
 
 CPU_RUNNER_HOOK = hooks.Hook(
     target="vllm.v1.worker.cpu_worker:CPUModelRunner",
@@ -47,6 +48,7 @@ class UnpadCPUWorker(_EmssdStats, FixedCPUWorker):
         _require_v1_runner(self.use_v2_model_runner)
         with hooks.installed([CPU_RUNNER_HOOK]):
             super().init_device()
+        remove_names()
 
 
 class UnpadGPUWorker(_EmssdStats, Worker):
