@@ -1,9 +1,9 @@
 """Shared memory of the CPU's collectives: names that nobody needs any more.
 
 vLLM's CPU workers of one machine share a segment each, named in /dev/shm, and remove
-the name when they end in good order. But Ray ends them by a kill, and any may die: names
-stay, and the memory with them, until the machine restarts. Once all workers have opened
-the segments the names are of no use, so they are removed at the start.
+the name when they end in good order. But Ray ends them by a kill, and any may die:
+names stay, and the memory with them, until the machine restarts. Once all workers have
+opened the segments the names are of no use, so they are removed at the start.
 """
 
 from __future__ import annotations
