@@ -31,6 +31,7 @@ READY_SECONDS = 90
 STOP_SECONDS = 20
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"  # Ray's own default
 BIN = Path(sys.executable).parent
+KEEPS_CHILDREN = "RAY_kill_child_processes_on_worker_exit"  # Ray's spelling
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -235,6 +236,9 @@ def main() -> int:
     prepare_token(args.token_file, may_make)
     os.environ["VLLM_HOST_IP"] = args.address
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # vLLM kills its Ray workers; Python's resource tracker, a child of each, then
+    # removes their shared memory, unless Ray kills that too.
+    os.environ[KEEPS_CHILDREN] = "false"
     adopt_orphans()
 
     def interrupt(*_: object) -> NoReturn:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.engines import Outcome, RayCluster, Setting, run_job
+pytest.register_assert_rewrite("tests.distributed.engines")
+
+from tests.distributed.engines import (  # noqa: E402
+    Outcome,
+    RayCluster,
+    Setting,
+    run_job,
+)
 
 
 def free_port() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vllm_emssd.draft_length import CostTable
+
 
 class Inspection:
     """Mixed into the worker class by `worker_extension_cls`."""
@@ -21,6 +23,16 @@ class Inspection:
             name: [costs.target.points, costs.draft.points, costs.fixed_ms]
             for name, costs in (("used", meter.costs), ("own", meter.measured))
         }
+
+    def measure_otherwise(self) -> None:
+        """The first rank finds drafts nearly free, the others far too dear; and all
+        take over the first one's prices, as they do every 64th step."""
+        meter = self.model_runner._step_costs
+        draft_ms = 0.1 if self.model_runner._ranks.is_first else 1000.0
+        meter.measured.target = CostTable([1, 512], [20.0, 20.0])
+        if meter._drafter is not None:
+            meter.measured.draft = CostTable([1, 512], [draft_ms, draft_ms])
+        meter._take_over_prices()
 
     def disagree(self) -> None:
         """From now on the last rank decides on one draft more than the first."""

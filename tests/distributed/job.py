@@ -61,6 +61,8 @@ async def serve(job: Job) -> Report:
     try:
         this = psutil.Process()
         ports = sorted(listening_ports(this, *this.children(recursive=True)))
+        if job.engine["speculative_config"].get("draft_length") == "auto":
+            await engine.collective_rpc("measure_otherwise")
         requests = _Requests(engine, texts, job.max_tokens)
         report = await _report(engine, job, await asyncio.gather(*requests.tasks))
         report.ports = ports

@@ -40,8 +40,10 @@ def test_stopping_the_cluster(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped_by", [signal.SIGTERM, signal.SIGINT])
-def test_serving_over_ray(stopped_by: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stopped_by", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"]
+)
+def test_serving_over_ray(stopped_by: str, tmp_path: Path) -> None:
     """One command: a cluster, a server that answers, and nothing left of both."""
     before, port = shared_memory(), free_port()
     command = [sys.executable, str(REPO / "scripts" / "launch_ray.py"), "serve", TARGET]
@@ -66,7 +68,7 @@ def test_serving_over_ray(stopped_by: signal.Signals, tmp_path: Path) -> None:
         metrics = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
         assert "vllm_emssd:num_emitted_tokens_total" in metrics
     finally:
-        server.process.send_signal(stopped_by)
+        server.process.send_signal(signal.Signals[stopped_by])
         exit_code = server.wait(90)
         left = server.leftovers(5)
     assert (exit_code, left) == (0, []), server.text

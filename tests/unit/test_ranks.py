@@ -18,6 +18,12 @@ from vllm_emssd.integration.step_costs import StepCostMeter
 NUM_RANKS = 2
 
 
+def all_gather(mine: torch.Tensor, dim: int) -> torch.Tensor:
+    everyones = [torch.empty_like(mine) for _ in range(NUM_RANKS)]
+    torch.distributed.all_gather(everyones, mine)
+    return torch.cat(everyones, dim)
+
+
 def join(rank: int, meeting_point: str) -> Ranks:
     torch.distributed.init_process_group(
         "gloo", init_method=meeting_point, rank=rank, world_size=NUM_RANKS
@@ -27,9 +33,10 @@ def join(rank: int, meeting_point: str) -> Ranks:
         is_first_rank=rank == 0,
         ranks=list(range(NUM_RANKS)),
         cpu_group=torch.distributed.group.WORLD,
+        all_gather=all_gather,
     )
     ranks_module.get_tp_group = lambda: group
-    return Ranks()
+    return Ranks(torch.device("cpu"))
 
 
 def meter(rank: int, ranks: Ranks) -> StepCostMeter:

@@ -74,7 +74,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.emssd_config = EmssdConfig(**options)
         self.counters = Counters()
-        self._ranks = Ranks()
+        self._ranks = Ranks(self.device)
         self._proposer: Proposer | None = None  # made with the KV cache
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None

@@ -11,6 +11,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner
+from vllm_emssd.integration.shared_memory import remove_names
 from vllm_emssd.integration.worker_mixins import EmssdStats, MemoryAdvice
 
 CPU_RUNNER_HOOK = hooks.Hook(
@@ -63,6 +64,7 @@ class UnpadCPUWorker(EmssdStats, MemoryAdvice, FixedCPUWorker):
         is_v2 = self.use_v2_model_runner
         with hooks.installed([CPU_RUNNER_V2_HOOK if is_v2 else CPU_RUNNER_HOOK]):
             super().init_device()
+        remove_names()
 
     def _make_model_runner(self) -> CPUModelRunner:
         """Called by a vLLM that needs neither hook."""
