@@ -11,7 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from vllm.distributed import get_tp_group
-from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+from vllm.distributed.device_communicators.cpu_communicator import (
+    CpuCommunicator,
+    _CPUSHMDistributed,
+)
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -20,7 +23,9 @@ def remove_names() -> None:
     """To be called after the group is made, which waits for all to have joined."""
     group = get_tp_group()
     communicator = group.device_communicator
-    collectives = communicator.dist_module if communicator is not None else None
+    if not isinstance(communicator, CpuCommunicator):
+        return
+    collectives = communicator.dist_module
     if isinstance(collectives, _CPUSHMDistributed):
         name = f"{collectives.group_name}_{group.rank_in_group}"
         (SHARED_MEMORY / name).unlink(missing_ok=True)
