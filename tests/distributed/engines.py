@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.job import Job, Report
-from tests.distributed.processes import Tree, listening_ports, shared_memory, wait_for
+from tests.distributed.processes import Tree, listening_ports, wait_for
 from tests.distributed.ray_on_cpu.emssd_test_platform import SWITCH
 from tests.engine import DRAFT_MODEL, LLMA, MAX_MODEL_LEN, TARGET
 
@@ -116,7 +116,7 @@ def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outco
         report,
         tree.text,
         processes,
-        segments=shared_memory() - tree.shared_memory_before,
+        segments=tree.segments(),
         ports=listening_ports() & set(report.ports),
     )
 
