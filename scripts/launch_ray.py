@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -31,7 +32,7 @@ READY_SECONDS = 90
 STOP_SECONDS = 20
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"  # Ray's own default
 BIN = Path(sys.executable).parent
-KEEPS_CHILDREN = "RAY_kill_child_processes_on_worker_exit"  # Ray's spelling
+SWEEP_SECONDS = 3
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -163,6 +164,43 @@ def stop_all(signal_first: list[subprocess.Popen[bytes]]) -> None:
         left += [p for p in psutil.Process().children(recursive=True) if p not in left]
 
 
+class SharedMemory:
+    """Segments that vLLM's workers here have open.
+
+    vLLM's executor kills its Ray workers, which so leave theirs behind: once nobody has
+    one of them open any more, it is removed.
+    """
+
+    FOLDER = Path("/dev/shm")
+    NAMES = re.compile(r"/dev/shm/(psm_\w+|\S+-cpushm_\d+)$", re.MULTILINE)
+
+    def __init__(self) -> None:
+        self._ours: set[str] = set()
+        self._swept = time.monotonic()
+
+    def sweep(self) -> None:
+        self._swept = time.monotonic()
+        ours = [p.pid for p in psutil.Process().children(recursive=True)]
+        self._ours |= self._opened_by(ours)
+        for name in self._ours - self._opened_by(psutil.pids()):
+            (self.FOLDER / name).unlink(missing_ok=True)
+            self._ours.discard(name)
+
+    def sweep_now_and_then(self) -> None:
+        if time.monotonic() > self._swept + SWEEP_SECONDS:
+            self.sweep()
+
+    def _opened_by(self, pids: list[int]) -> set[str]:
+        found: set[str] = set()
+        for pid in pids:
+            try:
+                text = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            except OSError:
+                continue  # it has ended, or is another user's
+            found.update(self.NAMES.findall(text))
+        return found
+
+
 def start_ray(args: argparse.Namespace, where: list[str]) -> subprocess.Popen[bytes]:
     command = [str(BIN / "ray"), "start", *where, "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", args.address]
@@ -206,6 +244,7 @@ def start_serve(
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code: that of what ended by itself."""
     started: list[subprocess.Popen[bytes]] = []  # the last one is stopped first
+    memory = SharedMemory()
     starts_head = args.command == "head" or not args.head
     head = f"{args.address}:{args.ray_port}" if starts_head else args.head
     try:
@@ -219,6 +258,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         else:
             say(f"ready; the head is {head}. Ctrl-C stops this node")
         while all(process.poll() is None for process in started):
+            memory.sweep_now_and_then()
             time.sleep(0.2)
         ended = next(p for p in reversed(started) if p.poll() is not None)
         say(f"process {ended.pid} ended with exit code {ended.returncode}")
@@ -226,7 +266,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        memory.sweep()
         stop_all(started[::-1])
+        memory.sweep()
 
 
 def main() -> int:
@@ -236,9 +278,6 @@ def main() -> int:
     prepare_token(args.token_file, may_make)
     os.environ["VLLM_HOST_IP"] = args.address
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # vLLM kills its Ray workers; Python's resource tracker, a child of each, then
-    # removes their shared memory, unless Ray kills that too.
-    os.environ[KEEPS_CHILDREN] = "false"
     adopt_orphans()
 
     def interrupt(*_: object) -> NoReturn:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.job import Job, Report
-from tests.distributed.processes import Tree, listening_ports, shared_memory, wait_for
+from tests.distributed.processes import Tree, listening_ports, wait_for
 from tests.distributed.ray_on_cpu.emssd_test_platform import SWITCH
 from tests.engine import DRAFT_MODEL, LLMA, MAX_MODEL_LEN, TARGET
 
@@ -84,17 +84,16 @@ class Outcome:
     log: str
     processes: list[str]
     segments: set[str]
-    has_died: bool  # the engine, of an incident
+    ports: set[int]
 
     def check(self) -> Outcome:
         assert self.exit_code == 0, self.log[-6000:]
         return self
 
     def left_nothing(self) -> None:
-        """vLLM's own segments stay behind when its engine dies; emssd makes none."""
         assert self.processes == []
-        assert self.has_died or self.segments == set()
-        assert not set(self.report.ports) & listening_ports()
+        assert self.segments == set()
+        assert self.ports == set()
 
 
 def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outcome:
@@ -112,9 +111,14 @@ def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outco
     if cluster:
         processes += cluster.busy_workers()
     report = Report(**json.loads(result.read_text())) if result.exists() else Report()
-    segments = shared_memory() - tree.shared_memory_before
-    has_died = setting.incident is not None
-    return Outcome(exit_code, report, tree.text, processes, segments, has_died)
+    return Outcome(
+        exit_code,
+        report,
+        tree.text,
+        processes,
+        segments=tree.segments(),
+        ports=listening_ports() & set(report.ports),
+    )
 
 
 class RayCluster:

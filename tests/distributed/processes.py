@@ -68,6 +68,16 @@ class Tree:
         self.kill()
         return left
 
+    def segments(self, patience: float = 15.0) -> set[str]:
+        """Shared memory that is still there a while after the processes are gone:
+        Python's resource trackers remove what killed processes have left."""
+
+        def new() -> set[str]:
+            return shared_memory() - self.shared_memory_before
+
+        wait_for(lambda: not new(), patience)
+        return new()
+
     def kill(self) -> None:
         for process in self.members():
             process.kill()
