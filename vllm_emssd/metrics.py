@@ -1,4 +1,4 @@
-"""What the plugin counts: exact, from the start of the engine.
+"""What the plugin counts, from the start of the engine.
 
 Counters never hold text or token ids. `SharedCounters` is the same numbers in a
 small file that the API server reads when `/metrics` is scraped, so that counting

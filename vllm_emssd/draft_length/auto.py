@@ -163,10 +163,11 @@ class AutoDraftLength:
         share = self._probe_ms(int(missing[request])) / self._idle_ms
         if self._idle_since_probe < _OFTENEST_PROBE or share > _HOPEFUL_SHARE:
             return lens
+        is_hopeful = self._may_well_pay(step)
         is_overdue = self._idle_since_probe >= _RAREST_PROBE
-        if share > _PROBE_SHARE and not (is_overdue or self._may_well_pay(step)):
+        if share > _PROBE_SHARE and not (is_overdue or is_hopeful):
             return lens
-        if not self._may_well_pay(step):
+        if not is_hopeful:
             self._survival_model.doubt()
         self._idle_since_probe, self._idle_ms = 0, 0.0
         self._is_probe = True

@@ -9,17 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
-from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_emssd.integration.worker_mixins import EmssdStats, MemoryAdvice
+from vllm_emssd.integration.worker_mixins import EmssdWorkerMixin
 
 
-class UnpadGPUWorker(EmssdStats, MemoryAdvice, Worker):
-    def compile_or_warm_up_model(self) -> CompilationTimes:
-        times = super().compile_or_warm_up_model()
-        self.model_runner.start_automatic_lengths()
-        return times
-
+class UnpadGPUWorker(EmssdWorkerMixin, Worker):
     def _make_model_runner(self) -> Any:
         if self.use_v2_model_runner:
             from vllm_emssd.integration.runner_v2 import UnpadGPUModelRunnerV2

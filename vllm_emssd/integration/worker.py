@@ -6,13 +6,12 @@ from typing import Any
 
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner
 from vllm_emssd.integration.shared_memory import remove_names
-from vllm_emssd.integration.worker_mixins import EmssdStats, MemoryAdvice
+from vllm_emssd.integration.worker_mixins import EmssdWorkerMixin
 
 CPU_RUNNER_HOOK = hooks.Hook(
     target="vllm.v1.worker.cpu_worker:CPUModelRunner",
@@ -54,12 +53,7 @@ class FixedCPUWorker(CPUWorker):
         super().init_device()
 
 
-class UnpadCPUWorker(EmssdStats, MemoryAdvice, FixedCPUWorker):
-    def compile_or_warm_up_model(self) -> CompilationTimes:
-        times = super().compile_or_warm_up_model()
-        self.model_runner.start_automatic_lengths()
-        return times
-
+class UnpadCPUWorker(EmssdWorkerMixin, FixedCPUWorker):
     def init_device(self) -> None:
         is_v2 = self.use_v2_model_runner
         with hooks.installed([CPU_RUNNER_V2_HOOK if is_v2 else CPU_RUNNER_HOOK]):

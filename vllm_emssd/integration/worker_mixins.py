@@ -11,23 +11,11 @@ from vllm_emssd.integration.memory_advice import memory_advice
 from vllm_emssd.metrics import Counters
 
 
-class EmssdStats:
+class EmssdWorkerMixin(Worker):
+    """Counters and costs over RPC, lengths by measured costs once the models are warm,
+    and what to lower where a start runs out of memory."""
+
     model_runner: Any  # one of ours
-
-    def emssd_stats(self) -> dict[str, int]:
-        """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
-        counters: Counters = self.model_runner.counters
-        return counters.as_dict()
-
-    def emssd_costs(self) -> dict[str, Any]:
-        """What this rank's automatic lengths are decided by, as it is now: (rows, ms)
-        of `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
-        costs: dict[str, Any] = self.model_runner.costs_now()
-        return costs
-
-
-class MemoryAdvice(Worker):
-    """Names what to lower where a start runs out of memory."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with memory_advice("loading the models"):
@@ -39,4 +27,17 @@ class MemoryAdvice(Worker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         with memory_advice("warming up"):
-            return super().compile_or_warm_up_model()
+            times = super().compile_or_warm_up_model()
+        self.model_runner.start_automatic_lengths()
+        return times
+
+    def emssd_stats(self) -> dict[str, int]:
+        """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
+        counters: Counters = self.model_runner.counters
+        return counters.as_dict()
+
+    def emssd_costs(self) -> dict[str, Any]:
+        """What this rank's automatic lengths are decided by, as it is now: (rows, ms)
+        of `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
+        costs: dict[str, Any] = self.model_runner.costs_now()
+        return costs
