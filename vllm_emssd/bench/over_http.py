@@ -17,7 +17,8 @@ from typing import Any
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
 from vllm_emssd.bench.harness import PAUSE_S, Plan, progress_bars
 from vllm_emssd.bench.request import Request, Tokenizer
-from vllm_emssd.bench.server import Server, serving, vllm_command
+from vllm_emssd.bench.server import Server, serving
+from vllm_emssd.bench.server_process import vllm_command
 
 # Of `vllm bench serve`'s result.
 LATENCIES = ("p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms")
