@@ -197,7 +197,7 @@ class Soak:
         elif kind == "sampled":
             await client.check_sampled(prompt, rng)
         elif kind == "grammar":
-            await client.check_sampled_grammar(prompt, rng)
+            await client.check_sampled_grammar(prompt)
         elif kind == "abort":
             await client.abort(prompt, rng)
         else:
@@ -315,43 +315,31 @@ def end_in_mid_stream(server: ServerProcess, prompt: list[int]) -> list[str]:
     return wrong + [f"left behind: {process.name()}" for process in left]
 
 
-def run(options: argparse.Namespace) -> int:
-    logs = Path(tempfile.mkdtemp(prefix="emssd-soak-"))
-    print(f"server logs: {logs}", flush=True)
-    load = prepare(options, logs)
-    print(f"{len(load.requests)} greedy requests have an answer", flush=True)
+def soak_server(
+    options: argparse.Namespace, load: Load, log: Path
+) -> tuple[Soak, dict[str, float], list[str]]:
+    """All of one server's life. Returns what happened, its last metrics, and what was
+    wrong."""
     flags = [*FLAGS, "--enable-prefix-caching"]
     flags += ["--kv-cache-memory-bytes", str(SMALL_CACHE)]
-    log = logs / "emssd.log"
-    started = time.monotonic()
     with serving(emssd(options), options.model, log, flags) as server:
         soak = Soak(options, load, server)
         asyncio.run(soak.run())
-        tally, wrong = soak.tally, list(soak.tally.wrong)
-        metrics: dict[str, float] = {}
-        if server.process.poll() is None:
-            metrics = server.metrics()
-            wrong += check_counters(metrics, tally, options.num_speculative_tokens)
-            wrong += end_in_mid_stream(server, load.prompts[0])
-        else:
+        wrong = list(soak.tally.wrong)
+        if server.process.poll() is not None:
             wrong.append(f"the server died with status {server.process.returncode}")
-    wrong += check_log(log)
-    rise = growth(soak.memory)
-    if options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY and rise > MOST_GROWTH:
-        wrong.append(f"memory grows by {rise:.1f} MiB a minute")
-    seconds = sorted(tally.seconds)
-    record = {
-        "command": shlex.join(["scripts/soak", *sys.argv[1:]]),
-        "commit": commit(REPO) or "unknown",
-        "versions": {n: version(n) for n in ("vllm", "torch", "vllm-emssd")},
-        "machine": describe_machine(),
-        "minutes": (time.monotonic() - started) / 60,
-        "is_clean": not wrong,
-        "wrong": wrong[:50],
-        "num_wrong": len(wrong),
+            return soak, {}, wrong
+        metrics = server.metrics()
+        wrong += check_counters(metrics, soak.tally, options.num_speculative_tokens)
+        wrong += end_in_mid_stream(server, load.prompts[0])
+    return soak, metrics, wrong
+
+
+def describe_soak(soak: Soak, metrics: dict[str, float]) -> dict[str, Any]:
+    """Counts, times and memory, for the record."""
+    tally, seconds = soak.tally, sorted(soak.tally.seconds)
+    return {
         "requests": dict(tally.requests),
-        "greedy_requests_known": len(load.requests),
-        "near_ties_left_out": load.num_near_ties,
         "cut_short": tally.cut_short,
         "completion_tokens": tally.completion_tokens,
         "seconds": {
@@ -362,14 +350,42 @@ def run(options: argparse.Namespace) -> int:
         "memory_mib": {
             "first": soak.memory[0][1],
             "last": soak.memory[-1][1],
-            "growth_a_minute": rise,
-            "is_judged": options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY,
+            "growth_a_minute": growth(soak.memory),
         },
         "counters": {
             name: int(value)
             for name, value in sorted(metrics.items())
             if name.startswith("vllm_emssd:") or name in RECORDED
         },
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    logs = Path(tempfile.mkdtemp(prefix="emssd-soak-"))
+    print(f"server logs: {logs}", flush=True)
+    load = prepare(options, logs)
+    print(f"{len(load.requests)} greedy requests have an answer", flush=True)
+    log = logs / "emssd.log"
+    started = time.monotonic()
+    soak, metrics, wrong = soak_server(options, load, log)
+    wrong += check_log(log)
+    judges_memory = options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY
+    if judges_memory and (rise := growth(soak.memory)) > MOST_GROWTH:
+        wrong.append(f"memory grows by {rise:.1f} MiB a minute")
+    found = describe_soak(soak, metrics)
+    found["memory_mib"]["is_judged"] = judges_memory
+    record = {
+        "command": shlex.join(["scripts/soak", *sys.argv[1:]]),
+        "commit": commit(REPO) or "unknown",
+        "versions": {n: version(n) for n in ("vllm", "torch", "vllm-emssd")},
+        "machine": describe_machine(),
+        "minutes": (time.monotonic() - started) / 60,
+        "is_clean": not wrong,
+        "wrong": wrong[:50],
+        "num_wrong": len(wrong),
+        "greedy_requests_known": len(load.requests),
+        "near_ties_left_out": load.num_near_ties,
+        **found,
     }
     options.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
