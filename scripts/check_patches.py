@@ -62,6 +62,10 @@ def patches_for(version: str) -> list[Patch]:
     return [Patch(path) for path in sorted(series[fitting].glob("*.patch"))]
 
 
+def touched_files(patches: list[Patch]) -> set[str]:
+    return {name for patch in patches for name in patch.files}
+
+
 class Report:
     """Prints each check as it is made."""
 
@@ -97,7 +101,7 @@ def apply(patch: Patch, root: Path, check_only: bool = False) -> list[str]:
 
 def copy_touched(source: Path, patches: list[Patch], root: Path) -> None:
     """The files that patches change, as real files under `root`."""
-    for name in {name for patch in patches for name in patch.files}:
+    for name in touched_files(patches):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -119,7 +123,7 @@ def check_patches(source: Path, patches: list[Patch], root: Path) -> list[str]:
     if problems:
         return problems
     problems = [p for patch in patches for p in apply(patch, root)]
-    for name in {name for patch in patches for name in patch.files}:
+    for name in touched_files(patches):
         try:
             ast.parse((root / name).read_text())
         except SyntaxError as error:
@@ -156,7 +160,7 @@ def check_imports(patches: list[Patch], root: Path) -> list[str]:
     """Import what the patches touch, from the copy."""
     modules = sorted(
         name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        for name in {name for patch in patches for name in patch.files}
+        for name in touched_files(patches)
     )
     code = (
         "import importlib, vllm\n"

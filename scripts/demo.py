@@ -13,33 +13,39 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import shlex
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from rich import box, progress
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.provenance import commit, processor
+from vllm_emssd.bench.server_process import (
+    ServerError,
+    ServerProcess,
+    free_port,
+    server_process,
+    vllm_command,
+)
+from vllm_emssd.integration.cpu_settings import find_preloads, num_cpus
 
 REPO = Path(__file__).resolve().parent.parent
 NUM_PROMPTS = 24
@@ -49,37 +55,10 @@ SERVER_FLAGS = shlex.split(
     f"--no-enable-prefix-caching --max-num-seqs {NUM_PROMPTS} "
     f"--kv-cache-memory-bytes {512 << 20} --host 127.0.0.1"
 )
-START_SECONDS, REQUEST_SECONDS, STOP_SECONDS = 180, 180, 20
+START_SECONDS, REQUEST_SECONDS = 180, 180
 LOG_TAIL_LINES = 40
 
 console = Console()
-
-
-class ServerFailedError(Exception):
-    """Carries what to show: the end of the server's log and the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    name: str
-    speculative_config: dict[str, Any] | None = None
-    env: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    address: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def get(self, path: str) -> httpx.Response:
-        # trust_env=False: no proxy stands between us and this machine.
-        return httpx.get(self.address + path, timeout=10, trust_env=False)
-
-    def failure(self, reason: str) -> ServerFailedError:
-        lines = self.log.read_text(errors="replace").splitlines()
-        tail = "\n".join(lines[-LOG_TAIL_LINES:])
-        return ServerFailedError(f"{tail}\n\n{reason}; the whole log: {self.log}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +126,11 @@ def list_methods(options: argparse.Namespace) -> list[Method]:
         "model": options.draft_model,
         "num_speculative_tokens": options.num_speculative_tokens,
     }
-    # On a GPU vLLM prefers its V2 runner; emssd's draft model needs V1.
-    v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if torch.cuda.is_available() else {}
     return [
-        Method("plain"),
+        Method("plain", None),
         Method("stock", {"method": "draft_model", **draft}),
-        Method(
-            "emssd-fixed", {"method": "emssd", "draft_length": "fixed", **draft}, v1
-        ),
-        Method("emssd", {"method": "emssd", **draft}, v1),
+        Method("emssd-fixed", {"method": "emssd", "draft_length": "fixed", **draft}),
+        Method("emssd", {"method": "emssd", **draft}),
     ]
 
 
@@ -164,16 +139,12 @@ def read_prompts(path: str) -> list[str]:
     return [json.loads(line)["prompt"] for line in lines]
 
 
-def find_preloads() -> list[Path]:
-    """The OpenMP and malloc that vLLM's CPU build wants, where they are present."""
-    openmp = Path(sys.prefix) / "lib/libiomp5.so"
-    mallocs = sorted(Path("/usr/lib").glob("**/libtcmalloc_minimal.so.4"))
-    return [path for path in (openmp, *mallocs[:1]) if path.exists()]
-
-
 def server_environment(method: Method) -> dict[str, str]:
     """Ours, and on the CPU threads and preloads that are alike for all methods."""
-    env = os.environ | {"VLLM_NO_USAGE_STATS": "1"} | method.env
+    env = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    if (method.speculative_config or {}).get("method") == "emssd":
+        # On a GPU vLLM prefers its V2 runner; emssd's draft model needs V1.
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if not torch.cuda.is_available():
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(num_cpus())
@@ -181,89 +152,46 @@ def server_environment(method: Method) -> dict[str, str]:
     return env
 
 
-def num_cpus() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
 def serving(
     method: Method, model: str, log: Path, flags: Sequence[str] = SERVER_FLAGS
-) -> Iterator[Server]:
-    """A healthy server, gone with all its processes however the block ends."""
+) -> AbstractContextManager[ServerProcess]:
+    """`vllm serve` of one method."""
     port = free_port()
-    vllm = Path(sys.executable).parent / "vllm"
-    command = [str(vllm), "serve", model, *flags, "--port", str(port)]
+    command = [vllm_command(), "serve", model, *flags, "--port", str(port)]
     if method.speculative_config:
         command += ["--speculative-config", json.dumps(method.speculative_config)]
-    log.write_text(f"{shlex.join(command)}\n")
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            env=server_environment(method),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # its own group, so that all of it can be ended
-        )
-    try:
-        server = Server(f"http://127.0.0.1:{port}", process, log)
-        wait_until_healthy(server, method.name)
-        yield server
-    finally:
-        stop(process)
+    env = server_environment(method)
+    return server_process(method.name, command, port, log, env, START_SECONDS)
 
 
-def wait_until_healthy(server: Server, name: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if (status := server.process.poll()) is not None:
-            raise server.failure(f"the {name} server ended with status {status}")
-        with suppress(httpx.TransportError):
-            if server.get("/health").is_success:
-                return
-        time.sleep(0.5)
-    raise server.failure(f"the {name} server was not up in {START_SECONDS} s")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask vLLM to end its processes itself; a second Ctrl-C cuts that short."""
-    try:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def read_counts(server: Server) -> Counter[str]:
-    """All counts of drafting on /metrics, summed over engines and labels."""
-    text = server.get("/metrics").raise_for_status().text
-    counts: Counter[str] = Counter()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name.startswith(("vllm:spec_decode_", "vllm_emssd:")):
-                counts[sample.name] += int(sample.value)
-    return counts
-
-
-async def run_rounds(
-    server: Server, prompts: list[str], num_rounds: int, on_done: Callable[[], None]
-) -> list[Round]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{server.address}/v1",
+def open_client(server: ServerProcess) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=f"{server.base_url}/v1",
         api_key="none",
         max_retries=0,
         timeout=REQUEST_SECONDS,
         http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
-    ) as client:
+    )
+
+
+def read_counts(server: ServerProcess) -> Counter[str]:
+    """All counts of drafting."""
+    return Counter(
+        {
+            name: int(value)
+            for name, value in server.metrics().items()
+            if name.startswith(("vllm:spec_decode_", "vllm_emssd:"))
+        }
+    )
+
+
+async def run_rounds(
+    server: ServerProcess,
+    prompts: list[str],
+    num_rounds: int,
+    on_done: Callable[[], None],
+) -> list[Round]:
+    async with open_client(server) as client:
 
         async def complete(prompt: str) -> tuple[int, ...]:
             answer = await client.completions.create(
@@ -285,7 +213,7 @@ async def run_rounds(
 
 
 def measure(
-    server: Server,
+    server: ServerProcess,
     method: Method,
     prompts: list[str],
     num_rounds: int,
@@ -297,7 +225,7 @@ def measure(
         timed = asyncio.run(run_rounds(server, prompts, num_rounds, on_done))
         counts = read_counts(server)
     except (openai.APIError, httpx.HTTPError) as error:
-        raise server.failure(f"the {method.name} server: {error!r}") from error
+        raise ServerError(server, f"failed: {error!r}") from error
     counts.subtract(before)
     return Result(method.name, warm_up + timed, counts)
 
@@ -366,10 +294,8 @@ def report(results: list[Result], logs: Path) -> None:
 def describe_run() -> str:
     """What a reader needs to repeat the numbers, in one line."""
     versions = [f"{name} {version(name)}" for name in ("vllm", "torch", "vllm-emssd")]
-    with suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
-        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True)
-        versions.append(f"commit {commit.strip()}")
+    if found := commit(REPO):
+        versions.append(f"commit {found}")
     command = shlex.join(["scripts/demo", *sys.argv[1:]])
     return "; ".join([describe_machine(), ", ".join(versions), command])
 
@@ -377,22 +303,27 @@ def describe_run() -> str:
 def describe_machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
     loaded = ", ".join(path.name for path in find_preloads()) or "nothing"
-    cpu = next(names, platform.machine())
-    return f"{cpu}, {num_cpus()} CPUs, {loaded} preloaded"
+    return f"{processor()}, {num_cpus()} CPUs, {loaded} preloaded"
 
 
-def keep_serving(server: Server) -> None:
+def keep_serving(server: ServerProcess) -> None:
     request = {"model": "target", "prompt": "import ", "max_tokens": 64}
     data = shlex.quote(json.dumps(request))
-    url = f"{server.address}/v1/completions"
+    url = f"{server.base_url}/v1/completions"
     print("\nThe emssd server stays up until Ctrl-C. Try it:")
     print(f"curl -s {url} -H 'Content-Type: application/json' -d {data}", flush=True)
     with suppress(KeyboardInterrupt):
         server.process.wait()
-        raise server.failure("the emssd server ended by itself")
+        raise ServerError(server, "ended by itself")
+
+
+def describe_failure(error: ServerError) -> str:
+    server = error.server
+    return (
+        f"{server.end_of_log(LOG_TAIL_LINES)}\n\n"
+        f"the {server.name} server {error.what}; the whole log: {server.log}"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -430,8 +361,9 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         return run(parse_options())
-    except ServerFailedError as error:
-        console.print(escape(str(error)), style="red", highlight=False, soft_wrap=True)
+    except ServerError as error:
+        text = describe_failure(error)
+        console.print(escape(text), style="red", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -183,23 +183,25 @@ class PluginUses:
     # ------------------------------------------------------------ expressions
 
     def misfitting_expressions(self) -> Iterator[Problem]:
-        for module, path, tree in self.modules():
-            for function, cls in _functions(tree):
-                owner = cls and Definition(module, cls.name, cls)
-                scope = Scope(self.tree, module, function, owner)
-                for node in ast.walk(function):
-                    if what := scope.misfit(node):
-                        yield Problem(self._where(path, node), what)
+        for path, function, scope in self._scopes():
+            for node in ast.walk(function):
+                if what := scope.misfit(node):
+                    yield Problem(self._where(path, node), what)
 
     def num_judged(self) -> int:
         """Attributes and calls of vLLM's classes that were looked up."""
-        count = 0
-        for module, _, tree in self.modules():
+        return sum(
+            scope.is_judged(node)
+            for _, function, scope in self._scopes()
+            for node in ast.walk(function)
+        )
+
+    def _scopes(self) -> Iterator[tuple[Path, Function, Scope]]:
+        """Every function of the plugin, with its file and what its names are."""
+        for module, path, tree in self.modules():
             for function, cls in _functions(tree):
                 owner = cls and Definition(module, cls.name, cls)
-                scope = Scope(self.tree, module, function, owner)
-                count += sum(scope.is_judged(node) for node in ast.walk(function))
-        return count
+                yield path, function, Scope(self.tree, module, function, owner)
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[Function, ast.ClassDef | None]]:

@@ -33,12 +33,10 @@ import httpx
 import numpy as np
 import openai
 import psutil
-from demo import REPO, Method, Server, describe_machine, serving
-from prometheus_client.parser import text_string_to_metric_families
+from demo import REPO, describe_machine, open_client, serving
 from soak_load import (
     MAX_MODEL_LEN,
     NEAR_TIE,
-    REQUEST_SECONDS,
     Answer,
     Client,
     GreedyRequest,
@@ -48,6 +46,10 @@ from soak_load import (
     make_greedy_requests,
 )
 from transformers import AutoTokenizer
+
+from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.provenance import commit
+from vllm_emssd.bench.server_process import ServerProcess
 
 FLAGS = shlex.split(
     "--served-model-name target --dtype float32 --enforce-eager --host 127.0.0.1 "
@@ -107,21 +109,11 @@ def emssd(options: argparse.Namespace) -> Method:
     }
     if not options.llma:
         asked |= {"model": options.draft_model, "draft_sample_method": "probabilistic"}
-    return Method("emssd", asked, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
-
-
-def open_client(server: Server) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url=f"{server.address}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=REQUEST_SECONDS,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
-    )
+    return Method("emssd", asked)
 
 
 async def plain_answers(
-    server: Server, requests: Sequence[GreedyRequest]
+    server: ServerProcess, requests: Sequence[GreedyRequest]
 ) -> tuple[list[Answer], list[float]]:
     """Of each request: plain vLLM's answer, and its nearest tie."""
     gate = asyncio.Semaphore(8)
@@ -144,9 +136,8 @@ def prepare(options: argparse.Namespace, logs: Path) -> Load:
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
     rng = random.Random(options.seed)
     requests = make_greedy_requests(prompts, options.requests, rng)
-    with serving(Method("plain"), options.model, logs / "plain.log", FLAGS + ROOMY) as (
-        server
-    ):
+    plain, log = Method("plain", None), logs / "plain.log"
+    with serving(plain, options.model, log, FLAGS + ROOMY) as server:
         answers, gaps = asyncio.run(plain_answers(server, requests))
     sure = [i for i, gap in enumerate(gaps) if gap > NEAR_TIE]
     return Load(
@@ -160,7 +151,9 @@ def prepare(options: argparse.Namespace, logs: Path) -> Load:
 class Soak:
     """One server under load."""
 
-    def __init__(self, options: argparse.Namespace, load: Load, server: Server) -> None:
+    def __init__(
+        self, options: argparse.Namespace, load: Load, server: ServerProcess
+    ) -> None:
         self._load, self._server = load, server
         self._concurrency = options.concurrency
         self._rng = random.Random(options.seed + 1)
@@ -204,7 +197,7 @@ class Soak:
         elif kind == "sampled":
             await client.check_sampled(prompt, rng)
         elif kind == "grammar":
-            await client.check_sampled_grammar(prompt, rng)
+            await client.check_sampled_grammar(prompt)
         elif kind == "abort":
             await client.abort(prompt, rng)
         else:
@@ -224,7 +217,7 @@ class Soak:
         """Aborted requests may take a step or two to go."""
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and not self._is_dead():
-            metrics = await asyncio.to_thread(read_metrics, self._server)
+            metrics = await asyncio.to_thread(self._server.metrics)
             if not metrics["vllm:num_requests_running"]:
                 return
             await asyncio.sleep(0.5)
@@ -239,17 +232,6 @@ def resident_mib(pid: int) -> float:
             with suppress(psutil.NoSuchProcess):
                 total += one.memory_info().rss
     return total / 2**20
-
-
-def read_metrics(server: Server) -> dict[str, float]:
-    """All samples of vLLM's and ours, summed over labels."""
-    found: dict[str, float] = {}
-    text = server.get("/metrics").raise_for_status().text
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name.startswith(("vllm:", "vllm_emssd:")):
-                found[sample.name] = found.get(sample.name, 0) + sample.value
-    return found
 
 
 def check_counters(
@@ -302,7 +284,7 @@ def growth(memory: Sequence[tuple[float, float]]) -> float:
     return float(np.polyfit(later[:, 0], later[:, 1], 1)[0]) if len(later) > 2 else 0.0
 
 
-def end_in_mid_stream(server: Server, prompt: list[int]) -> list[str]:
+def end_in_mid_stream(server: ServerProcess, prompt: list[int]) -> list[str]:
     """SIGTERM while answers are being streamed: all ends, and soon."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     body = {"model": "target", "prompt": prompt, "max_tokens": 600, "stream": True}
@@ -312,7 +294,7 @@ def end_in_mid_stream(server: Server, prompt: list[int]) -> list[str]:
         suppress(httpx.HTTPError),
         httpx.stream(
             "POST",
-            f"{server.address}/v1/completions",
+            f"{server.base_url}/v1/completions",
             json=body,
             timeout=STOP_SECONDS,
             trust_env=False,
@@ -333,52 +315,31 @@ def end_in_mid_stream(server: Server, prompt: list[int]) -> list[str]:
     return wrong + [f"left behind: {process.name()}" for process in left]
 
 
-def commit() -> str:
-    git = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(
-            git, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    return "unknown"
-
-
-def run(options: argparse.Namespace) -> int:
-    logs = Path(tempfile.mkdtemp(prefix="emssd-soak-"))
-    print(f"server logs: {logs}", flush=True)
-    load = prepare(options, logs)
-    print(f"{len(load.requests)} greedy requests have an answer", flush=True)
+def soak_server(
+    options: argparse.Namespace, load: Load, log: Path
+) -> tuple[Soak, dict[str, float], list[str]]:
+    """All of one server's life. Returns what happened, its last metrics, and what was
+    wrong."""
     flags = [*FLAGS, "--enable-prefix-caching"]
     flags += ["--kv-cache-memory-bytes", str(SMALL_CACHE)]
-    log = logs / "emssd.log"
-    started = time.monotonic()
     with serving(emssd(options), options.model, log, flags) as server:
         soak = Soak(options, load, server)
         asyncio.run(soak.run())
-        tally, wrong = soak.tally, list(soak.tally.wrong)
-        metrics: dict[str, float] = {}
-        if server.process.poll() is None:
-            metrics = read_metrics(server)
-            wrong += check_counters(metrics, tally, options.num_speculative_tokens)
-            wrong += end_in_mid_stream(server, load.prompts[0])
-        else:
+        wrong = list(soak.tally.wrong)
+        if server.process.poll() is not None:
             wrong.append(f"the server died with status {server.process.returncode}")
-    wrong += check_log(log)
-    rise = growth(soak.memory)
-    if options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY and rise > MOST_GROWTH:
-        wrong.append(f"memory grows by {rise:.1f} MiB a minute")
-    seconds = sorted(tally.seconds)
-    record = {
-        "command": shlex.join(["scripts/soak", *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": {n: version(n) for n in ("vllm", "torch", "vllm-emssd")},
-        "machine": describe_machine(),
-        "minutes": (time.monotonic() - started) / 60,
-        "is_clean": not wrong,
-        "wrong": wrong[:50],
-        "num_wrong": len(wrong),
+            return soak, {}, wrong
+        metrics = server.metrics()
+        wrong += check_counters(metrics, soak.tally, options.num_speculative_tokens)
+        wrong += end_in_mid_stream(server, load.prompts[0])
+    return soak, metrics, wrong
+
+
+def describe_soak(soak: Soak, metrics: dict[str, float]) -> dict[str, Any]:
+    """Counts, times and memory, for the record."""
+    tally, seconds = soak.tally, sorted(soak.tally.seconds)
+    return {
         "requests": dict(tally.requests),
-        "greedy_requests_known": len(load.requests),
-        "near_ties_left_out": load.num_near_ties,
         "cut_short": tally.cut_short,
         "completion_tokens": tally.completion_tokens,
         "seconds": {
@@ -389,14 +350,42 @@ def run(options: argparse.Namespace) -> int:
         "memory_mib": {
             "first": soak.memory[0][1],
             "last": soak.memory[-1][1],
-            "growth_a_minute": rise,
-            "is_judged": options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY,
+            "growth_a_minute": growth(soak.memory),
         },
         "counters": {
             name: int(value)
             for name, value in sorted(metrics.items())
             if name.startswith("vllm_emssd:") or name in RECORDED
         },
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    logs = Path(tempfile.mkdtemp(prefix="emssd-soak-"))
+    print(f"server logs: {logs}", flush=True)
+    load = prepare(options, logs)
+    print(f"{len(load.requests)} greedy requests have an answer", flush=True)
+    log = logs / "emssd.log"
+    started = time.monotonic()
+    soak, metrics, wrong = soak_server(options, load, log)
+    wrong += check_log(log)
+    judges_memory = options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY
+    if judges_memory and (rise := growth(soak.memory)) > MOST_GROWTH:
+        wrong.append(f"memory grows by {rise:.1f} MiB a minute")
+    found = describe_soak(soak, metrics)
+    found["memory_mib"]["is_judged"] = judges_memory
+    record = {
+        "command": shlex.join(["scripts/soak", *sys.argv[1:]]),
+        "commit": commit(REPO) or "unknown",
+        "versions": {n: version(n) for n in ("vllm", "torch", "vllm-emssd")},
+        "machine": describe_machine(),
+        "minutes": (time.monotonic() - started) / 60,
+        "is_clean": not wrong,
+        "wrong": wrong[:50],
+        "num_wrong": len(wrong),
+        "greedy_requests_known": len(load.requests),
+        "near_ties_left_out": load.num_near_ties,
+        **found,
     }
     options.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,6 @@ class Tally:
     cut_short: int = 0  # requests that vLLM may have ended in the middle of a step
     completion_tokens: int = 0  # of the requests that were not aborted
     seconds: list[float] = field(default_factory=list)
-    last_done: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +213,7 @@ class Client:
                 raise WrongAnswerError(f"{num_tokens} tokens of {max_tokens}")
             self._tally.completion_tokens += num_tokens
 
-    async def check_sampled_grammar(
-        self, prompt: list[int], rng: random.Random
-    ) -> None:
+    async def check_sampled_grammar(self, prompt: list[int]) -> None:
         async with asyncio.timeout(REQUEST_SECONDS):
             answer = await self._client.completions.create(
                 model="target",

@@ -44,19 +44,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_emssd.bench.corpus import is_held_out
+from vllm_emssd.bench.corpus import SKIPPED_DIRS, is_held_out
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_POSITION = 2048
-SKIPPED_DIRS = {
-    "test",
-    "tests",
-    "testing",
-    "idlelib",
-    "lib2to3",
-    "__pycache__",
-    "_vendor",
-}
 SUFFIXES = {".py", ".rst", ".md"}
 MAX_FILE_BYTES = 200_000
 MIN_FILE_BYTES = 800

@@ -82,10 +82,6 @@ class Definition:
     def is_class(self) -> bool:
         return isinstance(self.node, ast.ClassDef)
 
-    @property
-    def is_function(self) -> bool:
-        return isinstance(self.node, Function)
-
 
 @dataclass(frozen=True)
 class Attribute:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -78,25 +79,31 @@ class CopyDrafting:
         self._proposer.release(req_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class DrafterSetting:
+    """The replayed draft model: what its forwards cost, and its limits."""
+
+    costs: CostTable
+    k: int
+    max_num_seqs: int
+    max_num_rows: int  # of one forward
+    max_model_len: int
+
+
 class ModelDrafting:
     """The draft-model proposer and its cursor, on a replayed drafter."""
 
     def __init__(
-        self,
-        policy: DraftLengthPolicy,
-        costs: CostTable,
-        counters: Counters,
-        k: int,
-        max_num_seqs: int,
-        max_num_rows: int,
-        max_model_len: int,
+        self, policy: DraftLengthPolicy, counters: Counters, setting: DrafterSetting
     ) -> None:
-        self._k, self._knows_the_end = k, policy.needs_confidence
-        self._costs = costs
-        self._drafter = ReplayDrafter(costs, max_num_rows, max_model_len)
+        self._k, self._knows_the_end = setting.k, policy.needs_confidence
+        self._costs = setting.costs
+        self._drafter = ReplayDrafter(
+            setting.costs, setting.max_num_rows, setting.max_model_len
+        )
         # One block a request: nothing is shared, so nothing is found cached.
-        self._cursor = DraftCursor(max_num_seqs, max_model_len)
-        self._free_blocks = list(range(max_num_seqs))
+        self._cursor = DraftCursor(setting.max_num_seqs, setting.max_model_len)
+        self._free_blocks = list(range(setting.max_num_seqs))
         self._blocks: dict[str, int] = {}
         self._proposer = DraftModelProposer(
             self._drafter, self._cursor, policy, counters
@@ -132,19 +139,11 @@ class PaddedDrafting(ModelDrafting):
     """
 
     def __init__(
-        self,
-        policy: DraftLengthPolicy,
-        costs: CostTable,
-        counters: Counters,
-        k: int,
-        max_num_seqs: int,
-        max_num_rows: int,
-        max_model_len: int,
+        self, policy: DraftLengthPolicy, counters: Counters, setting: DrafterSetting
     ) -> None:
-        no_limit = max_num_seqs * max_model_len  # of what our proposer would feed
-        super().__init__(
-            policy, costs, Counters(), k, max_num_seqs, no_limit, max_model_len
-        )
+        # What our proposer would feed is neither limited nor counted.
+        no_limit = setting.max_num_seqs * setting.max_model_len
+        super().__init__(policy, Counters(), replace(setting, max_num_rows=no_limit))
         self._counters = counters
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> float:

@@ -7,6 +7,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +28,7 @@ from vllm_emssd.bench.round import Round
 
 PAUSE_S = 0.3  # until an idle engine's OpenMP threads stop spinning (200 ms)
 
+T = TypeVar("T")  # what a method gives for a round, or is run by
 Rounds = dict[int, dict[str, list[Round]]]  # batch size -> method -> rounds
 
 
@@ -44,6 +47,10 @@ class Plan:
     def num_requests(self, batch: int) -> int:
         """Of one round: whole batches."""
         return batch * max(1, -(-self.min_requests // batch))
+
+    def num_turns(self) -> int:
+        """Of all batch sizes: rounds of every method."""
+        return len(self.batches) * (self.rounds + self.warm_up)
 
     def most_requests(self) -> int:
         return max(self.num_requests(batch) for batch in self.batches)
@@ -71,16 +78,20 @@ def measure(
         )
     measured = Measurement()
     with progress_bars() as progress, contextlib.ExitStack() as stack:
-        engines = _start(plan.methods, options, progress, stack)
-        num_turns = len(plan.batches) * (plan.rounds + plan.warm_up)
-        bar = progress.add_task("rounds", total=num_turns)
+        engines = start_each(
+            "engines",
+            plan.methods,
+            lambda method: _running(method, options),
+            progress,
+            stack,
+        )
+        bar = progress.add_task("rounds", total=plan.num_turns())
         for batch in plan.batches:
             progress.update(bar, description=f"batch {batch}")
             chosen = requests[: plan.num_requests(batch)]
             batches = in_batches(chosen, batch)
-            measured.rounds[batch] = _rounds(
-                plan, engines, batches, lambda: progress.advance(bar)
-            )
+            runs = [(engine.method, partial(engine.run, batches)) for engine in engines]
+            measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))
             measured.forwards[batch] = {
                 engine.method.name: _stretched(engine, batches[0], options)
                 for engine in engines
@@ -89,19 +100,18 @@ def measure(
     return measured
 
 
-def _rounds(
+def in_turns(
     plan: Plan,
-    engines: Sequence[EngineProcess],
-    batches: list[list[Request]],
+    runs: Sequence[tuple[Method, Callable[[], T]]],
     advance: Callable[[], None],
-) -> dict[str, list[Round]]:
-    """The methods in turns, every other time backwards."""
-    rounds: dict[str, list[Round]] = {method.name: [] for method in plan.methods}
+) -> dict[str, list[T]]:
+    """The kept rounds by method. Every other time the methods go backwards."""
+    rounds: dict[str, list[T]] = {method.name: [] for method, _ in runs}
     for i in range(plan.rounds + plan.warm_up):
-        for engine in engines if i % 2 else reversed(engines):
-            done = engine.run(batches)
+        for method, run in runs if i % 2 else reversed(runs):
+            done = run()
             if i >= plan.warm_up:
-                rounds[engine.method.name].append(done)
+                rounds[method.name].append(done)
             time.sleep(PAUSE_S)
         advance()
     return rounds
@@ -117,21 +127,22 @@ def _stretched(
     return forwards
 
 
-def _start(
+def start_each(
+    what: str,
     methods: Sequence[Method],
-    options: EngineOptions,
+    start: Callable[[Method], contextlib.AbstractContextManager[T]],
     progress: Progress,
     stack: contextlib.ExitStack,
-) -> list[EngineProcess]:
-    """One after the other: starting engines keep all cores busy."""
-    bar = progress.add_task("engines", total=len(methods))
-    engines = []
+) -> list[T]:
+    """One after the other: what starts keeps all cores busy."""
+    bar = progress.add_task(what, total=len(methods))
+    started = []
     for method in methods:
         progress.update(bar, description=f"start {method.name}")
-        engines.append(stack.enter_context(_running(method, options)))
+        started.append(stack.enter_context(start(method)))
         progress.advance(bar)
-    progress.update(bar, description="engines")
-    return engines
+    progress.update(bar, description=what)
+    return started
 
 
 @contextlib.contextmanager

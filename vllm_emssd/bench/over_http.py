@@ -7,17 +7,18 @@ import contextlib
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
-from vllm_emssd.bench.harness import PAUSE_S, Plan, progress_bars
+from vllm_emssd.bench.harness import Plan, in_turns, progress_bars, start_each
 from vllm_emssd.bench.request import Request, Tokenizer
-from vllm_emssd.bench.server import Server, serving, vllm_command
+from vllm_emssd.bench.server import Server, serving
+from vllm_emssd.bench.server_process import vllm_command
 
 # Of `vllm bench serve`'s result.
 LATENCIES = ("p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms")
@@ -46,26 +47,23 @@ def measure_over_http(
         contextlib.ExitStack() as stack,
     ):
         folder = Path(name)
-        start = progress.add_task("servers", total=len(plan.methods))
-        servers = []
-        for method in plan.methods:
-            progress.update(start, description=f"start {method.name}")
-            servers.append(stack.enter_context(serving(method, options, folder)))
-            progress.advance(start)
-        num_turns = len(plan.batches) * (plan.rounds + plan.warm_up)
-        bar = progress.add_task("rounds", total=num_turns)
+        servers = start_each(
+            "servers",
+            plan.methods,
+            lambda method: serving(method, options, folder),
+            progress,
+            stack,
+        )
+        bar = progress.add_task("rounds", total=plan.num_turns())
         for concurrency in plan.batches:
             progress.update(bar, description=f"concurrency {concurrency}")
             chosen = requests[: plan.num_requests(concurrency)]
             prompts = write_prompts(folder / "prompts.jsonl", chosen, tokenizer)
-            rounds[concurrency] = {method.name: [] for method in plan.methods}
-            for i in range(plan.rounds + plan.warm_up):
-                for server in servers if i % 2 else reversed(servers):
-                    done = _load(server, options, chosen, prompts, concurrency)
-                    if i >= plan.warm_up:
-                        rounds[concurrency][server.method.name].append(done)
-                    time.sleep(PAUSE_S)
-                progress.advance(bar)
+            runs = [
+                (s.method, partial(_load, s, options, chosen, prompts, concurrency))
+                for s in servers
+            ]
+            rounds[concurrency] = in_turns(plan, runs, lambda: progress.advance(bar))
     return rounds
 
 

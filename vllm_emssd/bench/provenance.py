@@ -28,12 +28,12 @@ def provenance() -> dict[str, Any]:
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(Path(vllm_emssd.__file__).parent),
         "vllm": version("vllm"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "vllm_emssd": vllm_emssd.__version__,
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "gpus": [
             torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
         ],
@@ -42,19 +42,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit(folder: Path) -> str:
     """With `-dirty` where the working tree differs; empty outside a checkout."""
-    folder = Path(vllm_emssd.__file__).parent
-    described = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip()
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line[:10] == "model name"]

@@ -18,6 +18,7 @@ import numpy as np
 from vllm_emssd.bench.costs import CostFile
 from vllm_emssd.bench.drafting import (
     CopyDrafting,
+    DrafterSetting,
     Drafting,
     ModelDrafting,
     PaddedDrafting,
@@ -137,15 +138,14 @@ class SimulatedEngine:
             )
             return CopyDrafting(proposer, k, policy.needs_confidence)
         drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
-        return drafting(
-            policy,
+        drafter = DrafterSetting(
             self._prices.draft,
-            self.outcome.counters,
             k,
             setting.max_num_seqs,
             setting.max_num_batched_tokens,
             self._max_model_len,
         )
+        return drafting(policy, self.outcome.counters, drafter)
 
     def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
         self._num_arrived += 1

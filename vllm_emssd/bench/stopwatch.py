@@ -56,21 +56,17 @@ class Stopwatch:
         update: Callable[[Any, Any], Any] = scheduler.update_from_output
 
         def recorded(scheduler_output: Any, model_runner_output: Any) -> Any:
+            scheduled = scheduler_output.num_scheduled_tokens
+            drafts = scheduler_output.scheduled_spec_decode_tokens
             self.round.steps.append(
                 [
                     RequestStep(
                         self.request_index[req_id],
                         num_scheduled,
-                        len(
-                            scheduler_output.scheduled_spec_decode_tokens.get(
-                                req_id, ()
-                            )
-                        ),
+                        len(drafts.get(req_id, ())),
                         len(_sampled(model_runner_output, req_id)),
                     )
-                    for req_id, num_scheduled in (
-                        scheduler_output.num_scheduled_tokens.items()
-                    )
+                    for req_id, num_scheduled in scheduled.items()
                 ]
             )
             return update(scheduler_output, model_runner_output)

@@ -209,7 +209,7 @@ def _machine(costs: CostFile) -> str:
     return f"{costs.target.model} and {costs.draft.model} on {machine}"
 
 
-# ---------------------------------------------------------------- recording
+# ---------------------------------------------------------------- learning costs
 
 
 def _learn_costs(args: argparse.Namespace) -> None:
@@ -217,6 +217,9 @@ def _learn_costs(args: argparse.Namespace) -> None:
         raise ValueError("--learn-costs needs --output, the cost table to write")
     costs = costs_of_result(json.loads(args.learn_costs.read_text()))
     args.output.write_text(costs.model_dump_json(indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- recording
 
 
 def _record(args: argparse.Namespace) -> None:
