@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +15,7 @@ from tests.distributed.engines import (  # noqa: E402
     Setting,
     run_job,
 )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
+from tests.http_server import free_port  # noqa: E402
 
 
 class Runs:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +13,26 @@ import httpx
 import pytest
 
 from tests.engine import MIXED, TARGET, prompts
+from tests.http_server import serving
 
 pytestmark = pytest.mark.slow
-START_SECONDS = 120
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     vllm = str(Path(sys.executable).parent / "vllm")
     command = [vllm, "serve", TARGET, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "1280", "--kv-cache-memory-bytes", str(256 << 20)]
     command += ["--served-model-name", "target", "--chat-template", PLAIN_TEMPLATE]
-    command += ["--port", str(port), "--speculative-config", json.dumps(MIXED)]
+    command += ["--speculative-config", json.dumps(MIXED)]
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-            _wait_until_healthy(client, process, log)
-            yield client
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait_until_healthy(
-    client: httpx.Client, process: subprocess.Popen[bytes], log: Path
-) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with suppress(httpx.TransportError):
-            if client.get("/health").is_success:
-                return
-        time.sleep(0.5)
-    pytest.fail(log.read_text(errors="replace")[-4000:])
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (
+        serving(command, log, env) as started,
+        httpx.Client(base_url=started.address, timeout=60, trust_env=False) as client,
+    ):
+        yield client
 
 
 def _accepted(client: httpx.Client) -> int:

@@ -6,13 +6,8 @@ import contextlib
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,9 +15,10 @@ import psutil
 import pytest
 
 from tests.engine import DRAFT_MODEL, TARGET
+from tests.http_server import Server, serving
 from vllm_emssd.metrics import COUNTER_HELP
 
-START_SECONDS, STOP_SECONDS = 240, 60
+STOP_SECONDS = 60
 COUNTERS_DIR = re.compile(r"vllm-emssd-\w+")
 FLAGS = (
     "--served-model-name target --dtype float32 --enforce-eager --max-model-len 1280 "
@@ -30,57 +26,25 @@ FLAGS = (
 ).split()
 
 
-@dataclass(frozen=True)
-class Server:
-    address: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.address + path, timeout=30, trust_env=False)
-
-    def stream(self, max_tokens: int) -> contextlib.AbstractContextManager:
-        body = {"model": "target", "prompt": "def ", "max_tokens": max_tokens}
-        body |= {"stream": True, "ignore_eos": True, "temperature": 0}
-        url = f"{self.address}/v1/completions"
-        return httpx.stream("POST", url, json=body, timeout=60, trust_env=False)
+def stream(server: Server, max_tokens: int) -> contextlib.AbstractContextManager:
+    body = {"model": "target", "prompt": "def ", "max_tokens": max_tokens}
+    body |= {"stream": True, "ignore_eos": True, "temperature": 0}
+    url = f"{server.address}/v1/completions"
+    return httpx.stream("POST", url, json=body, timeout=60, trust_env=False)
 
 
-@contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    asked = ["--speculative-config", json.dumps(DRAFT_MODEL), "--port", str(port)]
+def serving_emssd(folder: Path) -> contextlib.AbstractContextManager[Server]:
+    asked = ["--speculative-config", json.dumps(DRAFT_MODEL)]
     command = [sys.executable, "-m", "vllm_emssd", "serve", TARGET, *FLAGS, *asked]
-    log = folder / "server.log"
     env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "TMPDIR": str(folder)}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # as it is in production
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=env, stdout=output, stderr=output, start_new_session=True
-        )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            with contextlib.suppress(httpx.TransportError):
-                if server.get("/health").is_success:
-                    break
-            time.sleep(0.5)
-        yield server
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return serving(command, folder / "server.log", env)
 
 
 @pytest.mark.slow
 def test_metrics_then_sigterm_in_mid_stream(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        with server.stream(max_tokens=32) as answer:
+    with serving_emssd(tmp_path) as server:
+        with stream(server, max_tokens=32) as answer:
             assert sum(line.startswith("data: {") for line in answer.iter_lines()) > 1
 
         text = server.get("/metrics").text
@@ -97,7 +61,7 @@ def test_metrics_then_sigterm_in_mid_stream(tmp_path: Path) -> None:
         num_lines = 0
         with (
             contextlib.suppress(httpx.HTTPError),
-            server.stream(max_tokens=1200) as answer,
+            stream(server, max_tokens=1200) as answer,
         ):
             for _ in answer.iter_lines():
                 num_lines += 1
