@@ -16,6 +16,7 @@ from tests.engine import (
     STOCK,
     DraftRowCounter,
     EngineConfig,
+    draft_model,
     greedy,
     prompts,
     running,
@@ -109,7 +110,7 @@ def run(speculative_config: dict[str, Any] | None) -> tuple[list[list[int]], int
     num_padded_rows = 0
     with running(EngineConfig(speculative_config)) as llm:
         has_model = bool(speculative_config) and "model" in speculative_config
-        rows = DraftRowCounter(llm) if has_model else None
+        rows = DraftRowCounter(draft_model(llm)) if has_model else None
         tokens = greedy(llm, list(prompts()[:NUM_PROMPTS]), MAX_TOKENS)
         num_rows = rows.num_rows if rows else 0
         if speculative_config and speculative_config["method"] == "emssd":

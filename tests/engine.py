@@ -107,15 +107,20 @@ def stop_counting_others() -> None:
     unregister_vllm_metrics()
 
 
+def draft_model(llm: Any) -> Any:
+    """The module, of either runner; None where there is none."""
+    runner = model_runner(llm)
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    return getattr(drafter, "model", None)
+
+
 class DraftRowCounter:
     """Rows fed to the draft model, seen from the model itself."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, model: Any) -> None:
         self.num_rows = 0
         self.num_forwards = 0
-        self._handle = model_runner(llm).drafter.model.register_forward_pre_hook(
-            self._count, with_kwargs=True
-        )
+        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.num_rows += int(kwargs["input_ids"].shape[0])

@@ -11,9 +11,11 @@ from vllm_emssd.integration.hooks import Hook
 
 @contextmanager
 def without(taken: Sequence[Hook]) -> Iterator[None]:
+    """As in a process that has not loaded the plugin; afterwards as it was before."""
     ours = [hook for hook in taken if hooks.is_installed(hook)]
     hooks.undo(ours)
     try:
         yield
     finally:
+        hooks.undo(taken)
         hooks.install(ours)

@@ -7,7 +7,6 @@ started by us does not have it.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 import uuid
@@ -28,7 +27,6 @@ class Tree:
     command: list[str]
     log: Path
     env: dict[str, str] = field(default_factory=dict)
-    stopped_by: int = signal.SIGTERM
 
     def __post_init__(self) -> None:
         self.mark = uuid.uuid4().hex

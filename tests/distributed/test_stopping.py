@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import Runs, free_port
+from tests.distributed.conftest import Runs
 from tests.distributed.engines import REPO, RayCluster, Setting, run_job
 from tests.distributed.processes import Tree, wait_for
 from tests.engine import TARGET
+from vllm_emssd.bench.server_process import free_port
 
 pytestmark = pytest.mark.distributed
 

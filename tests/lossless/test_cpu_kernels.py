@@ -9,7 +9,6 @@ answer is tested beside it.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode import utils as spec_decode
 from vllm.v1.worker import block_table, mamba_utils
 
+from tests.module_at import module_at
 from tests.without_hooks import without
 from vllm_emssd.integration import cpu_fixes, hooks, scheduler
 
@@ -187,12 +187,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     command = ["patch", "-p1", "--fuzz=0", "--input", str(PATCH)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    spec = importlib.util.spec_from_file_location("patched_cpu_triton_utils", copy)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(copy, "patched_cpu_triton_utils")
 
 
 @ragged

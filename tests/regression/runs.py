@@ -12,6 +12,7 @@ from tests.engine import (
     STOCK,
     DraftRowCounter,
     EngineConfig,
+    draft_model,
     greedy,
     model_runner,
     prompts,
@@ -77,9 +78,9 @@ def batch_prompts(size: int) -> list[str]:
 
 def _one_pass(llm: Any) -> Pass:
     is_ours = hasattr(model_runner(llm), "counters")
-    has_model = hasattr(getattr(model_runner(llm), "drafter", None), "model")
+    model = draft_model(llm)
     before, counts_before = vllm_counters(llm), stats(llm) if is_ours else {}
-    rows = DraftRowCounter(llm) if has_model else None
+    rows = DraftRowCounter(model) if model is not None else None
     token_ids = {size: greedy(llm, batch_prompts(size)) for size in BATCHES}
     if rows:
         rows.close()

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from vllm_emssd.proposers.base import DraftBatch, Proposer
+from tests.unit.draft_batches import batch_of
+from vllm_emssd.proposers.base import Proposer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +31,6 @@ class Replay:
         return self.num_accepted_tokens / (self.num_forwards + self.num_draft_tokens)
 
 
-def batch_of_one(
-    req_id: str,
-    token_ids: np.ndarray,
-    num_tokens: int,
-    num_prompt_tokens: int,
-    most: int,
-) -> DraftBatch:
-    """`token_ids`: [1, max_model_len], of which `num_tokens` are known."""
-    one = np.array([1], dtype=np.int64)
-    return DraftBatch(
-        req_ids=[req_id],
-        token_ids=token_ids,
-        num_tokens=one * num_tokens,
-        num_prompt_tokens=one * num_prompt_tokens,
-        num_scheduled_tokens=one,
-        num_prefilled_tokens=one * (num_tokens - 1),
-        is_sampling=np.array([True]),
-        max_draft_tokens=one * most,
-    )
-
-
 def replay(
     proposer: Proposer,
     prompt: Sequence[int],
@@ -62,14 +40,18 @@ def replay(
 ) -> Replay:
     """The first token comes from the prompt alone; drafts begin after it."""
     whole = [*prompt, *answer]
-    token_ids = np.full((1, len(whole)), -1, dtype=np.int32)  # unknown yet
     num_known = len(prompt) + 1
-    token_ids[0, :num_known] = whole[:num_known]
     num_forwards = num_drafts = num_accepted = 0
     proposer.record_verified(req_id, 0, 0)
     while num_known < len(whole):
         room = min(most, len(whole) - num_known - 1)
-        batch = batch_of_one(req_id, token_ids, num_known, len(prompt), room)
+        batch = batch_of(
+            {req_id: whole[:num_known]},
+            [room],
+            num_prompt_tokens=[len(prompt)],
+            num_scheduled_tokens=[1],
+            num_prefilled_tokens=[num_known - 1],
+        )
         [drafts] = proposer.propose(batch)
         assert len(drafts) <= room
         agrees = [
@@ -77,9 +59,7 @@ def replay(
             for d, w in zip(drafts, whole[num_known : num_known + room], strict=False)
         ]
         accepted = [*agrees, False].index(False)
-        end = num_known + accepted + 1
-        token_ids[0, num_known:end] = whole[num_known:end]
-        num_known = end
+        num_known += accepted + 1
         proposer.record_verified(req_id, len(drafts), accepted)
         num_forwards += 1
         num_drafts += len(drafts)

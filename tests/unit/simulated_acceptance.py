@@ -8,7 +8,6 @@ confidence that is wrong in a known way.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -113,7 +112,6 @@ class Loop:
         self._req_ids = [self._start(i) for i in range(num_reqs)]
         self._left = self._rng.integers(1, lifetime, num_reqs)
         self._missing = np.full(num_reqs, prompt)
-        self.policy_seconds: list[float] = []
         self.steps: list[Step] = []
 
     def run(self, num_steps: int) -> Loop:
@@ -142,7 +140,6 @@ class Loop:
     def _step(self) -> Step:
         acceptance = self._draw()
         is_accepted = self._rng.random(acceptance.shape) < acceptance
-        started = time.perf_counter()
         step, made, kept = self._draft(acceptance**self._power)
         run = np.logical_and.accumulate(is_accepted, axis=1)
         accepted = np.minimum(run.sum(axis=1), kept)
@@ -155,7 +152,6 @@ class Loop:
         self._missing = caught_up + accepted - np.minimum(accepted, fed) + 1
         for i, req_id in enumerate(self._req_ids):
             self.policy.observe(req_id, int(kept[i]), int(accepted[i]))
-        self.policy_seconds.append(time.perf_counter() - started)
         self._left = self._left - 1 - accepted
         for i in np.flatnonzero(self._left <= 0):
             self.policy.release(self._req_ids[i])

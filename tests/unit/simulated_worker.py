@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tests import oracle
+from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Schedule, Scheduler, Setup
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, DraftOpportunity
@@ -272,19 +273,19 @@ class Engine:
         rng: random.Random | None = None,
     ) -> None:
         self._setup, self._rng = setup, rng or random.Random(setup.seed)
-        self.scheduler = self._scheduler = Scheduler(setup, self._rng)
-        self._seen = self._scheduler.seen
+        self.scheduler = Scheduler(setup, self._rng)
+        self._seen = self.scheduler.seen
         self._kv = PagedKv(setup)
         self._cursor = make_cursor(
             setup.num_blocks, setup.block_size, setup.trust_cached_blocks
         )
         self._policy = RandomLengths(self._rng, setup)
-        self.drafter = self._drafter = CheckingDrafter(setup, self._kv, self._rng)
+        self.drafter = CheckingDrafter(setup, self._kv, self._rng)
         self._counters = Counters()
         self._proposer = self._make_proposer(seen_by_proposer(self._policy))
 
     def _make_proposer(self, policy: DraftLengthPolicy) -> Proposer:
-        return DraftModelProposer(self._drafter, self._cursor, policy, self._counters)
+        return DraftModelProposer(self.drafter, self._cursor, policy, self._counters)
 
     def run(self) -> Counter[str]:
         """Returns how often what happened."""
@@ -293,7 +294,7 @@ class Engine:
         return self._seen
 
     def step(self) -> None:
-        schedule = self._scheduler.schedule()
+        schedule = self.scheduler.schedule()
         self._take_in_blocks(schedule)
         self._requests = self._rng.sample(
             list(schedule.num_scheduled), len(schedule.num_scheduled)
@@ -310,7 +311,7 @@ class Engine:
             self._check_drafts(batch, drafts, num_cached)
         self._check_counters(counted)
         self._check_nothing_is_kept_of_others()
-        self._scheduler.finish()
+        self.scheduler.finish()
 
     def _take_in_blocks(self, schedule: Schedule) -> None:
         self._proposer.release(schedule.finished)
@@ -338,7 +339,7 @@ class Engine:
             is_sampling.append(end >= len(request.tokens))
             if is_sampling[-1]:
                 num_drafts = len(request.drafts)
-                num_accepted = self._scheduler.verify(request)
+                num_accepted = self.scheduler.verify(request)
                 verified.append((request.req_id, num_drafts, num_accepted))
                 self._record_verified(*verified[-1])
                 self._kv.forget_unaccepted(request)
@@ -364,35 +365,30 @@ class Engine:
         self, num_scheduled: list[int], prefilled: list[int], is_sampling: list[bool]
     ) -> DraftBatch:
         setup = self._setup
-        token_ids = np.full((setup.max_num_reqs, setup.max_model_len), -9, np.int32)
         block_table = np.full(
             (setup.max_num_reqs, setup.max_blocks_per_req), 10_000, np.int32
         )
         for i, request in enumerate(self._requests):
-            token_ids[i, : len(request.tokens)] = request.tokens
             block_table[i, : len(request.block_ids)] = request.block_ids
-        self._drafter.start_step(self._requests, block_table)
+        self.drafter.start_step(self._requests, block_table)
         num_tokens = np.array([len(r.tokens) for r in self._requests], np.int64)
-        num_prompt_tokens = [r.num_prompt_tokens for r in self._requests]
         room = np.minimum(
             setup.max_model_len - num_tokens - 1,
             setup.drafter_max_model_len - num_tokens + 1,
         )
-        return DraftBatch(
-            req_ids=[r.req_id for r in self._requests],
-            token_ids=token_ids,
-            num_tokens=num_tokens,
-            num_prompt_tokens=np.array(num_prompt_tokens, np.int64),
-            num_scheduled_tokens=np.array(num_scheduled, np.int64),
-            num_prefilled_tokens=np.array(prefilled, np.int64),
-            is_sampling=np.array(is_sampling, bool),
-            max_draft_tokens=np.clip(room, 0, setup.num_spec_tokens),
+        return batch_of(
+            {r.req_id: r.tokens for r in self._requests},
+            np.clip(room, 0, setup.num_spec_tokens),
+            is_sampling,
+            num_prompt_tokens=[r.num_prompt_tokens for r in self._requests],
+            num_scheduled_tokens=num_scheduled,
+            num_prefilled_tokens=prefilled,
         )
 
     def _check_failure(self, num_cached: list[int]) -> None:
         """The step goes on without drafts; no cursor moved, so what was fed is fed
         again."""
-        for forward in self._drafter.fed:
+        for forward in self.drafter.fed:
             for i, positions in forward:
                 for position in positions:
                     self._kv.forget_fed(self._requests[i], position)
@@ -400,11 +396,11 @@ class Engine:
             cursor = self._cursor.draft_len(request.req_id)
             assert cursor == self._kv.num_cached(request) == num_before
             request.drafts, request.has_drafted = [], False
-        in_mid_draft = len(self._drafter.fed) > 1
+        in_mid_draft = len(self.drafter.fed) > 1
         self._seen["failed in mid-draft" if in_mid_draft else "failed at once"] += 1
 
     def _check_nothing_is_kept_of_others(self) -> None:
-        assert set(self._cursor._requests) <= self._scheduler.known_req_ids
+        assert set(self._cursor._requests) <= self.scheduler.known_req_ids
 
     def _check_drafts(
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
@@ -424,7 +420,7 @@ class Engine:
         kept = self._policy.kept if any(granted) else lens
         assert self._policy.made == (lens if any(granted) else None)
         self._check_went_on(lens)
-        assert self._drafter.fed == self._naive_forwards(num_cached, granted, lens)
+        assert self.drafter.fed == self._naive_forwards(num_cached, granted, lens)
         for i, request in enumerate(self._requests):
             assert drafts[i] == oracle.drafts(request.tokens, kept[i])
             cursor = self._cursor.draft_len(request.req_id)
@@ -537,7 +533,7 @@ class Engine:
     ) -> None:
         rows = [
             len(positions)
-            for forward in self._drafter.fed
+            for forward in self.drafter.fed
             for fed_req_idx, positions in forward
             if fed_req_idx == req_idx
         ]
@@ -553,10 +549,10 @@ class Engine:
             self._seen["drafted twice running"] += 1
 
     def _check_counters(self, before: dict[str, int]) -> None:
-        spans = [span for forward in self._drafter.fed for span in forward]
+        spans = [span for forward in self.drafter.fed for span in forward]
         counted = {k: v - before[k] for k, v in self._counters.as_dict().items()}
         expected = dict.fromkeys(counted, 0) | {
-            "num_draft_forwards": len(self._drafter.fed),
+            "num_draft_forwards": len(self.drafter.fed),
             "num_draft_rows": sum(len(positions) for _, positions in spans),
             "num_draft_rows_decode": sum(
                 position >= self._requests[i].num_prompt_tokens

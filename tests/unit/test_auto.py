@@ -344,15 +344,6 @@ def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
     assert (news.req_id, news.confidence.tolist()) == ("r0", [0.9])
 
 
-@pytest.mark.parametrize("num_reqs", [1, 32, 128])
-def test_time_it_takes(num_reqs: int) -> None:
-    """Printed, not judged: compare with the milliseconds of a step."""
-    loop = Loop(auto_policy(CHEAP, 8), CHEAP, num_reqs, lambda *_: 0.9).run(60)
-    ms = np.median(loop.policy_seconds[10:]) * 1e3
-    made = np.mean([step.made for step in loop.steps[10:]])
-    print(f"{num_reqs} requests, {made:.1f} drafts each: {ms:.2f} ms a step")
-
-
 def test_fixed_baselines_do_what_they_say() -> None:
     loop = Loop(AtMost(3), CHEAP, 2, lambda *_: 0.5).run(5)
     assert all(step.made == step.verified == [3, 3] for step in loop.steps)

@@ -73,11 +73,11 @@ def test_finds_the_libraries_of_an_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.undo()
-    assert cpu_settings.find_preloads(str(tmp_path))[:1] != [tmp_path]
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "libiomp5.so").touch()
-    found = cpu_settings.find_preloads(str(tmp_path))
-    assert found[0] == tmp_path / "lib" / "libiomp5.so"
+    library = tmp_path / "lib" / "libiomp5.so"
+    assert library not in cpu_settings.find_preloads(str(tmp_path))
+    library.parent.mkdir()
+    library.touch()
+    assert cpu_settings.find_preloads(str(tmp_path))[0] == library
 
 
 class BecameVllmError(Exception):

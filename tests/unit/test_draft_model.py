@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit import simulated_worker
+from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Setup
 from tests.unit.simulated_worker import Engine, RandomLengths
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
@@ -286,19 +288,6 @@ def run_all_seeds(
     return seen
 
 
-def batch_of(num_reqs: int, **changed: np.ndarray) -> DraftBatch:
-    fields = {
-        "num_tokens": np.full(num_reqs, 3),
-        "num_prompt_tokens": np.full(num_reqs, 3),
-        "num_scheduled_tokens": np.full(num_reqs, 3),
-        "num_prefilled_tokens": np.full(num_reqs, 3),
-        "is_sampling": np.ones(num_reqs, dtype=bool),
-        "max_draft_tokens": np.zeros(num_reqs, dtype=np.int64),
-    }
-    token_ids = np.zeros((max(num_reqs, 1), 8), dtype=np.int32)
-    return DraftBatch([f"r{i}" for i in range(num_reqs)], token_ids, **fields | changed)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -311,8 +300,9 @@ def batch_of(num_reqs: int, **changed: np.ndarray) -> DraftBatch:
     ],
 )
 def test_batch_refuses_a_field_of_another_length(name: str) -> None:
+    batch = batch_of({"a": [0], "b": [0]}, [0, 0])
     with pytest.raises(ValueError, match=f"{name} has 3 entries for 2 requests"):
-        batch_of(2, **{name: np.ones(3, dtype=np.int64)})
+        dataclasses.replace(batch, **{name: np.ones(3, dtype=np.int64)})
 
 
 class UnusableDrafter:
@@ -331,5 +321,6 @@ def test_no_draft_wanted_costs_no_forward(num_reqs: int) -> None:
     proposer = DraftModelProposer(
         UnusableDrafter(), cursor, FixedDraftLength(), counters
     )
-    assert proposer.propose(batch_of(num_reqs)) == [[] for _ in range(num_reqs)]
+    batch = batch_of({f"r{i}": [0] * 3 for i in range(num_reqs)}, [0] * num_reqs)
+    assert proposer.propose(batch) == [[] for _ in range(num_reqs)]
     assert counters == Counters()

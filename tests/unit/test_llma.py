@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
+from tests.unit.draft_batches import batch_of
 from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import Copier
@@ -35,27 +36,16 @@ def texts(draw: st.DrawFn) -> list[int]:
     return tokens
 
 
-def batch_of(
-    tokens: dict[str, list[int]],
-    max_draft_tokens: list[int],
-    is_sampling: list[bool] | None = None,
-) -> DraftBatch:
-    """Beyond the known tokens the buffer holds what must not be read."""
-    num_reqs = len(tokens)
-    num_tokens = np.array([len(t) for t in tokens.values()], dtype=np.int64)
-    token_ids = np.full((num_reqs, 400), -1, dtype=np.int32)
-    for i, known in enumerate(tokens.values()):
-        token_ids[i, : len(known)] = known
-    return DraftBatch(
-        req_ids=list(tokens),
-        token_ids=token_ids,
-        num_tokens=num_tokens,
-        num_prompt_tokens=num_tokens,
-        num_scheduled_tokens=num_tokens,
-        num_prefilled_tokens=num_tokens,
-        is_sampling=np.array(is_sampling or [True] * num_reqs),
-        max_draft_tokens=np.array(max_draft_tokens, dtype=np.int64),
-    )
+AskedDrafts = tuple[list[int], int, bool]  # text, most drafts, whether it samples
+requests_of_a_step = st.lists(
+    st.tuples(texts(), st.integers(0, 9), st.booleans()), min_size=1, max_size=5
+)
+
+
+def batch_asking(requests: list[AskedDrafts]) -> DraftBatch:
+    known, limits, is_sampling = zip(*requests, strict=True)
+    named = {f"r{i}": text for i, text in enumerate(known)}
+    return batch_of(named, limits, is_sampling)
 
 
 def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
@@ -99,18 +89,11 @@ def test_growing_text_equals_from_scratch(
 
 
 @property_test
-@given(
-    st.lists(
-        st.tuples(texts(), st.integers(0, 9), st.booleans()), min_size=1, max_size=5
-    )
-)
+@given(requests_of_a_step)
 def test_each_request_copies_from_its_own_text(
-    requests: list[tuple[list[int], int, bool]],
+    requests: list[AskedDrafts],
 ) -> None:
-    tokens = {f"r{i}": text for i, (text, _, _) in enumerate(requests)}
-    limits = [limit for _, limit, _ in requests]
-    is_sampling = [sampling for _, _, sampling in requests]
-    drafts = proposer_of(2, 7).propose(batch_of(tokens, limits, is_sampling))
+    drafts = proposer_of(2, 7).propose(batch_asking(requests))
     assert drafts == [
         expected(text, 2, min(limit, 7)) if sampling else []
         for text, limit, sampling in requests
@@ -185,22 +168,16 @@ class HalvesCopies(FixedDraftLength):
 
 
 @property_test
-@given(
-    st.lists(
-        st.tuples(texts(), st.integers(0, 9), st.booleans()), min_size=1, max_size=5
-    )
-)
+@given(requests_of_a_step)
 def test_policy_chooses_by_length_of_the_match(
-    requests: list[tuple[list[int], int, bool]],
+    requests: list[AskedDrafts],
 ) -> None:
-    tokens = {f"r{i}": text for i, (text, _, _) in enumerate(requests)}
-    limits = [limit for _, limit, _ in requests]
-    is_sampling = [sampling for _, _, sampling in requests]
     policy = HalvesCopies()
     proposer = LlmaProposer(Copier(2), 7, policy)
-    drafts = proposer.propose(batch_of(tokens, limits, is_sampling))
+    batch = batch_asking(requests)
+    drafts = proposer.propose(batch)
     [(step, confidence)] = policy.told
-    assert step.req_ids == list(tokens)
+    assert step.req_ids == batch.req_ids
     assert step.missing_rows.tolist() == [0] * len(requests)
     assert step.num_prefill_rows == sum(
         len(text) for text, _, sampling in requests if not sampling

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Scheduler, Setup
 from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch
@@ -105,23 +106,13 @@ class CopyEngine:
                 self.seen["copied"] += 1
 
     def _batch(self, requests: list[Request], is_sampling: list[bool]) -> DraftBatch:
-        setup = self._setup
-        token_ids = np.full((setup.max_num_reqs, setup.max_model_len), -9, np.int32)
-        for i, request in enumerate(requests):
-            token_ids[i, : len(request.tokens)] = request.tokens
-        num_tokens = np.array([len(r.tokens) for r in requests], np.int64)
-        room = setup.max_model_len - num_tokens - 1
-        return DraftBatch(
-            req_ids=[r.req_id for r in requests],
-            token_ids=token_ids,
-            num_tokens=num_tokens,
-            num_prompt_tokens=np.array(
-                [r.num_prompt_tokens for r in requests], np.int64
-            ),
-            num_scheduled_tokens=np.ones(len(requests), np.int64),
-            num_prefilled_tokens=num_tokens,
-            is_sampling=np.array(is_sampling, bool),
-            max_draft_tokens=np.clip(room, 0, setup.num_spec_tokens),
+        room = [self._setup.max_model_len - len(r.tokens) - 1 for r in requests]
+        return batch_of(
+            {r.req_id: r.tokens for r in requests},
+            np.clip(room, 0, self._setup.num_spec_tokens),
+            is_sampling,
+            num_prompt_tokens=[r.num_prompt_tokens for r in requests],
+            num_scheduled_tokens=[1] * len(requests),
         )
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.unit.scripted_target import batch_of_one, replay
+from tests.unit.draft_batches import batch_of
+from tests.unit.scripted_target import replay
 from tests.unit.simulated_scheduler import Setup
 from tests.unit.simulated_worker import Engine
 from tests.unit.test_draft_model import SEEDS, setups
@@ -238,12 +239,12 @@ def test_changes_to_whichever_fares_better() -> None:
 
 def test_copies_are_preferred_by_what_drafting_costs() -> None:
     """The same record; the dearer the drafter, the more a copy is worth."""
-    known = np.array([[5, 6, 7, 8, 5, 6, -1]], dtype=np.int32)
+    batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
     copied = []
     for cost in (0.0, 10.0):
         proposer, drafter = mixed_of_one(None, copy_length=1)
         proposer._drafting_cost = lambda n, missing, cost=cost: np.full(len(n), cost)
-        [drafts] = proposer.propose(batch_of_one("r", known, 6, 4, 4))
+        [drafts] = proposer.propose(batch)
         copied.append(drafts == [7])
         assert (drafter.num_rows == 0) == copied[-1]
     assert copied == [False, True]

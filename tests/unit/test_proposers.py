@@ -18,6 +18,7 @@ from tests.proposer_example import (
     example_name,
     installed_example,
 )
+from tests.unit.draft_batches import batch_of
 from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
 from vllm_emssd.draft_length import FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch, Proposer
@@ -26,7 +27,6 @@ from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.registry import plugin_proposer
 
 NUM_STEPS = 40
-MAX_MODEL_LEN = 600
 VOCAB_SIZE = 4  # few, so that text repeats
 STOCK_KEYS = ("method", "model")
 NAMES = list(dict.fromkeys(["llma", example_name(), *plugin_proposers()]))
@@ -111,20 +111,9 @@ class Simulation:
     def _batch(
         self, rows: list[str], is_sampling: list[bool], most: list[int]
     ) -> DraftBatch:
-        num_tokens = np.array([len(self.texts[r]) for r in rows], dtype=np.int64)
-        token_ids = np.full((8, MAX_MODEL_LEN), -1, dtype=np.int32)
-        for i, req_id in enumerate(rows):
-            token_ids[i, : num_tokens[i]] = self.texts[req_id]
-        return DraftBatch(
-            req_ids=rows,
-            token_ids=token_ids,
-            num_tokens=num_tokens,
-            num_prompt_tokens=num_tokens,
-            num_scheduled_tokens=np.ones_like(num_tokens),
-            num_prefilled_tokens=num_tokens,
-            is_sampling=np.array(is_sampling, dtype=bool),
-            max_draft_tokens=np.array(most, dtype=np.int64),
-        )
+        texts = {req_id: self.texts[req_id] for req_id in rows}
+        scheduled = [1] * len(rows)
+        return batch_of(texts, most, is_sampling, num_scheduled_tokens=scheduled)
 
 
 @pytest.mark.parametrize("name", NAMES)

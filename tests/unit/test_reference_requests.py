@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from tests.without_hooks import without
 from vllm_emssd.config import parse_speculative_config
 from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.references import (
@@ -163,13 +164,13 @@ def test_prediction_is_not_hooked_once_vllm_hands_it_on(
         text = self.model_extra["prediction"]["content"]
         return SamplingParams(extra_args={"prediction": text})
 
-    hooks.undo([PREDICTION_HOOK])
-    assert hooks.is_needed(PREDICTION_HOOK)
     owner, name = PREDICTION_HOOK.owner_and_name
-    monkeypatch.setattr(owner, name, handed_on)
-    assert not hooks.is_needed(PREDICTION_HOOK)
-    monkeypatch.setattr(owner, name, lambda *args: SamplingParams())
-    assert hooks.is_needed(PREDICTION_HOOK)
+    with without([PREDICTION_HOOK]), monkeypatch.context() as context:
+        assert hooks.is_needed(PREDICTION_HOOK)
+        context.setattr(owner, name, handed_on)
+        assert not hooks.is_needed(PREDICTION_HOOK)
+        context.setattr(owner, name, lambda *args: SamplingParams())
+        assert hooks.is_needed(PREDICTION_HOOK)
 
 
 def test_proposer_that_does_not_copy_is_sent_nothing() -> None:

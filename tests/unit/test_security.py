@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from prometheus_client import CollectorRegistry
 
 import vllm_emssd
 from vllm_emssd.config import EmssdConfig
+from vllm_emssd.integration import prometheus
 from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
 
 PACKAGE = Path(vllm_emssd.__file__).parent
@@ -26,6 +28,11 @@ FILES = [
 ]
 CODE_FROM_DATA = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "ctypes"}
 NETWORK = {"socket", "socketserver", "http", "urllib", "httpx", "requests", "zmq"}
+NUMBERS = [
+    name
+    for name, field in sorted(EmssdConfig.model_fields.items())
+    if field.annotation in (int, float)
+]
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}
 
 
@@ -73,12 +80,10 @@ def test_the_scan_sees_what_it_looks_for() -> None:
     assert len(FILES) > 20
 
 
-@pytest.mark.parametrize("name", sorted(EmssdConfig.model_fields))
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_among_the_options_is_bounded(name: str) -> None:
-    field = EmssdConfig.model_fields[name]
-    if field.annotation is int:
-        bounds = {type(bound).__name__ for bound in field.metadata}
-        assert {"Ge", "Le"} <= bounds
+    bounds = {type(bound).__name__ for bound in EmssdConfig.model_fields[name].metadata}
+    assert {"Ge", "Le"} <= bounds
 
 
 def test_counters_are_numbers_in_a_file_of_fixed_size(tmp_path: Path) -> None:
@@ -88,11 +93,19 @@ def test_counters_are_numbers_in_a_file_of_fixed_size(tmp_path: Path) -> None:
     assert file.stat().st_size == 8 * len(COUNTER_NAMES)
 
 
-def test_counters_are_readable_by_their_user_only() -> None:
-    """The directory is made by `mkdtemp`, which promises this."""
-    with tempfile.TemporaryDirectory() as folder:
-        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
-    assert "mkdtemp(" in (PACKAGE / "integration" / "prometheus.py").read_text()
+def test_counters_are_readable_by_their_user_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prometheus, "_collector", None)
+    monkeypatch.setattr(prometheus, "REGISTRY", CollectorRegistry())
+    for variable in (prometheus.DIRECTORY_VARIABLE, prometheus.RAY_VARIABLES):
+        monkeypatch.setenv(variable, "")  # and back to what it was afterwards
+    prometheus.publish_counters_on_metrics("model")
+    [directory] = tmp_path.iterdir()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert prometheus.open_shared_counters(0) is not None
+    assert [path.name for path in directory.iterdir()] == ["0.counters"]
 
 
 def needed_by(distribution: str) -> set[str]:

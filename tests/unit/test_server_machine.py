@@ -29,17 +29,13 @@ from vllm_emssd.draft_cursor import DraftCursor
 seeds = st.integers(0, 2**32 - 1)
 
 
-class SeededByStep(random.Random):
-    """One generator for all parts of the engine, seeded anew for each step."""
-
-
 class Server(RuleBasedStateMachine):
     engine: Engine
     make_cursor = DraftCursor
 
     @initialize(setup=setups())
     def start(self, setup: Setup) -> None:
-        self.rng = SeededByStep(setup.seed)
+        self.rng = random.Random(setup.seed)  # of all parts, seeded anew each step
         self.engine = Engine(setup, self.make_cursor, rng=self.rng)
 
     @rule(seed=seeds)

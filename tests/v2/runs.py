@@ -25,7 +25,9 @@ from tests.engine import (
     DRAFT_MODEL,
     STOCK,
     TARGET,
+    DraftRowCounter,
     EngineConfig,
+    draft_model,
     model_runner,
     prompts,
     running,
@@ -66,26 +68,14 @@ def texts() -> list[str]:
     return [text[: 100 + 40 * i] for i, text in enumerate(prompts()[: len(MAX_TOKENS)])]
 
 
-class DraftRows:
-    """Rows fed to the draft model, seen from the model itself."""
-
-    def __init__(self, llm: Any) -> None:
-        self.num_rows = 0
-        speculator = model_runner(llm).speculator
-        if speculator is not None:
-            speculator.model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.num_rows += int(kwargs["input_ids"].shape[0])
-
-
-def one_pass(llm: Any, rows: DraftRows, **parameters: Any) -> dict[str, Any]:
+def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
     """Generate for all texts. What came out, and what it cost."""
     from vllm import SamplingParams
 
     is_ours = hasattr(model_runner(llm), "counters")
-    before, rows_before = vllm_counters(llm), rows.num_rows
-    counts_before = stats(llm) if is_ours else {}
+    before, counts_before = vllm_counters(llm), stats(llm) if is_ours else {}
+    model = draft_model(llm)
+    rows = DraftRowCounter(model) if model is not None else None
     params = [
         SamplingParams(
             **({"temperature": 0, "ignore_eos": True, "max_tokens": n} | parameters)
@@ -94,6 +84,8 @@ def one_pass(llm: Any, rows: DraftRows, **parameters: Any) -> dict[str, Any]:
     ]
     started = time.perf_counter()
     outputs = llm.generate(texts(), params, use_tqdm=False)
+    if rows:
+        rows.close()
     after, counts = vllm_counters(llm), stats(llm) if is_ours else {}
     gained = {
         name.removeprefix("vllm:"): int(after[name] - before.get(name, 0))
@@ -112,7 +104,7 @@ def one_pass(llm: Any, rows: DraftRows, **parameters: Any) -> dict[str, Any]:
         ],
         "num_prompt_tokens": sum(len(o.prompt_token_ids) for o in outputs),
         "gained": gained,
-        "draft_rows": rows.num_rows - rows_before,
+        "draft_rows": rows.num_rows if rows else 0,
         "counts": {k: v - counts_before[k] for k, v in counts.items()},
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -126,25 +118,24 @@ def structured(**parameters: Any) -> dict[str, Any]:
 
 
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
-    rows = DraftRows(llm)
     if name == "itself":
         seen = {
-            "sampled": one_pass(llm, rows, temperature=1.0, seed=7),
-            "structured": one_pass(llm, rows, **structured(temperature=1.0, seed=7)),
+            "sampled": one_pass(llm, temperature=1.0, seed=7),
+            "structured": one_pass(llm, **structured(temperature=1.0, seed=7)),
         }
         model_runner(llm).speculator.set_policy(RaggedLengths())
-        return seen | {"ragged": one_pass(llm, rows, temperature=1.0, seed=7)}
-    seen = {"greedy": one_pass(llm, rows)}
+        return seen | {"ragged": one_pass(llm, temperature=1.0, seed=7)}
+    seen = {"greedy": one_pass(llm)}
     if name == "cached":
-        seen["again"] = one_pass(llm, rows)  # on cached prefixes
+        seen["again"] = one_pass(llm)  # on cached prefixes
     elif name not in ("stock", "tight"):
         seen["logprobs"] = one_pass(
-            llm, rows, logprobs=2, logit_bias={201: 3.0}, presence_penalty=0.5
+            llm, logprobs=2, logit_bias={201: 3.0}, presence_penalty=0.5
         )
-        seen["structured"] = one_pass(llm, rows, **structured())
+        seen["structured"] = one_pass(llm, **structured())
     if name not in ("plain", "stock"):
         model_runner(llm).speculator.set_policy(RaggedLengths())
-        seen["ragged"] = one_pass(llm, rows)
+        seen["ragged"] = one_pass(llm)
     return seen
 
 
