@@ -57,6 +57,13 @@ class CostTable:
                 return np.asarray(by_rows[rows])
         return self._interpolated(rows.astype(np.float64))
 
+    def from_to(self, first: int, last: int) -> np.ndarray:
+        """Cost of `first`, `first` + 1, ..., `last` rows. Not to be written to."""
+        by_rows = self._looked_up
+        if last < by_rows.size:
+            return by_rows[first : last + 1]
+        return self.ms(np.arange(first, last + 1))
+
     def _interpolated(self, rows: np.ndarray) -> np.ndarray:
         cost = np.interp(rows, self._rows, self._ms)
         beyond = np.maximum(rows - self._rows[-1], 0)

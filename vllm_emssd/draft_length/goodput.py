@@ -92,10 +92,19 @@ def verified_lengths(
     """
     num_reqs, num_positions = survival.shape
     order = _by_survival(survival)
-    rows = base_rows + np.arange(order.size + 1)
-    gain = np.concatenate(([0.0], np.cumsum(survival.ravel()[order])))
-    budget = int((gain - tokens_per_ms * target.ms(rows)).argmax())
+    target_ms = target.from_to(base_rows, base_rows + order.size)
+    budget = _best_budget(survival.ravel()[order], target_ms, tokens_per_ms)
     return np.bincount(order[:budget] // max(num_positions, 1), minlength=num_reqs)
+
+
+def _best_budget(gains: np.ndarray, ms: np.ndarray, tokens_per_ms: float) -> int:
+    """How many of the gains to take: [n] falling, at ms [n + 1] for 0 to n of them."""
+    if gains.size == 0:
+        return 0
+    profit = gains.cumsum()
+    profit -= tokens_per_ms * (ms[1:] - ms[0])
+    best = int(profit.argmax())
+    return best + 1 if profit[best] > 0 else 0
 
 
 def plan(
@@ -134,9 +143,12 @@ def plan(
     if survival.size == 0:
         return best
     dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
-    for most in np.unique(dearness):
-        affordable = np.where(dearness[:, None] <= most, survival, 0.0)
-        best = _best_prefixes(affordable, charged, prices, best)
+    if not dearness.any():
+        best = _best_prefixes(survival, charged, prices, best)
+    else:
+        for most in np.unique(dearness):
+            affordable = np.where(dearness[:, None] <= most, survival, 0.0)
+            best = _best_prefixes(affordable, charged, prices, best)
     return _change_one_by_one(survival, charged, prices, best)
 
 
@@ -223,9 +235,9 @@ def worth_another_forward(
     """
     gain = survival * next_acceptance
     order = _by_survival(gain)
-    counts = np.arange(order.size + 1)
-    extra_ms = costs.draft.ms(counts) + costs.target.ms(verify_rows + counts)
-    total = np.concatenate(([0.0], np.cumsum(gain[order])))
+    most = order.size
+    ms = costs.draft.from_to(0, most)
+    ms = ms + costs.target.from_to(verify_rows, verify_rows + most)
     goes_on = np.zeros(gain.size, dtype=bool)
-    goes_on[order[: int((total - tokens_per_ms * extra_ms).argmax())]] = True
+    goes_on[order[: _best_budget(gain[order], ms, tokens_per_ms)]] = True
     return goes_on

@@ -29,10 +29,8 @@ def highest_probability(logits: torch.Tensor) -> np.ndarray:
 
     `logits`: [num_rows, vocab_size]; returns [num_rows].
     """
-    logits = logits.float()
-    highest = logits.amax(dim=-1) - logits.logsumexp(dim=-1)
-    highest = highest.exp().nan_to_num(nan=0.0)
-    return highest.cpu().numpy()  # sync: decides who drafts on
+    highest = logits.softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
+    return highest.nan_to_num(nan=0.0).cpu().numpy()  # sync: decides who drafts on
 
 
 class PagedDrafter:
