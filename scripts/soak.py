@@ -325,7 +325,7 @@ def soak_server(
     with serving(emssd(options), options.model, log, flags) as server:
         soak = Soak(options, load, server)
         asyncio.run(soak.run())
-        wrong = list(soak.tally.wrong)
+        wrong = soak.tally.wrong + check_log(log)
         if server.process.poll() is not None:
             wrong.append(f"the server died with status {server.process.returncode}")
             return soak, {}, wrong
@@ -368,7 +368,6 @@ def run(options: argparse.Namespace) -> int:
     log = logs / "emssd.log"
     started = time.monotonic()
     soak, metrics, wrong = soak_server(options, load, log)
-    wrong += check_log(log)
     judges_memory = options.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY
     if judges_memory and (rise := growth(soak.memory)) > MOST_GROWTH:
         wrong.append(f"memory grows by {rise:.1f} MiB a minute")

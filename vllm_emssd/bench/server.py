@@ -39,6 +39,8 @@ def serve_command(method: Method, options: EngineOptions, port: int) -> Sequence
     command += ["--kv-cache-memory-bytes", str(options.kv_cache_mib << 20)]
     if options.options.get("enforce_eager", True):
         command += ["--enforce-eager"]
+    if "block_size" in options.options:
+        command += ["--block-size", str(options.options["block_size"])]
     if not options.options.get("enable_prefix_caching"):
         command += ["--no-enable-prefix-caching"]
     if method.speculative_config is not None:

@@ -117,6 +117,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="bfloat16")
     group.add_argument("--kv-cache-mib", type=int, default=512)
     group.add_argument(
+        "--block-size", type=int, help="in tokens; prompts are cached by block"
+    )
+    group.add_argument(
         "--compile", action="store_true", help="as vLLM does; default: enforce eager"
     )
     group.add_argument(
@@ -212,7 +215,8 @@ def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOpt
         options={
             "enforce_eager": not args.compile,
             "enable_prefix_caching": args.cached_prompts,
-        },
+        }
+        | ({"block_size": args.block_size} if args.block_size else {}),
     )
 
 
