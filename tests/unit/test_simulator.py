@@ -93,6 +93,17 @@ def test_prompts_in_chunks_by_hand() -> None:
     assert outcome.num_tokens == 8
 
 
+def test_cached_blocks_are_fed_to_neither_model_by_hand() -> None:
+    """Blocks of 2: the first prompt's 2 leading tokens; of the second's 2 none, as its
+    last token is always computed."""
+    setting = Setting(2, cached_block=2)
+    outcome = run_once(TWO, Method("fixed", 2), setting=setting)
+    steps = [(12 + 3.5) + (5 + 2), (15 + 3.5) + (1 + 1), (12 + 2.5)]
+    assert outcome.ms == pytest.approx(sum(steps))
+    assert outcome.counters.num_draft_rows == 11 - 2
+    assert outcome.num_tokens == 8
+
+
 def test_third_request_takes_the_place_of_the_first_that_ends() -> None:
     three = trace(*(request(2, [0] * n, 2) for n in (1, 3, 2)))
     outcome = run_once(three, Method("plain"), setting=Setting(2))

@@ -19,7 +19,9 @@ from vllm_emssd.proposers.llma import LlmaProposer
 
 
 class Drafting(Protocol):
-    def admit(self, req_id: str) -> None: ...
+    def admit(self, req_id: str, num_cached: int) -> None:
+        """A request comes; both models have the K/V of its first tokens."""
+        ...
 
     def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None: ...
 
@@ -62,7 +64,7 @@ class CopyDrafting:
     def __init__(self, proposer: LlmaProposer, k: int, knows_the_end: bool) -> None:
         self._proposer, self._k, self._knows_the_end = proposer, k, knows_the_end
 
-    def admit(self, req_id: str) -> None:
+    def admit(self, req_id: str, num_cached: int) -> None:
         """Its index is made when it first drafts."""
 
     def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None:
@@ -109,9 +111,10 @@ class ModelDrafting:
             self._drafter, self._cursor, policy, counters
         )
 
-    def admit(self, req_id: str) -> None:
+    def admit(self, req_id: str, num_cached: int) -> None:
         self._blocks[req_id] = block = self._free_blocks.pop()
         self._cursor.update_blocks([AdmittedRequest(req_id, [block], 0)], [])
+        self._cursor.advance(req_id, num_cached)
 
     def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None:
         self._proposer.record_verified(req_id, num_drafts, accepted)

@@ -64,6 +64,7 @@ class Setting:
     max_num_batched_tokens: int = 4096  # vLLM's default for LLM() on a CPU
     check_length: int = 2
     copy_length: int = 7
+    cached_block: int = 0  # tokens: prompts are cached by whole blocks of it; 0: not
 
 
 @dataclass(slots=True)
@@ -153,12 +154,16 @@ class SimulatedEngine:
         known = trace.prompt_ids + trace.output_ids
         token_ids[: len(known)] = known
         num_recorded = len(trace.output_ids) - self._recorded_beyond
+        num_prompt, block = len(trace.prompt_ids), self._setting.cached_block
+        # As in vLLM, the last token of a prompt is always computed.
+        num_cached = (num_prompt - 1) // block * block if block else 0
         return SimulatedRequest(
             f"r{self._num_arrived}",
             trace,
             min(max_tokens, num_recorded),
             token_ids,
-            len(trace.prompt_ids),
+            num_prompt,
+            num_cached,
         )
 
     # ------------------------------------------------------------ a step
@@ -193,12 +198,13 @@ class SimulatedEngine:
             if len(self._running) == self._setting.max_num_seqs:
                 break
             request = self._waiting.popleft()
+            num_cached = request.num_computed
             rows = request.schedule(left - self._draft_slots)
             num_rows += rows
             left -= rows + self._draft_slots
             self._running.append(request)
             if self._drafting is not None:
-                self._drafting.admit(request.req_id)
+                self._drafting.admit(request.req_id, num_cached)
         return num_rows
 
     def _verify(self, batch: Sequence[SimulatedRequest]) -> None:

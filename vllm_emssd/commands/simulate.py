@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=4096)
     parser.add_argument(
+        "--cached-prompts",
+        type=_positive,
+        default=0,
+        metavar="BLOCK",
+        help="prompts are cached by whole blocks of so many tokens (default: not)",
+    )
+    parser.add_argument(
         "--min-requests",
         type=_positive,
         help="at each batch size, as in 'vllm-emssd bench' (default: the whole trace)",
@@ -122,7 +129,11 @@ def _simulate(args: argparse.Namespace) -> None:
     min_requests = args.min_requests or len(trace.requests)
     results: Results = {}
     for batch in args.batches:
-        setting = Setting(batch, max(args.max_num_batched_tokens, batch))
+        setting = Setting(
+            batch,
+            max(args.max_num_batched_tokens, batch),
+            cached_block=args.cached_prompts,
+        )
         results[batch] = {
             method: simulate(
                 trace, costs, method, setting, args.max_tokens, min_requests
