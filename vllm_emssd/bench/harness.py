@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -41,7 +42,8 @@ class Plan:
     batches: Sequence[int]
     rounds: int
     min_requests: int = 1
-    warm_up: int = 1  # rounds of each batch size that are not kept
+    warm_up: int = 1  # rounds of each batch size that are not kept, after each start
+    starts: int = 1  # of all engines: one process may be slow for as long as it lives
     priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
@@ -50,7 +52,7 @@ class Plan:
 
     def num_turns(self) -> int:
         """Of all batch sizes: rounds of every method."""
-        return len(self.batches) * (self.rounds + self.warm_up)
+        return self.starts * len(self.batches) * (self.rounds + self.warm_up)
 
     def most_requests(self) -> int:
         return max(self.num_requests(batch) for batch in self.batches)
@@ -66,6 +68,20 @@ class Measurement:
     # batch size -> method -> decoding steps over short and long contexts
     forwards: dict[int, dict[str, list[Forward]]] = field(default_factory=dict)
 
+    def add(self, other: Measurement) -> None:
+        """The same batch sizes and methods, measured again."""
+        _add(self.rounds, other.rounds)
+        _add(self.forwards, other.forwards)
+
+
+def _add(
+    known: dict[int, dict[str, list[T]]], more: dict[int, dict[str, list[T]]]
+) -> None:
+    for batch, by_method in more.items():
+        of_batch = known.setdefault(batch, {})
+        for name, found in by_method.items():
+            of_batch.setdefault(name, []).extend(found)
+
 
 def measure(
     plan: Plan, options: EngineOptions, requests: Sequence[Request]
@@ -77,7 +93,23 @@ def measure(
             "needed: lower --batches or --min-requests, or give a larger workload"
         )
     measured = Measurement()
-    with progress_bars() as progress, contextlib.ExitStack() as stack:
+    with progress_bars() as progress:
+        bar = progress.add_task("rounds", total=plan.num_turns())
+        for _ in range(plan.starts):
+            measured.add(_measure_once(plan, options, requests, progress, bar))
+    return measured
+
+
+def _measure_once(
+    plan: Plan,
+    options: EngineOptions,
+    requests: Sequence[Request],
+    progress: Progress,
+    bar: TaskID,
+) -> Measurement:
+    """From the start of all engines to their end."""
+    measured = Measurement()
+    with contextlib.ExitStack() as stack:
         engines = start_each(
             "engines",
             plan.methods,
@@ -85,7 +117,6 @@ def measure(
             progress,
             stack,
         )
-        bar = progress.add_task("rounds", total=plan.num_turns())
         for batch in plan.batches:
             progress.update(bar, description=f"batch {batch}")
             chosen = requests[: plan.num_requests(batch)]

@@ -72,6 +72,13 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batches", type=int, nargs="+", help="concurrent requests")
     group.add_argument("--rounds", type=int, help="kept, after a first that warms up")
     group.add_argument(
+        "--starts",
+        type=int,
+        default=1,
+        help="of all engines, each with so many rounds: evens out what a process has "
+        "of good or bad luck for as long as it lives",
+    )
+    group.add_argument(
         "--min-requests",
         type=int,
         default=1,
@@ -188,7 +195,12 @@ def plan_of(args: argparse.Namespace) -> Plan:
     chosen = [parse_method(text, options) for text in args.methods]
     priced = set(PADDED.values()) if args.price_kv_padding else ()
     return Plan(
-        chosen, args.batches, args.rounds, args.min_requests, priced=tuple(priced)
+        chosen,
+        args.batches,
+        args.rounds,
+        args.min_requests,
+        priced=tuple(priced),
+        starts=args.starts,
     )
 
 
