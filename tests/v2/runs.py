@@ -207,7 +207,7 @@ def run_all(path: Path) -> None:
         "tight": (EngineConfig(EMSSD, **TIGHT), False),
         "itself": (EngineConfig(ITSELF, **SMALL), False),
         "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
-        "auto itself": (EngineConfig(ITSELF | AUTO, **SMALL), False),
+        "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),
     }
     seen = {}
     for name, (config, copies) in engines.items():

@@ -225,4 +225,4 @@ def test_live_steps_move_the_prices(name: str) -> None:
             assert list(ms) == sorted(ms)
             assert ms[0] > 0
     assert after["target"] != at_start["target"]
-    assert after["fixed_ms"] != at_start["fixed_ms"]
+    assert after["draft"] != at_start["draft"]
