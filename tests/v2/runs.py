@@ -154,7 +154,8 @@ class SteeredPrices:
 
 
 def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
-    """Automatic lengths by free drafts, by drawn prices, and by measured ones."""
+    """Automatic lengths by free drafts, by drawn prices, and by measured ones, by which
+    drafts are far too dear here."""
     prices_at_start = llm.collective_rpc("emssd_costs")
     with SteeredPrices(llm) as steered:
         seen = {"free": one_pass(llm, **parameters)}
@@ -165,11 +166,13 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
         seen["drawn"] = drawn | {"lengths": steered.lengths}
     measured = one_pass(llm, **parameters)
     prices = prices_at_start + llm.collective_rpc("emssd_costs")
-    return seen | {"measured": measured | {"prices": prices}}
+    policy = model_runner(llm).speculator.policy
+    measured |= {"prices": prices, "may_trim": policy._may_trim}
+    return seen | {"measured": measured}
 
 
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
-    if name == "auto":
+    if name in ("auto", "auto tight"):
         return automatic(llm)
     if name == "auto itself":
         return automatic(llm, temperature=1.0, seed=7)
@@ -207,6 +210,7 @@ def run_all(path: Path) -> None:
         "tight": (EngineConfig(EMSSD, **TIGHT), False),
         "itself": (EngineConfig(ITSELF, **SMALL), False),
         "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
+        "auto tight": (EngineConfig(EMSSD | AUTO, **TIGHT), False),
         "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),
     }
     seen = {}

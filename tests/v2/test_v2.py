@@ -20,7 +20,8 @@ from tests.v2.runs import MAX_TOKENS, REGEX, SMALL, K, texts
 REPO = Path(__file__).resolve().parents[2]
 VARIANTS = ("exact rows", "no copy")
 OURS = (*VARIANTS, "cached", "tight")
-AUTO, PRICES = ("auto", "auto itself"), ("free", "drawn", "measured")
+AUTO = ("auto", "auto tight", "auto itself")
+PRICES = ("free", "drawn", "measured")
 TIMEOUT = 240  # seconds for all engines; the suite's share is four minutes
 
 
@@ -88,7 +89,8 @@ def test_cached_prefixes() -> None:
 
 
 def test_a_small_cache_preempts() -> None:
-    assert seen("tight")["gained"]["num_preemptions"] > 0
+    for name, what in (("tight", "greedy"), ("auto tight", "free")):
+        assert seen(name, what)["gained"]["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -180,13 +182,15 @@ def test_sampling_under_a_grammar_obeys_it() -> None:
         assert re.fullmatch(REGEX, text) or most < 12, text
 
 
+@pytest.mark.parametrize("name", ["auto", "auto tight"])
 @pytest.mark.parametrize("what", PRICES)
-def test_automatic_lengths_give_the_same_tokens(what: str) -> None:
-    assert seen("auto", what)["token_ids"] == seen("plain")["token_ids"]
+def test_automatic_lengths_give_the_same_tokens(name: str, what: str) -> None:
+    assert seen(name, what)["token_ids"] == seen("plain")["token_ids"]
 
 
-def test_automatic_lengths_under_a_grammar() -> None:
-    run = seen("auto", "structured")
+@pytest.mark.parametrize("name", ["auto", "auto tight"])
+def test_automatic_lengths_under_a_grammar(name: str) -> None:
+    run = seen(name, "structured")
     assert run["token_ids"] == seen("plain", "structured")["token_ids"]
     assert run["counts"]["num_accepted_tokens"] > 0
 
@@ -213,6 +217,12 @@ def test_sampled_drafts_of_automatic_lengths_are_accepted(what: str) -> None:
     counts = seen("auto itself", what)["counts"]
     assert counts["num_accepted_tokens"] >= 0.95 * counts["num_draft_tokens"]
     assert counts["num_draft_tokens"] > 0 or what == "measured"
+
+
+def test_only_greedy_drafts_are_trimmed() -> None:
+    """Whether a sampled draft is verified must not depend on a later one's."""
+    assert seen("auto", "measured")["may_trim"]
+    assert not seen("auto itself", "measured")["may_trim"]
 
 
 @pytest.mark.parametrize("name", AUTO)
