@@ -27,6 +27,7 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "stock": STOCK,
     "emssd": DRAFT_MODEL,
     "ragged": DRAFT_MODEL,
+    "auto": DRAFT_MODEL | {"draft_length": "auto"},
     "llma": LLMA,
 }
 ROUNDS = 5
@@ -73,13 +74,15 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
             from tests.v2.runs import RaggedLengths
 
             model_runner(llm).speculator.set_policy(RaggedLengths())
+        is_ours = config is not None and config["method"] == "emssd"
+        costs = llm.collective_rpc("emssd_costs") if is_ours else []
         seconds = []
         for _ in range(ROUNDS if timed else 1):
             started = time.perf_counter()
             outputs = llm.generate(texts, params, use_tqdm=False)
             seconds.append(time.perf_counter() - started)
         counters = vllm_counters(llm)
-        is_ours = config is not None and config["method"] == "emssd"
+        costs += llm.collective_rpc("emssd_costs") if is_ours else []
         ranks = llm.collective_rpc("emssd_stats") if is_ours else [{}]
     accepted = int(counters.get("vllm:spec_decode_num_accepted_tokens", 0))
     drafted = int(counters.get("vllm:spec_decode_num_draft_tokens", 0))
@@ -89,6 +92,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
         "num_accepted_tokens": accepted,
         "accepted_share": accepted / max(drafted, 1),
         "counts": ranks[0],
+        "costs": [costs[0], costs[-1]] if costs else [],
         "ranks_count_alike": all(counts == ranks[0] for counts in ranks),
         "tokens_per_second": sum(map(len, token_ids)) / median(seconds),
     }

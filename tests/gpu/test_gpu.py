@@ -88,6 +88,20 @@ def test_v2_ragged_lengths() -> None:
     check_rows(ragged["counts"])
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_v2_automatic_lengths(sampled: bool) -> None:
+    """Costs by CUDA events; the target drafts for itself where drafts are sampled."""
+    options = EXACT | ({"draft": TARGET, "sampled": True} if sampled else {})
+    auto = run("auto", **options)
+    counts, (at_start, after) = auto["counts"], auto["costs"]
+    assert all(ms > 0 for model in ("target", "draft") for _, ms in at_start[model])
+    assert after["target"] != at_start["target"]
+    if sampled:
+        assert counts["num_accepted_tokens"] >= 0.98 * counts["num_draft_tokens"]
+    else:
+        assert auto["token_ids"] == run("plain", **EXACT)["token_ids"]
+
+
 def test_v1_float32_tokens_and_acceptance() -> None:
     plain, stock = run("plain", "V1", **EXACT), run("stock", "V1", **EXACT)
     ours = run("emssd", "V1", **EXACT)
@@ -134,6 +148,7 @@ def test_time_against_stock(batch: int, record_property: Any) -> None:
         ("plain", "no copy"),
         ("stock", "no copy"),
         *(("emssd", v) for v in VARIANTS),
+        ("auto", "exact rows"),
     ):
         seen = run(side, variant=variant, **options)
         assert seen["tokens_per_second"] > 0

@@ -25,8 +25,8 @@ from tests.engine import (
     stats,
 )
 from tests.regression.runs import batch_prompts, run
+from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.integration.memory_advice import memory_advice
-from vllm_emssd.integration.paged_drafter import highest_probability
 from vllm_emssd.integration.sampling_v1 import count_nan_as_one_hot
 
 BATCH = 8
@@ -195,7 +195,8 @@ def prompt_token_ids() -> list[list[int]]:
 
 def test_nan_confidence_is_none() -> None:
     logits = torch.tensor([[0.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
-    assert highest_probability(logits) == pytest.approx(np.array([0.5, 0.0, 0.0]))
+    confidence = highest_probability(logits).numpy()
+    assert confidence == pytest.approx(np.array([0.5, 0.0, 0.0]))
 
 
 def test_nan_distribution_counts_as_a_copy() -> None:

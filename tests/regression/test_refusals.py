@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_emssd
 from tests.engine import DRAFT, TARGET
-from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration import compat, frontend
+from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.integration import compat, frontend, v2_limits
+from vllm_emssd.integration.runner_v1 import UnpadGPUModelRunner
 
 
 def _create(speculative_config: dict[str, Any], **options: Any) -> Any:
@@ -32,20 +35,53 @@ def test_accepted_config_reaches_every_process() -> None:
     assert not config.scheduler_config.async_scheduling
 
 
-@pytest.mark.parametrize("where", ["GPU", "V2"])
-def test_lengths_are_fixed_where_costs_are_not_measured(
-    where: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("is_cpu", "use_v2", "proposer", "is_possible"),
+    [
+        (True, "1", "draft_model", True),
+        (False, None, "draft_model", True),
+        (False, "1", "draft_model", True),
+        (False, "0", "draft_model", False),
+        (False, None, "llma", False),
+        (False, None, "mixed", False),
+    ],
+)
+def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
+    is_cpu: bool,
+    use_v2: str | None,
+    proposer: str,
+    is_possible: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if where == "GPU":
-        monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: False)
-    else:
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    config = EmssdConfig(proposer="draft_model")
+    monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: is_cpu)
+    if use_v2 is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    config = EmssdConfig(proposer=proposer)
     settled = frontend._settle_draft_length(config, {})
     assert settled == config.model_copy(update={"draft_length": "fixed"})
     assert frontend._settle_draft_length(settled, {}) is settled
+    asked = {"draft_length": "auto"}
+    if is_possible:
+        assert frontend._settle_draft_length(config, asked) is config
+    else:
+        with pytest.raises(ValueError, match=r"'draft_length' \"auto\".*\"fixed\""):
+            frontend._settle_draft_length(config, asked)
+
+
+def test_v1_on_a_gpu_refuses_automatic_lengths() -> None:
+    """Where vLLM chose it after the front end had let them through."""
+    options = EmssdConfig(proposer="draft_model").model_dump()
+    vllm_config = SimpleNamespace(additional_config={ADDITIONAL_CONFIG_KEY: options})
     with pytest.raises(ValueError, match=r"'draft_length' \"auto\".*\"fixed\""):
-        frontend._settle_draft_length(config, {"draft_length": "auto"})
+        UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
+
+
+def test_automatic_lengths_need_probabilities_on_the_v2_runner() -> None:
+    vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(use_local_argmax_reduction=True)
+    )
+    with pytest.raises(ValueError, match=r"'use_local_argmax_reduction'.* remove"):
+        v2_limits.refuse_deployment(vllm_config, EmssdConfig(proposer="draft_model"))
 
 
 @pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])
@@ -112,7 +148,6 @@ def test_refused(
     ("speculative", "message"),
     [
         ({}, '"llma" works on .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0'),
-        ({"model": DRAFT, "draft_length": "auto"}, "'draft_length' \"auto\".*=0"),
         ({"model": DRAFT, "unpad_inputs": False}, "remove 'unpad_inputs'"),
     ],
 )

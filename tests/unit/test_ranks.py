@@ -40,15 +40,11 @@ def join(rank: int, meeting_point: str) -> Ranks:
 
 
 def meter(rank: int, ranks: Ranks) -> StepCostMeter:
-    """Without a model to measure."""
-    made = StepCostMeter.__new__(StepCostMeter)
-    made._target = SimpleNamespace(rows=4, ms=10.0 * (rank + 1))
-    made._drafter, made._ranks = None, ranks
-    made._num_steps, made._step_ended = 0, None
-    made.measured = StepCosts(
-        CostTable([1, 8], [5.0 + rank, 9.0 + rank]), CostTable([1], [0.0]), 4.0 + rank
-    )
-    made.costs = StepCosts(made.measured.target, made.measured.draft, 0.0)
+    """Of a target whose forwards take the first rank 10 ms, and the second 20."""
+    target = SimpleNamespace(take_timings=lambda: [(4, 10.0 * (rank + 1))])
+    measured = CostTable([1, 8], [5.0 + rank, 9.0 + rank]), CostTable([1], [0.0])
+    made = StepCostMeter(measured, target, None, ranks)
+    made.measured.fixed_ms += rank
     made._take_over_prices()
     return made
 

@@ -35,7 +35,7 @@ from tests.engine import (
     stop_counting_others,
     vllm_counters,
 )
-from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
+from vllm_emssd.draft_length import CostTable, DraftOpportunity, FixedDraftLength
 
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
@@ -53,6 +53,7 @@ TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
 STOCK_K = STOCK | {"num_speculative_tokens": K}
 EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
 ITSELF = EMSSD | {"model": TARGET, "draft_sample_method": "probabilistic"}
+AUTO = {"draft_length": "auto"}
 
 
 class RaggedLengths(FixedDraftLength):
@@ -117,7 +118,64 @@ def structured(**parameters: Any) -> dict[str, Any]:
     return {"structured_outputs": grammar, "ignore_eos": False} | parameters
 
 
+class SteeredPrices:
+    """In place of measured prices, others; and each step's draft lengths noted."""
+
+    def __init__(self, llm: Any) -> None:
+        self.meter = model_runner(llm)._step_costs
+        self.speculator = model_runner(llm).speculator
+        self.rng: np.random.Generator | None = None
+        self.lengths: list[list[int]] = []
+
+    def __enter__(self) -> SteeredPrices:
+        costs = self.meter.costs
+        self.saved = costs.target, costs.draft
+        self.meter.step_done = self.step_done
+        self.set(0.0, 0.0)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        del self.meter.step_done
+        self.meter.costs.target, self.meter.costs.draft = self.saved
+
+    def draw(self) -> None:
+        """New prices after each step from now on: drafts from free to far too dear."""
+        self.rng, self.lengths = np.random.default_rng(0), []
+
+    def step_done(self) -> None:
+        self.lengths.append(list(self.speculator.draft_lens.values()))
+        if self.rng is not None:
+            self.set(self.rng.choice([0.0, 0.5, 4.0]), self.rng.choice([0.0, 0.5]))
+
+    def set(self, draft_ms: float, row_ms: float) -> None:
+        costs, rows = self.meter.costs, [1, 256]
+        costs.target = CostTable(rows, [4.0, 4.0 + 255 * row_ms])
+        costs.draft = CostTable(rows, [draft_ms, draft_ms + 255 * row_ms / 8])
+
+
+def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
+    """Automatic lengths by free drafts, by drawn prices, and by measured ones, by which
+    drafts are far too dear here."""
+    prices_at_start = llm.collective_rpc("emssd_costs")
+    with SteeredPrices(llm) as steered:
+        seen = {"free": one_pass(llm, **parameters)}
+        if not parameters:
+            seen["structured"] = one_pass(llm, **structured())
+        steered.draw()
+        drawn = one_pass(llm, **parameters)
+        seen["drawn"] = drawn | {"lengths": steered.lengths}
+    measured = one_pass(llm, **parameters)
+    prices = prices_at_start + llm.collective_rpc("emssd_costs")
+    policy = model_runner(llm).speculator.policy
+    measured |= {"prices": prices, "may_trim": policy._may_trim}
+    return seen | {"measured": measured}
+
+
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
+    if name in ("auto", "auto tight"):
+        return automatic(llm)
+    if name == "auto itself":
+        return automatic(llm, temperature=1.0, seed=7)
     if name == "itself":
         seen = {
             "sampled": one_pass(llm, temperature=1.0, seed=7),
@@ -151,6 +209,9 @@ def run_all(path: Path) -> None:
         "cached": (EngineConfig(EMSSD, **CACHED), False),
         "tight": (EngineConfig(EMSSD, **TIGHT), False),
         "itself": (EngineConfig(ITSELF, **SMALL), False),
+        "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
+        "auto tight": (EngineConfig(EMSSD | AUTO, **TIGHT), False),
+        "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),
     }
     seen = {}
     for name, (config, copies) in engines.items():

@@ -20,6 +20,8 @@ from tests.v2.runs import MAX_TOKENS, REGEX, SMALL, K, texts
 REPO = Path(__file__).resolve().parents[2]
 VARIANTS = ("exact rows", "no copy")
 OURS = (*VARIANTS, "cached", "tight")
+AUTO = ("auto", "auto tight", "auto itself")
+PRICES = ("free", "drawn", "measured")
 TIMEOUT = 240  # seconds for all engines; the suite's share is four minutes
 
 
@@ -57,7 +59,7 @@ def seen(name: str, what: str = "greedy") -> dict[str, Any]:
 
 def test_the_v2_runner_ran() -> None:
     assert results()["stock"]["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
-    for name in OURS:
+    for name in (*OURS, *AUTO):
         assert results()[name]["runner"].endswith("runner_v2.UnpadCPUModelRunnerV2")
 
 
@@ -87,7 +89,8 @@ def test_cached_prefixes() -> None:
 
 
 def test_a_small_cache_preempts() -> None:
-    assert seen("tight")["gained"]["num_preemptions"] > 0
+    for name, what in (("tight", "greedy"), ("auto tight", "free")):
+        assert seen(name, what)["gained"]["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -97,14 +100,16 @@ def test_forced_length_accepts_exactly_what_stock_accepts(name: str) -> None:
     assert ours == stock
 
 
-@pytest.mark.parametrize("name", [*OURS, "itself"])
+@pytest.mark.parametrize("name", [*OURS, "itself", *AUTO])
 def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
-    for what in ("greedy", "again", "logprobs", "sampled", "structured", "ragged"):
+    passes = ("greedy", "again", "logprobs", "sampled", "structured", "ragged")
+    for what in (*passes, *PRICES):
         if what not in results()[name]:
             continue
         run = seen(name, what)
         counts, gained = run["counts"], run["gained"]
-        assert counts["num_draft_rows"] == run["draft_rows"] > 0
+        assert counts["num_draft_rows"] == run["draft_rows"]
+        assert counts["num_draft_rows"] > 0 or what == "measured"
         assert counts["num_draft_tokens"] == gained["spec_decode_num_draft_tokens"]
         assert (
             counts["num_accepted_tokens"] == gained["spec_decode_num_accepted_tokens"]
@@ -175,3 +180,59 @@ def test_sampling_under_a_grammar_obeys_it() -> None:
     assert run["gained"]["spec_decode_num_draft_tokens"] > 0
     for text, most in zip(run["texts"], MAX_TOKENS, strict=True):
         assert re.fullmatch(REGEX, text) or most < 12, text
+
+
+@pytest.mark.parametrize("name", ["auto", "auto tight"])
+@pytest.mark.parametrize("what", PRICES)
+def test_automatic_lengths_give_the_same_tokens(name: str, what: str) -> None:
+    assert seen(name, what)["token_ids"] == seen("plain")["token_ids"]
+
+
+@pytest.mark.parametrize("name", ["auto", "auto tight"])
+def test_automatic_lengths_under_a_grammar(name: str) -> None:
+    run = seen(name, "structured")
+    assert run["token_ids"] == seen("plain", "structured")["token_ids"]
+    assert run["counts"]["num_accepted_tokens"] > 0
+
+
+def test_free_drafts_are_made_and_none_beyond_the_end() -> None:
+    free, fixed = (seen(*run)["counts"] for run in (("auto", "free"), ("cached",)))
+    assert free["num_accepted_tokens"] > 0
+    assert free["num_request_steps"] == fixed["num_request_steps"]
+    assert 0 < free["num_draft_tokens"] < fixed["num_draft_tokens"]
+    assert free["num_draft_rows_decode"] <= (K + 1) * free["num_request_steps"]
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_automatic_lengths_are_ragged(name: str) -> None:
+    run = seen(name, "drawn")
+    assert {n for step in run["lengths"] for n in step} == set(range(K + 1))
+    assert any(len(set(step)) > 1 for step in run["lengths"])
+    assert run["counts"]["num_accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("what", PRICES)
+def test_sampled_drafts_of_automatic_lengths_are_accepted(what: str) -> None:
+    """They are judged by the distribution they came from, however many are made."""
+    counts = seen("auto itself", what)["counts"]
+    assert counts["num_accepted_tokens"] >= 0.95 * counts["num_draft_tokens"]
+    assert counts["num_draft_tokens"] > 0 or what == "measured"
+
+
+def test_only_greedy_drafts_are_trimmed() -> None:
+    """Whether a sampled draft is verified must not depend on a later one's."""
+    assert seen("auto", "measured")["may_trim"]
+    assert not seen("auto itself", "measured")["may_trim"]
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_live_steps_move_the_prices(name: str) -> None:
+    at_start, after = seen(name, "measured")["prices"]
+    for prices in (at_start, after):
+        for model in ("target", "draft"):
+            rows, ms = zip(*prices[model], strict=True)
+            assert rows[0] == 1
+            assert list(ms) == sorted(ms)
+            assert ms[0] > 0
+    assert after["target"] != at_start["target"]
+    assert after["draft"] != at_start["draft"]

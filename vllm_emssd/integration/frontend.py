@@ -33,7 +33,7 @@ from vllm_emssd.integration.draft_checks import (
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
 from vllm_emssd.integration.references import REFERENCE_HOOKS, register_references
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
-from vllm_emssd.integration.v2_limits import refuse_options
+from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -287,27 +287,25 @@ def _refuse_unsupported(
 
 
 def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdConfig:
-    """Automatic lengths where costs can be measured, unless asked otherwise. Raises
-    ValueError where they are asked for and cannot be."""
+    """Automatic lengths by default where times were taken, on CPUs with vLLM's V1
+    runner. Elsewhere only if asked for; raises ValueError where costs are not measured.
+    """
     if config.draft_length != "auto":
         return config
-    if not current_platform.is_cpu():
-        where = "on CPUs only, so far"
-    elif envs.VLLM_USE_V2_MODEL_RUNNER:
-        where = "on vLLM's V1 model runner only, so far (VLLM_USE_V2_MODEL_RUNNER=0)"
-    else:
+    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cpu() and not use_v2:
         return config
-    if asked.get("draft_length") == "auto":
-        raise ValueError(
-            f"--speculative-config: 'draft_length' \"auto\" measures costs {where}; "
-            'use "draft_length": "fixed".'
+    if asked.get("draft_length") != "auto":
+        logger.warning(
+            "draft_length is fixed here: automatic lengths are the default on CPUs "
+            "with vLLM's V1 model runner only, where their gain was measured. At high "
+            "load fixed lengths can be slower than no speculation."
         )
-    logger.warning(
-        "draft_length is fixed here: automatic lengths measure costs %s. At high load "
-        "fixed lengths can be slower than no speculation.",
-        where,
-    )
-    return config.model_copy(update={"draft_length": "fixed"})
+        return config.model_copy(update={"draft_length": "fixed"})
+    has_v2 = use_v2 is not False and config.proposer == "draft_model"
+    if not current_platform.is_cpu() and not has_v2:
+        raise ValueError(AUTO_NEEDS_V2)
+    return config  # if vLLM chooses V1 after all, our runner refuses
 
 
 def _refuse_other_draft_ranks(

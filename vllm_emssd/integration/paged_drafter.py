@@ -21,16 +21,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.ragged import RaggedRows
-
-
-def highest_probability(logits: torch.Tensor) -> np.ndarray:
-    """Of each row's softmax, 0 of a row with NaN or infinite logits.
-
-    `logits`: [num_rows, vocab_size]; returns [num_rows].
-    """
-    highest = logits.softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
-    return highest.nan_to_num(nan=0.0).cpu().numpy()  # sync: decides who drafts on
 
 
 class PagedDrafter:
@@ -117,7 +109,8 @@ class PagedDrafter:
             confidence = None
         else:
             logits = stock.model.compute_logits(hidden_states)
-            confidence = highest_probability(logits)
+            # sync: decides who drafts on
+            confidence = highest_probability(logits).cpu().numpy()
             tokens, probs = stock._sample_from_logits(logits, metadata)
         if probs is not None:
             self._keep_probs(req_indices, probs, draft_position)

@@ -1,14 +1,16 @@
 """The draft model over vLLM's V2 block tables: one varlen forward of ragged rows.
 
 Wraps the speculator object of vLLM's V2 runner (weights, KV-cache layers, buffers and
-attention builders are all vLLM's) and feeds it the rows we choose. Nothing is copied
-from the device: where the host only knows a request's length by a bound, the device
-moves the host's positions to where they really are.
+attention builders are all vLLM's) and feeds it the rows we choose. Where the host only
+knows a request's length by a bound, the device moves the host's positions to where they
+really are. Nothing is copied from the device, except with automatic lengths how sure
+each draft is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,11 +18,12 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
-    StandaloneARSpeculator,
-)
 
+from vllm_emssd.integration.forward_clock import ForwardClock
 from vllm_emssd.ragged import RaggedRows
+
+if TYPE_CHECKING:
+    from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,16 @@ class BatchOnDevice:
     moved_by: torch.Tensor | None  # [num_reqs] int64: added to the host's positions
     max_moved_by: np.ndarray  # [num_reqs] int64: at most that much
     is_constrained: np.ndarray  # [num_reqs] bool: by a grammar
+
+    @classmethod
+    def of_first_states(cls, num_reqs: int, device: torch.device) -> BatchOnDevice:
+        """Rows are the first request states, with or without requests in them."""
+        return cls(
+            torch.arange(num_reqs, device=device),
+            None,
+            np.zeros(num_reqs, dtype=np.int64),
+            np.zeros(num_reqs, dtype=bool),
+        )
 
     def moved_positions(
         self, req_indices: torch.Tensor, positions: torch.Tensor
@@ -65,11 +78,21 @@ class PagedDrafterV2:
         max_model_len: positions that both models can take.
     """
 
-    def __init__(self, stock: StandaloneARSpeculator, max_model_len: int) -> None:
+    def __init__(self, stock: UnpadSpeculator, max_model_len: int) -> None:
         self.max_num_rows: int = stock.max_num_tokens
+        self.max_num_reqs: int = stock.max_num_reqs
         self.max_model_len = max_model_len
         self._stock = stock
         self._batch: BatchOnDevice
+        self._clock: ForwardClock | None = None
+
+    def time_by(self, clock: ForwardClock) -> None:
+        """Time forwards from now on."""
+        self._clock = clock
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """See `step_costs.TimedForwards`."""
+        return [] if self._clock is None else self._clock.take_timings()
 
     def start_step(self, batch: BatchOnDevice) -> None:
         self._batch = batch
@@ -82,11 +105,29 @@ class PagedDrafterV2:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
-        assert isinstance(token_ids, torch.Tensor)  # known tokens and drafts alike
+        if self._clock is not None:
+            self._clock.start()
+        tokens = self._draft(rows, token_ids, sampled_rows, draft_position)
+        if self._clock is not None:
+            self._clock.stop(rows.num_rows)
+        if self._stock.confidence is None or len(sampled_rows) == 0:
+            return tokens, None
+        # sync: decides who drafts on
+        return tokens, self._stock.confidence.cpu().numpy()
+
+    def _draft(
+        self,
+        rows: RaggedRows,
+        token_ids: np.ndarray | torch.Tensor,
+        sampled_rows: np.ndarray,
+        draft_position: int,
+    ) -> torch.Tensor:
+        if isinstance(token_ids, np.ndarray):
+            token_ids = self._to_device(token_ids)
         self._fill_buffers(rows, token_ids)
         hidden_states = self._run_model(rows)
         if len(sampled_rows) == 0:
-            return torch.empty(0, dtype=torch.int64, device=hidden_states.device), None
+            return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
         index = self._to_device(sampled_rows)
         req_indices = rows.row_req_indices[sampled_rows]
         idx_mapping = self._batch.idx_mapping[self._to_device(req_indices)]
@@ -102,7 +143,7 @@ class PagedDrafterV2:
             stock.draft_logits,
         )
         self._make_one_hot(req_indices, tokens, draft_position)
-        return tokens, None
+        return tokens
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return async_tensor_h2d(array, device=self._stock.device)

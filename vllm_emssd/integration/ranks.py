@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 
+from vllm_emssd.draft_length import AgreedDraftLength, DraftLengthPolicy
+
 
 class Ranks:
     """The workers of one engine; the first one's numbers count."""
@@ -28,6 +30,10 @@ class Ranks:
             shared, src=self._first, group=self._group.cpu_group
         )
         return np.asarray(shared.numpy())
+
+    def agreed(self, policy: DraftLengthPolicy) -> DraftLengthPolicy:
+        """The policy, its decisions compared where there are several ranks."""
+        return policy if self.is_alone else AgreedDraftLength(policy, self.compare)
 
     def compare(self, fingerprint: int) -> None:
         """Raise RuntimeError, on every rank, unless all have the same fingerprint.

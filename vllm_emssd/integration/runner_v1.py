@@ -22,7 +22,6 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import (
-    AgreedDraftLength,
     AutoDraftLength,
     DraftLengthPolicy,
     FixedDraftLength,
@@ -37,8 +36,16 @@ from vllm_emssd.integration.references import reference_of
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
-from vllm_emssd.integration.step_costs import StepCostMeter
+from vllm_emssd.integration.step_costs import (
+    CONTEXT,
+    NO_DRAFT_MODEL,
+    ForwardTimer,
+    StepCostMeter,
+    measure_drafter,
+    measure_target,
+)
 from vllm_emssd.integration.step_failures import StepFailures
+from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.copier import Copier
@@ -107,7 +114,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self._step_costs = StepCostMeter(self, self.paged_drafter, self._ranks)
+        self._step_costs = self._measure_costs()
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
         costs = self._step_costs.costs
         drafting = AutoDraftLength(
@@ -116,16 +123,28 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         copying = AutoDraftLength(costs, Survival(self.num_spec_tokens), may_trim=True)
         self._proposer = self._make_proposer(drafting, copying, drafting.drafting_cost)
 
+    def _measure_costs(self) -> StepCostMeter:
+        target, drafter = ForwardTimer(self.model), self.paged_drafter
+        most = self.max_num_reqs * (1 + self.num_spec_tokens)
+        target_costs = measure_target(
+            lambda num_rows: self._dummy_run(
+                num_rows,
+                force_attention=True,
+                uniform_decode=True,
+                profile_seq_lens=min(CONTEXT, self.max_model_len),
+            ),
+            target,
+            min(most, self.max_num_tokens),
+            self.device,
+        )
+        draft_costs = (
+            NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter, self.device)
+        )
+        return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
+
     def costs_now(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
-        if self._step_costs is None:
-            return {}
-        costs = self._step_costs.costs
-        return {
-            "target": costs.target.points,
-            "draft": costs.draft.points,
-            "fixed_ms": costs.fixed_ms,
-        }
+        return {} if self._step_costs is None else self._step_costs.prices()
 
     def _make_proposer(
         self,
@@ -134,9 +153,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         drafting_cost: DraftingCost = unmeasured_cost,
     ) -> Proposer:
         config = self.emssd_config
-        if not self._ranks.is_alone:
-            drafting_policy = AgreedDraftLength(drafting_policy, self._ranks.compare)
-            copying_policy = AgreedDraftLength(copying_policy, self._ranks.compare)
+        drafting_policy = self._ranks.agreed(drafting_policy)
+        copying_policy = self._ranks.agreed(copying_policy)
         if (make := plugin_proposer(config.proposer)) is not None:
             return make(config, copying_policy)
         copying = LlmaProposer(
@@ -355,4 +373,8 @@ class UnpadCPUModelRunner(UnpadRunnerMixin, CPUModelRunner):
 
 
 class UnpadGPUModelRunner(UnpadRunnerMixin, GPUModelRunner):
-    pass
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+        if options["draft_length"] == "auto":  # this runner goes by the wall clock
+            raise ValueError(AUTO_NEEDS_V2)
+        super().__init__(vllm_config, device)

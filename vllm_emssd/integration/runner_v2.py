@@ -2,8 +2,8 @@
 
 The runner keeps all it does: ragged verification, structured output, logprobs and
 sampling go through stock's own paths. This class puts our speculator in, passes on
-the scheduler's block allocations and the target's verdicts, and tells the scheduler
-how many drafts each request has.
+the scheduler's block allocations and the target's verdicts, tells the scheduler how
+many drafts each request has, and with automatic lengths measures what forwards cost.
 """
 
 from __future__ import annotations
@@ -15,19 +15,62 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
-from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.draft_length import AutoDraftLength, Survival
 from vllm_emssd.integration import hooks
+from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.prometheus import open_shared_counters
+from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.speculator_v2 import (
     INIT_SPECULATOR_HOOK,
     UnpadSpeculator,
     register_speculator,
 )
+from vllm_emssd.integration.step_costs import (
+    CONTEXT,
+    StepCostMeter,
+    measure_drafter,
+    measure_target,
+)
 from vllm_emssd.integration.v2_limits import refuse_deployment, refuse_options
 from vllm_emssd.metrics import Counters
+
+
+class TargetTiming(StepTimingCollector):
+    """Takes the place of vLLM's collector, which the runner tells of each forward, and
+    can time them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock: ForwardClock | None = None
+        self._num_rows = 0  # of a forward that began
+
+    def time_by(self, clock: ForwardClock) -> None:
+        """Time forwards from now on."""
+        self._clock = clock
+
+    def record_batch(self, input_batch: InputBatch, full_cudagraph: bool) -> None:
+        super().record_batch(input_batch, full_cudagraph)
+        self._num_rows = input_batch.num_tokens
+
+    def forward_start(self) -> None:
+        super().forward_start()
+        if self._clock is not None:
+            self._clock.start()
+
+    def model_executed(self) -> None:
+        """The forward was called, if there was one."""
+        if self._clock is not None and self._num_rows:
+            self._clock.stop(self._num_rows)
+        self._num_rows = 0
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """See `step_costs.TimedForwards`."""
+        return [] if self._clock is None else self._clock.take_timings()
 
 
 class UnpadGPUModelRunnerV2(GPUModelRunner):
@@ -37,11 +80,14 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
         self.emssd_config = EmssdConfig(**options)
         refuse_options(self.emssd_config)
-        refuse_deployment(vllm_config)
+        refuse_deployment(vllm_config, self.emssd_config)
         register_speculator()
         with hooks.installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._output: AsyncOutput | None = None  # with a verdict not yet recorded
+        self._ranks = Ranks(self.device)
+        self.step_timing = self._target_timing = TargetTiming()
+        self._step_costs: StepCostMeter | None = None  # with automatic lengths
         parallel_config = vllm_config.parallel_config
         self._shared_counters = (
             open_shared_counters(parallel_config.data_parallel_index)
@@ -50,9 +96,34 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         )
 
     def start_automatic_lengths(self) -> None:
-        """Warm-up is over, whose requests do not count. Lengths stay fixed."""
+        """Warm-up is over, whose requests do not count: where it was asked for, measure
+        costs and draft by them from now on."""
         self._record_verdict()
+        if self.emssd_config.draft_length == "auto":
+            self._step_costs = self._measure_costs()
+            policy = AutoDraftLength(
+                self._step_costs.costs,
+                Survival(self.num_speculative_steps),
+                may_trim=self.speculator.draft_logits is None,
+            )
+            self.speculator.set_policy(self._ranks.agreed(policy))
         self.speculator.reset_counters()
+
+    def _measure_costs(self) -> StepCostMeter:
+        device, target = self.device, self._target_timing
+        target.time_by(clock_of(device))
+        most = self.max_num_reqs * self.decode_query_len
+        most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
+        with self.speculator.sitting_out_dummy_runs() as drafter:
+            drafter.time_by(clock_of(device))
+            target_costs = measure_target(
+                lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
+                target,
+                max(most, 1),
+                device,
+            )
+            draft_costs = measure_drafter(drafter, device)
+        return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
 
     @property
     def counters(self) -> Counters:
@@ -60,8 +131,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         return self.speculator.counters
 
     def costs_now(self) -> dict[str, Any]:
-        """See the worker's `emssd_costs`: lengths are fixed on this runner."""
-        return {}
+        """See the worker's `emssd_costs`."""
+        return {} if self._step_costs is None else self._step_costs.prices()
 
     # ------------------------------------------------------------ a step
 
@@ -69,7 +140,9 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> Any:
         self._record_verdict()
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        self._target_timing.model_executed()
+        return output
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.speculator.release(scheduler_output.finished_req_ids)
@@ -83,6 +156,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         output = super().sample_tokens(*args, **kwargs)
         if isinstance(output, AsyncOutput):
             self._output = output
+            if self._step_costs is not None:
+                self._step_costs.step_done()
         return output
 
     def _record_verdict(self) -> None:

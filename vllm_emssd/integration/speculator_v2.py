@@ -7,7 +7,8 @@ allows, in one of two ways (`knows_verdict`):
 
 - *exact rows*: the number of accepted drafts is copied to the host before drafting, so
   that a first pass has 1 row, or 2 after a full acceptance. The host waits for the
-  target and the device then for the host.
+  target and the device then for the host. Automatic lengths go this way on any device:
+  they are chosen by the verdict, and by how sure each draft is, which is copied too.
 - *no copy*: the host launches the drafter by a bound (`LateDraftCursor`): 2 rows a
   request, uniform over those that drafted before, K+1 in all; who lags behind is fed
   all it lacks in the same pass. The verdict reaches the host with the step's output.
@@ -15,7 +16,8 @@ allows, in one of two ways (`knows_verdict`):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,11 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY
+from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.integration.kv_cache import check_full_attention
 from vllm_emssd.integration.paged_drafter_v2 import (
     BatchOnDevice,
@@ -97,7 +100,12 @@ class UnpadSpeculator(StandaloneARSpeculator):
         req_states: RequestState,
     ) -> None:
         super().__init__(vllm_config, device)
-        self.knows_verdict = copies_verdict(device)
+        config = EmssdConfig(**vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
+        self._is_automatic = config.draft_length == "auto"
+        self.knows_verdict = self._is_automatic or copies_verdict(device)
+        # [num_sampled] float32: of the drafts sampled last; None with fixed lengths
+        self.confidence: torch.Tensor | None = None
+        self._sits_out_dummy_runs = False
         self.counters = Counters()
         self.policy: DraftLengthPolicy = FixedDraftLength()
         self.draft_lens: dict[str, int] = {}  # of the last batch, for the scheduler
@@ -137,6 +145,18 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._proposer = DraftModelProposer(
             self._drafter, self._cursor, policy, self.counters
         )
+
+    @contextmanager
+    def sitting_out_dummy_runs(self) -> Iterator[PagedDrafterV2]:
+        """While costs are measured, of the target and of the drafter, which is lent."""
+        self._sits_out_dummy_runs = True
+        self._drafter.start_step(
+            BatchOnDevice.of_first_states(self.max_num_reqs, self.device)
+        )
+        try:
+            yield self._drafter
+        finally:
+            self._sits_out_dummy_runs = False
 
     def reset_counters(self) -> None:
         self.counters = Counters()
@@ -206,6 +226,8 @@ class UnpadSpeculator(StandaloneARSpeculator):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if dummy_run and self._sits_out_dummy_runs:
+            return self.draft_tokens[: input_batch.num_reqs]
         if dummy_run:  # profiling: stock's rows, the most there can be
             return super().propose(
                 input_batch,
@@ -228,7 +250,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         )
         self._step = step = scheduled_step(input_batch, self._req_states)
         if self.knows_verdict:
-            num_sampled_np = num_sampled.cpu().numpy()  # sync: how many were accepted
+            num_sampled_np = self._verdict(step, num_sampled)
             self.record_verdict(num_sampled_np)
             accepted = most_accepted = (
                 np.maximum(num_sampled_np.astype(np.int64), 1) - 1
@@ -238,6 +260,12 @@ class UnpadSpeculator(StandaloneARSpeculator):
             most_accepted = np.where(step.is_sampling, step.num_draft_tokens, 0)
         batch = self._draft_batch(input_batch, step, accepted, most_accepted)
         return self._to_columns(step.req_ids, self._proposer.draft(batch))
+
+    def _verdict(self, step: ScheduledStep, num_sampled: torch.Tensor) -> np.ndarray:
+        """Tokens each request sampled: one where no drafts were. [num_reqs] integers"""
+        if not step.num_draft_tokens.any():
+            return step.is_sampling.astype(np.int64)
+        return num_sampled.cpu().numpy()  # sync: how many were accepted
 
     def record_verdict(self, num_sampled: np.ndarray) -> None:
         """Move the cursors by what the last step accepted, and count the step.
@@ -255,6 +283,14 @@ class UnpadSpeculator(StandaloneARSpeculator):
         if isinstance(self._cursor, LateDraftCursor):
             self._cursor.settle()
         step.count(num_sampled, self.num_speculative_steps, self.counters)
+
+    def compute_draft_logits(
+        self, hidden_states: torch.Tensor, spec_step_idx: int
+    ) -> torch.Tensor:
+        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
+        if self._is_automatic:
+            self.confidence = highest_probability(logits)
+        return logits
 
     def _reckon(self, step: ScheduledStep) -> np.ndarray:
         """Accepted tokens to reckon with until the verdict. [num_reqs] int64"""
@@ -292,7 +328,9 @@ class UnpadSpeculator(StandaloneARSpeculator):
             num_scheduled_tokens=step.num_scheduled_tokens,
             num_prefilled_tokens=num_prefilled,
             is_sampling=step.is_sampling,
-            max_draft_tokens=self._max_draft_tokens(num_tokens + max_moved_by),
+            max_draft_tokens=self._max_draft_tokens(
+                num_tokens + max_moved_by, states.max_seq_len[idx_mapping_np]
+            ),
         )
 
     def _batch_on_device(
@@ -314,14 +352,23 @@ class UnpadSpeculator(StandaloneARSpeculator):
             self.temperature[idx_mapping[rows]] = 0.0
         return BatchOnDevice(idx_mapping, moved_by, max_moved_by, constrained)
 
-    def _max_draft_tokens(self, num_tokens: np.ndarray) -> np.ndarray:
+    def _max_draft_tokens(
+        self, num_tokens: np.ndarray, max_num_tokens: np.ndarray
+    ) -> np.ndarray:
         """Most drafts of each request: K, what the model length leaves room for (one
         place stays for the token the target adds), and what the drafter can take.
-        `num_tokens`: [num_reqs] int64, at most that many are known."""
+
+        Args:
+            num_tokens: [num_reqs] int64, at most that many are known.
+            max_num_tokens: [num_reqs] with all a request may emit; automatic lengths
+                leave off drafts beyond it, which fixed ones make as stock does.
+        """
         room = np.minimum(
             self.max_model_len - num_tokens - 1,
             self._drafter.max_model_len - num_tokens + 1,
         )
+        if self._is_automatic:
+            room = np.minimum(room, max_num_tokens - num_tokens - 1)
         return np.clip(room, 0, self.num_speculative_steps)
 
     def _to_columns(self, req_ids: list[str], drafts: DeviceDrafts) -> torch.Tensor:

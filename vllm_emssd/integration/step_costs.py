@@ -8,24 +8,25 @@ between those every worker decides from the same numbers.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import nn
 from vllm.logger import init_logger
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.draft_length import CostTable, StepCosts
-from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.proposers.draft_model import Drafter
 from vllm_emssd.ragged import RaggedRows
 
 logger = init_logger("vllm.emssd.step_costs")
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _REPEATS = 4  # the first of each is warm-up
-_CONTEXT = 256  # tokens each row attends to
+CONTEXT = 256  # tokens each row attends to
 _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05
 _LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
@@ -34,22 +35,38 @@ _STEPS_BETWEEN_SHARING = 64  # of the first worker's prices
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
 
+class TimedForwards(Protocol):
+    """Forwards of one model."""
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """(rows, ms) of those whose time has become known since the last call."""
+        ...
+
+
+class TimedDrafter(Drafter, TimedForwards, Protocol):
+    @property
+    def max_num_reqs(self) -> int: ...
+
+
 class ForwardTimer:
-    """Milliseconds of a module's last forward, by its hooks."""
+    """A module's last forward, timed by its hooks on a CPU."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.rows = 0
-        self.ms = 0.0
+        self._rows = 0
+        self._ms = 0.0
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
 
+    def take_timings(self) -> list[tuple[int, float]]:
+        return [(self._rows, self._ms)]
+
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         token_ids = kwargs.get("input_ids")
-        self.rows = 0 if token_ids is None else int(token_ids.shape[0])
+        self._rows = 0 if token_ids is None else int(token_ids.shape[0])
         self._started = time.perf_counter()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ms = (time.perf_counter() - self._started) * 1e3
+        self._ms = (time.perf_counter() - self._started) * 1e3
 
 
 class StepCostMeter:
@@ -57,53 +74,43 @@ class StepCostMeter:
 
     `costs` are the prices to decide by, the same on all ranks; `measured` are this
     worker's own. A single worker has one object for both.
+
+    Args:
+        measured: prices of both models at the start.
+        target, drafter: their live forwards; no drafter where none is used.
     """
 
     def __init__(
-        self, runner: GPUModelRunner, drafter: PagedDrafter | None, ranks: Ranks
+        self,
+        measured: tuple[CostTable, CostTable],
+        target: TimedForwards,
+        drafter: TimedForwards | None,
+        ranks: Ranks,
     ) -> None:
-        self._target = ForwardTimer(runner.model)
+        self._target = target
         self._drafter = drafter
         self._ranks = ranks
         self._num_steps = 0
         self._step_ended: float | None = None
-        self.measured = StepCosts(
-            self._measure_target(runner),
-            NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter),
-            _FIXED_MS,
-        )
+        self.measured = StepCosts(*measured, _FIXED_MS)
         self.costs = self.measured if ranks.is_alone else copy(self.measured)
         self._take_over_prices()
         logger.info("Milliseconds by rows:\n%s", self.table())
-
-    def _measure_target(self, runner: GPUModelRunner) -> CostTable:
-        most = runner.max_num_reqs * (1 + runner.num_spec_tokens)
-        most = min(most, runner.max_num_tokens)
-        samples = []
-        for rows in (n for n in _ROWS if n <= most):
-            for repeat in range(_REPEATS):
-                runner._dummy_run(
-                    rows,
-                    force_attention=True,
-                    uniform_decode=True,
-                    profile_seq_lens=min(_CONTEXT, runner.max_model_len),
-                )
-                if repeat:
-                    samples.append((rows, self._target.ms))
-        return CostTable.from_samples(samples)
 
     def step_done(self) -> None:
         """Called when a step's drafts are made: learn from the step."""
         now = time.perf_counter()
         costs = self.measured
-        costs.target.observe(self._target.rows, self._target.ms)
-        draft_ms = 0.0
-        if self._drafter is not None:
-            for rows, ms in self._drafter.take_timings():
-                costs.draft.observe(rows, ms)
-                draft_ms += ms
-        if self._step_ended is not None:
-            ms = (now - self._step_ended) * 1e3 - self._target.ms - draft_ms
+        target = self._target.take_timings()
+        draft = [] if self._drafter is None else self._drafter.take_timings()
+        for rows, ms in target:
+            costs.target.observe(rows, ms)
+        for rows, ms in draft:
+            costs.draft.observe(rows, ms)
+        # Times of a GPU may come a step late: then none is of this step, or two are.
+        if self._step_ended is not None and len(target) == 1:
+            forwards_ms = sum(ms for _, ms in (*target, *draft))
+            ms = (now - self._step_ended) * 1e3 - forwards_ms
             if 0 < ms < _LONGEST_PAUSE * costs.fixed_ms:
                 costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
         self._step_ended = now
@@ -123,6 +130,14 @@ class StepCostMeter:
         self.costs.target = CostTable([rows for rows, _ in target], target_ms)
         self.costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
 
+    def prices(self) -> dict[str, Any]:
+        """See the worker's `emssd_costs`."""
+        return {
+            "target": self.costs.target.points,
+            "draft": self.costs.draft.points,
+            "fixed_ms": self.costs.fixed_ms,
+        }
+
     def table(self) -> str:
         """The prices as a small text table."""
         rows = [r for r, _ in self.costs.target.points]
@@ -133,11 +148,29 @@ class StepCostMeter:
         return "\n".join(lines)
 
 
-def measure_drafter(drafter: PagedDrafter) -> CostTable:
+def measure_target(
+    run: Callable[[int], object],
+    target: TimedForwards,
+    most_rows: int,
+    device: torch.device,
+) -> CostTable:
+    """`run`: a forward of the target with that many rows, each with some context."""
+    samples = []
+    for num_rows in (n for n in _ROWS if n <= most_rows):
+        for repeat in range(_REPEATS):
+            run(num_rows)
+            _finish(device)
+            timings = target.take_timings()
+            if repeat:
+                samples += [(num_rows, ms) for _, ms in timings]
+    return CostTable.from_samples(samples)
+
+
+def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
     """One row a request, as all draft forwards but a step's first; beyond as many rows
     as there are requests, several rows each, as when prompts are caught up."""
     samples = []
-    context = min(_CONTEXT, drafter.max_model_len)
+    context = min(CONTEXT, drafter.max_model_len)
     most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
     for num_rows in (n for n in _ROWS if n <= most):
         num_reqs = min(num_rows, drafter.max_num_reqs)
@@ -147,7 +180,14 @@ def measure_drafter(drafter: PagedDrafter) -> CostTable:
         token_ids = np.zeros(num_rows, dtype=np.int32)
         for repeat in range(_REPEATS):
             drafter.forward(rows, token_ids, rows.last_rows, 0)
+            _finish(device)
             timings = drafter.take_timings()
             if repeat:
                 samples += timings
     return CostTable.from_samples(samples)
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what was launched; a CPU has computed it by then."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

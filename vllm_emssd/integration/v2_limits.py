@@ -1,4 +1,5 @@
-"""What does not work on vLLM's V2 model runner, each with the flag to change."""
+"""What does not work on vLLM's V2 model runner, or on a GPU only there, each with the
+flag to change."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ from vllm.triton_utils import HAS_TRITON
 from vllm_emssd.config import EmssdConfig
 
 USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
+AUTO_NEEDS_V2 = (
+    "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs, and on GPUs "
+    'with "proposer": "draft_model" on vLLM\'s V2 model runner only; use '
+    '"draft_length": "fixed".'
+)
 
 
 def refuse_options(config: EmssdConfig) -> None:
@@ -17,11 +23,6 @@ def refuse_options(config: EmssdConfig) -> None:
             f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
             f"V1 model runner only. {USE_V1}."
         )
-    if config.draft_length != "fixed":
-        raise ValueError(
-            f"--speculative-config: 'draft_length' \"{config.draft_length}\" works on "
-            f'vLLM\'s V1 model runner only. {USE_V1}, or use "draft_length": "fixed".'
-        )
     if not config.unpad_inputs:
         raise ValueError(
             "--speculative-config: 'unpad_inputs' false works on vLLM's V1 model "
@@ -29,8 +30,15 @@ def refuse_options(config: EmssdConfig) -> None:
         )
 
 
-def refuse_deployment(vllm_config: VllmConfig) -> None:
+def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
     """Raise ValueError for what vLLM's V2 runner offers and emssd does not."""
+    spec_config = vllm_config.speculative_config
+    if config.draft_length == "auto" and spec_config.use_local_argmax_reduction:
+        raise ValueError(
+            "--speculative-config: 'draft_length' \"auto\" goes by the probabilities "
+            "of drafts, which 'use_local_argmax_reduction' does not compute; remove "
+            'that, or use "draft_length": "fixed".'
+        )
     if not HAS_TRITON:
         raise ValueError(
             f"vLLM's V2 model runner needs Triton, which this machine lacks. {USE_V1}."

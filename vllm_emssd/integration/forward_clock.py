@@ -1,0 +1,88 @@
+"""How long forwards take on the device that runs them.
+
+A CPU has computed a forward once the call returns, so the wall clock tells. A GPU was
+only asked to: events in its stream tell, once it has passed them. They are read then,
+which may be a step later; nothing waits for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+_MOST_KEPT = 1024  # forwards nobody has asked for; more than a step has
+
+
+class ForwardClock(Protocol):
+    """Times one forward after the other."""
+
+    def start(self) -> None: ...
+
+    def stop(self, num_rows: int) -> None:
+        """The forward begun last has been called, with that many rows."""
+        ...
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """(rows, ms) of the forwards whose time has become known since the last call,
+        in the order they were called."""
+        ...
+
+
+class WallClock:
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._timings: deque[tuple[int, float]] = deque(maxlen=_MOST_KEPT)
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, num_rows: int) -> None:
+        self._timings.append((num_rows, (time.perf_counter() - self._started) * 1e3))
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        timings = list(self._timings)
+        self._timings.clear()
+        return timings
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+class EventClock:
+    """By events in the current stream.
+
+    Args:
+        make_event: gives events that are like CUDA's, with timing.
+    """
+
+    def __init__(self, make_event: Callable[[], Any] = _timing_event) -> None:
+        self._make_event = make_event
+        self._started: Any = None
+        self._pending: deque[tuple[int, Any, Any]] = deque(maxlen=_MOST_KEPT)
+
+    def start(self) -> None:
+        self._started = self._recorded()
+
+    def stop(self, num_rows: int) -> None:
+        self._pending.append((num_rows, self._started, self._recorded()))
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        timings = []
+        while self._pending and self._pending[0][2].query():
+            num_rows, started, stopped = self._pending.popleft()
+            timings.append((num_rows, started.elapsed_time(stopped)))
+        return timings
+
+    def _recorded(self) -> Any:
+        event = self._make_event()
+        event.record()
+        return event
+
+
+def clock_of(device: torch.device) -> ForwardClock:
+    return WallClock() if device.type == "cpu" else EventClock()
