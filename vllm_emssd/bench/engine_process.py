@@ -50,9 +50,15 @@ class EngineProcess:
         child.close()
         self._receive()  # ready
 
-    def run(self, batches: list[list[Request]]) -> Round:
-        """The batches one after the other, timed together."""
-        self._pipe.send(batches)
+    def run(
+        self, batches: list[list[Request]], max_concurrency: int | None = None
+    ) -> Round:
+        """The batches one after the other, timed together.
+
+        Args:
+            max_concurrency: of a batch's requests, so many at once; all if not given.
+        """
+        self._pipe.send((batches, max_concurrency))
         return self._receive()
 
     def close(self) -> None:
@@ -84,8 +90,8 @@ def _serve(method: Method, options: EngineOptions, pipe: Connection) -> None:
     try:
         engine = _Engine(method, options)
         pipe.send("ready")
-        while (batches := pipe.recv()) is not None:
-            pipe.send(engine.run(batches))
+        while (asked := pipe.recv()) is not None:
+            pipe.send(engine.run(*asked))
     except EOFError:  # the parent is gone
         return
     except Exception:
@@ -125,13 +131,13 @@ class _Engine:
         self._stopwatch = Stopwatch(self._llm)
         self._num_requests = 0
 
-    def run(self, batches: list[list[Request]]) -> Round:
+    def run(self, batches: list[list[Request]], max_concurrency: int | None) -> Round:
         self._stopwatch.round = done = Round()
         self._stopwatch.request_index.clear()
         stats, preemptions = self._emssd_stats(), self._num_preemptions()
         start = time.perf_counter()
         for batch in batches:
-            done.num_tokens += self._run_batch(batch)
+            done.num_tokens += self._run_batch(batch, max_concurrency or len(batch))
         done.seconds = time.perf_counter() - start
         done.num_preemptions = self._num_preemptions() - preemptions
         now = self._emssd_stats()
@@ -140,20 +146,26 @@ class _Engine:
             done.emssd_costs = self._llm.collective_rpc("emssd_costs")[0]
         return done
 
-    def _run_batch(self, batch: list[Request]) -> int:
+    def _run_batch(self, batch: list[Request], max_concurrency: int) -> int:
         """Returns how many tokens came out."""
-        engine, num_tokens = self._llm.llm_engine, 0
+        engine, num_tokens, num_running = self._llm.llm_engine, 0, 0
         waiting = sorted(batch, key=lambda request: request.arrival_ms)
         start = time.perf_counter()
         while waiting or engine.has_unfinished_requests():
             elapsed_ms = (time.perf_counter() - start) * 1e3
-            while waiting and waiting[0].arrival_ms <= elapsed_ms:
+            while (
+                waiting
+                and waiting[0].arrival_ms <= elapsed_ms
+                and num_running < max_concurrency
+            ):
                 self._add(waiting.pop(0))
+                num_running += 1
             if not engine.has_unfinished_requests():
                 time.sleep((waiting[0].arrival_ms - elapsed_ms) / 1e3)
                 continue
             for output in engine.step():
                 if output.finished:
+                    num_running -= 1
                     num_tokens += len(output.outputs[0].token_ids)  # type: ignore[union-attr]
         return num_tokens
 

@@ -44,6 +44,7 @@ class Plan:
     min_requests: int = 1
     warm_up: int = 1  # rounds of each batch size that are not kept, after each start
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
+    is_continuous: bool = False  # a request takes the place of the first that ends
     priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
@@ -120,8 +121,12 @@ def _measure_once(
         for batch in plan.batches:
             progress.update(bar, description=f"batch {batch}")
             chosen = requests[: plan.num_requests(batch)]
-            batches = in_batches(chosen, batch)
-            runs = [(engine.method, partial(engine.run, batches)) for engine in engines]
+            size = len(chosen) if plan.is_continuous else batch
+            batches = in_batches(chosen, size)
+            runs = [
+                (engine.method, partial(engine.run, batches, batch))
+                for engine in engines
+            ]
             measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))
             measured.forwards[batch] = {
                 engine.method.name: _stretched(engine, batches[0], options)

@@ -72,6 +72,12 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batches", type=int, nargs="+", help="concurrent requests")
     group.add_argument("--rounds", type=int, help="kept, after a first that warms up")
     group.add_argument(
+        "--continuous",
+        action="store_true",
+        help="a request starts as soon as another has ended, as in a server; default: "
+        "batches one after the other, as in the paper",
+    )
+    group.add_argument(
         "--starts",
         type=int,
         default=1,
@@ -194,6 +200,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     options = method_options(args)
     chosen = [parse_method(text, options) for text in args.methods]
     priced = set(PADDED.values()) if args.price_kv_padding else ()
+    if args.continuous and {method.name for method in chosen} & set(PADDED.values()):
+        raise ValueError(
+            "--continuous: the paper's vanilla, which padded inputs are compared with, "
+            "runs whole batches; leave out one or the other"
+        )
     return Plan(
         chosen,
         args.batches,
@@ -201,6 +212,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         args.min_requests,
         priced=tuple(priced),
         starts=args.starts,
+        is_continuous=args.continuous,
     )
 
 

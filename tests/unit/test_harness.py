@@ -1,0 +1,108 @@
+"""Who runs what, when: with engines that only take notes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_emssd.bench import harness
+from vllm_emssd.bench.engine_process import EngineOptions, _Engine
+from vllm_emssd.bench.harness import Plan, measure
+from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.request import Request
+from vllm_emssd.bench.round import Round
+
+METHODS = [Method("plain", None), Method("other", {})]
+OPTIONS = EngineOptions("model", "tokenizer", max_model_len=64, max_num_seqs=2)
+
+
+def requests(*max_tokens: int) -> list[Request]:
+    return [Request([1], n, {}, 0.0, "") for n in max_tokens]
+
+
+class NotedEngine:
+    """Takes the place of an engine process."""
+
+    made: list[NotedEngine]
+
+    def __init__(self, method: Method, options: EngineOptions) -> None:
+        self.method, self.is_closed = method, False
+        self.runs: list[tuple[list[int], int]] = []  # sizes of the batches, concurrency
+        NotedEngine.made.append(self)
+
+    def run(self, batches: list[list[Request]], max_concurrency: int) -> Round:
+        self.runs.append(([len(batch) for batch in batches], max_concurrency))
+        return Round()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture(autouse=True)
+def noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    NotedEngine.made = []
+    monkeypatch.setattr(harness, "EngineProcess", NotedEngine)
+    monkeypatch.setattr(harness, "PAUSE_S", 0.0)
+
+
+def test_engines_start_anew_and_all_their_rounds_are_kept() -> None:
+    plan = Plan(METHODS, batches=[1, 2], rounds=2, starts=3)
+    measured = measure(plan, OPTIONS, requests(4, 4))
+    assert [e.method.name for e in NotedEngine.made] == ["plain", "other"] * 3
+    assert all(engine.is_closed for engine in NotedEngine.made)
+    assert {len(r) for by in measured.rounds.values() for r in by.values()} == {3 * 2}
+    assert measured.rounds.keys() == measured.forwards.keys() == {1, 2}
+    per_engine = 2 * (plan.rounds + plan.warm_up)
+    assert {len(engine.runs) for engine in NotedEngine.made} == {per_engine}
+
+
+@pytest.mark.parametrize(("is_continuous", "sizes"), [(False, [2, 2]), (True, [4])])
+def test_batches_one_after_the_other_or_all_requests_at_once(
+    is_continuous: bool, sizes: list[int]
+) -> None:
+    plan = Plan(METHODS, [2], 1, min_requests=3, is_continuous=is_continuous)
+    measure(plan, OPTIONS, requests(4, 4, 4, 4))
+    assert {str(run) for e in NotedEngine.made for run in e.runs} == {str((sizes, 2))}
+
+
+class CountingEngine:
+    """Stands for vLLM's: every step gives each request a token."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, int] = {}  # request -> tokens to come
+        self.concurrency: list[int] = []
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        self.concurrency.append(len(self.left))
+        self.left = {request: n - 1 for request, n in self.left.items()}
+        ended = [request for request, n in self.left.items() if n == 0]
+        for request in ended:
+            del self.left[request]
+        return [
+            SimpleNamespace(finished=True, outputs=[SimpleNamespace(token_ids=[0])])
+            for _ in ended
+        ]
+
+
+@pytest.mark.parametrize(
+    ("most", "seen"), [(2, [2, 2, 2, 2, 1, 1]), (4, [4, 3, 2, 1]), (1, [1] * 10)]
+)
+def test_a_request_takes_the_place_of_the_first_that_ends(
+    most: int, seen: list[int]
+) -> None:
+    counting = CountingEngine()
+
+    class Fed(_Engine):
+        def __init__(self) -> None:
+            self._llm = SimpleNamespace(llm_engine=counting)
+
+        def _add(self, request: Request) -> None:
+            counting.left[id(request)] = request.max_tokens
+
+    assert Fed()._run_batch(requests(1, 2, 3, 4), most) == 4
+    assert counting.concurrency == seen
