@@ -143,7 +143,7 @@ def server_environment(method: Method) -> dict[str, str]:
     """Ours, and on the CPU threads and preloads that are alike for all methods."""
     env = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
     if (method.speculative_config or {}).get("method") == "emssd":
-        # On a GPU vLLM prefers its V2 runner; emssd's draft model needs V1.
+        # vLLM prefers its V2 runner on a GPU; every machine shows the same one here.
         env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if not torch.cuda.is_available():
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

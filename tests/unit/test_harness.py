@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm_emssd.bench.harness import Plan, measure
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
+from vllm_emssd.commands.bench import add_arguments, plan_of
 
 METHODS = [Method("plain", None), Method("other", {})]
 OPTIONS = EngineOptions("model", "tokenizer", max_model_len=64, max_num_seqs=2)
@@ -106,3 +108,18 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
 
     assert Fed()._run_batch(requests(1, 2, 3, 4), most) == 4
     assert counting.concurrency == seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--http", "--starts", "2"], "leave out --starts"),
+        (["--http", "--continuous"], "leave out --starts and --continuous"),
+        (["--continuous", "--methods", "llma", "llma-padded"], "runs whole batches"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags: list[str], says: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(ValueError, match=says):
+        plan_of(parser.parse_args(["--methods", "plain", *flags]))

@@ -50,13 +50,11 @@ class EngineProcess:
         child.close()
         self._receive()  # ready
 
-    def run(
-        self, batches: list[list[Request]], max_concurrency: int | None = None
-    ) -> Round:
+    def run(self, batches: list[list[Request]], max_concurrency: int) -> Round:
         """The batches one after the other, timed together.
 
         Args:
-            max_concurrency: of a batch's requests, so many at once; all if not given.
+            max_concurrency: requests of a batch that run at once.
         """
         self._pipe.send((batches, max_concurrency))
         return self._receive()
@@ -131,13 +129,13 @@ class _Engine:
         self._stopwatch = Stopwatch(self._llm)
         self._num_requests = 0
 
-    def run(self, batches: list[list[Request]], max_concurrency: int | None) -> Round:
+    def run(self, batches: list[list[Request]], max_concurrency: int) -> Round:
         self._stopwatch.round = done = Round()
         self._stopwatch.request_index.clear()
         stats, preemptions = self._emssd_stats(), self._num_preemptions()
         start = time.perf_counter()
         for batch in batches:
-            done.num_tokens += self._run_batch(batch, max_concurrency or len(batch))
+            done.num_tokens += self._run_batch(batch, max_concurrency)
         done.seconds = time.perf_counter() - start
         done.num_preemptions = self._num_preemptions() - preemptions
         now = self._emssd_stats()

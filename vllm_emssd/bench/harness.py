@@ -159,7 +159,7 @@ def _stretched(
     forwards: list[Forward] = []
     for requests in stretched(batch, options.max_model_len):
         lens = [len(request.prompt_token_ids) for request in requests]
-        forwards += decode_forwards(engine.run([requests]), lens)
+        forwards += decode_forwards(engine.run([requests], len(requests)), lens)
     return forwards
 
 

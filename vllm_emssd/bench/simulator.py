@@ -198,13 +198,12 @@ class SimulatedEngine:
             if len(self._running) == self._setting.max_num_seqs:
                 break
             request = self._waiting.popleft()
-            num_cached = request.num_computed
             rows = request.schedule(left - self._draft_slots)
             num_rows += rows
             left -= rows + self._draft_slots
             self._running.append(request)
             if self._drafting is not None:
-                self._drafting.admit(request.req_id, num_cached)
+                self._drafting.admit(request.req_id, request.num_computed)
         return num_rows
 
     def _verify(self, batch: Sequence[SimulatedRequest]) -> None:

@@ -200,6 +200,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     options = method_options(args)
     chosen = [parse_method(text, options) for text in args.methods]
     priced = set(PADDED.values()) if args.price_kv_padding else ()
+    if args.http and (args.continuous or args.starts > 1):
+        raise ValueError(
+            "--http: servers start once, and always run continuously; leave out "
+            "--starts and --continuous"
+        )
     if args.continuous and {method.name for method in chosen} & set(PADDED.values()):
         raise ValueError(
             "--continuous: the paper's vanilla, which padded inputs are compared with, "

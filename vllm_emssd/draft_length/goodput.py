@@ -143,12 +143,9 @@ def plan(
     if survival.size == 0:
         return best
     dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
-    if not dearness.any():
-        best = _best_prefixes(survival, charged, prices, best)
-    else:
-        for most in np.unique(dearness):
-            affordable = np.where(dearness[:, None] <= most, survival, 0.0)
-            best = _best_prefixes(affordable, charged, prices, best)
+    for most in np.unique(dearness):
+        affordable = np.where(dearness[:, None] <= most, survival, 0.0)
+        best = _best_prefixes(affordable, charged, prices, best)
     return _change_one_by_one(survival, charged, prices, best)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 _MOST_KEPT = 1024  # forwards nobody has asked for; more than a step has
 
@@ -49,6 +50,27 @@ class WallClock:
         return timings
 
 
+class ForwardTimer:
+    """A module's last forward, timed by its hooks on a CPU."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rows = 0
+        self._ms = 0.0
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after)
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        return [(self._rows, self._ms)]
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        token_ids = kwargs.get("input_ids")
+        self._rows = 0 if token_ids is None else int(token_ids.shape[0])
+        self._started = time.perf_counter()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._ms = (time.perf_counter() - self._started) * 1e3
+
+
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
 
@@ -64,6 +86,7 @@ class EventClock:
         self._make_event = make_event
         self._started: Any = None
         self._pending: deque[tuple[int, Any, Any]] = deque(maxlen=_MOST_KEPT)
+        self._spare: list[Any] = []  # events that were read
 
     def start(self) -> None:
         self._started = self._recorded()
@@ -76,10 +99,11 @@ class EventClock:
         while self._pending and self._pending[0][2].query():
             num_rows, started, stopped = self._pending.popleft()
             timings.append((num_rows, started.elapsed_time(stopped)))
+            self._spare += [started, stopped]
         return timings
 
     def _recorded(self) -> Any:
-        event = self._make_event()
+        event = self._spare.pop() if self._spare else self._make_event()
         event.record()
         return event
 

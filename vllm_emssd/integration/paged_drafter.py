@@ -8,7 +8,6 @@ the rows we choose instead of the padded ones.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +21,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_emssd.integration.confidence import highest_probability
+from vllm_emssd.integration.forward_clock import WallClock
 from vllm_emssd.ragged import RaggedRows
 
 
@@ -54,7 +54,7 @@ class PagedDrafter:
         self._requests = requests
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
         self._draft_probs: dict[str, list[torch.Tensor]] = {}
-        self._timings: list[tuple[int, float]] = []
+        self._clock = WallClock()  # on GPUs this drafter is not timed
 
     @property
     def draft_probs(self) -> dict[str, list[torch.Tensor]]:
@@ -68,8 +68,7 @@ class PagedDrafter:
 
     def take_timings(self) -> list[tuple[int, float]]:
         """(rows, ms) of the forwards since the last call, where they are timed."""
-        timings, self._timings = self._timings, []
-        return timings
+        return self._clock.take_timings()
 
     @torch.inference_mode()
     def forward(
@@ -79,11 +78,10 @@ class PagedDrafter:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
-        started = time.perf_counter()
+        self._clock.start()
         drafted = self._forward(rows, token_ids, sampled_rows, draft_position)
         if self._needs_confidence:
-            ms = (time.perf_counter() - started) * 1e3
-            self._timings.append((rows.num_rows, ms))
+            self._clock.stop(rows.num_rows)
         return drafted
 
     def _forward(

@@ -28,6 +28,7 @@ from vllm_emssd.draft_length import (
     Survival,
 )
 from vllm_emssd.integration import hooks
+from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.kv_cache import check_full_attention
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
@@ -39,7 +40,6 @@ from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
 from vllm_emssd.integration.step_costs import (
     CONTEXT,
     NO_DRAFT_MODEL,
-    ForwardTimer,
     StepCostMeter,
     measure_drafter,
     measure_target,

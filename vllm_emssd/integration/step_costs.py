@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
@@ -46,27 +46,6 @@ class TimedForwards(Protocol):
 class TimedDrafter(Drafter, TimedForwards, Protocol):
     @property
     def max_num_reqs(self) -> int: ...
-
-
-class ForwardTimer:
-    """A module's last forward, timed by its hooks on a CPU."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._rows = 0
-        self._ms = 0.0
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after)
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        return [(self._rows, self._ms)]
-
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        token_ids = kwargs.get("input_ids")
-        self._rows = 0 if token_ids is None else int(token_ids.shape[0])
-        self._started = time.perf_counter()
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._ms = (time.perf_counter() - self._started) * 1e3
 
 
 class StepCostMeter:
@@ -155,21 +134,17 @@ def measure_target(
     device: torch.device,
 ) -> CostTable:
     """`run`: a forward of the target with that many rows, each with some context."""
-    samples = []
+    samples: list[tuple[int, float]] = []
     for num_rows in (n for n in _ROWS if n <= most_rows):
-        for repeat in range(_REPEATS):
-            run(num_rows)
-            _finish(device)
-            timings = target.take_timings()
-            if repeat:
-                samples += [(num_rows, ms) for _, ms in timings]
+        timings = _repeated(partial(run, num_rows), target, device)
+        samples += [(num_rows, ms) for _, ms in timings]
     return CostTable.from_samples(samples)
 
 
 def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
     """One row a request, as all draft forwards but a step's first; beyond as many rows
     as there are requests, several rows each, as when prompts are caught up."""
-    samples = []
+    samples: list[tuple[int, float]] = []
     context = min(CONTEXT, drafter.max_model_len)
     most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
     for num_rows in (n for n in _ROWS if n <= most):
@@ -178,13 +153,26 @@ def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
         lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
         rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
         token_ids = np.zeros(num_rows, dtype=np.int32)
-        for repeat in range(_REPEATS):
-            drafter.forward(rows, token_ids, rows.last_rows, 0)
-            _finish(device)
-            timings = drafter.take_timings()
-            if repeat:
-                samples += timings
+        samples += _repeated(
+            partial(drafter.forward, rows, token_ids, rows.last_rows, 0),
+            drafter,
+            device,
+        )
     return CostTable.from_samples(samples)
+
+
+def _repeated(
+    forward: Callable[[], object], timed: TimedForwards, device: torch.device
+) -> list[tuple[int, float]]:
+    """(rows, ms) of all times but the first."""
+    samples: list[tuple[int, float]] = []
+    for repeat in range(_REPEATS):
+        forward()
+        _finish(device)
+        timings = timed.take_timings()
+        if repeat:
+            samples += timings
+    return samples
 
 
 def _finish(device: torch.device) -> None:
