@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ class Soak:
         self._rng = random.Random(options.seed + 1)
         self._ends = time.monotonic() + 60 * options.minutes
         self.tally = Tally()
-        self.memory: list[tuple[float, float]] = []  # minutes, MiB
+        self.memory: list[tuple[float, dict[str, float]]] = []  # minutes, MiB
 
     async def run(self) -> None:
         async with open_client(self._server) as client:
@@ -223,15 +224,15 @@ class Soak:
             await asyncio.sleep(0.5)
 
 
-def resident_mib(pid: int) -> float:
-    """Of a process and all that it started."""
-    total = 0
+def resident_mib(pid: int) -> dict[str, float]:
+    """Of a process and of all that it started, by name."""
+    found: Counter[str] = Counter()
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
-                total += one.memory_info().rss
-    return total / 2**20
+                found[one.name()] += one.memory_info().rss
+    return {name: resident / 2**20 for name, resident in found.items()}
 
 
 def check_counters(
@@ -278,10 +279,22 @@ def check_log(log: Path) -> list[str]:
     return [f"log: {line[:300]}" for line in errors[:5]]
 
 
-def growth(memory: Sequence[tuple[float, float]]) -> float:
-    """MiB a minute over the later two thirds, by least squares."""
-    later = np.array(memory[len(memory) // 3 :])
-    return float(np.polyfit(later[:, 0], later[:, 1], 1)[0]) if len(later) > 2 else 0.0
+def growth(memory: Sequence[tuple[float, dict[str, float]]]) -> float:
+    """MiB a minute of all processes over the later two thirds, by least squares."""
+    later = [(at, sum(sizes.values())) for at, sizes in memory[len(memory) // 3 :]]
+    return float(np.polyfit(*zip(*later, strict=True), 1)[0]) if len(later) > 2 else 0.0
+
+
+def thinned(
+    memory: Sequence[tuple[float, dict[str, float]]], most: int = 20
+) -> list[dict[str, float]]:
+    """Of all the samples at most so many and the last, for the record."""
+    step = -(-len(memory) // most)
+    kept = [*memory[:-1:step], memory[-1]]
+    return [
+        {"minutes": round(at, 1)} | {name: round(mib) for name, mib in sizes.items()}
+        for at, sizes in kept
+    ]
 
 
 def end_in_mid_stream(server: ServerProcess, prompt: list[int]) -> list[str]:
@@ -348,9 +361,8 @@ def describe_soak(soak: Soak, metrics: dict[str, float]) -> dict[str, Any]:
             "most": seconds[-1],
         },
         "memory_mib": {
-            "first": soak.memory[0][1],
-            "last": soak.memory[-1][1],
             "growth_a_minute": growth(soak.memory),
+            "samples": thinned(soak.memory),
         },
         "counters": {
             name: int(value)

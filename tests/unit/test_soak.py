@@ -72,10 +72,22 @@ def test_clients_cannot_get_more_than_was_emitted() -> None:
 
 
 def test_growth_is_that_of_the_later_two_thirds() -> None:
-    warm_up = [(minute / 10, 100.0 * minute) for minute in range(10)]
-    later = [(1 + minute / 10, 1000 + 0.5 * minute) for minute in range(20)]
+    warm_up = [(minute / 10, {"all": 100.0 * minute}) for minute in range(10)]
+    later = [
+        (1 + minute / 10, {"server": 800.0, "engine": 200 + 0.5 * minute})
+        for minute in range(20)
+    ]
     assert soak.growth(warm_up + later) == pytest.approx(5.0)
     assert soak.growth(later[:2]) == 0
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 20, 21, 22, 41, 720])
+def test_the_record_keeps_few_samples_of_memory_but_the_last(num_samples: int) -> None:
+    memory = [(float(minute), {"server": 1.0}) for minute in range(num_samples)]
+    kept = [sample["minutes"] for sample in soak.thinned(memory)]
+    assert kept[0] == 0
+    assert kept[-1] == num_samples - 1
+    assert len(set(kept)) == len(kept) <= 21
 
 
 def test_errors_in_the_log_are_found(tmp_path: Path) -> None:
