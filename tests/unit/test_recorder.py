@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_emssd.bench import recorder
 from vllm_emssd.bench.recorder import TraceRecorder
+from vllm_emssd.bench.request import Request
 
 K, MAX_TOKENS = 3, 7
 PROMPTS = [[5, 9, 2], [1], [7, 7, 30, 12, 4]]
@@ -82,6 +83,41 @@ def test_every_position_is_what_drafting_there_gives(
         all_accepted += trace.accepted
     assert 0 in all_accepted
     assert max(all_accepted) > 0
+
+
+@pytest.mark.usefixtures("load_pair")
+def test_a_draft_is_accepted_where_the_target_sampled_it(
+    pair: dict[str, LlamaForCausalLM],
+) -> None:
+    made = TraceRecorder("target", "draft", K, "float32", "a test")
+    trace = made.record_ids(PROMPTS[0], MAX_TOKENS, temperature=1.0)
+    trace.check(made.header)
+    assert trace.output_ids != greedy(pair["target"], PROMPTS[0], MAX_TOKENS + K)[0]
+    for p in range(MAX_TOKENS):
+        drafts, _ = greedy(pair["draft"], PROMPTS[0] + trace.output_ids[:p], K)
+        agrees = [d == t for d, t in zip(drafts, trace.output_ids[p:], strict=False)]
+        assert trace.accepted[p] == [*agrees, False].index(False)
+    assert made.record_ids(PROMPTS[0], MAX_TOKENS, temperature=1.0) == trace
+
+
+@pytest.mark.usefixtures("load_pair")
+def test_sampling_follows_the_temperature(pair: dict[str, LlamaForCausalLM]) -> None:
+    """Of its first token, 2,000 times."""
+    logits = pair["target"](input_ids=torch.tensor(PROMPTS[:1])).logits[0, -1].detach()
+    probs = (logits / 0.7).softmax(dim=-1)
+    dice = torch.Generator().manual_seed(1)
+    found = torch.tensor([recorder._sample(logits, 0.7, dice) for _ in range(2000)])
+    shares = torch.bincount(found, minlength=len(probs)) / len(found)
+    assert (shares - probs).abs().max() < 0.05
+    assert recorder._sample(logits, 0.0, dice) == int(logits.argmax())
+
+
+@pytest.mark.usefixtures("load_pair")
+def test_other_sampling_is_refused() -> None:
+    made = TraceRecorder("target", "draft", K, "float32", "a test")
+    asked = Request(PROMPTS[0], MAX_TOKENS, {"temperature": 1.0, "top_k": 3})
+    with pytest.raises(ValueError, match="leave out"):
+        recorder.record_trace(made, [asked])
 
 
 @pytest.mark.usefixtures("load_pair")

@@ -17,6 +17,7 @@ from vllm_emssd.cli import main
 def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "results.json"
     limits = ["--batches", "2", "8", "--fixed", "2", "--max-tokens", "12"]
+    limits += ["--foresight", "--continuous"]
     assert (
         main(["simulate", *limits, "--min-requests", "1", "--output", str(output)]) == 0
     )
@@ -26,7 +27,7 @@ def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert written["trace"]["kind"] == "draft_model"
     assert written["costs"]["kind"] == "measured"
     results = written["results"]
-    methods = ["plain", "fixed 2", "padded 5", "auto"]
+    methods = ["plain", "fixed 2", "padded 5", "auto", "foresight"]
     assert [(r["batch"], r["method"]) for r in results] == [
         (batch, method) for batch in (2, 8) for method in methods
     ]

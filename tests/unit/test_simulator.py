@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 
@@ -23,7 +24,13 @@ from vllm_emssd.bench.simulator import (
 )
 from vllm_emssd.bench.traces import RequestTrace, Trace
 
-ALL = [Method("plain"), Method("fixed", 3), Method("padded", 3), Method("auto", 4)]
+ALL = [
+    Method("plain"),
+    Method("fixed", 3),
+    Method("padded", 3),
+    Method("auto", 4),
+    Method("foresight", 4),
+]
 
 
 def run_once(
@@ -252,6 +259,51 @@ def test_whole_batches_are_counted_and_the_warm_up_is_not(
     assert outcome.num_tokens == measured * 30
 
 
+# ---------------------------------------------------------------- bounds, arrivals
+
+
+def test_foresight_drafts_only_what_is_accepted_by_hand() -> None:
+    """Of TWO the first request's pair, then the second's one: 3 steps, as with fixed 2,
+    whose other 3 drafts fail."""
+    counters = run_once(TWO, Method("foresight", 2)).counters
+    assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (3, 3)
+    assert counters.num_steps == 3
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_policy_does_better_than_foresight(seed: int, batch: int) -> None:
+    """Constant costs a row: the best plan of each step is the best of all."""
+    found, costs = random_trace(seed, k=4), straight_costs(draft_row_ms=0.3)
+
+    def speed(method: Method) -> float:
+        setting = Setting(batch)
+        return simulate(
+            found, costs, method, setting, 30, 5, is_continuous=True
+        ).tokens_per_s
+
+    foresight = speed(Method("foresight", 4))
+    for name, k in [("plain", 0), ("fixed", 1), ("fixed", 4), ("auto", 4)]:
+        assert speed(Method(name, k)) <= 1.001 * foresight
+
+
+def test_continuous_requests_leave_no_place_empty() -> None:
+    """Outputs of 1 and 20 tokens in turns, two at once: in whole batches the long one
+    ends alone, continuously two long ones share a step now and then."""
+    found = trace(*(request(2, [0] * n, 2) for n in (1, 20) * 3))
+
+    def steps(is_continuous: bool) -> int:
+        outcome = simulate(
+            found, straight_costs(), Method("plain"), Setting(2), 20, 6, is_continuous
+        )
+        assert outcome.num_tokens == 3 * 21
+        return outcome.counters.num_steps
+
+    assert steps(is_continuous=False) == 3 * 20
+    # 1, then the first long one beside a short and a long one, ...
+    assert steps(is_continuous=True) < 3 * 20 - 15
+
+
 # ---------------------------------------------------------------- llma
 
 
@@ -286,9 +338,10 @@ def test_more_drafts_than_recorded() -> None:
         run_once(random_trace(0, k=4), Method("fixed", 5))
 
 
-def test_llma_has_no_padded_drafter() -> None:
-    with pytest.raises(ValueError, match="llma"):
-        run_once(copying_trace(), Method("padded", 5))
+@pytest.mark.parametrize("name", ["padded", "foresight"])
+def test_llma_has_no_drafter(name: Literal["padded", "foresight"]) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*llma"):
+        run_once(copying_trace(), Method(name, 5))
 
 
 def test_shipped_roofline_predicts_more_with_a_perfect_drafter() -> None:

@@ -120,14 +120,18 @@ class ModelDrafting:
         self._proposer.record_verified(req_id, num_drafts, accepted)
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> float:
-        self._drafter.begin_step(
-            [r.trace for r in requests], [r.num_output for r in requests], self._k
-        )
+        self._look_up(requests)
         batch = draft_batch(requests, self._k, self._knows_the_end)
         drafts = self._proposer.propose(batch)
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
         return self._drafter.take_ms()
+
+    def _look_up(self, requests: Sequence[SimulatedRequest]) -> None:
+        """The drafts that this step may make."""
+        self._drafter.begin_step(
+            [r.trace for r in requests], [r.num_output for r in requests], self._k
+        )
 
     def release(self, req_ids: Sequence[str]) -> None:
         self._proposer.release(req_ids)

@@ -1,8 +1,10 @@
 """Records an acceptance trace from a real pair of models, offline, with transformers.
 
-The target writes greedily; then the drafter drafts after every position of what it
-wrote. All drafts of a request are made together: the text is computed once, and each
-position attends to the part of it that comes before.
+The target writes, greedily or at a temperature; then the drafter drafts, greedily,
+after every position of what it wrote. A draft counts as accepted where the target wrote
+just it, which is as likely as that rejection sampling accepts it. All drafts of a
+request are made together: the text is computed once, and each position attends to the
+part of it that comes before.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from vllm_emssd.bench.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHead
 
 MOST_AT_ONCE = 64  # positions that draft together: each has its own K/V
 _CONFIDENCE_DIGITS = 4
+_SEED = 0
 
 
 class TraceRecorder:
@@ -66,8 +69,10 @@ class TraceRecorder:
         return self._tokenizer
 
     @torch.inference_mode()
-    def record_ids(self, prompt_ids: list[int], max_tokens: int) -> RequestTrace:
-        output_ids = self._greedy_output(prompt_ids, max_tokens + self._k)
+    def record_ids(
+        self, prompt_ids: list[int], max_tokens: int, temperature: float = 0.0
+    ) -> RequestTrace:
+        output_ids = self._output(prompt_ids, max_tokens + self._k, temperature)
         if self._draft is None:
             return RequestTrace(prompt_ids=prompt_ids, output_ids=output_ids)
         # Position p is drafted after from the token before it.
@@ -85,17 +90,20 @@ class TraceRecorder:
             ],
         )
 
-    def _greedy_output(self, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    def _output(
+        self, prompt_ids: list[int], num_tokens: int, temperature: float
+    ) -> list[int]:
         """Past the end of text too, as with `ignore_eos`."""
+        dice = torch.Generator().manual_seed(_SEED)
         ids = torch.tensor([prompt_ids])
         known = self._target(input_ids=ids, use_cache=True)
-        output_ids = [int(known.logits[0, -1].argmax())]
+        output_ids = [_sample(known.logits[0, -1], temperature, dice)]
         while len(output_ids) < num_tokens:
             last = torch.tensor([output_ids[-1:]])
             known = self._target(
                 input_ids=last, past_key_values=known.past_key_values, use_cache=True
             )
-            output_ids.append(int(known.logits[0, -1].argmax()))
+            output_ids.append(_sample(known.logits[0, -1], temperature, dice))
         return output_ids
 
     def _drafts(
@@ -141,9 +149,30 @@ class TraceRecorder:
 
 
 def record_trace(recorder: TraceRecorder, requests: Sequence[Request]) -> Trace:
-    """One request after the other, each to its `max_tokens`."""
-    traces = [recorder.record_ids(r.prompt_token_ids, r.max_tokens) for r in requests]
+    """One request after the other, each to its `max_tokens`.
+
+    Of its sampling parameters, only a temperature can be recorded. Raises ValueError.
+    """
+    for request in requests:
+        if unknown := set(request.sampling) - {"temperature"}:
+            raise ValueError(
+                f"a trace is recorded at a temperature only: leave out {unknown}"
+            )
+    traces = [
+        recorder.record_ids(
+            r.prompt_token_ids, r.max_tokens, r.sampling.get("temperature", 0.0)
+        )
+        for r in requests
+    ]
     return Trace(header=recorder.header, requests=traces)
+
+
+def _sample(logits: torch.Tensor, temperature: float, dice: torch.Generator) -> int:
+    """One token. `logits`: [vocab_size]"""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs = (logits.float() / temperature).softmax(dim=-1)
+    return int(torch.multinomial(probs, 1, generator=dice))
 
 
 def _load(model: str, dtype: str) -> Any:

@@ -23,6 +23,7 @@ from vllm_emssd.bench.drafting import (
     ModelDrafting,
     PaddedDrafting,
 )
+from vllm_emssd.bench.foresight import ForesightDrafting, ForesightDraftLength
 from vllm_emssd.bench.simulated_request import SimulatedRequest
 from vllm_emssd.bench.traces import RequestTrace, Trace
 from vllm_emssd.draft_length import (
@@ -41,10 +42,10 @@ class Method:
     """How a batch is decoded, with at most `k` drafts a request and step.
 
     plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
-    own `draft_model`.
+    own `draft_model`. foresight: as `auto`, were it known what is accepted; a bound.
     """
 
-    name: Literal["plain", "fixed", "padded", "auto"]
+    name: Literal["plain", "fixed", "padded", "auto", "foresight"]
     k: int = 0
 
     @property
@@ -127,10 +128,10 @@ class SimulatedEngine:
     def _make_drafting(self, method: Method, is_llma: bool) -> Drafting | None:
         if not method.speculates:
             return None
-        policy: DraftLengthPolicy = FixedDraftLength()
         setting, k = self._setting, method.k
         if is_llma:
             k = min(k, setting.copy_length)
+        policy: DraftLengthPolicy = FixedDraftLength()
         if method.name == "auto":
             policy = AutoDraftLength(self._prices, Survival(k), may_trim=True)
         if is_llma:
@@ -138,7 +139,6 @@ class SimulatedEngine:
                 Copier(setting.check_length), setting.copy_length, policy
             )
             return CopyDrafting(proposer, k, policy.needs_confidence)
-        drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
         drafter = DrafterSetting(
             self._prices.draft,
             k,
@@ -146,7 +146,12 @@ class SimulatedEngine:
             setting.max_num_batched_tokens,
             self._max_model_len,
         )
-        return drafting(policy, self.outcome.counters, drafter)
+        counters = self.outcome.counters
+        if method.name == "foresight":
+            foresight = ForesightDraftLength(self._prices)
+            return ForesightDrafting(foresight, counters, drafter)
+        drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
+        return drafting(policy, counters, drafter)
 
     def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
         self._num_arrived += 1
@@ -237,8 +242,8 @@ def check_method(method: Method, trace: Trace) -> None:
             f"{method} asks for {method.k} drafts, but the trace holds k = "
             f"{trace.header.k}: ask for fewer, or record it again with a larger --k"
         )
-    if method.name == "padded" and trace.header.kind == "llma":
-        raise ValueError("padded is vLLM's draft_model, but the trace is of llma")
+    if method.name in ("padded", "foresight") and trace.header.kind == "llma":
+        raise ValueError(f"{method.name} is of a draft model, but the trace is of llma")
 
 
 def simulate(
@@ -248,6 +253,7 @@ def simulate(
     setting: Setting,
     max_tokens: int,
     min_requests: int,
+    is_continuous: bool = False,
 ) -> Outcome:
     """Decode the trace's first requests in batches of `setting.max_num_seqs`.
 
@@ -257,14 +263,15 @@ def simulate(
     Args:
         min_requests: as many, at least, in whole batches; the trace is repeated where
             it has fewer.
+        is_continuous: all requests arrive at once, as one batch of which
+            `setting.max_num_seqs` run: one starts as soon as another has ended.
     """
     size, num_requests = setting.max_num_seqs, len(trace.requests)
     num_batches = max(1, -(-min_requests // size))
     engine = SimulatedEngine(trace, costs, method, setting)
-    batches = [
-        [trace.requests[(start + i) % num_requests] for i in range(size)]
-        for start in range(0, num_batches * size, size)
-    ]
+    chosen = [trace.requests[i % num_requests] for i in range(num_batches * size)]
+    step = len(chosen) if is_continuous else size
+    batches = [chosen[i : i + step] for i in range(0, len(chosen), step)]
     engine.run(batches[-1], max_tokens)
     warm_up = replace(engine.outcome, counters=replace(engine.outcome.counters))
     for batch in batches:

@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_numbers(parser, "--fixed", [1, 2, 3, 5, 8], "K of fixed lengths")
     _add_numbers(parser, "--padded", [5], "K of vLLM's own draft_model")
     parser.add_argument(
+        "--foresight",
+        action="store_true",
+        help="also lengths by what will be accepted, which no policy can know: a bound",
+    )
+    parser.add_argument(
         "--num-speculative-tokens",
         type=_positive,
         metavar="K",
@@ -59,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-requests",
         type=_positive,
         help="at each batch size, as in 'vllm-emssd bench' (default: the whole trace)",
+    )
+    parser.add_argument(
+        "--continuous",
+        action="store_true",
+        help="a request starts as soon as another has ended, as in 'vllm-emssd bench'",
     )
     parser.add_argument("--output", type=Path, metavar="JSON")
     parser.add_argument(
@@ -136,7 +146,13 @@ def _simulate(args: argparse.Namespace) -> None:
         )
         results[batch] = {
             method: simulate(
-                trace, costs, method, setting, args.max_tokens, min_requests
+                trace,
+                costs,
+                method,
+                setting,
+                args.max_tokens,
+                min_requests,
+                args.continuous,
             )
             for method in methods
         }
@@ -151,7 +167,9 @@ def _methods(args: argparse.Namespace, trace: Trace) -> list[Method]:
     methods = [Method("plain"), *(Method("fixed", k) for k in args.fixed)]
     if trace.header.kind == "draft_model":
         methods += [Method("padded", k) for k in args.padded]
-    return [*methods, Method("auto", args.num_speculative_tokens or most)]
+    longest = args.num_speculative_tokens or most
+    methods += [Method("auto", longest)]
+    return [*methods, Method("foresight", longest)] if args.foresight else methods
 
 
 def _as_json(results: Results, trace: Trace, costs: CostFile) -> dict[str, Any]:
