@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 
 MARK = "EMSSD_TEST_MARK"
+# vLLM's processes give themselves names, by default written over their environment.
+KEEPS_ENVIRONMENT = {"SPT_NOENV": "1"}
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -34,7 +36,7 @@ class Tree:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command,
-                env=os.environ | self.env | {MARK: self.mark},
+                env=os.environ | self.env | {MARK: self.mark} | KEEPS_ENVIRONMENT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
