@@ -297,3 +297,14 @@ def test_no_other_requests_go_on_better(
     assert not found[survival * following == 0].any()
     best = max(map(profit, itertools.product([False, True], repeat=len(drafts))))
     assert profit(found.tolist()) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_a_draft_that_is_seldom_verified_seldom_costs_a_row() -> None:
+    """4 ms a step and 1 a row: a gain of 0.8 does not pay a row, but half a one."""
+    costs = StepCosts(CostTable([4, 8], [4.0, 8.0]), CostTable([1], [0.1]), 0.0)
+    gains, missing = np.full((4, 1), 0.8), np.ones(4)
+    assert plan(gains, missing, 4, 0, costs).draft_lens.tolist() == [0] * 4
+    half = np.full((4, 1), 0.5)
+    found = plan(gains, missing, 4, 0, costs, verify_rows=half)
+    assert found.draft_lens.tolist() == [1] * 4
+    assert found.tokens_per_ms == pytest.approx((4 + 3.2) / (4 + 2 + 0.1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_emssd.draft_length.anticipation import Anticipation
 from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.goodput import (
     Plan,
@@ -47,6 +48,7 @@ class AutoDraftLength:
         self.costs = costs
         self._survival_model = survival
         self._pace = Pace()
+        self._anticipation = Anticipation(survival.num_speculative_tokens)
         self._may_trim = may_trim
         self._tokens_per_ms = 0.0
         self._confidences: dict[str, np.ndarray] = {}  # of drafts not yet verified
@@ -63,11 +65,12 @@ class AutoDraftLength:
         if self._dozes(step):
             return np.zeros_like(step.max_draft_tokens)
         self._take_in(step)
+        self._will_trim = self._may_trim
         self._prices = self.costs
-        expected = self._survival_model.expected(self._factors.by_position)
-        self._real = np.zeros_like(expected)  # survival of the drafts made
-        self._confidence = np.zeros_like(expected)
-        lens = self._plan(step, expected)
+        self._expected = self._survival_model.expected(self._factors.by_position)
+        self._real = np.zeros_like(self._expected)  # survival of the drafts made
+        self._confidence = np.zeros_like(self._expected)
+        lens = self._plan(step, self._expected)
         self._survival_model.skip(step.req_ids[i] for i in np.flatnonzero(lens == 0))
         self._confidences.update(
             (step.req_ids[i], self._confidence[i]) for i in np.flatnonzero(lens)
@@ -76,6 +79,7 @@ class AutoDraftLength:
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
         self._take_in(step)
+        self._will_trim = False  # all is known already
         self._prices = StepCosts(self.costs.target, _FREE, self.costs.fixed_ms)
         factors = np.broadcast_to(
             self._factors.by_confidence[:, None], confidence.shape
@@ -124,8 +128,19 @@ class AutoDraftLength:
         self._req_ids = step.req_ids
         self._most = step.max_draft_tokens
         self._factors = self._survival_model.request_factors(step.req_ids)
-        self._worth = self._pace.worth(step.req_ids)
-        self._base_rows = int(step.is_sampling.sum()) + step.num_prefill_rows
+        num_sampling = int(step.is_sampling.sum())
+        self._base_rows = num_sampling + step.num_prefill_rows
+        self._row_ms, draft_ms, step_ms = self._request_ms(num_sampling)
+        self._worth = self._pace.worth(step.req_ids, step_ms, self._row_ms + draft_ms)
+
+    def _request_ms(self, num_sampling: int) -> tuple[float, float, float]:
+        """A request's share where each drafts one: of the rows that verify, of the
+        drafter's, and of a step without drafts."""
+        num_reqs = max(num_sampling, 1)
+        once, twice = self.costs.target.ms(np.array([num_reqs, 2 * num_reqs]))
+        draft_ms = float(self.costs.draft.ms(np.array(num_reqs)))
+        step_ms = float(once) + self.costs.fixed_ms
+        return float(twice - once) / num_reqs, draft_ms / num_reqs, step_ms / num_reqs
 
     def _plan(self, step: DraftOpportunity, survival: np.ndarray) -> np.ndarray:
         best = self._best(step, survival)
@@ -140,16 +155,21 @@ class AutoDraftLength:
         return self._maybe_probe(step)
 
     def _best(self, step: DraftOpportunity, survival: np.ndarray) -> Plan:
-        positions = np.arange(survival.shape[1])
+        may_draft = np.arange(survival.shape[1]) < self._most[:, None]
+        gains = np.where(may_draft, survival * self._worth[:, None], 0.0)
+        rows = None
+        if self._will_trim:
+            gains, rows = self._anticipation.gains_and_rows(
+                gains, self._tokens_per_ms * self._row_ms
+            )
         return plan(
-            np.where(
-                positions < self._most[:, None], survival * self._worth[:, None], 0.0
-            ),
+            gains,
             step.missing_rows,
             int(step.is_sampling.sum()),
             step.num_prefill_rows,
             self._prices,
             float(self._worth[step.is_sampling].sum()),
+            rows,
         )
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
@@ -210,7 +230,11 @@ class AutoDraftLength:
         return may
 
     def finish(self, draft_lens: np.ndarray) -> np.ndarray:
-        if not self._may_trim or self._is_probe or not draft_lens.any():
+        if not self._may_trim or not draft_lens.any():
+            return draft_lens
+        drafted = draft_lens > 0
+        self._anticipation.observe(self._expected[drafted], self._real[drafted])
+        if self._is_probe:
             return draft_lens
         worth = verified_lengths(
             self._real * self._worth[:, None],
@@ -230,7 +254,7 @@ class AutoDraftLength:
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        self._pace.observe(req_id, num_accepted_tokens + 1)
+        self._pace.observe(req_id, num_draft_tokens, num_accepted_tokens + 1)
         confidences = self._confidences.pop(req_id, None)
         if confidences is not None:
             self._survival_model.observe(

@@ -51,19 +51,24 @@ class _Prices:
     costs: StepCosts
 
     def tokens_per_ms(
-        self, gains: np.ndarray, num_drafting: np.ndarray, first_rows: np.ndarray
+        self,
+        gains: np.ndarray,
+        num_drafting: np.ndarray,
+        num_verified: np.ndarray,
+        first_rows: np.ndarray,
     ) -> np.ndarray:
         """Of drafting to each depth, 1 to K. [num_plans, K]
 
         Args:
             gains: [num_plans, K] survivals summed over the requests drafting there.
             num_drafting: [num_plans, K] requests at each position.
+            num_verified: [num_plans, K] of their drafts, rows of the target.
             first_rows: [num_plans] rows of the first draft forward.
         """
         target, draft = self.costs.target, self.costs.draft
         draft_ms = draft.ms(num_drafting)
         draft_ms[:, 0] = draft.ms(first_rows)
-        rows = self.base_rows + np.cumsum(num_drafting, axis=1)
+        rows = self.base_rows + np.cumsum(num_verified, axis=1)
         verify_ms = target.ms(rows) - target.ms(np.array(self.base_rows))
         draft_ms = np.cumsum(draft_ms, axis=1)
         tokens = self.base_tokens + np.cumsum(gains, axis=1)
@@ -114,6 +119,7 @@ def plan(
     num_prefill_rows: int,
     costs: StepCosts,
     base_tokens: float | None = None,
+    verify_rows: np.ndarray | None = None,
 ) -> Plan:
     """Best lengths from what is known before drafting.
 
@@ -129,6 +135,8 @@ def plan(
         num_sampling: requests that get a token, and a row of the target, anyway.
         num_prefill_rows: the target's other rows.
         base_tokens: what the tokens that come anyway are worth, if not 1 each.
+        verify_rows: [num_reqs, K] the target's rows to expect of each draft, if not 1:
+            some of those made are not verified.
     """
     base_ms = costs.fixed_ms + float(costs.target.ms(np.array(num_sampling)))
     base_ms = max(base_ms, _LEAST_MS)
@@ -142,15 +150,21 @@ def plan(
     best = Plan(nothing, base_tokens / base_ms)
     if survival.size == 0:
         return best
+    if verify_rows is None:
+        verify_rows = np.ones_like(survival)
     dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
     for most in np.unique(dearness):
         affordable = np.where(dearness[:, None] <= most, survival, 0.0)
-        best = _best_prefixes(affordable, charged, prices, best)
-    return _change_one_by_one(survival, charged, prices, best)
+        best = _best_prefixes(affordable, verify_rows, charged, prices, best)
+    return _change_one_by_one(survival, verify_rows, charged, prices, best)
 
 
 def _best_prefixes(
-    survival: np.ndarray, first_rows: np.ndarray, prices: _Prices, least: Plan
+    survival: np.ndarray,
+    verify_rows: np.ndarray,
+    first_rows: np.ndarray,
+    prices: _Prices,
+    least: Plan,
 ) -> Plan:
     """Try the n likeliest drafts, for every n or every few, cut at every depth."""
     order = _by_survival(survival)
@@ -169,6 +183,7 @@ def _best_prefixes(
     ratio = prices.tokens_per_ms(
         at_budgets(survival.ravel()[order]),
         at_budgets(None),
+        at_budgets(verify_rows.ravel()[order]),
         at_budgets(np.where(position == 0, first_rows[request], 0.0))[:, 0],
     )
     found, depth = np.divmod(int(ratio.argmax()), num_positions)
@@ -179,7 +194,11 @@ def _best_prefixes(
 
 
 def _change_one_by_one(
-    survival: np.ndarray, first_rows: np.ndarray, prices: _Prices, best: Plan
+    survival: np.ndarray,
+    verify_rows: np.ndarray,
+    first_rows: np.ndarray,
+    prices: _Prices,
+    best: Plan,
 ) -> Plan:
     """Change one request's length at a time while that helps: in small batches, where
     each stair counts, and of who is dear to catch up in large ones."""
@@ -194,15 +213,12 @@ def _change_one_by_one(
     for _ in range(_MOST_CHANGES if chosen.size else 0):
         drafts = best.draft_lens > 0
         is_now = best.draft_lens[:, None] > np.arange(num_positions)
-        others = is_now.sum(axis=0) - is_now[chosen]
-        gains_of_others = (survival * is_now).sum(axis=0) - (survival * is_now)[chosen]
         rows_of_others = first_rows[drafts].sum() - (first_rows * drafts)[chosen]
-        shape = (-1, num_positions)
+
         ratio = prices.tokens_per_ms(
-            (gains_of_others[:, None] + becomes * survival[chosen, None]).reshape(
-                shape
-            ),
-            (others[:, None] + becomes).reshape(shape),
+            _changed(survival, is_now, chosen, becomes),
+            _changed(np.ones_like(survival), is_now, chosen, becomes),
+            _changed(verify_rows, is_now, chosen, becomes),
             (
                 rows_of_others[:, None] + first_rows[chosen, None] * becomes[:, 0]
             ).ravel(),
@@ -214,6 +230,20 @@ def _change_one_by_one(
         lens[chosen[found // new_lens.size]] = found % new_lens.size
         best = Plan(lens, float(ratio[found]))
     return best
+
+
+def _changed(
+    weights: np.ndarray, is_now: np.ndarray, chosen: np.ndarray, becomes: np.ndarray
+) -> np.ndarray:
+    """Sums over all requests of what they draft, one at a time of the `chosen` changed
+    to each of the lengths that `becomes` [K + 1, K] stands for.
+
+    `weights`, `is_now`: [num_reqs, K]. Returns [num_chosen * (K + 1), K].
+    """
+    weighted = weights * is_now
+    others = weighted.sum(axis=0) - weighted[chosen]
+    sums = others[:, None] + becomes * weights[chosen, None]
+    return np.asarray(sums.reshape(-1, weights.shape[1]))
 
 
 def worth_another_forward(

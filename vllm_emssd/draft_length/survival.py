@@ -101,6 +101,7 @@ class Survival:
     """
 
     def __init__(self, num_speculative_tokens: int) -> None:
+        self.num_speculative_tokens = num_speculative_tokens
         self._by_confidence = np.zeros((2, _NUM_BINS))  # [accepted | tested, bin]
         self._by_position = np.zeros((2, num_speculative_tokens))
         self._by_position[:, 0] = _PRIOR_TESTS * _PRIOR_ACCEPTANCE, _PRIOR_TESTS
