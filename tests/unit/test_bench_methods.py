@@ -6,12 +6,19 @@ from typing import Any, get_args
 
 import pytest
 
+from vllm_emssd.bench import methods
 from vllm_emssd.bench.methods import DESCRIPTIONS, MethodOptions, parse_method
 from vllm_emssd.config import DraftLengthName, parse_speculative_config
 
 OPTIONS = MethodOptions(draft_model="DRAFT", num_speculative_tokens=5)
 STOCK_KEYS = {"method", "model", "num_speculative_tokens"}
 NAMES = [name for name in DESCRIPTIONS if name.isidentifier() or "-" in name]
+
+
+@pytest.fixture(autouse=True)
+def arctic_inference_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as asking for it goes; it is not among what the tests need."""
+    monkeypatch.setattr(methods, "find_spec", lambda name: name == "arctic_inference")
 
 
 def config(name: str) -> dict[str, Any]:
@@ -74,3 +81,17 @@ def test_refused(text: str, says: str) -> None:
 def test_needs_a_draft_model(name: str) -> None:
     with pytest.raises(ValueError, match="--draft-model"):
         parse_method(name, MethodOptions(draft_model=None))
+
+
+def test_suffix_names_the_package_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install arctic-inference"):
+        parse_method("suffix", OPTIONS)
+
+
+def test_suffix_drafts_as_many_as_llma_and_remembers_no_answers() -> None:
+    suffix = config("suffix")
+    assert suffix["num_speculative_tokens"] == config("llma")["copy_length"]
+    assert suffix["suffix_decoding_max_cached_requests"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 DESCRIPTIONS: dict[str, str] = {
@@ -12,6 +13,7 @@ DESCRIPTIONS: dict[str, str] = {
     "stock": "vLLM's draft_model, K drafts",
     "ngram": "vLLM's ngram, llma's lengths: check_length to match, copy_length drafts",
     "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
+    "suffix": "vLLM's suffix (arctic-inference), copy_length drafts, no old answers",
     "emssd": "emssd draft model, K drafts",
     "kN": "emssd draft model, N drafts (k1, k2, ...)",
     "auto": "emssd draft model, lengths by goodput",
@@ -53,6 +55,11 @@ def parse_method(text: str, options: MethodOptions) -> Method:
     needs_draft_model = name in NEEDS_DRAFT_MODEL or FIXED_LENGTH.fullmatch(name)
     if needs_draft_model and options.draft_model is None:
         raise ValueError(f"method {name!r} needs --draft-model")
+    if name == "suffix" and find_spec("arctic_inference") is None:
+        raise ValueError(
+            "method 'suffix' needs the package arctic-inference; install it with "
+            "'pip install arctic-inference==0.1.1'"
+        )
     return Method(name, _known(name, options))
 
 
@@ -87,10 +94,17 @@ def _known(name: str, options: MethodOptions) -> dict[str, Any] | None:
         "prompt_lookup_min": options.check_length,
         "prompt_lookup_max": options.check_length,
     }
+    # Answers are not remembered: in a bench each request comes once a round.
+    suffix = {
+        "method": "suffix",
+        "num_speculative_tokens": options.copy_length,
+        "suffix_decoding_max_cached_requests": 0,
+    }
     known: dict[str, dict[str, Any] | None] = {
         "plain": None,
         "stock": stock,
         "ngram": ngram,
+        "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
         "emssd": fixed,
         "auto": fixed | auto,

@@ -77,6 +77,8 @@ class Round:
             "target_forwards": len(self.target_forwards),
             "target_rows": self.target_rows,
             "target_rows_decode": len(decode) + num_drafts,
+            "accepted_per_verified_row": num_accepted
+            / max(len(decode) + num_drafts, 1),
             "draft_forwards": len(self.draft_forwards),
             "draft_rows": self.draft_rows,
             "target_ms": self.target_ms,
