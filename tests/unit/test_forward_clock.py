@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from vllm_emssd.integration import forward_clock
 from vllm_emssd.integration.forward_clock import EventClock, WallClock, clock_of
 
 
@@ -66,6 +67,22 @@ def test_nobody_asks_and_nothing_piles_up() -> None:
     assert [num_rows for num_rows, _ in timings] == list(range(3000 - 1024, 3000))
     assert all(ms >= 0 for _, ms in timings)
     assert clock.take_timings() == []
+
+
+def test_one_more_forward_costs_what_is_decided_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter([1.0, 3.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr(forward_clock.time, "perf_counter", lambda: next(now))
+    clock = WallClock()
+    clock.start()  # 1
+    clock.stop(5)  # 3
+    clock.start()  # counts from 3
+    clock.stop(2)  # 10
+    assert clock.take_timings() == [(5, 2e3), (2, 7e3)]
+    clock.start()  # 20: the next step's first
+    clock.stop(4)  # 21
+    assert clock.take_timings() == [(4, 1e3)]
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", WallClock), ("cuda", EventClock)])

@@ -34,19 +34,25 @@ class ForwardClock(Protocol):
 
 
 class WallClock:
+    """A forward right after another, before the times are taken, counts from the end of
+    the other: what one more forward costs has what is decided in between."""
+
     def __init__(self) -> None:
         self._started = 0.0
+        self._stopped: float | None = None
         self._timings: deque[tuple[int, float]] = deque(maxlen=_MOST_KEPT)
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        self._started = self._stopped or time.perf_counter()
 
     def stop(self, num_rows: int) -> None:
-        self._timings.append((num_rows, (time.perf_counter() - self._started) * 1e3))
+        self._stopped = time.perf_counter()
+        self._timings.append((num_rows, (self._stopped - self._started) * 1e3))
 
     def take_timings(self) -> list[tuple[int, float]]:
         timings = list(self._timings)
         self._timings.clear()
+        self._stopped = None
         return timings
 
 
