@@ -50,6 +50,8 @@ TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
     "prefix_caching": True,
     "options": {"block_size": 32, "num_gpu_blocks_override": 7},
 }
+
+
 def asynchronous(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"options": config["options"] | {"async_scheduling": True}}
 
@@ -261,6 +263,9 @@ def run_all(path: Path, only: list[str]) -> None:
     for name in only or engines:
         config, copies = engines[name]
         speculator_v2.copies_verdict = lambda device, copies=copies: copies
+        interpreter.schedule_asynchronously(
+            bool(config.options.get("async_scheduling"))
+        )
         stop_counting_others()
         started = time.perf_counter()
         with running(config) as llm:

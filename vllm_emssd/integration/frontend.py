@@ -311,8 +311,8 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     """Whether vLLM may schedule a step before the last one's tokens are known: with
-    fixed lengths on its V2 runner, on a CPU only if asked for. Raises ValueError where
-    it was asked for and cannot be.
+    fixed lengths on its V2 runner. Raises ValueError where it was asked for and cannot
+    be. On CPUs vLLM itself turns it off again.
     """
     is_cpu = current_platform.is_cpu()
     use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
@@ -334,12 +334,8 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
             f"; it can be asynchronous with {why}" if why else "",
         )
         return False
-    if is_cpu and args.async_scheduling is None:
-        logger.info(
-            "Scheduling is synchronous: on a CPU waiting for the target costs nothing, "
-            "and saves the drafter rows."
-        )
-        return False
+    if is_cpu:
+        logger.info("Scheduling is synchronous, as vLLM has it on CPUs.")
     return True
 
 
