@@ -216,10 +216,9 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name == "auto itself":
         return automatic(llm, temperature=1.0, seed=7)
     if name in ("itself", "async itself"):
-        seen = {
-            "sampled": one_pass(llm, temperature=1.0, seed=7),
-            "structured": one_pass(llm, **structured(temperature=1.0, seed=7)),
-        }
+        seen = {"sampled": one_pass(llm, temperature=1.0, seed=7)}
+        if name == "itself":
+            seen["structured"] = one_pass(llm, **structured(temperature=1.0, seed=7))
         model_runner(llm).speculator.set_policy(RaggedLengths())
         return seen | {"ragged": one_pass(llm, temperature=1.0, seed=7)}
     seen = {"greedy": one_pass(llm)}
