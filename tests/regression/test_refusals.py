@@ -132,6 +132,24 @@ def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
     assert frontend.is_ours(spec_config)
 
 
+def test_copies_run_on_v1_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM would choose V2, as on a GPU, and it is said."""
+    copies, drafts = _create({}), _create({"model": DRAFT, "draft_length": "fixed"})
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert drafts.use_v2_model_runner
+    assert not copies.use_v2_model_runner
+
+    monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: False)
+    said: list[str] = []
+    monkeypatch.setattr(frontend.logger, "info", lambda t, *a: said.append(t % a))
+    for config in (copies, drafts):
+        options = config.additional_config[ADDITIONAL_CONFIG_KEY]
+        frontend._say_where_copies_run(EmssdConfig(**options))
+    assert len(said) == 1
+    assert '"llma" runs on vLLM\'s V1 model runner' in said[0]
+
+
 def test_v1_refuses_to_run_asynchronously() -> None:
     """Where vLLM chose it after the front end had let it."""
     options = EmssdConfig(proposer="draft_model", draft_length="fixed").model_dump()

@@ -211,6 +211,7 @@ def _create_ours(
     }
     publish_counters_on_metrics(_served_model_name(args))
     logger.info("vllm-emssd %s is on: %s", __version__, config)
+    _say_where_copies_run(config)
     return spec_config
 
 
@@ -307,6 +308,17 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
     if not current_platform.is_cpu() and not has_v2:
         raise ValueError(AUTO_NEEDS_V2)
     return config  # if vLLM chooses V1 after all, our runner refuses
+
+
+def _say_where_copies_run(config: EmssdConfig) -> None:
+    """vLLM takes its V1 runner by itself for the method that llma comes as, whose name
+    (`custom_class`) is all that it says of it."""
+    if not config.uses_draft_model and not current_platform.is_cpu():
+        logger.info(
+            '"proposer": "%s" runs on vLLM\'s V1 model runner: it looks at token ids, '
+            "which the V2 runner keeps on the device.",
+            config.proposer,
+        )
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
