@@ -9,34 +9,81 @@ has enough rows for every verdict, two for a request that drafted before. The de
 moves the span by `accepted - reckoned` to where the request's text really ends, which
 may feed one token again: that writes the same K/V.
 
-What the proposer records is kept until the verdict arrives, and then recorded as if
-it had been known.
+How many rows are missing does not depend on a verdict either, so any number of steps
+may run before one is heard. What each step fed is kept until then, and then recorded
+as if the verdict had been known.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 
 
+@dataclass(slots=True)
+class _Request:
+    num_tokens: int  # known by the verdicts heard
+    num_unheard: int = 0  # steps whose verdict is to come
+    num_missing: int = 0  # known tokens, unheard ones included, that lack draft K/V
+    num_fed_drafts: int = 0  # of the drafts made last
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A request in a step whose verdict is to come."""
+
+    request: _Request
+    start: int  # of the tokens without draft K/V, as the host counts
+    end: int  # of the known ones
+    num_fed_drafts: int  # of the drafts verified
+    num_missing: int = 0  # tokens without draft K/V when the step was over
+
+
 class LateDraftCursor:
     """Wraps a `DraftCursor`. A step goes: `reckon` with each sampling request; the
-    proposer reads and records; `record_verified` for each sampling request; `settle`.
+    proposer reads and records; `end_step`. When its verdict is heard, in the order of
+    the steps: `record_verified` for each sampling request; `settle`.
     """
 
     def __init__(self, cursor: DraftCursor) -> None:
         self._cursor = cursor
-        self._reckoned: dict[str, int] = {}
-        self._fed_ends: dict[str, int] = {}  # by the host's reckoning
-        self._fed_drafts: dict[str, int] = {}
+        self._requests: dict[str, _Request] = {}  # that have sampled
+        self._now: dict[str, _Turn] = {}  # of the step being made
+        self._unheard: deque[dict[str, _Turn]] = deque()  # oldest step first
 
-    def reckon(self, req_id: str, num_draft_tokens: int) -> int:
-        """Accepted tokens to reckon with, of `num_draft_tokens` being verified."""
-        unfed = max(num_draft_tokens - self._cursor.num_fed_drafts(req_id), 0)
-        self._reckoned[req_id] = unfed
+    def reckon(self, req_id: str, num_tokens: int, num_draft_tokens: int) -> int:
+        """Accepted tokens to reckon with.
+
+        Args:
+            num_tokens: known before this step sampled; where verdicts are unheard,
+                counted in any way, as long as the step is counted in the same.
+            num_draft_tokens: being verified.
+        """
+        if req_id not in self._requests:
+            self._requests[req_id] = _Request(num_tokens)
+        request = self._requests[req_id]
+        if request.num_unheard == 0:
+            request.num_missing = request.num_tokens - self._cursor.draft_len(req_id)
+        unfed = max(num_draft_tokens - request.num_fed_drafts, 0)
+        turn = _Turn(
+            request,
+            start=num_tokens - request.num_missing,
+            end=num_tokens + 1 + unfed,
+            num_fed_drafts=request.num_fed_drafts,
+        )
+        request.num_missing = turn.end - turn.start
+        request.num_fed_drafts = 0
+        if num_draft_tokens == 0 and request.num_unheard == 0:
+            # Nothing is uncertain: others may count on what it feeds now.
+            request.num_tokens += 1
+        else:
+            request.num_unheard += 1
+        self._now[req_id] = turn
         return unfed
 
     def update_blocks(
@@ -44,12 +91,20 @@ class LateDraftCursor:
         admitted: Iterable[AdmittedRequest],
         extended: Iterable[tuple[str, Sequence[int]]],
     ) -> None:
+        admitted = list(admitted)
+        for request in admitted:
+            self._requests.pop(request.req_id, None)
         self._cursor.update_blocks(admitted, extended)
 
     def release(self, req_id: str) -> None:
+        """Forget a request, and what it fed in steps whose verdict is to come: its
+        blocks may be another's by then."""
+        self._requests.pop(req_id, None)
         self._cursor.release(req_id)
 
     def draft_len(self, req_id: str) -> int:
+        if req_id in self._now:
+            return self._now[req_id].start
         return self._cursor.draft_len(req_id)
 
     def waits_for_another(
@@ -58,23 +113,43 @@ class LateDraftCursor:
         return self._cursor.waits_for_another(req_ids, feeds)
 
     def advance(self, req_id: str, draft_len: int) -> None:
-        self._fed_ends[req_id] = draft_len
+        if req_id in self._now:
+            turn = self._now[req_id]
+            turn.request.num_missing = turn.end - draft_len
+        else:  # in prefill
+            self._cursor.advance(req_id, draft_len)
 
     def record_fed_drafts(self, req_id: str, num_fed_drafts: int) -> None:
-        self._fed_drafts[req_id] = num_fed_drafts
+        if req_id in self._now:
+            self._now[req_id].request.num_fed_drafts = num_fed_drafts
+
+    def end_step(self) -> None:
+        """The proposer has recorded what it fed."""
+        for req_id, turn in self._now.items():
+            turn.num_missing = turn.request.num_missing
+            if turn.request.num_unheard == 0:
+                self._advance_to_known(req_id, turn)
+        self._unheard.append(
+            {r: turn for r, turn in self._now.items() if turn.request.num_unheard}
+        )
+        self._now = {}
 
     def record_verified(self, req_id: str, num_accepted_tokens: int) -> None:
-        """The verdict, for a request that sampled in the step."""
+        """The oldest unheard verdict, for a request that sampled in its step."""
+        turn = self._unheard[0].get(req_id)
+        if turn is None or self._requests.get(req_id) is not turn.request:
+            return  # recorded already, or released since
+        turn.request.num_unheard -= 1
+        turn.request.num_tokens += 1 + num_accepted_tokens
+        self._cursor.record_fed_drafts(req_id, turn.num_fed_drafts)
         self._cursor.record_verified(req_id, num_accepted_tokens)
-        moved_by = num_accepted_tokens - self._reckoned.pop(req_id)
-        if req_id in self._fed_ends:
-            self._fed_ends[req_id] += moved_by
+        self._advance_to_known(req_id, turn)
 
     def settle(self) -> None:
-        """All verdicts of the step are in: record what the proposer fed."""
-        for req_id, end in self._fed_ends.items():
-            self._cursor.advance(req_id, max(end, self._cursor.draft_len(req_id)))
-        for req_id, num_fed_drafts in self._fed_drafts.items():
-            self._cursor.record_fed_drafts(req_id, num_fed_drafts)
-        self._fed_ends.clear()
-        self._fed_drafts.clear()
+        """The verdict of the oldest step was heard wholly."""
+        self._unheard.popleft()
+
+    def _advance_to_known(self, req_id: str, turn: _Turn) -> None:
+        end = turn.request.num_tokens - turn.num_missing
+        if end > self._cursor.draft_len(req_id):
+            self._cursor.advance(req_id, end)

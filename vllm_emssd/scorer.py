@@ -73,23 +73,38 @@ class ScheduledStep:
     num_draft_tokens: np.ndarray  # int64: the scheduled tokens that are drafts
     is_decode: np.ndarray  # bool: the prompt was computed before
     is_sampling: np.ndarray  # bool: the prompt is computed afterwards
+    # int64: of the drafts, those that a grammar forbade after they were scheduled
+    num_forbidden: np.ndarray | int = 0
 
     def count(
-        self, num_sampled: np.ndarray, num_spec_tokens: int, counters: Counters
+        self,
+        num_sampled: np.ndarray,
+        num_spec_tokens: int,
+        counters: Counters,
+        is_wanted: np.ndarray | bool = True,
     ) -> None:
-        """Add what came of it. `num_sampled`: [num_reqs], 0 where not sampling."""
+        """Add what came of it.
+
+        Args:
+            num_sampled: [num_reqs], 0 where not sampling.
+            is_wanted: [num_reqs] bool, False for a request that turned out to have
+                ended in an earlier step: rows were computed, nothing came of them.
+        """
+        is_counted = self.is_sampling & is_wanted
         at_least = np.where(self.is_decode, 1 + num_spec_tokens, 0)
         padded = np.maximum(self.num_scheduled_tokens, at_least) + num_spec_tokens
         padded_decode = np.where(self.is_decode, padded, num_spec_tokens)
         num_drafts = self.num_draft_tokens[self.is_sampling]
-        num_emitted = int(num_sampled[self.is_sampling].sum())
+        num_possible = self.num_draft_tokens - self.num_forbidden
+        num_counted = int(is_counted.sum())
+        num_emitted = int(num_sampled[is_counted].sum())
         num_verifying = int((self.is_decode & self.is_sampling).sum())
         counters.num_steps += 1
-        counters.num_request_steps += len(num_drafts)
+        counters.num_request_steps += num_counted
         counters.num_padded_draft_rows += int(padded.sum())
         counters.num_padded_draft_rows_decode += int(padded_decode.sum())
-        counters.num_draft_tokens += int(num_drafts.sum())
-        counters.num_accepted_tokens += num_emitted - len(num_drafts)
+        counters.num_draft_tokens += int(num_possible[is_counted].sum())
+        counters.num_accepted_tokens += num_emitted - num_counted
         counters.num_verify_rows += len(num_drafts) + int(num_drafts.sum())
         counters.num_padded_verify_rows += len(num_drafts)
         counters.num_padded_verify_rows += num_verifying * int(

@@ -42,12 +42,15 @@ def speculative_config(side: str, options: dict[str, Any]) -> dict[str, Any] | N
     return config | ({"draft_sample_method": "probabilistic"} if sampled else {})
 
 
-def choose(side: str, variant: str) -> None:
-    """The first pass of our V2 speculator, before it is made."""
-    if side in ("emssd", "ragged"):
-        from vllm_emssd.integration import speculator_v2
+def choose(side: str, variant: str) -> dict[str, Any]:
+    """The first pass of our V2 speculator, before it is made, and vLLM's option to
+    schedule asynchronously or not."""
+    if side not in ("emssd", "ragged"):
+        return {}
+    from vllm_emssd.integration import speculator_v2
 
-        speculator_v2.copies_verdict = lambda device: variant == "exact rows"
+    speculator_v2.copies_verdict = lambda device: variant == "exact rows"
+    return {"async_scheduling": variant == "async"}
 
 
 def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     dtype = options.pop("dtype")
     config = speculative_config(side, options)
     options = {k: v for k, v in options.items() if k not in ("draft", "sampled")}
-    choose(side, variant)
+    options |= choose(side, variant)
     texts = [prompts()[i % len(prompts())] for i in range(batch)]
     params = SamplingParams(
         temperature=float(is_sampled), seed=0, max_tokens=64, ignore_eos=True

@@ -28,7 +28,8 @@ pytestmark = [
 EXACT = {"dtype": "float32", "attention_backend": "TRITON_ATTN"}
 FLASH = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN"}
 RUNNERS = ("V1", "V2")
-VARIANTS = ("no copy", "exact rows")  # of our first pass on V2
+VARIANTS = ("async", "no copy", "exact rows")  # of our first pass on V2
+BATCH = 24  # requests, of run_engine.py
 
 
 def run(side: str, runner: str = "V2", variant: str = "no copy", **options: Any) -> Any:
@@ -57,8 +58,10 @@ def _run(side: str, runner: str, variant: str, options: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check_rows(counts: dict[str, int]) -> None:
-    most = (NUM_SPECULATIVE_TOKENS + 1) * counts["num_request_steps"]
+def check_rows(counts: dict[str, int], variant: str = "no copy") -> None:
+    """Scheduled asynchronously, a request may be in one step in vain."""
+    num_request_steps = counts["num_request_steps"] + BATCH * (variant == "async")
+    most = (NUM_SPECULATIVE_TOKENS + 1) * num_request_steps
     assert 0 < counts["num_draft_rows_decode"] <= most
     assert counts["num_accepted_tokens"] > 0
 
@@ -67,7 +70,7 @@ def check_rows(counts: dict[str, int]) -> None:
 def test_flash_attention_varlen(variant: str) -> None:
     """Ragged rows through FlashAttention's varlen kernels, in bfloat16."""
     stock, ours = run("stock", **FLASH), run("emssd", variant=variant, **FLASH)
-    check_rows(ours["counts"])
+    check_rows(ours["counts"], variant)
     assert ours["accepted_share"] == pytest.approx(stock["accepted_share"], rel=0.05)
 
 
@@ -79,7 +82,7 @@ def test_v2_float32_tokens_and_acceptance(variant: str, eager: bool) -> None:
     ours = run("emssd", variant=variant, **options)
     assert ours["token_ids"] == plain["token_ids"]
     assert ours["num_accepted_tokens"] == stock["num_accepted_tokens"]
-    check_rows(ours["counts"])
+    check_rows(ours["counts"], variant)
 
 
 def test_v2_ragged_lengths() -> None:

@@ -68,6 +68,99 @@ def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
             frontend._settle_draft_length(config, asked)
 
 
+V2_ONLY = r'"proposer": "draft_model" on vLLM\'s V2 model runner.*--async-scheduling'
+
+
+@pytest.mark.parametrize(
+    ("is_cpu", "use_v2", "proposer", "draft_length", "refused"),
+    [
+        (False, None, "draft_model", "fixed", None),
+        (False, "1", "draft_model", "fixed", None),
+        (True, "1", "draft_model", "fixed", None),
+        (False, "1", "draft_model", "auto", r'"draft_length": "fixed".*remove'),
+        (False, "0", "draft_model", "fixed", V2_ONLY),
+        (True, None, "draft_model", "fixed", V2_ONLY),
+        (False, None, "llma", "fixed", V2_ONLY),
+    ],
+)
+def test_scheduling_is_asynchronous_where_lengths_are_known_ahead(
+    is_cpu: bool,
+    use_v2: str | None,
+    proposer: str,
+    draft_length: str,
+    refused: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: is_cpu)
+    if use_v2 is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+    said: list[str] = []
+    monkeypatch.setattr(frontend.logger, "info", lambda t, *a: said.append(t % a))
+    config = EmssdConfig(proposer=proposer, draft_length=draft_length)
+
+    def settled(asked: bool | None) -> bool:
+        said.clear()
+        args = SimpleNamespace(async_scheduling=asked)
+        may_be_async = frontend._settle_async_scheduling(args, config)
+        if not may_be_async or is_cpu:
+            assert said[0].startswith("Scheduling is synchronous")
+        else:
+            assert not said
+        return may_be_async
+
+    assert settled(None) == (refused is None)
+    assert not settled(False)
+    if refused is None:
+        assert settled(True)
+    else:
+        with pytest.raises(ValueError, match=refused):
+            settled(True)
+
+
+def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing that it takes for a reason against it is left in its config."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    args = EngineArgs(
+        model=TARGET,
+        speculative_config={"method": "emssd", "model": DRAFT, "draft_length": "fixed"},
+    )
+    spec_config = args.create_engine_config().speculative_config
+    assert args.async_scheduling is None
+    assert not spec_config.disable_padded_drafter_batch
+    assert frontend.is_ours(spec_config)
+
+
+def test_copies_run_on_v1_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM would choose V2, as on a GPU, and it is said."""
+    copies, drafts = _create({}), _create({"model": DRAFT, "draft_length": "fixed"})
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert drafts.use_v2_model_runner
+    assert not copies.use_v2_model_runner
+
+    monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: False)
+    said: list[str] = []
+    monkeypatch.setattr(frontend.logger, "info", lambda t, *a: said.append(t % a))
+    for config in (copies, drafts):
+        options = config.additional_config[ADDITIONAL_CONFIG_KEY]
+        frontend._say_where_copies_run(EmssdConfig(**options))
+    assert len(said) == 1
+    assert '"llma" runs on vLLM\'s V1 model runner' in said[0]
+
+
+def test_v1_refuses_to_run_asynchronously() -> None:
+    """Where vLLM chose it after the front end had let it."""
+    options = EmssdConfig(proposer="draft_model", draft_length="fixed").model_dump()
+    vllm_config = SimpleNamespace(
+        additional_config={ADDITIONAL_CONFIG_KEY: options},
+        scheduler_config=SimpleNamespace(async_scheduling=True),
+    )
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0, or --no-async"):
+        UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
+
+
 def test_v1_on_a_gpu_refuses_automatic_lengths() -> None:
     """Where vLLM chose it after the front end had let them through."""
     options = EmssdConfig(proposer="draft_model").model_dump()

@@ -148,8 +148,8 @@ def test_registry_takes_the_place_of_the_front_end_hook(
 
 
 @pytest.mark.usefixtures("without_hooks")
-def test_async_scheduling_is_off_whatever_vllm_would_choose() -> None:
-    """vLLM 0.33 leaves it on for unpadded batches on its V2 runner."""
+def test_copies_are_scheduled_synchronously_whatever_vllm_would_choose() -> None:
+    """vLLM 0.33 leaves async scheduling on for unpadded batches on its V2 runner."""
     vllm_emssd.register()
     args = EngineArgs(model=TARGET, speculative_config={"method": "emssd"})
     assert args.async_scheduling is None

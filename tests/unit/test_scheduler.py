@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_emssd.integration.scheduler import drop_placeholder_drafts
+from vllm_emssd.integration import scheduler
+from vllm_emssd.integration.placeholder_drafts import (
+    drop_placeholder_drafts,
+    with_drafts_made,
+)
+from vllm_emssd.integration.steps_v2 import UnheardSteps
+from vllm_emssd.scorer import ScheduledStep
 
 
 def output_of(drafts: list[list[int] | None], num_other: list[int]) -> SimpleNamespace:
@@ -51,3 +61,74 @@ def test_dropping_twice_is_dropping_once() -> None:
     assert output.num_scheduled_tokens == {"r0": 1, "r1": 3}
     assert output.total_num_scheduled_tokens == 4
     assert output.scheduled_spec_decode_tokens == {"r1": [4, 5]}
+
+
+def test_placeholders_of_some_requests_go() -> None:
+    output = output_of([[-1, -1], [-1, -1]], [1, 1])
+    drop_placeholder_drafts(output, {"r1"})
+    assert output == output_of([[-1, -1], None], [1, 1])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 9), st.none() | st.integers(0, 7)),
+        max_size=6,
+    )
+)
+def test_drafts_not_made_are_left_out(
+    requests: list[tuple[int, int, int | None]],
+) -> None:
+    """Of a copy: the scheduler goes by its own."""
+    output = SchedulerOutput.make_empty()
+    drafts = [[-1] * n or None for n, _, _ in requests]
+    others = [other for _, other, _ in requests]
+    vars(output).update(vars(output_of(drafts, others)))
+    before = deepcopy(output)
+    num_made = {f"r{i}": n for i, (_, _, n) in enumerate(requests) if n is not None}
+    left = with_drafts_made(output, num_made)
+    kept = [
+        [-1] * (n if made is None else min(n, made)) or None for n, _, made in requests
+    ]
+    expected = output_of(kept, others)
+    assert left.num_scheduled_tokens == expected.num_scheduled_tokens
+    assert left.total_num_scheduled_tokens == expected.total_num_scheduled_tokens
+    assert left.scheduled_spec_decode_tokens == expected.scheduled_spec_decode_tokens
+    assert output == before
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_scheduler_is_chosen_when_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    for name in ("UnpadScheduler", "UnpadAsyncScheduler"):
+        monkeypatch.setattr(scheduler, name, lambda name=name, **given: (name, given))
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=is_async)
+    )
+    name, given = scheduler.make_scheduler(vllm_config=config, block_size=16)
+    assert name == ("UnpadAsyncScheduler" if is_async else "UnpadScheduler")
+    assert given == {"vllm_config": config, "block_size": 16}
+
+
+def step_of(*req_ids: str) -> ScheduledStep:
+    numbers = np.ones(len(req_ids), np.int64)
+    flags = np.ones(len(req_ids), bool)
+    return ScheduledStep(list(req_ids), numbers, 0 * numbers, flags, flags)
+
+
+def test_a_request_that_ended_is_not_taken_for_another_of_its_name() -> None:
+    steps = UnheardSteps()
+    steps.admit(["a", "b"])
+    first, second = step_of("a", "b"), step_of("b", "a")
+    steps.add(first)
+    steps.add(second)
+    step, is_wanted = steps.pop()
+    assert step is first
+    assert is_wanted.tolist() == [True, True]
+    steps.release(["a"])
+    steps.admit(["a"])
+    step, is_wanted = steps.pop()
+    assert step is second
+    assert is_wanted.tolist() == [True, False]
+    assert not steps

@@ -118,3 +118,33 @@ def test_counts_equal_a_loop(requests: list[tuple[int, int, bool, int]]) -> None
             expected["num_padded_verify_rows"] += 1 + longest * decode[i]
             expected["num_emitted_tokens"] += sampled[i]
     assert counters.as_dict() == expected
+
+
+def test_drafts_a_grammar_forbade_cost_rows_and_are_no_drafts() -> None:
+    step = ScheduledStep(
+        ["a", "b"],
+        *(np.array(x, np.int64) for x in ([6, 6], [5, 5])),
+        *(np.array(x, bool) for x in ([True, True], [True, True])),
+        num_forbidden=np.array([3, 0]),
+    )
+    counters = Counters()
+    step.count(np.array([3, 6]), 5, counters)
+    assert counters.num_draft_tokens == 7
+    assert counters.num_accepted_tokens == 7
+    assert counters.num_verify_rows == 12
+
+
+def test_a_request_that_had_ended_costs_rows_and_emits_nothing() -> None:
+    step = ScheduledStep(
+        ["a", "b"],
+        *(np.array(x, np.int64) for x in ([6, 6], [5, 5])),
+        *(np.array(x, bool) for x in ([True, True], [True, True])),
+    )
+    counters, wanted = Counters(), Counters()
+    step.count(np.array([3, 6]), 5, counters, np.array([True, False]))
+    step.count(np.array([3, 6]), 5, wanted)
+    assert counters.num_request_steps == 1
+    assert counters.num_draft_tokens == 5
+    assert counters.num_accepted_tokens == 2
+    assert counters.num_emitted_tokens == 3
+    assert counters.num_verify_rows == wanted.num_verify_rows == 12

@@ -64,3 +64,20 @@ def _add_log1p() -> None:
         return tl.core.tensor(handle, x.type)
 
     libdevice.log1p = log1p
+
+
+def schedule_asynchronously(wanted: bool) -> None:
+    """Whether engines started from now on may. vLLM's CPU platform never does, for want
+    of a device to wait for; but nothing else is in the way of it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = vars(CpuPlatform).get("_stock_check", CpuPlatform.check_and_update_config)
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        scheduler_config = vllm_config.scheduler_config
+        was_async = scheduler_config.async_scheduling
+        stock(vllm_config)
+        scheduler_config.async_scheduling = wanted and was_async
+
+    CpuPlatform._stock_check = staticmethod(stock)
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

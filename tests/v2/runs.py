@@ -1,6 +1,6 @@
 """Runs of the V2 runner under the interpreter, in a process of their own.
 
-    python -m tests.v2.runs RESULTS.json
+    python -m tests.v2.runs RESULTS.json [ENGINE ...]
 
 The interpreter must be in place before vLLM is imported, so the tests start this once
 and look at what it wrote.
@@ -50,6 +50,12 @@ TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
     "prefix_caching": True,
     "options": {"block_size": 32, "num_gpu_blocks_override": 7},
 }
+
+
+def asynchronous(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"options": config["options"] | {"async_scheduling": True}}
+
+
 STOCK_K = STOCK | {"num_speculative_tokens": K}
 EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
 ITSELF = EMSSD | {"model": TARGET, "draft_sample_method": "probabilistic"}
@@ -171,22 +177,57 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
     return seen | {"measured": measured}
 
 
+def stopped(llm: Any, greedy: dict[str, Any]) -> dict[str, Any]:
+    """Ended by a token in mid-step, which a step launched meanwhile cannot know."""
+    stop = greedy["token_ids"][2][8]
+    return one_pass(llm, stop_token_ids=[stop])
+
+
+def aborted(llm: Any) -> dict[str, Any]:
+    """The first request goes away in mid-generation, and its id comes back at once."""
+    from vllm import SamplingParams
+
+    engine, tokens = llm.llm_engine, {}
+    ids = [f"request {i}" for i in range(len(MAX_TOKENS))]
+
+    def add(i: int) -> None:
+        params = SamplingParams(
+            temperature=0, ignore_eos=True, max_tokens=MAX_TOKENS[i]
+        )
+        engine.add_request(ids[i], texts()[i], params)
+
+    for i in range(len(ids)):
+        add(i)
+    for num_steps in range(1000):
+        if num_steps == 4:
+            engine.abort_request([ids[0]])
+            add(0)
+        for output in engine.step():
+            if output.finished:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+        if not engine.has_unfinished_requests():
+            break
+    return {"token_ids": [tokens.get(req_id) for req_id in ids]}
+
+
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name in ("auto", "auto tight"):
         return automatic(llm)
     if name == "auto itself":
         return automatic(llm, temperature=1.0, seed=7)
-    if name == "itself":
-        seen = {
-            "sampled": one_pass(llm, temperature=1.0, seed=7),
-            "structured": one_pass(llm, **structured(temperature=1.0, seed=7)),
-        }
+    if name in ("itself", "async itself"):
+        seen = {"sampled": one_pass(llm, temperature=1.0, seed=7)}
+        if name == "itself":
+            seen["structured"] = one_pass(llm, **structured(temperature=1.0, seed=7))
         model_runner(llm).speculator.set_policy(RaggedLengths())
         return seen | {"ragged": one_pass(llm, temperature=1.0, seed=7)}
     seen = {"greedy": one_pass(llm)}
-    if name == "cached":
+    if name in ("plain", "async"):
+        seen["stopped"] = stopped(llm, seen["greedy"])
+        seen["aborted"] = aborted(llm)
+    if name in ("cached", "async cached"):
         seen["again"] = one_pass(llm)  # on cached prefixes
-    elif name not in ("stock", "tight"):
+    elif name not in ("stock", "tight", "async tight"):
         seen["logprobs"] = one_pass(
             llm, logprobs=2, logit_bias={201: 3.0}, presence_penalty=0.5
         )
@@ -197,7 +238,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     return seen
 
 
-def run_all(path: Path) -> None:
+def run_all(path: Path, only: list[str]) -> None:
     import vllm_emssd.integration.worker  # noqa: F401  before vLLM's V2 runner
     from vllm_emssd.integration import speculator_v2
 
@@ -209,22 +250,32 @@ def run_all(path: Path) -> None:
         "cached": (EngineConfig(EMSSD, **CACHED), False),
         "tight": (EngineConfig(EMSSD, **TIGHT), False),
         "itself": (EngineConfig(ITSELF, **SMALL), False),
+        "async": (EngineConfig(EMSSD, **asynchronous(SMALL)), True),
+        "async cached": (EngineConfig(EMSSD, **asynchronous(CACHED)), True),
+        "async tight": (EngineConfig(EMSSD, **asynchronous(TIGHT)), True),
+        "async itself": (EngineConfig(ITSELF, **asynchronous(SMALL)), True),
         "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
         "auto tight": (EngineConfig(EMSSD | AUTO, **TIGHT), False),
         "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),
     }
     seen = {}
-    for name, (config, copies) in engines.items():
+    for name in only or engines:
+        config, copies = engines[name]
         speculator_v2.copies_verdict = lambda device, copies=copies: copies
+        interpreter.schedule_asynchronously(
+            bool(config.options.get("async_scheduling"))
+        )
         stop_counting_others()
         started = time.perf_counter()
         with running(config) as llm:
             seen[name] = passes(llm, name)
             runner = type(model_runner(llm))
             seen[name]["runner"] = f"{runner.__module__}.{runner.__qualname__}"
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            seen[name]["scheduler"] = type(scheduler).__name__
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
         path.write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))
+    run_all(Path(sys.argv[1]), sys.argv[2:])

@@ -47,7 +47,7 @@ CPU_WORKER = "vllm_emssd.integration.worker.UnpadCPUWorker"
 FIXED_CPU_WORKER = "vllm_emssd.integration.worker.FixedCPUWorker"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"
 GPU_WORKER = "vllm_emssd.integration.gpu_worker.UnpadGPUWorker"
-SCHEDULER = "vllm_emssd.integration.scheduler.UnpadScheduler"
+SCHEDULER = "vllm_emssd.integration.scheduler.make_scheduler"
 COPY_DRAFTER = "vllm_emssd.integration.copy_drafter.CopyDrafter"
 
 _OTHER_VOCABULARY = (
@@ -55,6 +55,9 @@ _OTHER_VOCABULARY = (
     '"method": "emssd" needs a draft model with the target\'s tokenizer: choose '
     "another 'model', or remove it to copy from the text (llma)."
 )
+
+# An attribute of our own on vLLM's config, which tells it from stock's.
+_MARK = "is_made_by_emssd"
 
 # Filled in by vLLM itself, not by users.
 _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
@@ -119,11 +122,8 @@ def use_fixed_cpu_worker(parallel_config: ParallelConfig) -> None:
 
 
 def is_ours(spec_config: SpeculativeConfig) -> bool:
-    """True for the vLLM config made for "emssd". Stock never runs a draft model on an
-    unpadded batch."""
-    if spec_config.uses_draft_model():
-        return spec_config.disable_padded_drafter_batch
-    return spec_config.method == "custom_class" and spec_config.model == COPY_DRAFTER
+    """True for the vLLM config made for "emssd"."""
+    return _MARK in vars(spec_config)
 
 
 def _make_validation_hook(stock: Callable[..., None]) -> Callable[..., None]:
@@ -180,6 +180,7 @@ def _create_ours(
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, model_config, parallel_config)
     config = _settle_draft_length(config, asked)
+    may_be_async = _settle_async_scheduling(args, config)
     if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
         refuse_options(config)
     _refuse_other_draft_ranks(stock_part, parallel_config)
@@ -190,6 +191,10 @@ def _create_ours(
     spec_config = _run_stock(
         stock, args, config, stock_part, model_config, parallel_config
     )
+    setattr(spec_config, _MARK, True)
+    # An unpadded batch of stock's own would turn async scheduling off.
+    if config.uses_draft_model:
+        spec_config.disable_padded_drafter_batch = not may_be_async
     if model:
         check_draft_tokenizer(model, stock_part.get("revision"), model_config)
 
@@ -197,7 +202,8 @@ def _create_ours(
     register_references()
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
-    args.async_scheduling = False  # vLLM 0.33 leaves it on for its V2 runner
+    if not may_be_async:
+        args.async_scheduling = False  # vLLM 0.33 leaves it on for its V2 runner
     args.additional_config = {
         **args.additional_config,
         ADDITIONAL_CONFIG_KEY: config.model_dump(),
@@ -205,6 +211,7 @@ def _create_ours(
     }
     publish_counters_on_metrics(_served_model_name(args))
     logger.info("vllm-emssd %s is on: %s", __version__, config)
+    _say_where_copies_run(config)
     return spec_config
 
 
@@ -219,7 +226,7 @@ def _run_stock(
     """Build vLLM's own config, leaving `args` as the user gave them."""
     stock_part["num_speculative_tokens"] = config.most_draft_tokens
     if config.uses_draft_model:
-        stock_part |= {"method": "draft_model", "disable_padded_drafter_batch": True}
+        stock_part |= {"method": "draft_model"}
     else:
         stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}
     saved = {
@@ -266,11 +273,6 @@ def _refuse_unsupported(
             '"method": "emssd" keeps its options in --additional-config, which must '
             f"be a dictionary, got {type(args.additional_config).__name__}."
         )
-    if args.async_scheduling:
-        raise ValueError(
-            '"method": "emssd" knows a step\'s drafts only after sampling; remove '
-            "--async-scheduling."
-        )
     if parallel_config.decode_context_parallel_size > 1:
         raise ValueError(
             '"method": "emssd" does not support decode context parallelism; set '
@@ -306,6 +308,47 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
     if not current_platform.is_cpu() and not has_v2:
         raise ValueError(AUTO_NEEDS_V2)
     return config  # if vLLM chooses V1 after all, our runner refuses
+
+
+def _say_where_copies_run(config: EmssdConfig) -> None:
+    """vLLM takes its V1 runner by itself for the method that llma comes as, whose name
+    (`custom_class`) is all that it says of it."""
+    if not config.uses_draft_model and not current_platform.is_cpu():
+        logger.info(
+            '"proposer": "%s" runs on vLLM\'s V1 model runner: it looks at token ids, '
+            "which the V2 runner keeps on the device.",
+            config.proposer,
+        )
+
+
+def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
+    """Whether vLLM may schedule a step before the last one's tokens are known: with
+    fixed lengths on its V2 runner. Raises ValueError where it was asked for and cannot
+    be. On CPUs vLLM itself turns it off again.
+    """
+    is_cpu = current_platform.is_cpu()
+    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
+    if is_cpu and use_v2 is None:  # where vLLM could choose V2 on GPUs only
+        use_v2 = False
+    why = ""
+    if use_v2 is False or config.proposer != "draft_model":
+        why = '"proposer": "draft_model" on vLLM\'s V2 model runner'
+    elif config.draft_length != "fixed":
+        why = '"draft_length": "fixed"'
+    if why and args.async_scheduling:
+        raise ValueError(
+            '"method": "emssd" knows how many drafts a step has before its tokens are '
+            f"sampled only with {why}; use that, or remove --async-scheduling."
+        )
+    if why or args.async_scheduling is False:
+        logger.info(
+            "Scheduling is synchronous%s.",
+            f"; it can be asynchronous with {why}" if why else "",
+        )
+        return False
+    if is_cpu:
+        logger.info("Scheduling is synchronous, as vLLM has it on CPUs.")
+    return True
 
 
 def _refuse_other_draft_ranks(

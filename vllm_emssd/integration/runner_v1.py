@@ -45,7 +45,7 @@ from vllm_emssd.integration.step_costs import (
     measure_target,
 )
 from vllm_emssd.integration.step_failures import StepFailures
-from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2
+from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_async_v1
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.copier import Copier
@@ -60,18 +60,18 @@ from vllm_emssd.scorer import pad_to_longest
 def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
     """vLLM's draft-model object refuses to be made for an unpadded batch, which it
     cannot run. We make it for its weights and buffers and run the batch ourselves."""
-    saved = spec_config.disable_padded_drafter_batch
     spec_config.disable_padded_drafter_batch = False
     try:
         yield
     finally:
-        spec_config.disable_padded_drafter_batch = saved
+        spec_config.disable_padded_drafter_batch = spec_config.uses_draft_model()
 
 
 class UnpadRunnerMixin(UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        refuse_async_v1(vllm_config)
         spec_config = vllm_config.speculative_config
         with _stock_drafter_allowed(spec_config), hooks.installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)

@@ -8,11 +8,12 @@ many drafts each request has, and with automatic lengths measures what forwards 
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
@@ -84,7 +85,9 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         register_speculator()
         with hooks.installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
-        self._output: AsyncOutput | None = None  # with a verdict not yet recorded
+        self._is_async = vllm_config.scheduler_config.async_scheduling
+        # With verdicts not yet recorded, oldest first; None for a step of no rows.
+        self._outputs: deque[AsyncOutput | None] = deque()
         self._ranks = Ranks(self.device)
         self.step_timing = self._target_timing = TargetTiming()
         self._step_costs: StepCostMeter | None = None  # with automatic lengths
@@ -98,7 +101,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def start_automatic_lengths(self) -> None:
         """Warm-up is over, whose requests do not count: where it was asked for, measure
         costs and draft by them from now on."""
-        self._record_verdict()
+        self._record_verdicts(num_late=0)
         if self.emssd_config.draft_length == "auto":
             self._step_costs = self._measure_costs()
             policy = AutoDraftLength(
@@ -127,7 +130,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     @property
     def counters(self) -> Counters:
-        self._record_verdict()
+        self._record_verdicts()
         return self.speculator.counters
 
     def costs_now(self) -> dict[str, Any]:
@@ -139,34 +142,44 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> Any:
-        self._record_verdict()
+        self._record_verdicts()
+        if self._is_async:
+            scheduler_output = self.speculator.with_drafts_made(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._target_timing.model_executed()
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            self._outputs.append(None)
         return output
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.speculator.release(scheduler_output.finished_req_ids)
+        self.speculator.preempt(scheduler_output.preempted_req_ids or ())
         super().finish_requests(scheduler_output)
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.speculator.take_in(scheduler_output)
         super().update_requests(scheduler_output)
 
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().sample_tokens(*args, **kwargs)
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        self.speculator.num_obedient = obedient_drafts(grammar_output)
+        output = super().sample_tokens(grammar_output)
         if isinstance(output, AsyncOutput):
-            self._output = output
+            self._outputs.append(output)
             if self._step_costs is not None:
                 self._step_costs.step_done()
         return output
 
-    def _record_verdict(self) -> None:
-        """How many tokens the last step sampled; its output has been read by now."""
-        output, self._output = self._output, None
-        if output is None:
-            return
-        output.copy_event.synchronize()
-        self.speculator.record_verdict(output.num_sampled_tokens_np)
+    def _record_verdicts(self, num_late: int | None = None) -> None:
+        """How many tokens steps sampled, all but the last `num_late`: by default those
+        whose output the engine has read, which with async scheduling are all but one.
+        """
+        if num_late is None:
+            num_late = 1 if self._is_async else 0
+        while len(self._outputs) > num_late:
+            output = self._outputs.popleft()
+            if output is not None:
+                output.copy_event.synchronize()
+                self.speculator.record_verdict(output.num_sampled_tokens_np)
         if self._shared_counters is not None:
             self._shared_counters.publish(self.speculator.counters)
 
@@ -187,6 +200,20 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
                 )
             ],
         )
+
+
+def obedient_drafts(grammar_output: GrammarOutput | None) -> dict[str, int]:
+    """Drafts that their grammar permits, of the requests under one. Async scheduling
+    learns of them when their rows are being computed."""
+    if grammar_output is None or grammar_output.num_acceptable_drafts is None:
+        return {}
+    return dict(
+        zip(
+            grammar_output.structured_output_request_ids,
+            grammar_output.num_acceptable_drafts,
+            strict=True,
+        )
+    )
 
 
 class UnpadCPUModelRunnerV2(UnpadGPUModelRunnerV2, CPUModelRunner):

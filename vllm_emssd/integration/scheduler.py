@@ -1,14 +1,22 @@
-"""vLLM's scheduler without placeholder drafts.
+"""vLLM's schedulers without placeholder drafts for requests that have none.
 
 Stock pads a request that has one token left to compute (after a prefix-cache hit or
 a preemption) with K placeholder drafts of -1, for the sake of uniform CUDA graphs.
-They cost rows, count as drafts and, on the CPU, reach random sampling.
+They cost rows, count as drafts and, on the CPU, reach random sampling. With async
+scheduling the drafts of all other requests are -1 too, as they are not made yet when
+they are scheduled: these stay.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_emssd.integration.placeholder_drafts import drop_placeholder_drafts
 
 
 class UnpadScheduler(Scheduler):
@@ -17,11 +25,18 @@ class UnpadScheduler(Scheduler):
         super()._update_after_schedule(scheduler_output)
 
 
-def drop_placeholder_drafts(scheduler_output: SchedulerOutput) -> None:
-    """Unschedule drafts of -1, in place. They are all or none of a request's."""
-    drafts = scheduler_output.scheduled_spec_decode_tokens
-    padded = [req_id for req_id, tokens in drafts.items() if tokens and tokens[0] == -1]
-    for req_id in padded:
-        num_placeholders = len(drafts.pop(req_id))
-        scheduler_output.num_scheduled_tokens[req_id] -= num_placeholders
-        scheduler_output.total_num_scheduled_tokens -= num_placeholders
+class UnpadAsyncScheduler(AsyncScheduler):
+    """For vLLM's V2 runner, where resumed requests are scheduled as new ones."""
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        drop_placeholder_drafts(scheduler_output, new)
+        super()._update_after_schedule(scheduler_output)
+
+
+def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """What vLLM takes for a scheduler class; whether scheduling is asynchronous is
+    settled only after the class is named."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    scheduler_class = UnpadAsyncScheduler if is_async else UnpadScheduler
+    return scheduler_class(*args, vllm_config=vllm_config, **kwargs)

@@ -11,12 +11,13 @@ allows, in one of two ways (`knows_verdict`):
   they are chosen by the verdict, and by how sure each draft is, which is copied too.
 - *no copy*: the host launches the drafter by a bound (`LateDraftCursor`): 2 rows a
   request, uniform over those that drafted before, K+1 in all; who lags behind is fed
-  all it lacks in the same pass. The verdict reaches the host with the step's output.
+  all it lacks in the same pass. The verdict reaches the host with the step's output,
+  with async scheduling when the next step has been launched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +43,12 @@ from vllm_emssd.integration.paged_drafter_v2 import (
     BatchOnDevice,
     KnownTokens,
     PagedDrafterV2,
+)
+from vllm_emssd.integration.placeholder_drafts import with_drafts_made
+from vllm_emssd.integration.steps_v2 import (
+    UnheardSteps,
+    known_tokens,
+    scheduled_step,
 )
 from vllm_emssd.late_cursor import LateDraftCursor
 from vllm_emssd.metrics import Counters
@@ -102,16 +109,22 @@ class UnpadSpeculator(StandaloneARSpeculator):
         super().__init__(vllm_config, device)
         config = EmssdConfig(**vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
         self._is_automatic = config.draft_length == "auto"
-        self.knows_verdict = self._is_automatic or copies_verdict(device)
+        is_async = vllm_config.scheduler_config.async_scheduling
+        self.knows_verdict = self._is_automatic or (
+            copies_verdict(device) and not is_async
+        )
         # [num_sampled] float32: of the drafts sampled last; None with fixed lengths
         self.confidence: torch.Tensor | None = None
         self._sits_out_dummy_runs = False
         self.counters = Counters()
         self.policy: DraftLengthPolicy = FixedDraftLength()
         self.draft_lens: dict[str, int] = {}  # of the last batch, for the scheduler
+        # Of the step's drafts, how many of each request under a grammar obey it.
+        self.num_obedient: Mapping[str, int] = {}
+        self._num_made: dict[str, int] = {}  # drafts that wait to be verified
         self._req_states = req_states
         self._constrained: set[str] = set()  # requests under a grammar
-        self._step: ScheduledStep | None = None  # whose verdict is not known yet
+        self._unheard = UnheardSteps()
         self._cursor: DraftCursor | LateDraftCursor  # both made with the KV cache
         self._proposer: DraftModelProposer
 
@@ -185,6 +198,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             AdmittedRequest(new.req_id, new.block_ids[gid], new.num_computed_tokens)
             for new in scheduler_output.scheduled_new_reqs
         ]
+        self._unheard.admit(request.req_id for request in admitted)
         self._constrained.update(
             new.req_id
             for new in scheduler_output.scheduled_new_reqs
@@ -203,8 +217,26 @@ class UnpadSpeculator(StandaloneARSpeculator):
     def release(self, req_ids: Iterable[str]) -> None:
         """Forget finished requests."""
         req_ids = list(req_ids)
+        self.preempt(req_ids)
         self._proposer.release(req_ids)
+        self._unheard.release(req_ids)
         self._constrained.difference_update(req_ids)
+
+    def preempt(self, req_ids: Iterable[str]) -> None:
+        """Forget drafts that will not be verified, and blocks that were taken away."""
+        for req_id in req_ids:
+            self._num_made.pop(req_id, None)
+            self._cursor.release(req_id)
+
+    def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        """An async scheduler schedules K drafts of every request before there are any.
+        Those that were not made cost no rows; but under a grammar they stay, since its
+        bit mask has a row for each, and are forbidden."""
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        return with_drafts_made(
+            scheduler_output,
+            {r: self._num_made.get(r, 0) for r in drafts if r not in self._constrained},
+        )
 
     # ------------------------------------------------------------ a step
 
@@ -248,7 +280,8 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._copy_request_inputs(
             input_batch.num_reqs, input_batch.idx_mapping, temperature, seeds
         )
-        self._step = step = scheduled_step(input_batch, self._req_states)
+        step = scheduled_step(input_batch, self._req_states, self.num_obedient)
+        self._unheard.add(step)
         if self.knows_verdict:
             num_sampled_np = self._verdict(step, num_sampled)
             self.record_verdict(num_sampled_np)
@@ -256,10 +289,12 @@ class UnpadSpeculator(StandaloneARSpeculator):
                 np.maximum(num_sampled_np.astype(np.int64), 1) - 1
             )
         else:
-            accepted = self._reckon(step)
-            most_accepted = np.where(step.is_sampling, step.num_draft_tokens, 0)
+            accepted, most_accepted = self._reckon(input_batch, step)
         batch = self._draft_batch(input_batch, step, accepted, most_accepted)
-        return self._to_columns(step.req_ids, self._proposer.draft(batch))
+        drafts = self._proposer.draft(batch)
+        if isinstance(self._cursor, LateDraftCursor):
+            self._cursor.end_step()
+        return self._to_columns(step.req_ids, drafts)
 
     def _verdict(self, step: ScheduledStep, num_sampled: torch.Tensor) -> np.ndarray:
         """Tokens each request sampled: one where no drafts were. [num_reqs] integers"""
@@ -268,21 +303,21 @@ class UnpadSpeculator(StandaloneARSpeculator):
         return num_sampled.cpu().numpy()  # sync: how many were accepted
 
     def record_verdict(self, num_sampled: np.ndarray) -> None:
-        """Move the cursors by what the last step accepted, and count the step.
+        """Move the cursors by what the oldest step whose verdict was not recorded
+        accepted, and count the step. Does nothing where there is none.
 
-        `num_sampled`: [num_reqs] tokens sampled by each request of the last batch.
-        Does nothing where the verdict has been recorded.
+        `num_sampled`: [num_reqs] tokens sampled by each request of its batch.
         """
-        step, self._step = self._step, None
-        if step is None:
+        if not self._unheard:
             return
-        for i in np.flatnonzero(step.is_sampling):
+        step, is_wanted = self._unheard.pop()
+        for i in np.flatnonzero(step.is_sampling & is_wanted):
             self._proposer.record_verified(
                 step.req_ids[i], int(step.num_draft_tokens[i]), int(num_sampled[i]) - 1
             )
         if isinstance(self._cursor, LateDraftCursor):
             self._cursor.settle()
-        step.count(num_sampled, self.num_speculative_steps, self.counters)
+        step.count(num_sampled, self.num_speculative_steps, self.counters, is_wanted)
 
     def compute_draft_logits(
         self, hidden_states: torch.Tensor, spec_step_idx: int
@@ -292,15 +327,23 @@ class UnpadSpeculator(StandaloneARSpeculator):
             self.confidence = highest_probability(logits)
         return logits
 
-    def _reckon(self, step: ScheduledStep) -> np.ndarray:
-        """Accepted tokens to reckon with until the verdict. [num_reqs] int64"""
+    def _reckon(
+        self, input_batch: InputBatch, step: ScheduledStep
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Accepted tokens to reckon with until the verdict, and the most that there can
+        be. [num_reqs] int64 both"""
         assert isinstance(self._cursor, LateDraftCursor)
-        accepted = np.zeros(len(step.req_ids), dtype=np.int64)
+        num_known = known_tokens(input_batch)
+        accepted, most_accepted = (np.zeros_like(num_known) for _ in range(2))
         for i in np.flatnonzero(step.is_sampling):
-            accepted[i] = self._cursor.reckon(
-                step.req_ids[i], int(step.num_draft_tokens[i])
+            req_id = step.req_ids[i]
+            most_accepted[i] = min(
+                step.num_draft_tokens[i], self._num_made.get(req_id, 0)
             )
-        return accepted
+            accepted[i] = self._cursor.reckon(
+                req_id, int(num_known[i]), int(most_accepted[i])
+            )
+        return accepted, most_accepted
 
     def _draft_batch(
         self,
@@ -312,9 +355,8 @@ class UnpadSpeculator(StandaloneARSpeculator):
         """`accepted`, `most_accepted`: [num_reqs] int64, equal where they are known."""
         states = self._req_states
         idx_mapping_np = input_batch.idx_mapping_np
-        num_computed = input_batch.num_computed_tokens_np.astype(np.int64)
-        num_prefilled = num_computed + step.num_scheduled_tokens
-        num_known = num_prefilled - step.num_draft_tokens  # before sampling
+        num_known = known_tokens(input_batch)
+        num_prefilled = num_known + step.num_draft_tokens
         prefill_len = input_batch.prefill_len_np.astype(np.int64)
         num_tokens = np.where(step.is_sampling, num_known + 1 + accepted, prefill_len)
         max_moved_by = most_accepted - accepted
@@ -374,24 +416,9 @@ class UnpadSpeculator(StandaloneARSpeculator):
     def _to_columns(self, req_ids: list[str], drafts: DeviceDrafts) -> torch.Tensor:
         """[num_reqs, K] int64 on the device, as vLLM keeps drafts; the rest is 0."""
         self.draft_lens = dict(zip(req_ids, drafts.num_kept.tolist(), strict=True))
+        self._num_made.update(self.draft_lens)
         columns = self.draft_tokens[: len(req_ids)].zero_()
         for position, (requests, tokens) in enumerate(drafts.made):
             rows = async_tensor_h2d(requests, device=self.device)
             columns[rows, position] = tokens
         return columns
-
-
-def scheduled_step(input_batch: InputBatch, req_states: RequestState) -> ScheduledStep:
-    """Scheduling is synchronous, so that the host's computed tokens are exact."""
-    num_scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
-    num_drafts = input_batch.num_draft_tokens_per_req
-    if num_drafts is None:
-        num_drafts = np.zeros(input_batch.num_reqs)
-    num_computed = input_batch.num_computed_tokens_np
-    return ScheduledStep(
-        req_ids=input_batch.req_ids,
-        num_scheduled_tokens=num_scheduled,
-        num_draft_tokens=num_drafts.astype(np.int64),
-        is_decode=num_computed >= req_states.prompt_len.np[input_batch.idx_mapping_np],
-        is_sampling=num_computed + num_scheduled >= input_batch.prefill_len_np,
-    )

@@ -30,6 +30,16 @@ def refuse_options(config: EmssdConfig) -> None:
         )
 
 
+def refuse_async_v1(vllm_config: VllmConfig) -> None:
+    """Raise ValueError where vLLM chose its V1 runner after the front end had let it
+    schedule asynchronously."""
+    if vllm_config.scheduler_config.async_scheduling:
+        raise ValueError(
+            '"method": "emssd" does not schedule asynchronously on vLLM\'s V1 model '
+            f"runner, which vLLM chose here. {USE_V1}, or --no-async-scheduling."
+        )
+
+
 def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
     """Raise ValueError for what vLLM's V2 runner offers and emssd does not."""
     spec_config = vllm_config.speculative_config
