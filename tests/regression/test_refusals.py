@@ -122,6 +122,7 @@ def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
 ) -> None:
     """Nothing that it takes for a reason against it is left in its config."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     args = EngineArgs(
         model=TARGET,
         speculative_config={"method": "emssd", "model": DRAFT, "draft_length": "fixed"},
