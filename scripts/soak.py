@@ -35,9 +35,11 @@ import numpy as np
 import openai
 import psutil
 from demo import REPO, describe_machine, open_client, serving
+from random_adapter import RANK, make_adapter
 from soak_load import (
     MAX_MODEL_LEN,
     NEAR_TIE,
+    TARGET,
     Answer,
     Client,
     GreedyRequest,
@@ -60,6 +62,7 @@ FLAGS = shlex.split(
 # which a near tie shows.
 ROOMY = ["--kv-cache-memory-bytes", str(256 << 20)]
 ROOMY += ["--logprobs-mode", "processed_logprobs"]
+ADAPTERS = ("adapter-0", "adapter-1")
 SMALL_CACHE = 9 << 20  # one request of full length, and little more
 SAMPLE_SECONDS = 5
 DRAIN_SECONDS = 60
@@ -90,6 +93,13 @@ def parse_options() -> argparse.Namespace:
     add("--minutes", type=float, default=60)
     add("--model", default=str(models / "target"))
     add("--draft-model", default=str(models / "draft"))
+    add(
+        "--lora",
+        action="store_true",
+        help="all requests go to two LoRA adapters with random weights, none to the "
+        "target itself: in one batch with an adapter, vLLM 0.32 on a CPU gives the "
+        "target's own requests the adapter's weights, with or without speculation",
+    )
     add("--llma", action="store_true", help="copy from the text, without draft model")
     add("--prompts", default=str(models / "prompts.jsonl"))
     add("--num-speculative-tokens", type=int, default=5)
@@ -136,9 +146,11 @@ def prepare(options: argparse.Namespace, logs: Path) -> Load:
     lines = Path(options.prompts).read_text().splitlines()
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
     rng = random.Random(options.seed)
-    requests = make_greedy_requests(prompts, options.requests, rng)
+    models = ADAPTERS if options.lora else (TARGET,)
+    requests = make_greedy_requests(prompts, options.requests, rng, models)
     plain, log = Method("plain", None), logs / "plain.log"
-    with serving(plain, options.model, log, FLAGS + ROOMY) as server:
+    flags = FLAGS + ROOMY + lora_flags(options, logs)
+    with serving(plain, options.model, log, flags) as server:
         answers, gaps = asyncio.run(plain_answers(server, requests))
     sure = [i for i, gap in enumerate(gaps) if gap > NEAR_TIE]
     return Load(
@@ -149,6 +161,17 @@ def prepare(options: argparse.Namespace, logs: Path) -> Load:
     )
 
 
+def lora_flags(options: argparse.Namespace, folder: Path) -> list[str]:
+    """For a server with the adapters, which are made in the folder."""
+    if not options.lora:
+        return []
+    for seed, name in enumerate(ADAPTERS):
+        make_adapter(options.model, folder / name, seed)
+    modules = [f"{name}={folder / name}" for name in ADAPTERS]
+    flags = ["--enable-lora", "--max-loras", str(len(ADAPTERS))]
+    return [*flags, "--max-lora-rank", str(RANK), "--lora-modules", *modules]
+
+
 class Soak:
     """One server under load."""
 
@@ -157,6 +180,7 @@ class Soak:
     ) -> None:
         self._load, self._server = load, server
         self._concurrency = options.concurrency
+        self._models = ADAPTERS if options.lora else (TARGET,)
         self._rng = random.Random(options.seed + 1)
         self._ends = time.monotonic() + 60 * options.minutes
         self.tally = Tally()
@@ -164,7 +188,7 @@ class Soak:
 
     async def run(self) -> None:
         async with open_client(self._server) as client:
-            asker = Client(client, self.tally)
+            asker = Client(client, self.tally, self._models)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch_memory())
                 for _ in range(self._concurrency):
@@ -335,6 +359,7 @@ def soak_server(
     wrong."""
     flags = [*FLAGS, "--enable-prefix-caching"]
     flags += ["--kv-cache-memory-bytes", str(SMALL_CACHE)]
+    flags += lora_flags(options, log.parent)
     with serving(emssd(options), options.model, log, flags) as server:
         soak = Soak(options, load, server)
         asyncio.run(soak.run())

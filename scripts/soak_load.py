@@ -8,10 +8,12 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import openai
 
+TARGET = "target"  # the target's name, as it is served
 MAX_MODEL_LEN = 1280
 REQUEST_SECONDS = 180  # longer is stuck
 LOGPROB_TOLERANCE = 1e-2
@@ -60,9 +62,12 @@ class Answer:
 
 
 def make_greedy_requests(
-    token_ids: Sequence[list[int]], num_requests: int, rng: random.Random
+    token_ids: Sequence[list[int]],
+    num_requests: int,
+    rng: random.Random,
+    models: Sequence[str] = (TARGET,),
 ) -> list[GreedyRequest]:
-    """Of all kinds, from real prompts as token ids."""
+    """Of all kinds, from real prompts as token ids, of all models in turns."""
     makers = [_plain, _plain, _stop, _grammar, _logprobs, _penalties, _bias, _full]
     requests = []
     for i in range(num_requests):
@@ -73,7 +78,9 @@ def make_greedy_requests(
         if kind == "full":
             prompt = _fill(token_ids, MAX_MODEL_LEN - more["max_tokens"])
         body = {"return_token_ids": True} | more.pop("extra_body", {})
-        arguments = {"prompt": prompt, "temperature": 0, "extra_body": body}
+        model = models[i // len(makers) % len(models)]
+        arguments = {"model": model, "prompt": prompt, "temperature": 0}
+        arguments["extra_body"] = body
         requests.append(GreedyRequest(kind, arguments | more))
     return requests
 
@@ -133,13 +140,19 @@ def _fill(token_ids: Sequence[list[int]], num_tokens: int) -> list[int]:
 class Client:
     """Sends requests of every kind to one server, and checks what comes back."""
 
-    def __init__(self, client: openai.AsyncOpenAI, tally: Tally) -> None:
+    def __init__(
+        self,
+        client: openai.AsyncOpenAI,
+        tally: Tally,
+        models: Sequence[str] = (TARGET,),
+    ) -> None:
         self._client = client
         self._tally = tally
+        self._models = cycle(models)  # of requests without a known answer
 
     async def answer(self, request: GreedyRequest, streams: bool) -> Answer:
         async with asyncio.timeout(REQUEST_SECONDS):
-            arguments = {"model": "target"} | request.arguments
+            arguments = request.arguments
             if streams:
                 return await self._streamed(arguments)
             whole = await self._client.completions.create(**arguments)
@@ -186,7 +199,7 @@ class Client:
         n, max_tokens = rng.choice([1, 1, 2, 3]), rng.randint(1, 64)
         async with asyncio.timeout(REQUEST_SECONDS):
             answer = await self._client.completions.create(
-                model="target",
+                model=next(self._models),
                 prompt=prompt,
                 n=n,
                 max_tokens=max_tokens,
@@ -216,7 +229,7 @@ class Client:
     async def check_sampled_grammar(self, prompt: list[int]) -> None:
         async with asyncio.timeout(REQUEST_SECONDS):
             answer = await self._client.completions.create(
-                model="target",
+                model=next(self._models),
                 prompt=prompt,
                 max_tokens=128,
                 temperature=0.8,
@@ -238,7 +251,7 @@ class Client:
         self._tally.cut_short += 1
         async with asyncio.timeout(REQUEST_SECONDS):
             stream = await self._client.completions.create(
-                model="target",
+                model=next(self._models),
                 prompt=prompt,
                 max_tokens=200,
                 temperature=rng.choice([0, 1]),
@@ -276,7 +289,7 @@ class Client:
 async def least_gap(client: openai.AsyncOpenAI, request: GreedyRequest) -> float:
     """Least distance, in log probability, between the two likeliest tokens of a greedy
     answer: a near tie may be decided by rounding, which says nothing."""
-    arguments = {"model": "target"} | request.arguments | {"logprobs": 2}
+    arguments = request.arguments | {"logprobs": 2}
     answer = await client.completions.create(**arguments)
     gaps = []
     for top in answer.choices[0].logprobs.top_logprobs:
