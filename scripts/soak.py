@@ -146,8 +146,12 @@ def prepare(options: argparse.Namespace, logs: Path) -> Load:
     lines = Path(options.prompts).read_text().splitlines()
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
     rng = random.Random(options.seed)
-    models = ADAPTERS if options.lora else (TARGET,)
-    requests = make_greedy_requests(prompts, options.requests, rng, models)
+    if options.lora:
+        for seed, name in enumerate(ADAPTERS):
+            make_adapter(options.model, logs / name, seed)
+    requests = make_greedy_requests(
+        prompts, options.requests, rng, models_asked(options)
+    )
     plain, log = Method("plain", None), logs / "plain.log"
     flags = FLAGS + ROOMY + lora_flags(options, logs)
     with serving(plain, options.model, log, flags) as server:
@@ -161,12 +165,14 @@ def prepare(options: argparse.Namespace, logs: Path) -> Load:
     )
 
 
+def models_asked(options: argparse.Namespace) -> Sequence[str]:
+    return ADAPTERS if options.lora else (TARGET,)
+
+
 def lora_flags(options: argparse.Namespace, folder: Path) -> list[str]:
-    """For a server with the adapters, which are made in the folder."""
+    """For a server with the adapters in the folder."""
     if not options.lora:
         return []
-    for seed, name in enumerate(ADAPTERS):
-        make_adapter(options.model, folder / name, seed)
     modules = [f"{name}={folder / name}" for name in ADAPTERS]
     flags = ["--enable-lora", "--max-loras", str(len(ADAPTERS))]
     return [*flags, "--max-lora-rank", str(RANK), "--lora-modules", *modules]
@@ -180,7 +186,7 @@ class Soak:
     ) -> None:
         self._load, self._server = load, server
         self._concurrency = options.concurrency
-        self._models = ADAPTERS if options.lora else (TARGET,)
+        self._models = models_asked(options)
         self._rng = random.Random(options.seed + 1)
         self._ends = time.monotonic() + 60 * options.minutes
         self.tally = Tally()

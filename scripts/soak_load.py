@@ -279,7 +279,7 @@ class Client:
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 await self._client.completions.create(
-                    **({"model": "target", "prompt": prompt, "max_tokens": 4} | bad)
+                    **({"model": TARGET, "prompt": prompt, "max_tokens": 4} | bad)
                 )
         except openai.BadRequestError:
             return

@@ -161,17 +161,17 @@ def test_copies_are_scheduled_synchronously_whatever_vllm_would_choose() -> None
 def test_speculator_registry_takes_the_place_of_the_hook(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm_emssd.integration import speculator_v2
+    from vllm_emssd.integration import speculator_hook
 
     factories: list[Any] = []
-    assert hooks.is_needed(speculator_v2.INIT_SPECULATOR_HOOK)
+    assert hooks.is_needed(speculator_hook.INIT_SPECULATOR_HOOK)
     monkeypatch.setattr(compat, "speculator_registrar", lambda: factories.append)
-    assert not hooks.is_needed(speculator_v2.INIT_SPECULATOR_HOOK)
+    assert not hooks.is_needed(speculator_hook.INIT_SPECULATOR_HOOK)
     made: list[Any] = []
     monkeypatch.setattr(
-        speculator_v2, "_make_speculator", lambda *args: made.append(args) or "ours"
+        speculator_hook, "_make_speculator", lambda *args: made.append(args) or "ours"
     )
-    speculator_v2.register_speculator()
+    speculator_hook.register_speculator()
     (factory,) = factories
     asked, stock = (
         SimpleNamespace(additional_config=options) for options in ({"emssd": {}}, {})

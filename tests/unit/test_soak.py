@@ -81,6 +81,15 @@ def test_growth_is_that_of_the_later_two_thirds() -> None:
     assert soak.growth(later[:2]) == 0
 
 
+def test_every_kind_is_asked_of_every_model() -> None:
+    prompts = [list(range(700))] * 4
+    requests = soak_load.make_greedy_requests(prompts, 32, random.Random(0), "ab")
+    kinds = {request.kind for request in requests}
+    for model in "ab":
+        asked = [r for r in requests if r.arguments["model"] == model]
+        assert {request.kind for request in asked} == kinds
+
+
 @pytest.mark.parametrize("num_samples", [1, 2, 20, 21, 22, 41, 720])
 def test_the_record_keeps_few_samples_of_memory_but_the_last(num_samples: int) -> None:
     memory = [(float(minute), {"server": 1.0}) for minute in range(num_samples)]

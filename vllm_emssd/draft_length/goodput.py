@@ -210,14 +210,14 @@ def _change_one_by_one(
     chosen = chosen[survival[chosen, 0] > 0][:_SMALL_BATCH]
     new_lens = np.arange(num_positions + 1)
     becomes = new_lens[:, None] > np.arange(num_positions)  # [K + 1, K] is drafted
+    one_each = np.ones_like(survival)
     for _ in range(_MOST_CHANGES if chosen.size else 0):
         drafts = best.draft_lens > 0
         is_now = best.draft_lens[:, None] > np.arange(num_positions)
         rows_of_others = first_rows[drafts].sum() - (first_rows * drafts)[chosen]
-
         ratio = prices.tokens_per_ms(
             _changed(survival, is_now, chosen, becomes),
-            _changed(np.ones_like(survival), is_now, chosen, becomes),
+            _changed(one_each, is_now, chosen, becomes),
             _changed(verify_rows, is_now, chosen, becomes),
             (
                 rows_of_others[:, None] + first_rows[chosen, None] * becomes[:, 0]

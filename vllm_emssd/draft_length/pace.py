@@ -16,20 +16,24 @@ import numpy as np
 _FORGET_ALL = 0.998  # weight kept by all earlier request-steps at each new one
 _FORGET_OWN = 0.95
 _PRIOR_STEPS = 2.0  # request-steps before a request's own pace counts as much as all
+_LEAST_MS = 1e-9
+
+_Sums = tuple[float, float, float]  # steps, drafts, tokens
+_UNSEEN: _Sums = (0.0, 0.0, 0.0)
 
 
 class Pace:
     """Steps, drafts and tokens: of all requests, and of each."""
 
     def __init__(self) -> None:
-        self._all = np.zeros(3)  # steps, drafts, tokens
-        self._own: dict[str, np.ndarray] = {}
+        self._all = _UNSEEN
+        self._own: dict[str, _Sums] = {}
 
     def observe(self, req_id: str, num_drafts: int, num_tokens: int) -> None:
         """A request got `num_tokens` in a step that verified `num_drafts` for it."""
-        seen = np.array([1.0, num_drafts, num_tokens])
-        self._all = _FORGET_ALL * self._all + seen
-        self._own[req_id] = _FORGET_OWN * self._own.get(req_id, 0.0) + seen
+        own = self._own.get(req_id, _UNSEEN)
+        self._own[req_id] = _added(own, _FORGET_OWN, num_drafts, num_tokens)
+        self._all = _added(self._all, _FORGET_ALL, num_drafts, num_tokens)
 
     def worth(
         self, req_ids: Sequence[str], step_ms: float, draft_ms: float
@@ -40,18 +44,19 @@ class Pace:
             step_ms: of a step without drafts, a request's share.
             draft_ms: of a draft more, made and verified.
         """
-        num_steps = self._all[0]
-        if not num_steps or not req_ids:
+        everyone = np.array(self._all)
+        if not everyone[0] or not req_ids:
             return np.ones(len(req_ids))
-        prior = self._all * (_PRIOR_STEPS / num_steps)
+        prior = everyone * (_PRIOR_STEPS / everyone[0])
         own = np.array([self._own.get(r, _UNSEEN) for r in req_ids]) + prior
         prices = np.array([step_ms, draft_ms, 0.0])
-        average = self._all @ prices / self._all[2]
+        average = everyone @ prices / everyone[2]
         return np.asarray(own @ prices / own[:, 2] / max(average, _LEAST_MS))
 
     def release(self, req_id: str) -> None:
         self._own.pop(req_id, None)
 
 
-_UNSEEN = np.zeros(3)
-_LEAST_MS = 1e-9
+def _added(sums: _Sums, kept: float, num_drafts: int, num_tokens: int) -> _Sums:
+    steps, drafts, tokens = sums
+    return kept * steps + 1.0, kept * drafts + num_drafts, kept * tokens + num_tokens

@@ -101,7 +101,6 @@ class Survival:
     """
 
     def __init__(self, num_speculative_tokens: int) -> None:
-        self.num_speculative_tokens = num_speculative_tokens
         self._by_confidence = np.zeros((2, _NUM_BINS))  # [accepted | tested, bin]
         self._by_position = np.zeros((2, num_speculative_tokens))
         self._by_position[:, 0] = _PRIOR_TESTS * _PRIOR_ACCEPTANCE, _PRIOR_TESTS
@@ -109,6 +108,10 @@ class Survival:
         self._records = _Records()
         self._news: list[_News] = []
         self._position_estimates: np.ndarray | None = None  # until news is taken in
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        return self._by_position.shape[1]
 
     def acceptance(self, confidence: np.ndarray, factor: np.ndarray) -> np.ndarray:
         """Chance that each draft is accepted once all before it are.
@@ -231,8 +234,8 @@ class Survival:
         self._by_confidence *= _FORGET ** int(is_verified.sum())
         bins = _bin_of(confidence)
         _count(self._by_confidence, bins[is_verified], outcome[is_verified])
-        num_positions = self._by_position.shape[1]
-        self._by_position *= _FORGET ** np.bincount(position, minlength=num_positions)
+        counted = np.bincount(position, minlength=self.num_speculative_tokens)
+        self._by_position *= _FORGET**counted
         _count(self._by_position, position, outcome)
         self._position_estimates = None
         self._num_first_drafts += int(np.count_nonzero(position == 0))

@@ -340,15 +340,15 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
             '"method": "emssd" knows how many drafts a step has before its tokens are '
             f"sampled only with {why}; use that, or remove --async-scheduling."
         )
-    if why or args.async_scheduling is False:
+    may_be_async = not why and args.async_scheduling is not False
+    if is_cpu:
+        logger.info("Scheduling is synchronous, as vLLM has it on CPUs.")
+    elif not may_be_async:
         logger.info(
             "Scheduling is synchronous%s.",
             f"; it can be asynchronous with {why}" if why else "",
         )
-        return False
-    if is_cpu:
-        logger.info("Scheduling is synchronous, as vLLM has it on CPUs.")
-    return True
+    return may_be_async
 
 
 def _refuse_other_draft_ranks(

@@ -17,7 +17,7 @@ from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK
 from vllm_emssd.integration.worker import CPU_RUNNER_HOOK, CPU_RUNNER_V2_HOOK
 
 # After the worker, whose module must come before vLLM's V2 runner on a CPU.
-from vllm_emssd.integration.speculator_v2 import INIT_SPECULATOR_HOOK  # isort: skip
+from vllm_emssd.integration.speculator_hook import INIT_SPECULATOR_HOOK  # isort: skip
 
 INVENTORY: tuple[Hook, ...] = (
     FRONTEND_HOOK,

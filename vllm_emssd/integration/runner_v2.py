@@ -26,11 +26,11 @@ from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.speculator_v2 import (
+from vllm_emssd.integration.speculator_hook import (
     INIT_SPECULATOR_HOOK,
-    UnpadSpeculator,
     register_speculator,
 )
+from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
 from vllm_emssd.integration.step_costs import (
     CONTEXT,
     StepCostMeter,

@@ -36,7 +36,6 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
-from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.integration.kv_cache import check_full_attention
 from vllm_emssd.integration.paged_drafter_v2 import (
@@ -55,40 +54,6 @@ from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DeviceDrafts, DraftModelProposer
 from vllm_emssd.scorer import ScheduledStep
-
-INIT_SPECULATOR_HOOK = hooks.Hook(
-    target="vllm.v1.worker.gpu.model_runner:init_speculator",
-    why="the V2 runner builds its speculator by a closed list",
-    signature="vllm_config, device, req_states",
-    upstream="a registry for speculators, or an overridable method of the runner",
-    remove_when="a subclass of the V2 runner can choose its speculator",
-    make=lambda stock: _make_speculator,
-    when="while an emssd worker makes its V2 runner",
-    patch="0007-speculator-registry",
-    is_upstream=lambda _: compat.speculator_registrar() is not None,
-)
-
-
-def register_speculator() -> None:
-    """What takes the place of `INIT_SPECULATOR_HOOK` in a vLLM that needs none."""
-    if (register := compat.speculator_registrar()) is not None:
-        register(_speculator_of)
-
-
-def _make_speculator(
-    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
-) -> UnpadSpeculator:
-    return UnpadSpeculator(vllm_config, device, req_states=req_states)
-
-
-def _speculator_of(
-    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
-) -> UnpadSpeculator | None:
-    """None for who did not ask for emssd."""
-    options = vllm_config.additional_config
-    if not isinstance(options, dict) or ADDITIONAL_CONFIG_KEY not in options:
-        return None
-    return _make_speculator(vllm_config, device, req_states)
 
 
 def copies_verdict(device: torch.device) -> bool:
@@ -281,6 +246,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             input_batch.num_reqs, input_batch.idx_mapping, temperature, seeds
         )
         step = scheduled_step(input_batch, self._req_states, self.num_obedient)
+        num_known = known_tokens(input_batch)
         self._unheard.add(step)
         if self.knows_verdict:
             num_sampled_np = self._verdict(step, num_sampled)
@@ -289,8 +255,8 @@ class UnpadSpeculator(StandaloneARSpeculator):
                 np.maximum(num_sampled_np.astype(np.int64), 1) - 1
             )
         else:
-            accepted, most_accepted = self._reckon(input_batch, step)
-        batch = self._draft_batch(input_batch, step, accepted, most_accepted)
+            accepted, most_accepted = self._reckon(step, num_known)
+        batch = self._draft_batch(input_batch, step, num_known, accepted, most_accepted)
         drafts = self._proposer.draft(batch)
         if isinstance(self._cursor, LateDraftCursor):
             self._cursor.end_step()
@@ -328,12 +294,11 @@ class UnpadSpeculator(StandaloneARSpeculator):
         return logits
 
     def _reckon(
-        self, input_batch: InputBatch, step: ScheduledStep
+        self, step: ScheduledStep, num_known: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Accepted tokens to reckon with until the verdict, and the most that there can
         be. [num_reqs] int64 both"""
         assert isinstance(self._cursor, LateDraftCursor)
-        num_known = known_tokens(input_batch)
         accepted, most_accepted = (np.zeros_like(num_known) for _ in range(2))
         for i in np.flatnonzero(step.is_sampling):
             req_id = step.req_ids[i]
@@ -349,13 +314,14 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self,
         input_batch: InputBatch,
         step: ScheduledStep,
+        num_known: np.ndarray,
         accepted: np.ndarray,
         most_accepted: np.ndarray,
     ) -> DraftBatch:
-        """`accepted`, `most_accepted`: [num_reqs] int64, equal where they are known."""
+        """All [num_reqs] int64: tokens before the step sampled; accepted ones to reckon
+        with, and at most, equal where they are known."""
         states = self._req_states
         idx_mapping_np = input_batch.idx_mapping_np
-        num_known = known_tokens(input_batch)
         num_prefilled = num_known + step.num_draft_tokens
         prefill_len = input_batch.prefill_len_np.astype(np.int64)
         num_tokens = np.where(step.is_sampling, num_known + 1 + accepted, prefill_len)

@@ -12,6 +12,8 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.scorer import ScheduledStep
 
+_NO_GRAMMAR = np.iinfo(np.int64).max  # permits any number of drafts
+
 
 def known_tokens(input_batch: InputBatch) -> np.ndarray:
     """Tokens before the step samples, of those in prefill the computed ones. [num_reqs]
@@ -35,17 +37,17 @@ def scheduled_step(
         num_drafts = np.zeros(input_batch.num_reqs)
     num_drafts = num_drafts.astype(np.int64)
     num_computed = input_batch.num_computed_tokens_np
-    num_forbidden = [
-        max(num - num_obedient.get(req_id, num), 0)
-        for req_id, num in zip(input_batch.req_ids, num_drafts.tolist(), strict=True)
-    ]
+    num_forbidden = np.zeros_like(num_drafts)
+    if num_obedient:
+        obedient = [num_obedient.get(r, _NO_GRAMMAR) for r in input_batch.req_ids]
+        num_forbidden = np.maximum(num_drafts - obedient, 0)
     return ScheduledStep(
         req_ids=input_batch.req_ids,
         num_scheduled_tokens=num_scheduled,
         num_draft_tokens=num_drafts,
         is_decode=num_computed >= req_states.prompt_len.np[input_batch.idx_mapping_np],
         is_sampling=num_computed + num_scheduled >= input_batch.prefill_len_np,
-        num_forbidden=np.array(num_forbidden, dtype=np.int64),
+        num_forbidden=num_forbidden,
     )
 
 

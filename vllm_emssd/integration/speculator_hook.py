@@ -1,0 +1,45 @@
+"""How vLLM's V2 runner comes by our speculator."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_emssd.config import ADDITIONAL_CONFIG_KEY
+from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
+
+INIT_SPECULATOR_HOOK = hooks.Hook(
+    target="vllm.v1.worker.gpu.model_runner:init_speculator",
+    why="the V2 runner builds its speculator by a closed list",
+    signature="vllm_config, device, req_states",
+    upstream="a registry for speculators, or an overridable method of the runner",
+    remove_when="a subclass of the V2 runner can choose its speculator",
+    make=lambda stock: _make_speculator,
+    when="while an emssd worker makes its V2 runner",
+    patch="0007-speculator-registry",
+    is_upstream=lambda _: compat.speculator_registrar() is not None,
+)
+
+
+def register_speculator() -> None:
+    """What takes the place of `INIT_SPECULATOR_HOOK` in a vLLM that needs none."""
+    if (register := compat.speculator_registrar()) is not None:
+        register(_speculator_of)
+
+
+def _make_speculator(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> UnpadSpeculator:
+    return UnpadSpeculator(vllm_config, device, req_states=req_states)
+
+
+def _speculator_of(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> UnpadSpeculator | None:
+    """None for who did not ask for emssd."""
+    options = vllm_config.additional_config
+    if not isinstance(options, dict) or ADDITIONAL_CONFIG_KEY not in options:
+        return None
+    return _make_speculator(vllm_config, device, req_states)
