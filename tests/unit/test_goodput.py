@@ -218,6 +218,18 @@ def test_plan_where_one_forward_takes_for_ever(which: str) -> None:
     assert found.draft_lens.sum() == {"target": 0, "draft": 3}[which]
 
 
+def test_what_drafting_costs_besides_its_forwards_is_charged_to_who_drafts() -> None:
+    survival = np.full((2, 1), 0.5)
+    cheap = StepCosts(CostTable([1], [20.0]), CostTable([1], [1.0]), 4.0)
+    dear = StepCosts(cheap.target, cheap.draft, 4.0, speculation_ms=20.0)
+    assert plan(survival, np.ones(2), 2, 0, cheap).draft_lens.tolist() == [1, 1]
+    found = plan(survival, np.ones(2), 2, 0, dear)
+    assert found.draft_lens.tolist() == [0, 0]
+    assert found.tokens_per_ms == 2 / 24
+    worth_it = plan(np.ones((2, 1)), np.ones(2), 2, 0, dear)
+    assert worth_it.tokens_per_ms == 4 / (24 + 20 + 1)
+
+
 def test_survival_one_and_zero() -> None:
     survival = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     found = plan(survival, np.ones(2), 2, 0, COSTS)

@@ -31,11 +31,17 @@ class NotedEngine:
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
         self.method, self.is_closed = method, False
-        self.runs: list[tuple[list[int], int]] = []  # sizes of the batches, concurrency
+        self.runs: list[tuple[list[int], int, bool]] = []  # sizes of the batches, ...
         NotedEngine.made.append(self)
 
-    def run(self, batches: list[list[Request]], max_concurrency: int) -> Round:
-        self.runs.append(([len(batch) for batch in batches], max_concurrency))
+    def run(
+        self,
+        batches: list[list[Request]],
+        max_concurrency: int,
+        is_continuous: bool,
+    ) -> Round:
+        sizes = [len(batch) for batch in batches]
+        self.runs.append((sizes, max_concurrency, is_continuous))
         return Round()
 
     def close(self) -> None:
@@ -60,20 +66,23 @@ def test_engines_start_anew_and_all_their_rounds_are_kept() -> None:
     assert {len(engine.runs) for engine in NotedEngine.made} == {per_engine}
 
 
-@pytest.mark.parametrize(("is_continuous", "sizes"), [(False, [2, 2]), (True, [4])])
+@pytest.mark.parametrize(("is_continuous", "sizes"), [(False, [2, 2]), (True, [6])])
 def test_batches_one_after_the_other_or_all_requests_at_once(
     is_continuous: bool, sizes: list[int]
 ) -> None:
     plan = Plan(METHODS, [2], 1, min_requests=3, is_continuous=is_continuous)
-    measure(plan, OPTIONS, requests(4, 4, 4, 4))
-    assert {str(run) for e in NotedEngine.made for run in e.runs} == {str((sizes, 2))}
+    measure(plan, OPTIONS, requests(4, 4, 4, 4, 4, 4))
+    wanted = {str((sizes, 2, is_continuous))}
+    assert {str(run) for e in NotedEngine.made for run in e.runs} == wanted
 
 
 class CountingEngine:
     """Stands for vLLM's: every step gives each request a token."""
 
     def __init__(self) -> None:
-        self.left: dict[int, int] = {}  # request -> tokens to come
+        self.left: dict[str, int] = {}  # request -> tokens to come
+        self.total: dict[str, int] = {}
+        self.aborted: list[str] = []
         self.concurrency: list[int] = []
 
     def has_unfinished_requests(self) -> bool:
@@ -82,20 +91,34 @@ class CountingEngine:
     def step(self) -> list[Any]:
         self.concurrency.append(len(self.left))
         self.left = {request: n - 1 for request, n in self.left.items()}
-        ended = [request for request, n in self.left.items() if n == 0]
-        for request in ended:
-            del self.left[request]
-        return [
-            SimpleNamespace(finished=True, outputs=[SimpleNamespace(token_ids=[0])])
-            for _ in ended
+        outputs = [
+            SimpleNamespace(
+                request_id=request,
+                finished=n == 0,
+                outputs=[SimpleNamespace(token_ids=[0] * (self.total[request] - n))],
+            )
+            for request, n in self.left.items()
         ]
+        self.left = {request: n for request, n in self.left.items() if n}
+        return outputs
+
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
 
 
 @pytest.mark.parametrize(
-    ("most", "seen"), [(2, [2, 2, 2, 2, 1, 1]), (4, [4, 3, 2, 1]), (1, [1] * 10)]
+    ("most", "is_continuous", "seen", "num_tokens", "num_aborted"),
+    [
+        (2, False, [2, 2, 2, 2, 1, 1], 10, 0),
+        (4, False, [4, 3, 2, 1], 10, 0),
+        (1, False, [1] * 10, 10, 0),
+        (2, True, [2, 2], 4, 2),  # the last starts when the second has ended
+        (1, True, [1] * 6, 6, 1),
+        (4, True, [], 0, 4),
+    ],
 )
 def test_a_request_takes_the_place_of_the_first_that_ends(
-    most: int, seen: list[int]
+    most: int, is_continuous: bool, seen: list[int], num_tokens: int, num_aborted: int
 ) -> None:
     counting = CountingEngine()
 
@@ -103,11 +126,15 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
         def __init__(self) -> None:
             self._llm = SimpleNamespace(llm_engine=counting)
 
-        def _add(self, request: Request) -> None:
-            counting.left[id(request)] = request.max_tokens
+        def _add(self, request: Request) -> str:
+            name = str(len(counting.total))
+            counting.left[name] = counting.total[name] = request.max_tokens
+            return name
 
-    assert Fed()._run_batch(requests(1, 2, 3, 4), most) == 4
+    done = Fed()._run_batch(requests(1, 2, 3, 4), most, is_continuous)
+    assert done == num_tokens
     assert counting.concurrency == seen
+    assert len(counting.aborted) == num_aborted
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,14 @@ def meter(rank: int, ranks: Ranks) -> StepCostMeter:
     measured = CostTable([1, 8], [5.0 + rank, 9.0 + rank]), CostTable([1], [0.0])
     made = StepCostMeter(measured, target, None, ranks)
     made.measured.fixed_ms += rank
+    made.measured.speculation_ms += 2 * rank
     made._take_over_prices()
     return made
 
 
 def prices_of(costs: StepCosts) -> list[Any]:
-    return [costs.target.points, costs.draft.points, costs.fixed_ms]
+    rest = [costs.fixed_ms, costs.speculation_ms]
+    return [costs.target.points, costs.draft.points, *rest]
 
 
 def scenario(rank: int, meeting_point: str, results: Any) -> None:

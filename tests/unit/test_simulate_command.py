@@ -32,7 +32,7 @@ def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (batch, method) for batch in (2, 8) for method in methods
     ]
     for r in results:
-        assert r["num_tokens"] == 12 * r["batch"]
+        assert 12 <= r["num_tokens"] / r["batch"] < 2 * 12
         assert r["tokens_per_s"] == pytest.approx(r["num_tokens"] / r["ms"] * 1e3)
         assert f"{r['tokens_per_s']:.0f} (" in shown
     accepted = {r["method"]: r["counters"]["num_accepted_tokens"] for r in results}

@@ -61,7 +61,8 @@ def test_fixed_cost_by_requests() -> None:
     assert costs.fixed_ms(4, speculates=False) == pytest.approx(5.0)
     assert costs.fixed_ms(4, speculates=True) == pytest.approx(5.5)
     prices = costs.step_costs(4, drafts_are_free=False)
-    assert prices.fixed_ms == pytest.approx(5.5)
+    assert (prices.fixed_ms, prices.speculation_ms) == pytest.approx((5.0, 0.5))
+    assert costs.step_costs(4, drafts_are_free=True).fixed_ms == pytest.approx(5.5)
     assert prices.draft.points == [(1, 1.0), (1000, 1000.0)]
     assert costs.step_costs(4, drafts_are_free=True).draft.points == [(1, 0.0)]
 

@@ -73,7 +73,7 @@ def spread(seconds: Sequence[float]) -> float:
 
 def compare(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, Any]:
     """One batch size, all methods."""
-    seconds = {name: [r.seconds for r in done] for name, done in rounds.items()}
+    seconds = {name: [r.s_per_token for r in done] for name, done in rounds.items()}
     return {
         "batch": batch,
         "methods": {name: _summary(done) for name, done in rounds.items()},
@@ -140,15 +140,14 @@ def vanilla(
 def _summary(rounds: list[Round]) -> dict[str, Any]:
     """Medians over the rounds."""
     dicts = [r.as_dict() for r in rounds]
-    seconds = [r.seconds for r in rounds]
 
     def middle(of: Callable[[dict[str, Any]], float]) -> float:
         return float(median(map(of, dicts)))
 
     return {
-        "tokens_per_s": middle(lambda d: d["num_tokens"]) / median(seconds),
-        "seconds": median(seconds),
-        "spread": spread(seconds),
+        "tokens_per_s": 1 / median(r.s_per_token for r in rounds),
+        "seconds": median(r.seconds for r in rounds),
+        "spread": spread([r.s_per_token for r in rounds]),
         **{
             name: middle(lambda d, name=name: d[name])  # type: ignore[misc]
             for name in (
@@ -188,11 +187,15 @@ def saving(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, floa
     _, draft_row_ms = row_cost(draft, most_rows)
     _, target_row_ms = row_cost(target, most_rows)
     ours, stock = rounds["emssd"], rounds["stock"]
-    rows_saved = median(r.draft_rows for r in stock) - median(
-        r.draft_rows for r in ours
+    num_tokens = median(r.num_tokens for r in ours)
+    rows_saved = num_tokens * (
+        median(r.draft_rows / max(r.num_tokens, 1) for r in stock)
+        - median(r.draft_rows / max(r.num_tokens, 1) for r in ours)
     )
     predicted_s = rows_saved * draft_row_ms / 1e3
-    saved_s = median(r.seconds for r in stock) - median(r.seconds for r in ours)
+    saved_s = num_tokens * (
+        median(r.s_per_token for r in stock) - median(r.s_per_token for r in ours)
+    )
     forwards_ms = median(r.draft_ms + r.logits_ms for r in ours)
     own_ms = median(r.propose_ms - r.draft_ms - r.logits_ms for r in ours)
     return {

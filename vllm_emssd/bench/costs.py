@@ -58,9 +58,16 @@ class CostFile(BaseModel):
 
     def step_costs(self, num_reqs: int, drafts_are_free: bool) -> StepCosts:
         """What the engine's meter would have told a policy at this batch size."""
-        draft = [(1, 0.0)] if drafts_are_free else self.draft.points
+        target = table_of(self.target.points)
+        if drafts_are_free:
+            return StepCosts(
+                target, table_of([(1, 0.0)]), self.fixed_ms(num_reqs, True)
+            )
         return StepCosts(
-            table_of(self.target.points), table_of(draft), self.fixed_ms(num_reqs, True)
+            target,
+            table_of(self.draft.points),
+            self.fixed_ms(num_reqs, False),
+            self.speculation_ms,
         )
 
 

@@ -50,13 +50,20 @@ class EngineProcess:
         child.close()
         self._receive()  # ready
 
-    def run(self, batches: list[list[Request]], max_concurrency: int) -> Round:
+    def run(
+        self,
+        batches: list[list[Request]],
+        max_concurrency: int,
+        is_continuous: bool = False,
+    ) -> Round:
         """The batches one after the other, timed together.
 
         Args:
             max_concurrency: requests of a batch that run at once.
+            is_continuous: a batch ends once no request is left to take the place of
+                one that has ended; those still running are aborted.
         """
-        self._pipe.send((batches, max_concurrency))
+        self._pipe.send((batches, max_concurrency, is_continuous))
         return self._receive()
 
     def close(self) -> None:
@@ -129,13 +136,15 @@ class _Engine:
         self._stopwatch = Stopwatch(self._llm)
         self._num_requests = 0
 
-    def run(self, batches: list[list[Request]], max_concurrency: int) -> Round:
+    def run(
+        self, batches: list[list[Request]], max_concurrency: int, is_continuous: bool
+    ) -> Round:
         self._stopwatch.round = done = Round()
         self._stopwatch.request_index.clear()
         stats, preemptions = self._emssd_stats(), self._num_preemptions()
         start = time.perf_counter()
         for batch in batches:
-            done.num_tokens += self._run_batch(batch, max_concurrency)
+            done.num_tokens += self._run_batch(batch, max_concurrency, is_continuous)
         done.seconds = time.perf_counter() - start
         done.num_preemptions = self._num_preemptions() - preemptions
         now = self._emssd_stats()
@@ -144,9 +153,12 @@ class _Engine:
             done.emssd_costs = self._llm.collective_rpc("emssd_costs")[0]
         return done
 
-    def _run_batch(self, batch: list[Request], max_concurrency: int) -> int:
+    def _run_batch(
+        self, batch: list[Request], max_concurrency: int, is_continuous: bool
+    ) -> int:
         """Returns how many tokens came out."""
-        engine, num_tokens, num_running = self._llm.llm_engine, 0, 0
+        engine, num_tokens = self._llm.llm_engine, 0
+        running: dict[str, int] = {}  # tokens that came out
         waiting = sorted(batch, key=lambda request: request.arrival_ms)
         start = time.perf_counter()
         while waiting or engine.has_unfinished_requests():
@@ -154,20 +166,24 @@ class _Engine:
             while (
                 waiting
                 and waiting[0].arrival_ms <= elapsed_ms
-                and num_running < max_concurrency
+                and len(running) < max_concurrency
             ):
-                self._add(waiting.pop(0))
-                num_running += 1
+                running[self._add(waiting.pop(0))] = 0
+            if is_continuous and not waiting:
+                break
             if not engine.has_unfinished_requests():
                 time.sleep((waiting[0].arrival_ms - elapsed_ms) / 1e3)
                 continue
             for output in engine.step():
+                num_out = len(output.outputs[0].token_ids)  # type: ignore[union-attr]
+                running[output.request_id] = num_out
                 if output.finished:
-                    num_running -= 1
-                    num_tokens += len(output.outputs[0].token_ids)  # type: ignore[union-attr]
+                    num_tokens += running.pop(output.request_id)
+        num_tokens += sum(running.values())
+        engine.abort_request(list(running))
         return num_tokens
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request) -> str:
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -175,12 +191,14 @@ class _Engine:
         )
         index = self._stopwatch.request_index
         self._num_requests += 1
+        name = str(self._num_requests)
         req_id = self._llm.llm_engine.add_request(
-            str(self._num_requests),
+            name,
             {"prompt_token_ids": request.prompt_token_ids},
             params,
         )
         index[req_id] = len(index)
+        return name
 
     def _emssd_stats(self) -> dict[str, int]:
         if not self._is_emssd:

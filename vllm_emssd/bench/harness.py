@@ -48,8 +48,10 @@ class Plan:
     priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
-        """Of one round: whole batches."""
-        return batch * max(1, -(-self.min_requests // batch))
+        """Of one round: whole batches. A continuous one ends when none is left to
+        start, so it has one more."""
+        num_batches = max(1, -(-self.min_requests // batch)) + self.is_continuous
+        return batch * num_batches
 
     def num_turns(self) -> int:
         """Of all batch sizes: rounds of every method."""
@@ -124,7 +126,10 @@ def _measure_once(
             size = len(chosen) if plan.is_continuous else batch
             batches = in_batches(chosen, size)
             runs = [
-                (engine.method, partial(engine.run, batches, batch))
+                (
+                    engine.method,
+                    partial(engine.run, batches, batch, plan.is_continuous),
+                )
                 for engine in engines
             ]
             measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))

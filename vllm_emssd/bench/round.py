@@ -32,6 +32,11 @@ class Round:
     emssd_costs: dict[str, Any] = field(default_factory=dict)  # at its end
 
     @property
+    def s_per_token(self) -> float:
+        """What speeds go by: rounds may end with unequal numbers of tokens."""
+        return self.seconds / max(self.num_tokens, 1)
+
+    @property
     def draft_rows(self) -> int:
         return sum(rows for rows, _ in self.draft_forwards)
 

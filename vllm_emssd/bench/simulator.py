@@ -105,7 +105,7 @@ class SimulatedEngine:
             len(r.prompt_ids) + len(r.output_ids) for r in trace.requests
         )
         self._costs, self._setting = costs, setting
-        is_llma = trace.header.kind == "llma"
+        self._is_llma = is_llma = trace.header.kind == "llma"
         self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
         self._drafting = self._make_drafting(method, is_llma)
         # vLLM leaves room for a row more of each request with a draft model.
@@ -115,15 +115,24 @@ class SimulatedEngine:
         self._ended: list[str] = []  # released in the next step
         self._num_arrived = 0
 
-    def run(self, requests: Sequence[RequestTrace], max_tokens: int) -> None:
+    def run(
+        self,
+        requests: Sequence[RequestTrace],
+        max_tokens: int,
+        is_continuous: bool = False,
+    ) -> None:
         """Decode requests that arrive at once, until all have ended.
 
         Args:
             max_tokens: length of each output, if as many tokens were recorded.
+            is_continuous: until none waits to take the place of one that has ended;
+                those still running are aborted.
         """
         self._waiting.extend(self._arrive(r, max_tokens) for r in requests)
-        while self._waiting or self._running:
+        while self._waiting or (self._running and not is_continuous):
             self._step()
+        self._ended += [request.req_id for request in self._running]
+        self._running = []
 
     def _make_drafting(self, method: Method, is_llma: bool) -> Drafting | None:
         if not method.speculates:
@@ -177,11 +186,11 @@ class SimulatedEngine:
         self._release_ended()
         num_rows = self._schedule()
         batch = [r for r in self._running if r.num_scheduled]
-        speculates = self._drafting is not None
-        ms = self._costs.fixed_ms(len(batch), speculates)
-        ms += float(self._prices.target.ms(np.array(num_rows)))
         self._verify(batch)
         draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
+        speculates = draft_ms > 0 or (self._drafting is not None and self._is_llma)
+        ms = self._costs.fixed_ms(len(batch), speculates)
+        ms += float(self._prices.target.ms(np.array(num_rows)))
         self.outcome.draft_ms += draft_ms
         self.outcome.ms += ms + draft_ms
         self._ended = [r.req_id for r in self._running if r.has_ended]
@@ -264,18 +273,19 @@ def simulate(
         min_requests: as many, at least, in whole batches; the trace is repeated where
             it has fewer.
         is_continuous: all requests arrive at once, as one batch of which
-            `setting.max_num_seqs` run: one starts as soon as another has ended.
+            `setting.max_num_seqs` run: one starts as soon as another has ended. Ends
+            when none is left to start, so there is a batch more.
     """
     size, num_requests = setting.max_num_seqs, len(trace.requests)
-    num_batches = max(1, -(-min_requests // size))
+    num_batches = max(1, -(-min_requests // size)) + is_continuous
     engine = SimulatedEngine(trace, costs, method, setting)
     chosen = [trace.requests[i % num_requests] for i in range(num_batches * size)]
     step = len(chosen) if is_continuous else size
     batches = [chosen[i : i + step] for i in range(0, len(chosen), step)]
-    engine.run(batches[-1], max_tokens)
+    engine.run(batches[-1], max_tokens, is_continuous)
     warm_up = replace(engine.outcome, counters=replace(engine.outcome.counters))
     for batch in batches:
-        engine.run(batch, max_tokens)
+        engine.run(batch, max_tokens, is_continuous)
     return difference(engine.outcome, warm_up)
 
 

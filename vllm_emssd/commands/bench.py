@@ -74,8 +74,9 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--continuous",
         action="store_true",
-        help="a request starts as soon as another has ended, as in a server; default: "
-        "batches one after the other, as in the paper",
+        help="a request starts as soon as another has ended, as in a server; a round "
+        "ends when none is left to start; default: batches one after the other, as in "
+        "the paper",
     )
     group.add_argument(
         "--starts",

@@ -26,11 +26,13 @@ _LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 
 @dataclass(slots=True)
 class StepCosts:
-    """Prices of one step: both models' forwards and what a step costs besides."""
+    """Prices of one step: both models' forwards, what a step costs besides, and what
+    one that drafts costs more than that and its draft forwards."""
 
     target: CostTable
     draft: CostTable
     fixed_ms: float
+    speculation_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class _Prices:
         verify_ms = target.ms(rows) - target.ms(np.array(self.base_rows))
         draft_ms = np.cumsum(draft_ms, axis=1)
         tokens = self.base_tokens + np.cumsum(gains, axis=1)
-        ratio: np.ndarray = tokens / (self.base_ms + verify_ms + draft_ms)
+        base_ms = self.base_ms + self.costs.speculation_ms
+        ratio: np.ndarray = tokens / (base_ms + verify_ms + draft_ms)
         return ratio
 
 

@@ -28,7 +28,7 @@ _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _REPEATS = 4  # the first of each is warm-up
 CONTEXT = 256  # tokens each row attends to
 _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
-_FIXED_RATE = 0.05
+_FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's prices
 
@@ -90,8 +90,8 @@ class StepCostMeter:
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            if 0 < ms < _LONGEST_PAUSE * costs.fixed_ms:
-                costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
+            if 0 < ms < _LONGEST_PAUSE * (costs.fixed_ms + costs.speculation_ms):
+                _learn_rest(costs, ms, has_drafted=bool(draft))
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
@@ -103,9 +103,10 @@ class StepCostMeter:
             return
         target, draft = self.measured.target.points, self.measured.draft.points
         own = [ms for _, ms in (*target, *draft)]
-        prices = self._ranks.of_first(np.array([self.measured.fixed_ms, *own]))
-        self.costs.fixed_ms = float(prices[0])
-        target_ms, draft_ms = np.split(prices[1:], [len(target)])
+        rest = [self.measured.fixed_ms, self.measured.speculation_ms]
+        prices = self._ranks.of_first(np.array([*rest, *own]))
+        self.costs.fixed_ms, self.costs.speculation_ms = prices[:2].tolist()
+        target_ms, draft_ms = np.split(prices[2:], [len(target)])
         self.costs.target = CostTable([rows for rows, _ in target], target_ms)
         self.costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
 
@@ -115,6 +116,7 @@ class StepCostMeter:
             "target": self.costs.target.points,
             "draft": self.costs.draft.points,
             "fixed_ms": self.costs.fixed_ms,
+            "speculation_ms": self.costs.speculation_ms,
         }
 
     def table(self) -> str:
@@ -125,6 +127,18 @@ class StepCostMeter:
             prices = table.ms(np.array(rows))
             lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in prices))
         return "\n".join(lines)
+
+
+def _learn_rest(costs: StepCosts, ms: float, has_drafted: bool) -> None:
+    """A step took `ms` besides its forwards."""
+    if not has_drafted:
+        costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
+        return
+    both = costs.fixed_ms + costs.speculation_ms
+    both += _FIXED_RATE * (ms - both)
+    # A step without drafts is not dearer: it was slower when last seen.
+    costs.fixed_ms = min(costs.fixed_ms, both)
+    costs.speculation_ms = both - costs.fixed_ms
 
 
 def measure_target(
