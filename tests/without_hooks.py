@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from vllm.plugins import load_general_plugins
+
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.hooks import Hook
 
@@ -12,6 +14,7 @@ from vllm_emssd.integration.hooks import Hook
 @contextmanager
 def without(taken: Sequence[Hook]) -> Iterator[None]:
     """As in a process that has not loaded the plugin; afterwards as it was before."""
+    load_general_plugins()  # once a process: in the block it would be undone
     ours = [hook for hook in taken if hooks.is_installed(hook)]
     hooks.undo(ours)
     try:
