@@ -283,7 +283,8 @@ def main() -> int:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for stop in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs ignore it
+        signal.signal(stop, interrupt)
     try:
         return run(args, rest)
     except KeyboardInterrupt:
