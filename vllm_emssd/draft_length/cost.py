@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 _RATE = 0.05  # share of an observation in the points beside it
+_SHARED = 0.7  # of their change that all other points make: the machine is the same
 _MOST_CHANGE = 2.0  # times its price is the most that an observation counts as
 _OUTLIER = 5.0  # times the price: another process ran, not a forward,
 _MOST_OUTLIERS = 8  # unless it goes on like that
@@ -94,8 +95,11 @@ class CostTable:
         ratio = min(ms / max(price, 1e-6), _MOST_CHANGE)
         right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
         left = max(right - 1, 0) if self._rows[right] != rows else right
-        for point in {left, right}:
-            self._ms[point] *= 1 + _RATE * (ratio - 1)
+        # What was measured at the start, at its quickest, and never seen since must not
+        # look cheap beside live times: the price of a row more is their difference.
+        change = np.full(len(self._ms), _SHARED * _RATE * (ratio - 1))
+        change[[left, right]] = _RATE * (ratio - 1)
+        self._ms *= 1 + change
         # Never falling, and no ratchet: what rose lifts the points after it, what sank
         # draws down those before.
         if ratio > 1:
