@@ -35,6 +35,9 @@ def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert 12 <= r["num_tokens"] / r["batch"] < 2 * 12
         assert r["tokens_per_s"] == pytest.approx(r["num_tokens"] / r["ms"] * 1e3)
         assert f"{r['tokens_per_s']:.0f} (" in shown
+        decides = r["method"] not in ("plain", "foresight")
+        assert (r["policy_ms_per_step"] > 0) == decides
+    assert "deciding the lengths took" in shown
     accepted = {r["method"]: r["counters"]["num_accepted_tokens"] for r in results}
     assert accepted["plain"] == 0
     assert accepted["padded 5"] > accepted["fixed 2"] > 0

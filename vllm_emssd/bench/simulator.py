@@ -25,6 +25,7 @@ from vllm_emssd.bench.drafting import (
 )
 from vllm_emssd.bench.foresight import ForesightDrafting, ForesightDraftLength
 from vllm_emssd.bench.simulated_request import SimulatedRequest
+from vllm_emssd.bench.timed_policy import TimedDraftLength
 from vllm_emssd.bench.traces import RequestTrace, Trace
 from vllm_emssd.draft_length import (
     AutoDraftLength,
@@ -74,12 +75,17 @@ class Outcome:
 
     ms: float = 0.0
     draft_ms: float = 0.0  # of it, draft forwards
+    policy_ms: float = field(default=0.0, compare=False)  # not simulated, but taken
     num_tokens: int = 0
     counters: Counters = field(default_factory=Counters)
 
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.ms * 1e3 if self.ms else 0.0
+
+    @property
+    def policy_ms_per_step(self) -> float:
+        return self.policy_ms / max(self.counters.num_steps, 1)
 
     @property
     def drafts_per_request_step(self) -> float:
@@ -107,6 +113,7 @@ class SimulatedEngine:
         self._costs, self._setting = costs, setting
         self._is_llma = is_llma = trace.header.kind == "llma"
         self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
+        self._policy: TimedDraftLength | None = None
         self._drafting = self._make_drafting(method, is_llma)
         # vLLM leaves room for a row more of each request with a draft model.
         self._draft_slots = int(method.speculates and not is_llma)
@@ -143,6 +150,7 @@ class SimulatedEngine:
         policy: DraftLengthPolicy = FixedDraftLength()
         if method.name == "auto":
             policy = AutoDraftLength(self._prices, Survival(k), may_trim=True)
+        policy = self._policy = TimedDraftLength(policy)
         if is_llma:
             proposer = LlmaProposer(
                 Copier(setting.check_length), setting.copy_length, policy
@@ -193,6 +201,8 @@ class SimulatedEngine:
         ms += float(self._prices.target.ms(np.array(num_rows)))
         self.outcome.draft_ms += draft_ms
         self.outcome.ms += ms + draft_ms
+        if self._policy is not None:
+            self.outcome.policy_ms = self._policy.ms
         self._ended = [r.req_id for r in self._running if r.has_ended]
         self._running = [r for r in self._running if not r.has_ended]
 
@@ -297,6 +307,7 @@ def difference(after: Outcome, before: Outcome) -> Outcome:
     return Outcome(
         after.ms - before.ms,
         after.draft_ms - before.draft_ms,
+        after.policy_ms - before.policy_ms,
         after.num_tokens - before.num_tokens,
         Counters(**counters),
     )

@@ -187,6 +187,7 @@ def _as_json(results: Results, trace: Trace, costs: CostFile) -> dict[str, Any]:
                 "drafts_per_request_step": outcome.drafts_per_request_step,
                 "ms": outcome.ms,
                 "draft_ms": outcome.draft_ms,
+                "policy_ms_per_step": outcome.policy_ms_per_step,
                 "num_tokens": outcome.num_tokens,
                 "counters": outcome.counters.as_dict(),
             }
@@ -206,6 +207,7 @@ def _print(results: Results, trace: Trace, costs: CostFile) -> None:
     for title, cells in (
         ("predicted tokens/s (x plain)", _speeds),
         ("accepted drafts per request and step", _accepted),
+        ("ms that deciding the lengths took a step, on this machine", _deciding),
     ):
         table = Table(title=title)
         for column in ("batch", *map(str, methods)):
@@ -225,6 +227,11 @@ def _speeds(by_method: dict[Method, Outcome]) -> Iterator[str]:
 def _accepted(by_method: dict[Method, Outcome]) -> Iterator[str]:
     for outcome in by_method.values():
         yield f"{outcome.accepted_per_request_step:.2f}"
+
+
+def _deciding(by_method: dict[Method, Outcome]) -> Iterator[str]:
+    for outcome in by_method.values():
+        yield f"{outcome.policy_ms_per_step:.2f}"
 
 
 def _pair(trace: Trace) -> str:

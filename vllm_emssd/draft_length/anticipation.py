@@ -66,7 +66,8 @@ class Anticipation:
     def _distribution(self) -> np.ndarray:
         if self._parts is None:
             known = np.sort(self._ratios[: self._num_seen], axis=0)
-            parts = np.array_split(known, _NUM_PARTS)
-            means = np.stack([part.mean(axis=0) for part in parts])
+            bounds = np.arange(_NUM_PARTS + 1) * len(known) // _NUM_PARTS
+            sums = np.add.reduceat(known, bounds[:-1])
+            means = sums / np.diff(bounds)[:, None]
             self._parts = (means / means.mean(axis=0))[:, None]
         return self._parts

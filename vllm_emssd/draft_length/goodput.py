@@ -156,7 +156,7 @@ def plan(
     if verify_rows is None:
         verify_rows = np.ones_like(survival)
     dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
-    for most in np.unique(dearness):
+    for most in np.unique(dearness) if dearness.any() else (0,):
         affordable = np.where(dearness[:, None] <= most, survival, 0.0)
         best = _best_prefixes(affordable, verify_rows, charged, prices, best)
     return _change_one_by_one(survival, verify_rows, charged, prices, best)
@@ -211,10 +211,12 @@ def _change_one_by_one(
         np.arange(num_reqs) if num_reqs <= _SMALL_BATCH else np.flatnonzero(is_dear)
     )
     chosen = chosen[survival[chosen, 0] > 0][:_SMALL_BATCH]
+    if not chosen.size:
+        return best
     new_lens = np.arange(num_positions + 1)
     becomes = new_lens[:, None] > np.arange(num_positions)  # [K + 1, K] is drafted
     one_each = np.ones_like(survival)
-    for _ in range(_MOST_CHANGES if chosen.size else 0):
+    for _ in range(_MOST_CHANGES):
         drafts = best.draft_lens > 0
         is_now = best.draft_lens[:, None] > np.arange(num_positions)
         rows_of_others = first_rows[drafts].sum() - (first_rows * drafts)[chosen]
