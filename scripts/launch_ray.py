@@ -249,9 +249,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     head = f"{args.address}:{args.ray_port}" if starts_head else args.head
     try:
         if args.command != "serve" or starts_head:
-            where = ["--head", "--port", str(args.ray_port)]
-            ray = start_ray(args, where if starts_head else ["--address", head])
-            started.append(ray)
+            where = ["--address", head]
+            if starts_head:
+                where = ["--head", "--port", str(args.ray_port)]
+            started.append(ray := start_ray(args, where))
             wait_until_ready(ray, head)
         if args.command == "serve":
             started.append(start_serve(args, head, rest))
