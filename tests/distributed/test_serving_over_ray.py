@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,10 +75,10 @@ def test_one_machine(stopped_by: str, tmp_path: Path) -> None:
     assert server.segments() == set()
 
 
-@pytest.mark.parametrize("sizes", [["-tp", "2"], ["-tp", "2", "-dp", "2"]], ids=str)
-def test_head_worker_and_serve(sizes: Sequence[str], tmp_path: Path) -> None:
-    """Two nodes, on one machine here, each with half of the devices."""
-    port, num_devices = free_port(), len(sizes) // 2
+def test_head_worker_and_serve(tmp_path: Path) -> None:
+    """Two nodes, on one machine here, each with half of the devices. Not with -dp: vLLM
+    knows nodes by their addresses, and these two have the same."""
+    port, num_devices = free_port(), 1
     token = ["--token-file", str(tmp_path / "token")]
     node = [*token, "--num-gpus", str(num_devices), "--num-cpus", "8"]
     ready = "ready; the head is "
@@ -89,7 +89,7 @@ def test_head_worker_and_serve(sizes: Sequence[str], tmp_path: Path) -> None:
         with launched(
             tmp_path / "worker", "worker", "--head", address, *node, ready=ready
         ) as worker:
-            joined = ["serve", TARGET, "--head", address, *sizes, *token]
+            joined = ["serve", TARGET, "--head", address, "-tp", "2", *token]
             with launched(
                 tmp_path / "serve",
                 *joined,
