@@ -31,7 +31,7 @@ class NotedEngine:
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
         self.method, self.is_closed = method, False
-        self.runs: list[tuple[list[int], int, bool]] = []  # sizes of the batches, ...
+        self.runs: list[tuple[list[int], int, bool]] = []  # of batches, at once, ...
         NotedEngine.made.append(self)
 
     def run(

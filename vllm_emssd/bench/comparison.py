@@ -189,8 +189,8 @@ def saving(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, floa
     ours, stock = rounds["emssd"], rounds["stock"]
     num_tokens = median(r.num_tokens for r in ours)
     rows_saved = num_tokens * (
-        median(r.draft_rows / max(r.num_tokens, 1) for r in stock)
-        - median(r.draft_rows / max(r.num_tokens, 1) for r in ours)
+        median(r.draft_rows / r.num_tokens for r in stock)
+        - median(r.draft_rows / r.num_tokens for r in ours)
     )
     predicted_s = rows_saved * draft_row_ms / 1e3
     saved_s = num_tokens * (

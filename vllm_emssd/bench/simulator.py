@@ -111,7 +111,7 @@ class SimulatedEngine:
             len(r.prompt_ids) + len(r.output_ids) for r in trace.requests
         )
         self._costs, self._setting = costs, setting
-        self._is_llma = is_llma = trace.header.kind == "llma"
+        is_llma = trace.header.kind == "llma"
         self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
         self._policy: TimedDraftLength | None = None
         self._drafting = self._make_drafting(method, is_llma)
@@ -196,7 +196,7 @@ class SimulatedEngine:
         batch = [r for r in self._running if r.num_scheduled]
         self._verify(batch)
         draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
-        speculates = draft_ms > 0 or (self._drafting is not None and self._is_llma)
+        speculates = draft_ms > 0 or isinstance(self._drafting, CopyDrafting)
         ms = self._costs.fixed_ms(len(batch), speculates)
         ms += float(self._prices.target.ms(np.array(num_rows)))
         self.outcome.draft_ms += draft_ms
