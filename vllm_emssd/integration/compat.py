@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
+PRIMITIVE_CACHE_SIZE = "ONEDNN_PRIMITIVE_CACHE_SIZE"  # patch 0011
 
 
 def check_vllm_version(version: str | None = None) -> None:
@@ -145,3 +146,10 @@ def cpu_worker_makes_runner_in_a_method(original: object = None) -> bool:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     return "_make_model_runner" in vars(CPUWorker)
+
+
+def names_its_primitive_cache(original: object = None) -> bool:
+    """Patch 0011: how many row counts a CPU's linear layers keep kernels for."""
+    from vllm.model_executor.layers import utils
+
+    return hasattr(utils, PRIMITIVE_CACHE_SIZE)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import CPU_FIXES
+from vllm_emssd.integration.cpu_kernels import KERNELS_HOOK
 from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
 from vllm_emssd.integration.hooks import Hook, State
 from vllm_emssd.integration.references import REFERENCE_HOOKS
@@ -28,6 +29,7 @@ INVENTORY: tuple[Hook, ...] = (
     LOGITSPROCS_HOOK,
     INIT_SPECULATOR_HOOK,
     *CPU_FIXES,
+    KERNELS_HOOK,
 )
 
 STATE_MEANS: dict[State, str] = {

@@ -9,6 +9,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
+from vllm_emssd.integration.cpu_kernels import KERNELS_HOOK, keep_more_kernels
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner
 from vllm_emssd.integration.shared_memory import remove_names
 from vllm_emssd.integration.worker_mixins import EmssdWorkerMixin
@@ -59,6 +60,11 @@ class UnpadCPUWorker(EmssdWorkerMixin, FixedCPUWorker):
         with hooks.installed([CPU_RUNNER_V2_HOOK if is_v2 else CPU_RUNNER_HOOK]):
             super().init_device()
         remove_names()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        keep_more_kernels()
+        with hooks.installed([KERNELS_HOOK]):
+            super().load_model(*args, **kwargs)
 
     def _make_model_runner(self) -> CPUModelRunner:
         """Called by a vLLM that needs neither hook."""

@@ -1,0 +1,49 @@
+"""How many row counts a CPU keeps kernels for.
+
+oneDNN makes its kernels for one row count each, and vLLM's linear layers keep those of
+the 32 row counts used last. Padded batches have few; a ragged batch has another one
+almost every step, and making the kernels anew takes a fifth of a forward. So in emssd
+workers the layers keep more of them, at about 40 KiB a layer and row count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from vllm_emssd.integration import compat
+from vllm_emssd.integration.hooks import Hook
+
+MOST_ROW_COUNTS = 256
+
+
+def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def create(weight: torch.Tensor, primitive_cache_size: int = 0) -> Any:
+        return stock(weight, max(primitive_cache_size, MOST_ROW_COUNTS))
+
+    return create
+
+
+KERNELS_HOOK = Hook(
+    target="vllm._custom_ops:create_onednn_mm",
+    why="linear layers keep the kernels of 32 row counts; ragged batches have more",
+    signature="weight, primitive_cache_size",
+    upstream="a constant for the number of row counts, which plugins may raise",
+    remove_when="dispatch_cpu_unquantized_gemm names no number",
+    make=_make,
+    when="while an emssd worker on a CPU loads its models",
+    patch="0011-onednn-primitive-cache-size",
+    is_upstream=compat.names_its_primitive_cache,
+)
+
+
+def keep_more_kernels() -> None:
+    """For a vLLM that does without the hook."""
+    from vllm.model_executor.layers import utils
+
+    if compat.names_its_primitive_cache():
+        setattr(utils, compat.PRIMITIVE_CACHE_SIZE, MOST_ROW_COUNTS)
