@@ -1,11 +1,12 @@
-"""What a step costs besides its forwards, with drafts and without."""
+"""What live steps tell: of forwards, and of what a step costs besides them."""
 
 from __future__ import annotations
 
 import pytest
 
 from vllm_emssd.draft_length import CostTable, StepCosts
-from vllm_emssd.integration.step_costs import _learn_rest
+from vllm_emssd.integration.row_counts import RecentRowCounts
+from vllm_emssd.integration.step_costs import _learn, _learn_rest, _row_counts_of
 
 
 def costs(fixed_ms: float, speculation_ms: float) -> StepCosts:
@@ -35,3 +36,19 @@ def test_steps_with_drafts_alone_leave_the_others_price() -> None:
 
 def test_steps_without_drafts_leave_what_drafting_costs_more() -> None:
     assert learned(costs(4.0, 2.0), (7.0, False)) == pytest.approx((7.0, 2.0), abs=0.01)
+
+
+def test_the_first_forward_of_a_row_count_is_no_price() -> None:
+    table = CostTable([1, 64], [10.0, 20.0])
+    known = _row_counts_of(table)
+    _learn(table, [(rows, 60.0) for rows in range(2, 64)], known)
+    assert table.points == [(1, 10.0), (64, 20.0)]
+    _learn(table, [(32, 30.0), (64, 30.0)], known)
+    assert table.points[0][1] > 10.0
+    assert table.points[1][1] > 20.0
+
+
+def test_row_counts_met_longest_ago_are_forgotten() -> None:
+    known = RecentRowCounts(2, [7])
+    assert [known.meet(rows) for rows in (7, 8, 7, 9)] == [True, False, True, False]
+    assert [known.meet(rows) for rows in (7, 8)] == [True, False]

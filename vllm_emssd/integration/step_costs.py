@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.row_counts import RecentRowCounts
 from vllm_emssd.proposers.draft_model import Drafter
 from vllm_emssd.ragged import RaggedRows
 
@@ -31,6 +32,7 @@ _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's prices
+_KNOWN_ROW_COUNTS = 256  # as many as a CPU keeps kernels for
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -71,6 +73,7 @@ class StepCostMeter:
         self._ranks = ranks
         self._num_steps = 0
         self._step_ended: float | None = None
+        self._known_to_target, self._known_to_draft = map(_row_counts_of, measured)
         self.measured = StepCosts(*measured, _FIXED_MS)
         self.costs = self.measured if ranks.is_alone else copy(self.measured)
         self._take_over_prices()
@@ -82,10 +85,8 @@ class StepCostMeter:
         costs = self.measured
         target = self._target.take_timings()
         draft = [] if self._drafter is None else self._drafter.take_timings()
-        for rows, ms in target:
-            costs.target.observe(rows, ms)
-        for rows, ms in draft:
-            costs.draft.observe(rows, ms)
+        _learn(costs.target, target, self._known_to_target)
+        _learn(costs.draft, draft, self._known_to_draft)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
@@ -127,6 +128,20 @@ class StepCostMeter:
             prices = table.ms(np.array(rows))
             lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in prices))
         return "\n".join(lines)
+
+
+def _row_counts_of(table: CostTable) -> RecentRowCounts:
+    return RecentRowCounts(_KNOWN_ROW_COUNTS, (rows for rows, _ in table.points))
+
+
+def _learn(
+    table: CostTable, timings: list[tuple[int, float]], known: RecentRowCounts
+) -> None:
+    """From forwards (rows, ms). The first of a row count tells what getting ready for
+    it takes, which is no price of later ones."""
+    for rows, ms in timings:
+        if known.meet(rows):
+            table.observe(rows, ms)
 
 
 def _learn_rest(costs: StepCosts, ms: float, has_drafted: bool) -> None:
