@@ -70,7 +70,14 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", default=["plain", "stock", "ngram", "emssd", "llma"]
     )
     group.add_argument("--batches", type=int, nargs="+", help="concurrent requests")
-    group.add_argument("--rounds", type=int, help="kept, after a first that warms up")
+    group.add_argument("--rounds", type=int, help="kept, after those that warm up")
+    group.add_argument(
+        "--warm-up",
+        type=int,
+        default=1,
+        help="rounds of each batch size before: they fill the prefix cache, and on a "
+        "CPU kernels are made for each row count when it is first met",
+    )
     group.add_argument(
         "--continuous",
         action="store_true",
@@ -217,6 +224,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         args.rounds,
         args.min_requests,
         priced=tuple(priced),
+        warm_up=args.warm_up,
         starts=args.starts,
         is_continuous=args.continuous,
     )
