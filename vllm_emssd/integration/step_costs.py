@@ -8,7 +8,7 @@ between those every worker decides from the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from vllm_emssd.ragged import RaggedRows
 logger = init_logger("vllm.emssd.step_costs")
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_REPEATS = 4  # the first of each is warm-up
+_PASSES = 5  # over the row counts; the first is warm-up
 CONTEXT = 256  # tokens each row attends to
 _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
@@ -163,17 +163,14 @@ def measure_target(
     device: torch.device,
 ) -> CostTable:
     """`run`: a forward of the target with that many rows, each with some context."""
-    samples: list[tuple[int, float]] = []
-    for num_rows in (n for n in _ROWS if n <= most_rows):
-        timings = _repeated(partial(run, num_rows), target, device)
-        samples += [(num_rows, ms) for _, ms in timings]
-    return CostTable.from_samples(samples)
+    forwards = [partial(run, num_rows) for num_rows in _ROWS if num_rows <= most_rows]
+    return CostTable.from_samples(_in_passes(forwards, target, device))
 
 
 def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
     """One row a request, as all draft forwards but a step's first; beyond as many rows
     as there are requests, several rows each, as when prompts are caught up."""
-    samples: list[tuple[int, float]] = []
+    forwards: list[Callable[[], object]] = []
     context = min(CONTEXT, drafter.max_model_len)
     most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
     for num_rows in (n for n in _ROWS if n <= most):
@@ -182,25 +179,26 @@ def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
         lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
         rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
         token_ids = np.zeros(num_rows, dtype=np.int32)
-        samples += _repeated(
-            partial(drafter.forward, rows, token_ids, rows.last_rows, 0),
-            drafter,
-            device,
-        )
-    return CostTable.from_samples(samples)
+        forwards.append(partial(drafter.forward, rows, token_ids, rows.last_rows, 0))
+    return CostTable.from_samples(_in_passes(forwards, drafter, device))
 
 
-def _repeated(
-    forward: Callable[[], object], timed: TimedForwards, device: torch.device
+def _in_passes(
+    forwards: Sequence[Callable[[], object]],
+    timed: TimedForwards,
+    device: torch.device,
 ) -> list[tuple[int, float]]:
-    """(rows, ms) of all times but the first."""
+    """(rows, ms) of all forwards, one after the other, and that again: what else the
+    machine does for a while then slows one time of several row counts, not all of one.
+    The first pass is not counted."""
     samples: list[tuple[int, float]] = []
-    for repeat in range(_REPEATS):
-        forward()
-        _finish(device)
-        timings = timed.take_timings()
-        if repeat:
-            samples += timings
+    for number in range(_PASSES):
+        for forward in forwards:
+            forward()
+            _finish(device)
+            timings = timed.take_timings()
+            if number:
+                samples += timings
     return samples
 
 
