@@ -7,6 +7,7 @@ started by us does not have it.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 import uuid
@@ -73,7 +74,9 @@ class Tree:
         Python's resource trackers remove what killed processes have left."""
 
         def new() -> set[str]:
-            return shared_memory() - self.shared_memory_before
+            # What a living process uses is not left behind: other engines of the
+            # machine, or a process of ours, which `leftovers` tells.
+            return shared_memory() - self.shared_memory_before - used_shared_memory()
 
         wait_for(lambda: not new(), patience)
         return new()
@@ -100,6 +103,18 @@ def shared_memory() -> set[str]:
     """Names of all segments. Intel OpenMP registers each process there and leaves the
     entry behind when the process is killed; it is not ours to count."""
     return {p.name for p in SHARED_MEMORY.iterdir() if not p.name.startswith("__KMP")}
+
+
+def used_shared_memory() -> set[str]:
+    """Names of the segments that some process has mapped."""
+    names: set[str] = set()
+    for pid in psutil.pids():
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+        except OSError:
+            continue  # it has ended
+        names.update(re.findall(rf"{SHARED_MEMORY}/(\S+)$", maps, re.MULTILINE))
+    return names
 
 
 def listening_ports(*processes: psutil.Process) -> set[int]:

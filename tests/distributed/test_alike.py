@@ -20,17 +20,21 @@ NEAR_TIE = 1e-4
 
 SINGLE = Setting(draft_length="fixed")
 SMOKE = [KILL_OVER_MP, DISAGREE_OVER_RAY, Setting("llma", dp=2)]
+DRAFTING = [
+    ("draft_model", "fixed"),
+    ("draft_model", "auto"),
+    ("llma", "fixed"),
+    ("llma", "auto"),
+    ("mixed", "auto"),
+]
 SETTINGS = [
     *SMOKE,
     *(
         setting
-        for backend, (tp, dp), proposer, draft_length in product(
-            ("mp", "ray"),
-            ((2, 1), (1, 2), (2, 2)),
-            ("draft_model", "llma"),
-            ("fixed", "auto"),
+        for backend, (tp, dp), drafting in product(
+            ("mp", "ray"), ((2, 1), (1, 2), (2, 2)), DRAFTING
         )
-        if (setting := Setting(proposer, draft_length, tp, dp, backend)) not in SMOKE
+        if (setting := Setting(*drafting, tp, dp, backend)) not in SMOKE
     ),
 ]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,11 +30,16 @@ SERVED += ["--speculative-config", '{"method":"emssd","draft_length":"auto"}']
 
 @contextmanager
 def launched(
-    log: Path, *arguments: str, ready: str, stopped_by: str = "SIGINT"
+    log: Path,
+    *arguments: str,
+    ready: str,
+    stopped_by: str = "SIGINT",
+    on: Sequence[str] = (),
 ) -> Iterator[Tree]:
-    """The script, until it is stopped: it ends in peace, and with all it started."""
+    """The script, until it is stopped: it ends in peace, and with all it started.
+    `on`: runs a command on another machine."""
     environment = RayCluster.own_environment() | {"VIRTUAL_ENV": sys.prefix}
-    tree = Tree([str(SCRIPT), *arguments], log, environment)
+    tree = Tree([*on, str(SCRIPT), *arguments], log, environment)
     try:
         assert wait_for(lambda: ready in tree.text, 330), tree.text
         yield tree
@@ -75,30 +83,88 @@ def test_one_machine(stopped_by: str, tmp_path: Path) -> None:
     assert server.segments() == set()
 
 
-def test_head_worker_and_serve(tmp_path: Path) -> None:
-    """Two nodes, on one machine here, each with half of the devices. Not with -dp: vLLM
-    knows nodes by their addresses, and these two have the same."""
+@dataclass(frozen=True)
+class Hosts:
+    """A head's machine, which is this one, and a worker's."""
+
+    head: list[str]  # flags
+    worker: list[str]
+    on_worker: list[str]  # runs a command there
+
+
+@contextmanager
+def one_host() -> Iterator[Hosts]:
+    """Both nodes here. vLLM knows nodes by their addresses, and these have the same."""
+    yield Hosts([], [], [])
+
+
+@contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """The second is a network namespace: another address, reached over a link."""
+    name, link = f"emssd-{os.getpid()}", f"emssd{os.getpid() % 100_000}"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a second host needs iproute2 and the right to use it: {error}")
+    try:
+        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("address", "add", "10.231.77.1/30", "dev", link)
+        ip("link", "set", link, "up")
+        ip("-n", name, "address", "add", "10.231.77.2/30", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", name, "link", "set", device, "up")
+        yield Hosts(
+            ["--address", "10.231.77.1"],
+            ["--address", "10.231.77.2"],
+            ["ip", "netns", "exec", name],
+        )
+    finally:
+        ip("netns", "delete", name)  # and with it the link
+
+
+@pytest.mark.parametrize(
+    ("hosts", "parallel", "gpus"),
+    [
+        (one_host, ["-tp", "2"], 1),
+        (two_hosts, ["-tp", "2", "-dp", "2", "--api-server-count", "1"], 2),
+    ],
+)
+def test_head_worker_and_serve(
+    hosts: Callable[[], AbstractContextManager[Hosts]],
+    parallel: list[str],
+    gpus: int,
+    tmp_path: Path,
+) -> None:
+    """Two nodes, each with half of the devices that are needed."""
     port = free_port()
     token = ["--token-file", str(tmp_path / "token")]
-    node = [*token, "--num-gpus", "1", "--num-cpus", "8"]
+    node = [*token, "--num-gpus", str(gpus), "--num-cpus", "8"]
     ready = "ready; the head is "
-    with launched(
-        tmp_path / "head", "head", "--ray-port", str(free_port()), *node, ready=ready
-    ) as head:
+    with hosts() as machines, ExitStack() as stack:
+
+        def start(
+            command: str, *flags: str, ready: str, on: Sequence[str] = ()
+        ) -> Tree:
+            log = tmp_path / command
+            return stack.enter_context(
+                launched(log, command, *flags, ready=ready, on=on)
+            )
+
+        ray_port = ["--ray-port", str(free_port())]
+        head = start("head", *ray_port, *node, *machines.head, ready=ready)
         address = head.text.partition(ready)[2].split(". ")[0]
-        with launched(
-            tmp_path / "worker", "worker", "--head", address, *node, ready=ready
-        ) as worker:
-            joined = ["serve", TARGET, "--head", address, "-tp", "2", *token]
-            with launched(
-                tmp_path / "serve",
-                *joined,
-                "--port",
-                str(port),
-                *SERVED,
-                ready="startup complete",
-            ):
-                check_answer(port)
-                used = [len(workers_of(node)) for node in (head, worker)]
-                assert used == [1, 1]
-        assert worker.segments() == set()
+        joins = ["--head", address]
+        worker = start(
+            *("worker", *joins, *node, *machines.worker),
+            ready=ready,
+            on=machines.on_worker,
+        )
+        serve = [TARGET, *joins, *parallel, *token, *machines.head, *SERVED]
+        start("serve", *serve, "--port", str(port), ready="startup complete")
+        check_answer(port)
+        assert [len(workers_of(node)) for node in (head, worker)] == [gpus, gpus]
+    assert worker.segments() == set()
