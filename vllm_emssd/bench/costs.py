@@ -6,7 +6,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_emssd.draft_length import CostTable, StepCosts
@@ -53,7 +52,7 @@ class CostFile(BaseModel):
 
     def fixed_ms(self, num_reqs: int, speculates: bool) -> float:
         """Of a step, besides the forwards."""
-        ms = float(table_of(self.fixed).ms(np.array(num_reqs)))
+        ms = table_of(self.fixed).at(num_reqs)
         return ms + self.speculation_ms * speculates
 
     def step_costs(self, num_reqs: int, drafts_are_free: bool) -> StepCosts:

@@ -31,7 +31,7 @@ def costs_of_result(result: Mapping[str, Any]) -> CostFile:
     target, draft = tables[-1]["target"], tables[-1]["draft"]
     fixed = _fixed(by_batch)
     more = [
-        _besides_forwards(r, draft) - float(table_of(fixed).ms(np.array(batch)))
+        _besides_forwards(r, draft) - table_of(fixed).at(batch)
         for batch, methods in by_batch.items()
         for rounds in methods.values()
         for r in rounds

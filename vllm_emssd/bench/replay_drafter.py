@@ -63,7 +63,7 @@ class ReplayDrafter:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
-        self._ms += float(self._costs.ms(np.array(rows.num_rows)))
+        self._ms += self._costs.at(rows.num_rows)
         requests = rows.row_req_indices[sampled_rows]
         tokens = self._tokens[requests, draft_position]
         return torch.from_numpy(tokens), self._confidence[requests, draft_position]

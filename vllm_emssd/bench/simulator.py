@@ -198,7 +198,7 @@ class SimulatedEngine:
         draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
         speculates = draft_ms > 0 or isinstance(self._drafting, CopyDrafting)
         ms = self._costs.fixed_ms(len(batch), speculates)
-        ms += float(self._prices.target.ms(np.array(num_rows)))
+        ms += self._prices.target.at(num_rows)
         self.outcome.draft_ms += draft_ms
         self.outcome.ms += ms + draft_ms
         if self._policy is not None:

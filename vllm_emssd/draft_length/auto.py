@@ -117,9 +117,8 @@ class AutoDraftLength:
         if not num_drafting:
             return np.zeros(len(num_drafts))
         draft = self.costs.draft
-        forward_ms = float(draft.ms(np.array(num_drafting))) / num_drafting
-        row_ms = float(np.diff(draft.ms(np.array([1, 1 + _CATCH_UP_STEPS])))[0])
-        row_ms /= _CATCH_UP_STEPS
+        forward_ms = draft.at(num_drafting) / num_drafting
+        row_ms = (draft.at(1 + _CATCH_UP_STEPS) - draft.at(1)) / _CATCH_UP_STEPS
         extra_rows = np.maximum(missing_rows - 1, 0) / _CATCH_UP_STEPS
         cost = self._tokens_per_ms * (forward_ms * num_drafts + row_ms * extra_rows)
         return np.asarray(np.where(num_drafts > 0, cost, 0.0))
@@ -137,10 +136,14 @@ class AutoDraftLength:
         """A request's share where each drafts one: of the rows that verify, of the
         drafter's, and of a step without drafts."""
         num_reqs = max(num_sampling, 1)
-        once, twice = self.costs.target.ms(np.array([num_reqs, 2 * num_reqs]))
-        draft_ms = float(self.costs.draft.ms(np.array(num_reqs)))
-        step_ms = float(once) + self.costs.fixed_ms
-        return float(twice - once) / num_reqs, draft_ms / num_reqs, step_ms / num_reqs
+        target, draft = self.costs.target, self.costs.draft
+        once, twice = target.at(num_reqs), target.at(2 * num_reqs)
+        step_ms = once + self.costs.fixed_ms
+        return (
+            (twice - once) / num_reqs,
+            draft.at(num_reqs) / num_reqs,
+            step_ms / num_reqs,
+        )
 
     def _plan(self, step: DraftOpportunity, survival: np.ndarray) -> np.ndarray:
         best = self._best(step, survival)
@@ -195,9 +198,9 @@ class AutoDraftLength:
         return lens
 
     def _probe_ms(self, missing_rows: int) -> float:
-        rows = self._base_rows + np.array([0, _PROBE_LENGTH])
-        draft_ms = self._prices.draft.ms(np.array([missing_rows, 1])).sum()
-        return float(draft_ms + np.diff(self._prices.target.ms(rows))[0])
+        draft, target, rows = self._prices.draft, self._prices.target, self._base_rows
+        verify_ms = target.at(rows + _PROBE_LENGTH) - target.at(rows)
+        return draft.at(missing_rows) + draft.at(1) + verify_ms
 
     def _may_well_pay(self, step: DraftOpportunity) -> bool:
         hoped = self._survival_model.expected(self._factors.by_position, _OPTIMISM)

@@ -38,7 +38,7 @@ class CostTable:
         if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
             raise ValueError("row counts must rise and times be finite")
         self._outliers = 0  # in a row
-        self._by_rows: np.ndarray | None = None  # until a point moves
+        self._points_moved()
 
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
@@ -58,6 +58,11 @@ class CostTable:
                 return np.asarray(by_rows[rows])
         return self._interpolated(rows.astype(np.float64))
 
+    def at(self, rows: int) -> float:
+        """Cost of one row count."""
+        by_rows = self._looked_up
+        return float(by_rows[rows] if rows < by_rows.size else self.ms(np.array(rows)))
+
     def from_to(self, first: int, last: int) -> np.ndarray:
         """Cost of `first`, `first` + 1, ..., `last` rows. Not to be written to."""
         by_rows = self._looked_up
@@ -68,7 +73,11 @@ class CostTable:
     def _interpolated(self, rows: np.ndarray) -> np.ndarray:
         cost = np.interp(rows, self._rows, self._ms)
         beyond = np.maximum(rows - self._rows[-1], 0)
-        return np.where(rows < 1, 0.0, cost + beyond * self._last_slope)
+        return np.where(rows < 1, 0.0, cost + beyond * self._slope_beyond)
+
+    def _points_moved(self) -> None:
+        self._slope_beyond = self._last_slope()
+        self._by_rows: np.ndarray | None = None  # until asked for
 
     @property
     def _looked_up(self) -> np.ndarray:
@@ -80,14 +89,17 @@ class CostTable:
 
     def observe(self, rows: int, ms: float) -> None:
         """A forward of `rows` took `ms`: move the points beside it a little."""
-        price = float(self.ms(np.array(rows)))
         is_near = 1 <= rows <= _BEYOND * self._rows[-1]
         if not is_near or not np.isfinite(ms) or ms < 0:
             return
+        price = self.at(rows)
         self._outliers = self._outliers + 1 if ms > _OUTLIER * price else 0
         if 0 < self._outliers <= _MOST_OUTLIERS:
             return
-        self._by_rows = None
+        self._move_points(rows, ms, price)
+        self._points_moved()
+
+    def _move_points(self, rows: int, ms: float, price: float) -> None:
         if ms < price / _MOST_CHANGE:
             # No noise makes a forward this quick: what was measured before was slowed.
             self._ms *= (1 + ms / price) / 2
@@ -111,7 +123,6 @@ class CostTable:
     def points(self) -> list[tuple[int, float]]:
         return [(int(r), float(m)) for r, m in zip(self._rows, self._ms, strict=True)]
 
-    @property
     def _last_slope(self) -> float:
         """Over the table's upper half: two neighbours alone may be noise."""
         last = self._rows[-1]

@@ -71,7 +71,7 @@ class _Prices:
         draft_ms = draft.ms(num_drafting)
         draft_ms[:, 0] = draft.ms(first_rows)
         rows = self.base_rows + np.cumsum(num_verified, axis=1)
-        verify_ms = target.ms(rows) - target.ms(np.array(self.base_rows))
+        verify_ms = target.ms(rows) - target.at(self.base_rows)
         draft_ms = np.cumsum(draft_ms, axis=1)
         tokens = self.base_tokens + np.cumsum(gains, axis=1)
         base_ms = self.base_ms + self.costs.speculation_ms
@@ -141,7 +141,7 @@ def plan(
         verify_rows: [num_reqs, K] the target's rows to expect of each draft, if not 1:
             some of those made are not verified.
     """
-    base_ms = costs.fixed_ms + float(costs.target.ms(np.array(num_sampling)))
+    base_ms = costs.fixed_ms + costs.target.at(num_sampling)
     base_ms = max(base_ms, _LEAST_MS)
     base_rows = num_sampling + num_prefill_rows
     if base_tokens is None:
