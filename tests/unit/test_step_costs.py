@@ -38,14 +38,17 @@ def test_steps_without_drafts_leave_what_drafting_costs_more() -> None:
     assert learned(costs(4.0, 2.0), (7.0, False)) == pytest.approx((7.0, 2.0), abs=0.01)
 
 
-def test_the_first_forward_of_a_row_count_is_no_price() -> None:
+def test_the_first_forward_of_a_row_count_is_no_price_unless_it_is_quick() -> None:
     table = CostTable([1, 64], [10.0, 20.0])
     known = _row_counts_of(table)
-    _learn(table, [(rows, 60.0) for rows in range(2, 64)], known)
+    _learn(table, [(rows, 60.0) for rows in range(2, 40)], known)
     assert table.points == [(1, 10.0), (64, 20.0)]
-    _learn(table, [(32, 30.0), (64, 30.0)], known)
-    assert table.points[0][1] > 10.0
-    assert table.points[1][1] > 20.0
+    _learn(table, [(rows, 12.0) for rows in range(40, 64)], known)
+    assert table.points[1][1] < 19.0
+    before = table.at(1), table.at(64)
+    _learn(table, [(39, 30.0), (64, 30.0)], known)
+    assert table.at(1) > before[0]
+    assert table.at(64) > before[1]
 
 
 def test_row_counts_met_longest_ago_are_forgotten() -> None:

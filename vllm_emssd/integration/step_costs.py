@@ -137,10 +137,10 @@ def _row_counts_of(table: CostTable) -> RecentRowCounts:
 def _learn(
     table: CostTable, timings: list[tuple[int, float]], known: RecentRowCounts
 ) -> None:
-    """From forwards (rows, ms). The first of a row count tells what getting ready for
-    it takes, which is no price of later ones."""
+    """From forwards (rows, ms). The first of a row count also tells what getting ready
+    for it takes: it is a price only where it is below what was thought."""
     for rows, ms in timings:
-        if known.meet(rows):
+        if known.meet(rows) or ms < table.at(rows):
             table.observe(rows, ms)
 
 
