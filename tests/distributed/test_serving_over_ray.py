@@ -26,6 +26,10 @@ SCRIPT = REPO / "scripts" / "launch_ray"
 SERVED = ["--served-model-name", "target", "--enforce-eager", "--max-model-len", "1024"]
 SERVED += ["--dtype", "float32", "--kv-cache-memory-bytes", str(128 << 20)]
 SERVED += ["--speculative-config", '{"method":"emssd","draft_length":"auto"}']
+# vLLM puts all engines on the first machine unless told how many. With one API server
+# process our counters are on its /metrics.
+DATA_PARALLEL = ["-dp", "2", "--data-parallel-size-local", "1"]
+DATA_PARALLEL += ["--api-server-count", "1"]
 
 
 @contextmanager
@@ -41,7 +45,8 @@ def launched(
     environment = RayCluster.own_environment() | {"VIRTUAL_ENV": sys.prefix}
     tree = Tree([*on, str(SCRIPT), *arguments], log, environment)
     try:
-        assert wait_for(lambda: ready in tree.text, 330), tree.text
+        wait_for(lambda: ready in tree.text or tree.process.poll() is not None, 330)
+        assert ready in tree.text, tree.text
         yield tree
     finally:
         tree.process.send_signal(signal.Signals[stopped_by])
@@ -130,7 +135,7 @@ def two_hosts() -> Iterator[Hosts]:
     ("hosts", "parallel", "gpus"),
     [
         (one_host, ["-tp", "2"], 1),
-        (two_hosts, ["-tp", "2", "-dp", "2", "--api-server-count", "1"], 2),
+        (two_hosts, ["-tp", "2", *DATA_PARALLEL], 2),
     ],
 )
 def test_head_worker_and_serve(
