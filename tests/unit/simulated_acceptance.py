@@ -84,6 +84,7 @@ class Loop:
         spread: how much acceptance varies from draft to draft, 0 to 1.
         power: confidence is acceptance to this power; 1 is calibrated.
         meter: prices that the policy goes by, if others, which learn from each forward.
+        asks_for_rest: as the V1 runner does with one rank.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Loop:
         seed: int = 0,
         meter: StepCosts | None = None,
         by_request: bool = False,
+        asks_for_rest: bool = True,
     ) -> None:
+        self._asks_for_rest, self.num_plans = asks_for_rest, 0
         self.policy, self._costs, self._meter = policy, costs, meter
         self._num_reqs, self._quality = num_reqs, quality
         self._k, self._spread, self._power = num_spec_tokens, spread, power
@@ -160,7 +163,11 @@ class Loop:
         return step
 
     def _draft(self, confidence: np.ndarray) -> tuple[Step, np.ndarray, np.ndarray]:
-        """As `DraftModelProposer` does."""
+        """As the runner and `DraftModelProposer` do."""
+        nothing = np.zeros(self._num_reqs, dtype=np.int64)
+        if self._asks_for_rest and self.policy.rests(self._num_reqs):
+            return Step(), nothing, nothing
+        self.num_plans += 1
         opportunity = DraftOpportunity(
             list(self._req_ids),
             np.ones(self._num_reqs, dtype=bool),

@@ -297,14 +297,43 @@ def test_recovers_from_prices_measured_beside_another_process() -> None:
     assert settled > 0.95 * wanted
 
 
-def test_dozes_after_long_idleness_and_wakes_when_drafts_pay() -> None:
+@pytest.mark.parametrize("asks", [False, True])
+def test_dozes_after_long_idleness_and_wakes_when_drafts_pay(asks: bool) -> None:
     dear = prices(draft_ms=30.0)
-    policy = auto_policy(dear, 4)
-    loop = Loop(policy, dear, 4, lambda *_: 0.5, num_spec_tokens=4).run(200)
+    loop = Loop(
+        auto_policy(dear, 4),
+        dear,
+        4,
+        lambda *_: 0.5,
+        num_spec_tokens=4,
+        asks_for_rest=asks,
+    ).run(200)
     assert not any(any(step.made) for step in loop.steps[-3:])
+    before = loop.num_plans
+    loop.run(40)
+    assert loop.num_plans - before == (10 if asks else 40)
     dear.draft = prices(draft_ms=0.5).draft
     made = [step.made for step in loop.run(12).steps[-12:]]
     assert any(any(lens) for lens in made), "within a few steps"
+
+
+def test_rest_does_not_depend_on_who_asks() -> None:
+    """Step by step the same drafts, but that records fade once for several steps."""
+
+    def made(asks: bool) -> list[list[int]]:
+        policy = auto_policy(MEDIUM, 4)
+        loop = Loop(
+            policy, MEDIUM, 4, lambda *_: 0.02, num_spec_tokens=4, asks_for_rest=asks
+        )
+        return [step.made for step in loop.run(400).steps]
+
+    assert made(asks=True) == made(asks=False)
+
+
+def test_no_rest_before_drafts_have_been_idle_for_long() -> None:
+    loop = Loop(auto_policy(CHEAP, 8), CHEAP, 8, lambda *_: 0.9).run(100)
+    assert loop.num_plans == 100
+    assert not loop.policy.rests(8)
 
 
 @pytest.mark.parametrize("num_reqs", [1, 8])

@@ -26,6 +26,9 @@ class ForesightDraftLength:
         self.num_acceptable = np.zeros(0, dtype=np.int64)  # [num_reqs] in this step
         self._costs = costs
 
+    def rests(self, num_sampling: int) -> bool:
+        return False
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         most = np.minimum(self.num_acceptable, step.max_draft_tokens)
         positions = np.arange(most.max(initial=0))

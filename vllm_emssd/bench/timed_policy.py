@@ -26,6 +26,9 @@ class TimedDraftLength:
     def feeds_prompts(self) -> bool:
         return self._policy.feeds_prompts
 
+    def rests(self, num_sampling: int) -> bool:
+        return self._timed(self._policy.rests, num_sampling)
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         return self._timed(self._policy.begin, step)
 

@@ -37,6 +37,9 @@ class AgreedDraftLength:
     def feeds_prompts(self) -> bool:
         return self._policy.feeds_prompts
 
+    def rests(self, num_sampling: int) -> bool:
+        return False  # every step's decision is compared
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         draft_lens = self._policy.begin(step)
         self._take_in(step.missing_rows)

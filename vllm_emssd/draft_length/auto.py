@@ -54,6 +54,7 @@ class AutoDraftLength:
         self._confidences: dict[str, np.ndarray] = {}  # of drafts not yet verified
         self._idle_steps = self._idle_since_probe = 0
         self._idle_ms = 0.0  # since the last probe
+        self._num_rested = 0  # steps since the last plan
         self._is_probe = False
 
     @property
@@ -61,9 +62,27 @@ class AutoDraftLength:
         """Prompts are fed along while speculation pays, else by catch-up later."""
         return self._idle_steps == 0
 
+    @property
+    def _is_dozing(self) -> bool:
+        """Nothing has paid for long, and a plan is as dear as a probe is rare."""
+        return self._idle_steps >= _DOZE_AFTER and bool(
+            self._idle_steps % _OFTENEST_PROBE
+        )
+
+    def rests(self, num_sampling: int) -> bool:
+        if not self._is_dozing:
+            return False
+        if num_sampling:
+            self._count_idle_step(num_sampling)
+            self._num_rested += 1
+        return True
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
-        if self._dozes(step):
-            return np.zeros_like(step.max_draft_tokens)
+        if self._is_dozing:
+            return self._doze(step)
+        if self._num_rested:
+            self._survival_model.skip(step.req_ids, self._num_rested)
+            self._num_rested = 0
         self._take_in(step)
         self._will_trim = self._may_trim
         self._prices = self.costs
@@ -93,20 +112,17 @@ class AutoDraftLength:
         )
         return lens
 
-    def _dozes(self, step: DraftOpportunity) -> bool:
-        """Nothing has paid for long, and a plan is as dear as a probe is rare."""
-        if self._idle_steps < _DOZE_AFTER or self._idle_steps % _OFTENEST_PROBE == 0:
-            return False
+    def _doze(self, step: DraftOpportunity) -> np.ndarray:
         if step.max_draft_tokens.any():
-            self._count_idle_step(step)
+            self._count_idle_step(int(step.is_sampling.sum()))
             self._survival_model.skip(step.req_ids)
-        return True
+        return np.zeros_like(step.max_draft_tokens)
 
-    def _count_idle_step(self, step: DraftOpportunity) -> None:
+    def _count_idle_step(self, num_sampling: int) -> None:
         self._idle_steps += 1
         self._idle_since_probe += 1
         if self._tokens_per_ms:
-            self._idle_ms += np.count_nonzero(step.is_sampling) / self._tokens_per_ms
+            self._idle_ms += num_sampling / self._tokens_per_ms
 
     def drafting_cost(
         self, num_drafts: np.ndarray, missing_rows: np.ndarray
@@ -179,7 +195,7 @@ class AutoDraftLength:
         lens = np.zeros_like(self._most)
         if not self._most.any():
             return lens  # says nothing about whether drafts pay
-        self._count_idle_step(step)
+        self._count_idle_step(int(step.is_sampling.sum()))
         may_draft = self._most > 0
         missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)
         request = int(missing.argmin())

@@ -13,6 +13,9 @@ class FixedDraftLength:
     needs_confidence = False
     feeds_prompts = True
 
+    def rests(self, num_sampling: int) -> bool:
+        return False
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         return step.max_draft_tokens
 

@@ -38,6 +38,11 @@ class DraftLengthPolicy(Protocol):
         """Whether prompts are fed to the drafter as they are prefilled, not later."""
         ...
 
+    def rests(self, num_sampling: int) -> bool:
+        """Whether nobody drafts this step, whoever is in it: asked at most once before
+        `begin`, which, if so, need not be called. `num_sampling`: requests."""
+        ...
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         """Most drafts of each request this step, 0 to make none. [num_reqs] int64"""
         ...

@@ -172,11 +172,11 @@ class Survival:
         self._take_in_news()
         return float(self._by_position[1, 0])
 
-    def skip(self, req_ids: Iterable[str]) -> None:
+    def skip(self, req_ids: Iterable[str], num_steps: int = 1) -> None:
         """These do not draft: let them sink back towards the pool, to be tried again
         in the end."""
         self._take_in_news()
-        self._records.values[self._records.find(req_ids)] *= _IDLE_FORGET
+        self._records.values[self._records.find(req_ids)] *= _IDLE_FORGET**num_steps
 
     def doubt(self) -> None:
         """Nothing was drafted for long: what comes next counts for more."""

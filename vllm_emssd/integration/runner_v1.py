@@ -251,6 +251,30 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     ) -> list[list[int]]:
         assert self._proposer is not None
         self._record_verified(scheduler_output, sampled_token_ids)
+        rests = self._rests(sampled_token_ids)
+        if rests:
+            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+            self.num_real_drafts.update(dict.fromkeys(self.input_batch.req_ids, 0))
+        else:
+            drafts = self._propose(scheduler_output, sampled_token_ids)
+        if self._shared_counters is not None:
+            self._shared_counters.publish(self.counters)
+        if self._stats_log is not None:
+            self._stats_log.step_done()
+        if self._step_costs is not None:
+            self._step_costs.step_done(learns=not rests)
+        return drafts
+
+    def _rests(self, sampled_token_ids: list[list[int]]) -> bool:
+        """Where drafts have not paid for long, most steps are done here."""
+        return isinstance(self._proposer, DraftModelProposer) and self._proposer.rests(
+            sum(map(bool, sampled_token_ids))
+        )
+
+    def _propose(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
+    ) -> list[list[int]]:
+        assert self._proposer is not None
         batch = self._draft_batch(scheduler_output, sampled_token_ids)
         try:
             drafts = self._proposer.propose(batch)
@@ -261,12 +285,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         if not self.emssd_config.unpad_inputs:
             last = batch.token_ids[np.arange(batch.num_reqs), batch.num_tokens - 1]
             drafts = pad_to_longest(drafts, batch.is_sampling.tolist(), last.tolist())
-        if self._shared_counters is not None:
-            self._shared_counters.publish(self.counters)
-        if self._stats_log is not None:
-            self._stats_log.step_done()
-        if self._step_costs is not None:
-            self._step_costs.step_done()
         return drafts
 
     def _record_verified(

@@ -93,6 +93,11 @@ class DraftModelProposer:
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         return self.draft(batch).tolist()
 
+    def rests(self, num_sampling: int) -> bool:
+        """Whether nobody drafts this step, known without a batch: `propose` need not be
+        called then. Asked at most once a step. `num_sampling`: requests."""
+        return self._policy.rests(num_sampling)
+
     def draft(self, batch: DraftBatch) -> DeviceDrafts:
         """Like `propose`, but leaves the drafts on the device."""
         starts, ends = self._missing_spans(batch)
@@ -101,6 +106,8 @@ class DraftModelProposer:
         feeds = draft_lens > 0
         if self._policy.feeds_prompts:
             feeds = feeds | (~batch.is_sampling & (batch.max_draft_tokens > 0))
+        if not feeds.any():
+            return DeviceDrafts.none(batch.num_reqs)
         # A block shared by several requests is written by one; the others wait a step.
         waits = self._cursor.waits_for_another(batch.req_ids, feeds)
         draft_lens = np.where(waits, 0, draft_lens)
