@@ -17,7 +17,7 @@ from vllm_emssd.draft_length.pace import Pace
 from vllm_emssd.draft_length.policy import DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
-_PROBE_SHARE = 0.01  # of idle time that probes may take,
+_PROBE_SHARE = 0.005  # of idle time that probes may take,
 _HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay
 _RAREST_PROBE = 128  # or, after so many steps, whether or not,
 _OFTENEST_PROBE = 4  # but no fewer than this between two
