@@ -134,6 +134,14 @@ def test_useless_drafter_is_hardly_run_yet_probed(
 
 
 @pytest.mark.parametrize("num_reqs", [1, 8, 32])
+def test_hopeless_probes_take_half_a_percent_of_the_time(num_reqs: int) -> None:
+    loop = Loop(auto_policy(MEDIUM, 8), MEDIUM, num_reqs, lambda *_: 0.02).run(900)
+    late = loop.steps[300:]
+    draft_ms = sum(step.draft_ms for step in late)
+    assert draft_ms < 0.006 * sum(step.ms for step in late)
+
+
+@pytest.mark.parametrize("num_reqs", [1, 8, 32])
 @pytest.mark.parametrize("costs", [CHEAP, MEDIUM], ids=["cheap", "mid"])
 def test_recovers_when_the_drafter_turns_good(num_reqs: int, costs: StepCosts) -> None:
     turns_good, bound = 400, 400

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.row_counts import RecentRowCounts
-from vllm_emssd.integration.step_costs import _learn, _learn_rest, _row_counts_of
+from vllm_emssd.integration.step_costs import (
+    StepCostMeter,
+    _learn,
+    _learn_rest,
+    _row_counts_of,
+)
 
 
 def costs(fixed_ms: float, speculation_ms: float) -> StepCosts:
@@ -55,3 +63,16 @@ def test_row_counts_met_longest_ago_are_forgotten() -> None:
     known = RecentRowCounts(2, [7])
     assert [known.meet(rows) for rows in (7, 8, 7, 9)] == [True, False, True, False]
     assert [known.meet(rows) for rows in (7, 8)] == [True, False]
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_step_that_rests_tells_what_a_step_costs_but_no_price(learns: bool) -> None:
+    target: Any = SimpleNamespace(take_timings=lambda: [(8, 0.0)])
+    alone: Any = SimpleNamespace(is_alone=True)
+    measured = CostTable([8], [10.0]), CostTable([1], [0.0])
+    meter = StepCostMeter(measured, target, None, alone)
+    fixed_ms = meter.costs.fixed_ms
+    for _ in range(3):
+        meter.step_done(learns_prices=learns)
+    assert meter.costs.fixed_ms < fixed_ms
+    assert (meter.costs.target.at(8) < 10.0) == learns

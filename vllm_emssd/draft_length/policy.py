@@ -39,8 +39,8 @@ class DraftLengthPolicy(Protocol):
         ...
 
     def rests(self, num_sampling: int) -> bool:
-        """Whether nobody drafts this step, whoever is in it: asked at most once before
-        `begin`, which, if so, need not be called. `num_sampling`: requests."""
+        """Whether nobody drafts this step, whoever is in it. To be asked at most once a
+        step, before `begin`, which must not be called then."""
         ...
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:

@@ -3,7 +3,8 @@
 oneDNN makes its kernels for one row count each, and vLLM's linear layers keep those of
 the 32 row counts used last. Padded batches have few; a ragged batch has another one
 almost every step, and making the kernels anew takes a fifth of a forward. So in emssd
-workers the layers keep more of them, at about 40 KiB a layer and row count.
+workers the layers keep more of them. That takes memory, though only for row counts that
+come up: 0.5 GiB for 200 of them, measured on 16 layers of hidden size 1024.
 """
 
 from __future__ import annotations

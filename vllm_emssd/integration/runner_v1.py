@@ -262,7 +262,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         if self._stats_log is not None:
             self._stats_log.step_done()
         if self._step_costs is not None:
-            self._step_costs.step_done(learns=not rests)
+            has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
+            self._step_costs.step_done(learns_prices=not rests or has_verified)
         return drafts
 
     def _rests(self, sampled_token_ids: list[list[int]]) -> bool:

@@ -79,34 +79,26 @@ class StepCostMeter:
         self._take_over_prices()
         logger.info("Milliseconds by rows:\n%s", self.table())
 
-    def step_done(self, learns: bool = True) -> None:
-        """Called when a step's drafts are made: learn from the step, unless it is one
-        of many alike."""
+    def step_done(self, learns_prices: bool = True) -> None:
+        """Called when a step's drafts are made: learn from the step. Prices need not be
+        learned from one of many steps alike."""
         now = time.perf_counter()
+        costs = self.measured
         target = self._target.take_timings()
         draft = [] if self._drafter is None else self._drafter.take_timings()
-        if learns:
-            self._learn_from_step(now, target, draft)
-        self._step_ended = now
-        self._num_steps += 1
-        if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
-            self._take_over_prices()
-
-    def _learn_from_step(
-        self,
-        now: float,
-        target: list[tuple[int, float]],
-        draft: list[tuple[int, float]],
-    ) -> None:
-        costs = self.measured
-        _learn(costs.target, target, self._known_to_target)
-        _learn(costs.draft, draft, self._known_to_draft)
+        if learns_prices:
+            _learn(costs.target, target, self._known_to_target)
+            _learn(costs.draft, draft, self._known_to_draft)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
             if 0 < ms < _LONGEST_PAUSE * (costs.fixed_ms + costs.speculation_ms):
                 _learn_rest(costs, ms, has_drafted=bool(draft))
+        self._step_ended = now
+        self._num_steps += 1
+        if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
+            self._take_over_prices()
 
     def _take_over_prices(self) -> None:
         """The first rank's measured prices are everyone's from now on."""

@@ -94,8 +94,8 @@ class DraftModelProposer:
         return self.draft(batch).tolist()
 
     def rests(self, num_sampling: int) -> bool:
-        """Whether nobody drafts this step, known without a batch: `propose` need not be
-        called then. Asked at most once a step. `num_sampling`: requests."""
+        """Whether nobody drafts this step, known without a batch. To be asked at most
+        once a step, before `propose`, which must not be called then."""
         return self._policy.rests(num_sampling)
 
     def draft(self, batch: DraftBatch) -> DeviceDrafts:
