@@ -8,7 +8,7 @@ between those every worker decides from the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.integration.cpu_kernels import MOST_ROW_COUNTS
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.row_counts import RecentRowCounts
 from vllm_emssd.proposers.draft_model import Drafter
@@ -32,7 +33,6 @@ _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's prices
-_KNOWN_ROW_COUNTS = 256  # as many as a CPU keeps kernels for
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -133,7 +133,7 @@ class StepCostMeter:
 
 
 def _row_counts_of(table: CostTable) -> RecentRowCounts:
-    return RecentRowCounts(_KNOWN_ROW_COUNTS, (rows for rows, _ in table.points))
+    return RecentRowCounts(MOST_ROW_COUNTS, (rows for rows, _ in table.points))
 
 
 def _learn(
@@ -165,14 +165,14 @@ def measure_target(
     device: torch.device,
 ) -> CostTable:
     """`run`: a forward of the target with that many rows, each with some context."""
-    forwards = [partial(run, num_rows) for num_rows in _ROWS if num_rows <= most_rows]
+    forwards = {n: partial(run, n) for n in _ROWS if n <= most_rows}
     return CostTable.from_samples(_in_passes(forwards, target, device))
 
 
 def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
     """One row a request, as all draft forwards but a step's first; beyond as many rows
     as there are requests, several rows each, as when prompts are caught up."""
-    forwards: list[Callable[[], object]] = []
+    forwards: dict[int, Callable[[], object]] = {}
     context = min(CONTEXT, drafter.max_model_len)
     most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
     for num_rows in (n for n in _ROWS if n <= most):
@@ -181,26 +181,28 @@ def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
         lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
         rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
         token_ids = np.zeros(num_rows, dtype=np.int32)
-        forwards.append(partial(drafter.forward, rows, token_ids, rows.last_rows, 0))
+        forwards[num_rows] = partial(
+            drafter.forward, rows, token_ids, rows.last_rows, 0
+        )
     return CostTable.from_samples(_in_passes(forwards, drafter, device))
 
 
 def _in_passes(
-    forwards: Sequence[Callable[[], object]],
+    forwards: Mapping[int, Callable[[], object]],
     timed: TimedForwards,
     device: torch.device,
 ) -> list[tuple[int, float]]:
-    """(rows, ms) of all forwards, one after the other, and that again: what else the
-    machine does for a while then slows one time of several row counts, not all of one.
-    The first pass is not counted."""
+    """(rows asked for, ms) of all forwards, one after the other, and that again: what
+    else the machine does for a while then slows one time of several row counts, not all
+    of one. The first pass is not counted."""
     samples: list[tuple[int, float]] = []
     for number in range(_PASSES):
-        for forward in forwards:
+        for num_rows, forward in forwards.items():
             forward()
             _finish(device)
             timings = timed.take_timings()
             if number:
-                samples += timings
+                samples += [(num_rows, ms) for _, ms in timings]
     return samples
 
 
