@@ -1,53 +1,47 @@
 #!/usr/bin/env python3
-"""Run the GPU tests and write one result file.
+"""Run what needs a GPU, tests and a table, and write down what came of it.
 
     scripts/gpu_check [--output docs/results/gpu-check.json] [-- PYTEST ARGS]
 
-Every test is listed with its outcome and what it recorded (tokens a second), besides
-the command, commit, versions and machine. Exits with 1 if any failed.
+Every test is listed with its outcome, beside the command, commit, versions and machine.
+Then the methods run side by side (`vllm-emssd bench`), on the shipped target grown to
+2.9B parameters so that it costs what a real one does; --bench-output has that. Exits
+with 1 if anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from vllm_emssd.bench.provenance import provenance
+
 REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "docs/results"
+GROWN = ["--hidden-size", "3072", "--num-layers", "28"]
+BATCHES = ["1", "8", "32", "128"]
+BENCH = [
+    *["--draft-model", str(REPO / "models/draft"), "--workload", "completion"],
+    *["--max-prompt-tokens", "256", "--max-tokens", "96", "--min-requests", "8"],
+    *["--compile", "--start-together", "--kv-cache-mib", "4096"],
+    *["--rounds", "5", "--batches", *BATCHES],
+    *["--methods", "plain", "stock", "emssd", "auto"],
+]
 
 
-def output_of(*command: str) -> str:
-    return subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "gpus": output_of(
-            "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv"
-        ).splitlines()[1:],
-        "cpu": platform.processor() or platform.machine(),
-        "num_cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("vllm", "torch", "vllm-emssd")},
-    }
-
-
-def run_tests(arguments: list[str]) -> list[dict[str, Any]]:
+def run_tests(num_workers: int, arguments: list[str]) -> list[dict[str, Any]]:
     """Outcome of each test, in order."""
+    workers = ["-n", str(num_workers)] if num_workers > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", *workers]
         subprocess.run(
             [*pytest, "-v", f"--junitxml={report}", *arguments], cwd=REPO, check=False
         )
@@ -66,40 +60,61 @@ def outcome(case: ElementTree.Element) -> dict[str, Any]:
         found = case.find(tag)
         if found is not None:
             result |= {"outcome": name, "why": (found.get("message") or "")[:2000]}
-    result["seconds"] = float(case.get("time") or 0)
-    recorded = {
-        str(p.get("name")): float(p.get("value") or 0) for p in case.iter("property")
-    }
-    return result | ({"tokens_per_second": recorded} if recorded else {})
+    return result | {"seconds": float(case.get("time") or 0)}
+
+
+def run_bench(model: Path | None, output: Path) -> bool:
+    """Whether it wrote its table and its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            model = Path(folder) / "target"
+            grow = [sys.executable, "scripts/grow_model.py", "models/target", model]
+            subprocess.run([*grow, *GROWN], cwd=REPO, check=True)
+        cli = [sys.executable, "-m", "vllm_emssd"]
+        bench = [*cli, "bench", "--model", model, *BENCH, "--output", output]
+        plot = [*cli, "plot", output, "-o", output.parent]
+        return all(
+            subprocess.run(command, cwd=REPO, check=False).returncode == 0
+            for command in (bench, plot)
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu-check.json")
+    parser.add_argument("--bench-output", type=Path, default=RESULTS / "gpu-bench.json")
     parser.add_argument(
-        "--output", type=Path, default=REPO / "docs/results/gpu-check.json"
+        "--workers", type=int, default=1, help="tests at once, each with an engine"
     )
+    parser.add_argument("--model", type=Path, help="of the bench: one grown before")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--no-bench", action="store_true")
     parser.add_argument("pytest_arguments", nargs="*")
     return parser.parse_args()
 
 
+def write_tests(output: Path, started: str, tests: list[dict[str, Any]]) -> int:
+    """Returns how many failed."""
+    result = {"provenance": provenance(), "started": started, "tests": tests}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    num_failed = sum(test["outcome"] == "failed" for test in tests)
+    print(f"{len(tests)} tests, {num_failed} failed; wrote {output}")
+    return num_failed if tests else 1
+
+
 def main() -> int:
     arguments = parse_arguments()
-    started = time.strftime("%Y-%m-%dT%H:%M:%S")
-    tests = run_tests(arguments.pytest_arguments)
-    result = {
-        "command": " ".join(["scripts/gpu_check", *sys.argv[1:]]),
-        "commit": output_of("git", "describe", "--always", "--dirty"),
-        "started": started,
-        "machine": machine(),
-        "tests": tests,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    num_failed = sum(test["outcome"] == "failed" for test in tests)
-    print(f"{len(tests)} tests, {num_failed} failed; wrote {arguments.output}")
-    return 1 if num_failed or not tests else 0
+    num_failed = 0
+    if not arguments.no_tests:
+        started = time.strftime("%Y-%m-%dT%H:%M:%S")
+        tests = run_tests(arguments.workers, arguments.pytest_arguments)
+        num_failed += write_tests(arguments.output, started, tests)
+    if not arguments.no_bench:
+        num_failed += not run_bench(arguments.model, arguments.bench_output)
+    return 1 if num_failed else 0
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class EngineError(RuntimeError):
 
 
 class EngineProcess:
-    """The parent's end: starts the engine, sends batches, receives rounds."""
+    """The parent's end: starts the engine, sends batches, receives rounds. Wait until
+    it is ready before sending any."""
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
         context = multiprocessing.get_context("spawn")
@@ -48,7 +49,10 @@ class EngineProcess:
         )
         self._process.start()
         child.close()
-        self._receive()  # ready
+
+    def wait_until_ready(self) -> None:
+        """Raises EngineError where the engine does not start."""
+        self._receive()
 
     def run(
         self,

@@ -45,6 +45,7 @@ class Plan:
     warm_up: int = 1  # rounds of each batch size that are not kept, after each start
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
+    starts_together: bool = False  # what starts keeps several cores busy
     priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
@@ -116,10 +117,13 @@ def _measure_once(
         engines = start_each(
             "engines",
             plan.methods,
-            lambda method: _running(method, options),
+            lambda method: _running(method, options, plan.starts_together),
             progress,
             stack,
         )
+        if plan.starts_together:
+            for engine in engines:
+                engine.wait_until_ready()
         for batch in plan.batches:
             progress.update(bar, description=f"batch {batch}")
             chosen = requests[: plan.num_requests(batch)]
@@ -175,7 +179,7 @@ def start_each(
     progress: Progress,
     stack: contextlib.ExitStack,
 ) -> list[T]:
-    """One after the other: what starts keeps all cores busy."""
+    """One after the other, each as soon as `start` is done with the one before."""
     bar = progress.add_task(what, total=len(methods))
     started = []
     for method in methods:
@@ -187,9 +191,13 @@ def start_each(
 
 
 @contextlib.contextmanager
-def _running(method: Method, options: EngineOptions) -> Iterator[EngineProcess]:
+def _running(
+    method: Method, options: EngineOptions, starts_together: bool
+) -> Iterator[EngineProcess]:
     engine = EngineProcess(method, options)
     try:
+        if not starts_together:
+            engine.wait_until_ready()
         yield engine
     finally:
         engine.close()

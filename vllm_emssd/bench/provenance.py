@@ -13,6 +13,7 @@ from typing import Any
 
 import vllm_emssd
 
+COMMIT = "EMSSD_COMMIT"  # says it where the code is a copy without its .git
 ENVIRONMENT = (
     "LD_PRELOAD",
     "OMP_NUM_THREADS",
@@ -43,13 +44,14 @@ def provenance() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """With `-dirty` where the working tree differs; empty outside a checkout."""
+    """With `-dirty` where the working tree differs. Outside a checkout, what
+    EMSSD_COMMIT says, or nothing."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git
-        return ""
-    return done.stdout.strip()
+        return os.environ.get(COMMIT, "")
+    return done.stdout.strip() or os.environ.get(COMMIT, "")
 
 
 def processor() -> str:

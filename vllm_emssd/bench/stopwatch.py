@@ -18,12 +18,21 @@ class Stopwatch:
         self.round = Round()
         self.request_index: dict[str, int] = {}  # engine's request id -> in the round
         self._time_forwards(runner.model, "target_forwards")
-        drafter_model = getattr(getattr(runner, "drafter", None), "model", None)
+        self._time_drafting(runner)
+        self._record_steps(engine_core.scheduler)
+
+    def _time_drafting(self, runner: Any) -> None:
+        """Of either runner: V2 calls its drafter a speculator."""
+        speculator = getattr(runner, "speculator", None)
+        drafter = speculator or getattr(runner, "drafter", None)
+        if speculator is not None:
+            self._time(speculator, "propose", "propose_ms")
+        elif hasattr(runner, "propose_draft_token_ids"):
+            self._time(runner, "propose_draft_token_ids", "propose_ms")
+        drafter_model = getattr(drafter, "model", None)
         if drafter_model is not None:
             self._time_forwards(drafter_model, "draft_forwards")
             self._time(drafter_model, "compute_logits", "logits_ms")
-        self._time(runner, "propose_draft_token_ids", "propose_ms")
-        self._record_steps(engine_core.scheduler)
 
     def _time_forwards(self, model: Any, into: str) -> None:
         started: list[float] = []
@@ -67,6 +76,8 @@ class Stopwatch:
                         len(_sampled(model_runner_output, req_id)),
                     )
                     for req_id, num_scheduled in scheduled.items()
+                    # scheduled asynchronously, the last round's may still come
+                    if req_id in self.request_index
                 ]
             )
             return update(scheduler_output, model_runner_output)

@@ -30,6 +30,7 @@ from vllm_emssd.bench.workloads import (
 
 LENGTH_STEP = 128  # --max-model-len, where it follows from the workload
 PROPOSER_STEPS = 60
+GPU_SHARE = 0.9  # of its memory, for all engines together
 QUICK = {"batches": [1, 4], "rounds": 3, "max_tokens": 32}
 DEFAULTS = {"batches": [1, 8, 24], "rounds": 7, "max_tokens": 96}
 
@@ -91,6 +92,11 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="of all engines, each with so many rounds: evens out what a process has "
         "of good or bad luck for as long as it lives",
+    )
+    group.add_argument(
+        "--start-together",
+        action="store_true",
+        help="start all engines at once: for machines with several cores an engine",
     )
     group.add_argument(
         "--min-requests",
@@ -208,10 +214,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
     options = method_options(args)
     chosen = [parse_method(text, options) for text in args.methods]
     priced = set(PADDED.values()) if args.price_kv_padding else ()
-    if args.http and (args.continuous or args.starts > 1):
+    if args.http and (args.continuous or args.starts > 1 or args.start_together):
         raise ValueError(
-            "--http: servers start once, and always run continuously; leave out "
-            "--starts and --continuous"
+            "--http: servers start once, one after the other, and always run "
+            "continuously; leave out --starts, --start-together and --continuous"
         )
     if args.continuous and {method.name for method in chosen} & set(PADDED.values()):
         raise ValueError(
@@ -227,6 +233,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         warm_up=args.warm_up,
         starts=args.starts,
         is_continuous=args.continuous,
+        starts_together=args.start_together,
     )
 
 
@@ -254,8 +261,19 @@ def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOpt
             "enforce_eager": not args.compile,
             "enable_prefix_caching": args.cached_prompts,
         }
-        | ({"block_size": args.block_size} if args.block_size else {}),
+        | ({"block_size": args.block_size} if args.block_size else {})
+        | shared_gpu(len(args.methods)),
     )
+
+
+def shared_gpu(num_engines: int) -> dict[str, Any]:
+    """What each engine may ask for of a GPU on which all run: K/V caches have a size of
+    their own, and this is what vLLM wants to find free."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu_memory_utilization": GPU_SHARE / num_engines}
 
 
 def result_of(
