@@ -5,7 +5,7 @@
 
 Every test is listed with its outcome, beside the command, commit, versions and machine.
 Then the methods run side by side (`vllm-emssd bench`), on the shipped target grown to
-2.9B parameters so that it costs what a real one does; --bench-output has that. Exits
+1.2B parameters so that it costs what a real one does; --bench-output has that. Exits
 with 1 if anything failed.
 """
 
@@ -25,13 +25,13 @@ from vllm_emssd.bench.provenance import provenance
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "docs/results"
-GROWN = ["--hidden-size", "3072", "--num-layers", "28"]
+GROWN = ["--hidden-size", "2048", "--num-layers", "24"]
 BATCHES = ["1", "8", "32", "128"]
 BENCH = [
     *["--draft-model", str(REPO / "models/draft"), "--workload", "completion"],
-    *["--max-prompt-tokens", "256", "--max-tokens", "96", "--min-requests", "8"],
+    *["--max-prompt-tokens", "256", "--max-tokens", "96", "--min-requests", "2"],
     *["--compile", "--start-together", "--kv-cache-mib", "4096"],
-    *["--rounds", "5", "--batches", *BATCHES],
+    *["--rounds", "4", "--batches", *BATCHES],
     *["--methods", "plain", "stock", "emssd", "auto"],
 ]
 

@@ -29,7 +29,7 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "llma": LLMA,
 }
 BATCH = 24  # requests
-GPU_SHARE = 0.2  # several run at once; the K/V cache has a size of its own
+GPU_SHARE = 0.05  # several run at once; the K/V cache has a size of its own
 
 
 def speculative_config(side: str, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     engine = EngineConfig(
         config,
         dtype=dtype,
-        kv_cache_bytes=2 << 30,
+        kv_cache_bytes=1 << 30,
         options={
             "enforce_eager": True,
             "max_num_seqs": 128,

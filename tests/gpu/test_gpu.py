@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def run(
         side: str, runner: str = "V2", variant: str = "no copy", **options: Any
     ) -> Any:
+        if side in ("plain", "stock"):
+            variant = ""  # is of ours
         asked = [side, variant, json.dumps(options, sort_keys=True)]
         name = sha256(repr((runner, asked)).encode()).hexdigest()
         seen = folder / f"{name}.json"
@@ -109,9 +112,14 @@ def test_flash_attention_varlen(run: Run, variant: str) -> None:
 @pytest.mark.parametrize("eager", [True, False])
 def test_v2_float32_tokens_and_acceptance(run: Run, variant: str, eager: bool) -> None:
     options = EXACT | {"enforce_eager": eager}
-    plain, stock = run("plain", **options), run("stock", **options)
-    ours = run("emssd", variant=variant, **options)
-    check_tokens(ours, plain)
+    with ThreadPoolExecutor() as pool:  # compiling takes a minute
+        plain, stock, ours = pool.map(
+            lambda side: run(side, variant=variant, **options),
+            ("plain", "stock", "emssd"),
+        )
+    # Compiled, rows are padded to a captured number, and how the target rounds depends
+    # on it: whoever verifies drafts agrees.
+    check_tokens(ours, plain if eager else stock)
     assert ours["num_accepted_tokens"] == stock["num_accepted_tokens"]
     check_rows(ours["counts"], variant)
 
@@ -159,7 +167,7 @@ def test_v1_is_chosen_for_copying(run: Run) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_model_drafting_for_itself_is_accepted(runner: str) -> None:
+def test_a_model_drafting_for_itself_is_accepted(run: Run, runner: str) -> None:
     """Sampled drafts judged by the distribution they came from."""
     options = EXACT | {"draft": TARGET, "sampled": True}
     counts = run("emssd", runner, **options)["counts"]
@@ -169,7 +177,7 @@ def test_a_model_drafting_for_itself_is_accepted(runner: str) -> None:
 @pytest.mark.skipif(NUM_GPUS < 2, reason="one GPU")
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("backend", ["mp", "ray"])
-def test_tensor_parallel(runner: str, backend: str) -> None:
+def test_tensor_parallel(run: Run, runner: str, backend: str) -> None:
     if backend == "ray":
         pytest.importorskip("ray")
     options = EXACT | {

@@ -13,7 +13,7 @@ from typing import Any
 
 import vllm_emssd
 
-COMMIT = "EMSSD_COMMIT"  # says it where the code is a copy without its .git
+COMMIT = "EMSSD_COMMIT"  # for copies of the code that are no checkout of it
 ENVIRONMENT = (
     "LD_PRELOAD",
     "OMP_NUM_THREADS",
@@ -44,14 +44,16 @@ def provenance() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """With `-dirty` where the working tree differs. Outside a checkout, what
-    EMSSD_COMMIT says, or nothing."""
+    """What EMSSD_COMMIT says; else of the checkout, with `-dirty` where it was changed;
+    or nothing."""
+    if COMMIT in os.environ:
+        return os.environ[COMMIT]
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git
-        return os.environ.get(COMMIT, "")
-    return done.stdout.strip() or os.environ.get(COMMIT, "")
+        return ""
+    return done.stdout.strip()
 
 
 def processor() -> str:

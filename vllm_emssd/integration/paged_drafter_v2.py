@@ -9,7 +9,7 @@ each draft is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +61,7 @@ class KnownTokens:
     def __init__(self, all_token_ids: torch.Tensor, batch: BatchOnDevice) -> None:
         self._all_token_ids = all_token_ids  # [max_num_reqs, max_model_len] int32
         self._batch = batch
+        self._drafting = None
 
     def __getitem__(self, rows: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
         """`rows`: batch rows and the host's positions, [num_rows] int64 both."""
@@ -68,6 +69,20 @@ class KnownTokens:
         req_indices, positions = (async_tensor_h2d(x, device=device) for x in rows)
         positions = self._batch.moved_positions(req_indices, positions)
         return self._all_token_ids[self._batch.idx_mapping[req_indices], positions]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafting:
+    """The requests that a forward drafted for, as the device has them, in that order.
+    A next forward of the same ones needs nothing more of the host than their drafts."""
+
+    req_indices: np.ndarray  # [num_sampled] int64 batch rows
+    idx_mapping: torch.Tensor  # [num_sampled] int64 request states
+    positions: torch.Tensor  # [num_sampled] int64 of the rows drafted after
+    are_all: bool  # that were in the forward, so that the block tables are theirs
+
+    def goes_on(self, rows: RaggedRows) -> bool:
+        return self.are_all and np.array_equal(self.req_indices, rows.req_indices)
 
 
 class PagedDrafterV2:
@@ -84,6 +99,7 @@ class PagedDrafterV2:
         self.max_model_len = max_model_len
         self._stock = stock
         self._batch: BatchOnDevice
+        self._drafting: _Drafting | None = None  # in the step's last forward
         self._clock: ForwardClock | None = None
 
     def time_by(self, clock: ForwardClock) -> None:
@@ -96,6 +112,7 @@ class PagedDrafterV2:
 
     def start_step(self, batch: BatchOnDevice) -> None:
         self._batch = batch
+        self._drafting = None
 
     @torch.inference_mode()
     def forward(
@@ -122,58 +139,101 @@ class PagedDrafterV2:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> torch.Tensor:
-        if isinstance(token_ids, np.ndarray):
-            token_ids = self._to_device(token_ids)
-        self._fill_buffers(rows, token_ids)
-        hidden_states = self._run_model(rows)
-        if len(sampled_rows) == 0:
+        tokens = torch.as_tensor(token_ids, device=self._stock.device)
+        before, self._drafting = self._drafting, None
+        if draft_position and before is not None and before.goes_on(rows):
+            self._move_on(before, rows.num_reqs, tokens)
+            hidden_states = self._run_model(rows, before.idx_mapping)
+            positions = self._stock.input_buffers.positions[: rows.num_rows]
+            self._drafting = replace(before, positions=positions)
+        else:
+            hidden_states = self._run_anew(rows, tokens, sampled_rows)
+        if self._drafting is None:
             return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
-        index = self._to_device(sampled_rows)
-        req_indices = rows.row_req_indices[sampled_rows]
-        idx_mapping = self._batch.idx_mapping[self._to_device(req_indices)]
-        stock = self._stock
-        stock.current_draft_step.fill_(draft_position)
-        tokens = stock.sample_draft(
-            hidden_states[index],
-            stock.input_buffers.positions[index],
-            idx_mapping,
-            stock.temperature,
-            stock.seeds,
-            stock.current_draft_step,
-            stock.draft_logits,
+        return self._sample(hidden_states, self._drafting, draft_position)
+
+    def _move_on(
+        self, drafting: _Drafting, num_reqs: int, token_ids: torch.Tensor
+    ) -> None:
+        """One row more of each request, in the speculator's input buffers."""
+        stock, buffers = self._stock, self._stock.input_buffers
+        positions = buffers.positions[:num_reqs]
+        buffers.input_ids[:num_reqs] = token_ids
+        torch.add(drafting.positions, 1, out=positions)
+        torch.add(positions, 1, out=buffers.seq_lens[:num_reqs])
+        buffers.query_start_loc[: num_reqs + 1] = stock.arange_gpu[: num_reqs + 1]
+        buffers.query_start_loc[num_reqs + 1 :] = num_reqs
+
+    def _run_anew(
+        self, rows: RaggedRows, token_ids: torch.Tensor, sampled_rows: np.ndarray
+    ) -> torch.Tensor:
+        """Any rows. Returns hidden states of those sampled, [num_sampled, hidden_size];
+        of all where none are."""
+        stock, batch = self._stock, self._batch
+        sampled_req_indices = rows.row_req_indices[sampled_rows]
+        on_device = self._to_device(
+            rows.req_indices,
+            rows.query_start_loc,
+            rows.row_req_indices,
+            rows.positions,
+            sampled_rows,
+            sampled_req_indices,
         )
-        self._make_one_hot(req_indices, tokens, draft_position)
-        return tokens
+        req_indices, *places, sampled, sampled_requests = on_device
+        self._fill_buffers(rows, token_ids, *places)
+        idx_mapping = batch.idx_mapping[req_indices]
+        stock.block_tables.gather_block_tables(
+            idx_mapping, num_reqs_padded=rows.num_reqs
+        )
+        hidden_states = self._run_model(rows, idx_mapping)
+        if len(sampled_rows) == 0:
+            return hidden_states
+        self._drafting = _Drafting(
+            sampled_req_indices,
+            batch.idx_mapping[sampled_requests],
+            stock.input_buffers.positions[sampled],
+            are_all=len(sampled_rows) == rows.num_reqs,
+        )
+        return hidden_states[sampled]
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return async_tensor_h2d(array, device=self._stock.device)
+    def _to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """int64, copied together."""
+        together = async_tensor_h2d(
+            np.concatenate(arrays, dtype=np.int64), device=self._stock.device
+        )
+        return together.split([len(array) for array in arrays])
 
-    def _fill_buffers(self, rows: RaggedRows, token_ids: torch.Tensor) -> None:
-        """Rows to the speculator's input buffers, at their true positions."""
+    def _fill_buffers(
+        self,
+        rows: RaggedRows,
+        token_ids: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        row_req_indices: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Rows to the speculator's input buffers, at their true positions. The last
+        three are those of `rows`, on the device, int64."""
         buffers, num_reqs, num_rows = (
             self._stock.input_buffers,
             rows.num_reqs,
             rows.num_rows,
         )
-        positions = self._to_device(rows.positions)
-        row_req_indices = self._to_device(rows.row_req_indices)
         buffers.input_ids[:num_rows] = token_ids
         buffers.positions[:num_rows] = self._batch.moved_positions(
             row_req_indices, positions
         )
-        query_start_loc = buffers.query_start_loc
-        async_tensor_h2d(rows.query_start_loc, out=query_start_loc[: num_reqs + 1])
-        query_start_loc[num_reqs + 1 :] = num_rows
-        last_rows = query_start_loc[1 : num_reqs + 1].long() - 1
+        buffers.query_start_loc[: num_reqs + 1] = query_start_loc
+        buffers.query_start_loc[num_reqs + 1 :] = num_rows
+        last_rows = query_start_loc[1:] - 1
         buffers.seq_lens[:num_reqs] = buffers.positions[last_rows] + 1
         buffers.seq_lens[num_reqs:] = 0
 
-    def _run_model(self, rows: RaggedRows) -> torch.Tensor:
-        """Returns hidden states, [num_rows, hidden_size]."""
+    def _run_model(self, rows: RaggedRows, idx_mapping: torch.Tensor) -> torch.Tensor:
+        """Returns hidden states, [num_rows, hidden_size].
+
+        `idx_mapping`: [num_reqs] int64, request states of `rows`."""
         stock, buffers = self._stock, self._stock.input_buffers
         num_reqs, num_rows = rows.num_reqs, rows.num_rows
-        idx_mapping = self._batch.idx_mapping[self._to_device(rows.req_indices)]
-        stock.block_tables.gather_block_tables(idx_mapping, num_reqs_padded=num_reqs)
         slot_mappings = stock.block_tables.compute_slot_mappings(
             idx_mapping,
             buffers.query_start_loc[: num_reqs + 1],
@@ -199,16 +259,33 @@ class PagedDrafterV2:
             None,
         )
 
+    def _sample(
+        self, hidden_states: torch.Tensor, drafting: _Drafting, draft_position: int
+    ) -> torch.Tensor:
+        stock = self._stock
+        stock.current_draft_step.fill_(draft_position)
+        tokens = stock.sample_draft(
+            hidden_states,
+            drafting.positions,
+            drafting.idx_mapping,
+            stock.temperature,
+            stock.seeds,
+            stock.current_draft_step,
+            stock.draft_logits,
+        )
+        self._make_one_hot(drafting, tokens, draft_position)
+        return tokens
+
     def _make_one_hot(
-        self, req_indices: np.ndarray, tokens: torch.Tensor, draft_position: int
+        self, drafting: _Drafting, tokens: torch.Tensor, draft_position: int
     ) -> None:
         """Drafts under a grammar are greedy: say so to the rejection sampler, which
         would else take them for samples of the drafter's distribution."""
         draft_logits = self._stock.draft_logits
-        constrained = np.flatnonzero(self._batch.is_constrained[req_indices])
+        constrained = np.flatnonzero(self._batch.is_constrained[drafting.req_indices])
         if draft_logits is None or constrained.size == 0:
             return
-        index = self._to_device(constrained)
-        states = self._batch.idx_mapping[self._to_device(req_indices[constrained])]
+        (index,) = self._to_device(constrained)
+        states = drafting.idx_mapping[index]
         draft_logits[states, draft_position] = float("-inf")
         draft_logits[states, draft_position, tokens[index]] = 0.0

@@ -384,7 +384,9 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self.draft_lens = dict(zip(req_ids, drafts.num_kept.tolist(), strict=True))
         self._num_made.update(self.draft_lens)
         columns = self.draft_tokens[: len(req_ids)].zero_()
+        last: np.ndarray | None = None  # forwards of the same requests share it
         for position, (requests, tokens) in enumerate(drafts.made):
-            rows = async_tensor_h2d(requests, device=self.device)
+            if requests is not last:
+                rows, last = async_tensor_h2d(requests, device=self.device), requests
             columns[rows, position] = tokens
         return columns
