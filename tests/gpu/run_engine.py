@@ -67,7 +67,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     params = SamplingParams(
         temperature=float(is_sampled),
         seed=0,
-        max_tokens=64,
+        max_tokens=128 if regex else 64,
         ignore_eos=regex is None,
         structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
     )

