@@ -46,14 +46,17 @@ class OccurrenceIndex:
         if len(tokens) <= self._check_length:
             return None
         ends = self._ends[tuple(tokens[-self._check_length :])]
-        best: tuple[int, int] | None = None
+        best, longest = 0, 0
         for end in reversed(ends[-MAX_CANDIDATES - 1 : -1]):  # the last is the end
+            # Who is to agree longer must agree there; most do not.
+            if end <= longest or tokens[end - 1 - longest] != tokens[-1 - longest]:
+                continue
             length = self._agreement(end, tokens)
-            if best is None or length > best[1]:
-                best = end, length
-            if length == MAX_MATCH_LENGTH:
+            if length > longest:
+                best, longest = end, length
+            if length >= MAX_MATCH_LENGTH:
                 break
-        return best
+        return (best, longest) if longest else None
 
     def matches_near(self, text: Sequence[int], position: int) -> list[tuple[int, int]]:
         """Where the end of another text occurs in this one: ends and how many tokens
