@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from vllm_emssd.bench import harness
 from vllm_emssd.bench.engine_process import EngineOptions, _Engine
 from vllm_emssd.bench.harness import Plan, measure
 from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.provenance import COMMIT, commit
 from vllm_emssd.bench.request import Request
-from vllm_emssd.bench.round import Round
-from vllm_emssd.commands.bench import add_arguments, plan_of
+from vllm_emssd.bench.round import RequestStep, Round
+from vllm_emssd.bench.stopwatch import Stopwatch
+from vllm_emssd.commands.bench import GPU_SHARE, add_arguments, plan_of, shared_gpu
 
 METHODS = [Method("plain", None), Method("other", {})]
 OPTIONS = EngineOptions("model", "tokenizer", max_model_len=64, max_num_seqs=2)
@@ -28,11 +33,16 @@ class NotedEngine:
     """Takes the place of an engine process."""
 
     made: list[NotedEngine]
+    starts: list[str]  # what began to start, and what was waited for
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
         self.method, self.is_closed = method, False
+        NotedEngine.starts.append(f"start {method.name}")
         self.runs: list[tuple[list[int], int, bool]] = []  # of batches, at once, ...
         NotedEngine.made.append(self)
+
+    def wait_until_ready(self) -> None:
+        NotedEngine.starts.append(f"wait for {self.method.name}")
 
     def run(
         self,
@@ -50,7 +60,7 @@ class NotedEngine:
 
 @pytest.fixture(autouse=True)
 def noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    NotedEngine.made = []
+    NotedEngine.made, NotedEngine.starts = [], []
     monkeypatch.setattr(harness, "EngineProcess", NotedEngine)
     monkeypatch.setattr(harness, "PAUSE_S", 0.0)
 
@@ -64,6 +74,54 @@ def test_engines_start_anew_and_all_their_rounds_are_kept() -> None:
     assert measured.rounds.keys() == measured.forwards.keys() == {1, 2}
     per_engine = 2 * (plan.rounds + plan.warm_up)
     assert {len(engine.runs) for engine in NotedEngine.made} == {per_engine}
+
+
+def test_engines_start_one_by_one_or_together() -> None:
+    plan = Plan(METHODS, [1], 1)
+    start_plain, start_other = "start plain", "start other"
+    wait_plain, wait_other = "wait for plain", "wait for other"
+    measure(plan, OPTIONS, requests(4))
+    assert NotedEngine.starts == [start_plain, wait_plain, start_other, wait_other]
+    NotedEngine.starts.clear()
+    measure(replace(plan, starts_together=True), OPTIONS, requests(4))
+    assert NotedEngine.starts == [start_plain, start_other, wait_plain, wait_other]
+
+
+@pytest.mark.parametrize("num_engines", [1, 4])
+def test_engines_share_a_gpu(monkeypatch: pytest.MonkeyPatch, num_engines: int) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert shared_gpu(num_engines) == {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    share = shared_gpu(num_engines)["gpu_memory_utilization"]
+    assert share * num_engines == pytest.approx(GPU_SHARE)
+
+
+def test_a_copy_of_the_code_says_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMMIT, "abc1234")
+    assert commit(Path("/")) == "abc1234"
+    monkeypatch.delenv(COMMIT)
+    assert commit(Path("/")) == ""
+
+
+def test_steps_of_requests_of_an_earlier_round_are_not_recorded() -> None:
+    """Scheduled asynchronously, a step of the last round comes with the next."""
+    scheduler = SimpleNamespace(update_from_output=lambda scheduled, output: "updated")
+    runner = SimpleNamespace(model=nn.Identity())
+    worker = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+    executor = SimpleNamespace(driver_worker=worker)
+    engine = SimpleNamespace(engine_core=core, model_executor=executor)
+    stopwatch = Stopwatch(SimpleNamespace(llm_engine=engine))
+    stopwatch.request_index["new"] = 0
+    scheduled = SimpleNamespace(
+        num_scheduled_tokens={"old": 3, "new": 2},
+        scheduled_spec_decode_tokens={"old": [-1, -1], "new": [5]},
+    )
+    output = SimpleNamespace(
+        sampled_token_ids=[[7], [5, 6]], req_id_to_index={"old": 0, "new": 1}
+    )
+    assert scheduler.update_from_output(scheduled, output) == "updated"
+    assert stopwatch.round.steps == [[RequestStep(0, 2, 1, 2)]]
 
 
 @pytest.mark.parametrize(("is_continuous", "sizes"), [(False, [2, 2]), (True, [6])])
@@ -141,7 +199,7 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
     ("flags", "says"),
     [
         (["--http", "--starts", "2"], "leave out --starts"),
-        (["--http", "--continuous"], "leave out --starts and --continuous"),
+        (["--http", "--continuous"], "leave out --starts, --start-together"),
         (["--continuous", "--methods", "llma", "llma-padded"], "runs whole batches"),
     ],
 )
