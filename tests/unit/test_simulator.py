@@ -16,7 +16,7 @@ from tests.unit.made_traces import (
 )
 from vllm_emssd.bench.costs import load_costs
 from vllm_emssd.bench.simulator import (
-    Method,
+    Decoding,
     Outcome,
     Setting,
     SimulatedEngine,
@@ -25,17 +25,17 @@ from vllm_emssd.bench.simulator import (
 from vllm_emssd.bench.traces import RequestTrace, Trace
 
 ALL = [
-    Method("plain"),
-    Method("fixed", 3),
-    Method("padded", 3),
-    Method("auto", 4),
-    Method("foresight", 4),
+    Decoding("plain"),
+    Decoding("fixed", 3),
+    Decoding("padded", 3),
+    Decoding("auto", 4),
+    Decoding("foresight", 4),
 ]
 
 
 def run_once(
     found: Trace,
-    method: Method,
+    method: Decoding,
     max_tokens: int = 1000,
     setting: Setting | None = None,
 ) -> Outcome:
@@ -54,14 +54,14 @@ TWO = trace(request(3, [0, 2, 0, 0], 2), request(2, [0, 0, 1, 0], 2))
 
 
 def test_plain_by_hand() -> None:
-    outcome = run_once(TWO, Method("plain"))
+    outcome = run_once(TWO, Decoding("plain"))
     # 5 rows of prompt, then three steps of 2 rows; 3 ms besides for 2 requests.
     assert outcome.ms == pytest.approx((14 + 3) + 3 * (11 + 3))
     assert (outcome.num_tokens, outcome.counters.num_steps) == (8, 4)
 
 
 def test_fixed_by_hand() -> None:
-    outcome = run_once(TWO, Method("fixed", 2))
+    outcome = run_once(TWO, Decoding("fixed", 2))
     steps = [
         (14 + 3.5) + (7 + 2),  # drafter: both prompts and a token each, then a row each
         (15 + 3.5) + (1 + 1),  # one has ended
@@ -78,7 +78,7 @@ def test_fixed_by_hand() -> None:
 
 
 def test_padded_by_hand() -> None:
-    outcome = run_once(TWO, Method("padded", 2))
+    outcome = run_once(TWO, Decoding("padded", 2))
     steps = [
         (14 + 3.5) + (7 + 2),
         (15 + 3.5) + (2 * 4 + 2),  # K+2 rows each, then one each
@@ -94,7 +94,7 @@ def test_padded_by_hand() -> None:
 def test_prompts_in_chunks_by_hand() -> None:
     """4 rows a step: 3 + 1 of the prompts, then the other one and what decodes."""
     setting = Setting(2, max_num_batched_tokens=4)
-    outcome = run_once(TWO, Method("plain"), setting=setting)
+    outcome = run_once(TWO, Decoding("plain"), setting=setting)
     # 4 rows; then 1 + 1; then two steps of 2 rows, and one of the second alone.
     assert outcome.ms == pytest.approx((13 + 3) + 3 * (11 + 3) + (10 + 2))
     assert outcome.num_tokens == 8
@@ -104,7 +104,7 @@ def test_cached_blocks_are_fed_to_neither_model_by_hand() -> None:
     """Blocks of 2: the first prompt's 2 leading tokens; of the second's 2 none, as its
     last token is always computed."""
     setting = Setting(2, cached_block=2)
-    outcome = run_once(TWO, Method("fixed", 2), setting=setting)
+    outcome = run_once(TWO, Decoding("fixed", 2), setting=setting)
     steps = [(12 + 3.5) + (5 + 2), (15 + 3.5) + (1 + 1), (12 + 2)]
     assert outcome.ms == pytest.approx(sum(steps))
     assert outcome.counters.num_draft_rows == 11 - 2
@@ -113,14 +113,14 @@ def test_cached_blocks_are_fed_to_neither_model_by_hand() -> None:
 
 def test_third_request_takes_the_place_of_the_first_that_ends() -> None:
     three = trace(*(request(2, [0] * n, 2) for n in (1, 3, 2)))
-    outcome = run_once(three, Method("plain"), setting=Setting(2))
+    outcome = run_once(three, Decoding("plain"), setting=Setting(2))
     # 2 + 2 rows, and the first has ended; 1 + 2; 1 + 1.
     assert outcome.ms == pytest.approx((13 + 3) + (12 + 3) + (11 + 3))
 
 
 def test_what_is_sampled_beyond_the_end_does_not_count() -> None:
     found = trace(request(2, [3] * 6, 3))
-    outcome = run_once(found, Method("fixed", 3), max_tokens=3)
+    outcome = run_once(found, Decoding("fixed", 3), max_tokens=3)
     assert (outcome.num_tokens, outcome.counters.num_emitted_tokens) == (3, 5)
 
 
@@ -164,7 +164,7 @@ def test_accepts_what_each_request_alone_accepts(
 ) -> None:
     found = random_trace(seed, k=4)
     for k in (1, 2, 4):
-        counters = run_once(found, Method(name, k), setting=setting).counters
+        counters = run_once(found, Decoding(name, k), setting=setting).counters
         wanted = by_request(found, k)
         assert (counters.num_request_steps, counters.num_accepted_tokens) == wanted
 
@@ -173,7 +173,7 @@ def test_accepts_what_each_request_alone_accepts(
 @pytest.mark.parametrize("method", ALL, ids=str)
 @pytest.mark.parametrize("setting", [Setting(5), Setting(3, 7)])
 def test_every_output_is_decoded_to_its_end(
-    seed: int, method: Method, setting: Setting
+    seed: int, method: Decoding, setting: Setting
 ) -> None:
     found = random_trace(seed, k=4)
     outcome = run_once(found, method, setting=setting)
@@ -188,7 +188,7 @@ def test_drafter_is_fed_each_known_token_once(seed: int) -> None:
     several = [r for r in random_trace(seed, k=4).requests if len(r.accepted) > 1]
     found = random_trace(seed, k=4).model_copy(update={"requests": several})
     for setting in (Setting(5), Setting(2), Setting(3, 9)):
-        counters = run_once(found, Method("fixed", 1), setting=setting).counters
+        counters = run_once(found, Decoding("fixed", 1), setting=setting).counters
         known = counters.num_emitted_tokens
         known += sum(len(r.prompt_ids) for r in found.requests)
         last = sum(last_emitted(r, 1) for r in found.requests)
@@ -198,10 +198,10 @@ def test_drafter_is_fed_each_known_token_once(seed: int) -> None:
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_acceptance_zero_and_one(k: int) -> None:
     num_output = 41
-    nothing = run_once(constant_trace(0, 5, 4, num_output), Method("fixed", k))
+    nothing = run_once(constant_trace(0, 5, 4, num_output), Decoding("fixed", k))
     assert nothing.counters.num_steps == num_output
     assert nothing.accepted_per_request_step == 0
-    everything = run_once(constant_trace(5, 5, 4, num_output), Method("fixed", k))
+    everything = run_once(constant_trace(5, 5, 4, num_output), Decoding("fixed", k))
     num_steps = 1 + math.ceil((num_output - 1) / (k + 1))
     assert everything.counters.num_steps == num_steps
     assert everything.counters.num_accepted_tokens == 4 * k * (num_steps - 1)
@@ -209,11 +209,11 @@ def test_acceptance_zero_and_one(k: int) -> None:
 
 def test_plain_is_fixed_zero() -> None:
     found = random_trace(0, k=4)
-    assert run_once(found, Method("plain")) == run_once(found, Method("fixed", 0))
+    assert run_once(found, Decoding("plain")) == run_once(found, Decoding("fixed", 0))
 
 
 @pytest.mark.parametrize("method", ALL, ids=str)
-def test_same_again(method: Method) -> None:
+def test_same_again(method: Decoding) -> None:
     found = random_trace(1, k=4)
     assert run_once(found, method) == run_once(found, method)
 
@@ -225,8 +225,8 @@ def test_same_again(method: Method) -> None:
 def test_automatic_gives_up_useless_drafts(batch: int) -> None:
     found = constant_trace(0, 5, 4, 300)
     costs = straight_costs(draft_row_ms=0.05, speculation_ms=0.0)
-    plain = simulate(found, costs, Method("plain"), Setting(batch), 300, 4)
-    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 300, 4)
+    plain = simulate(found, costs, Decoding("plain"), Setting(batch), 300, 4)
+    auto = simulate(found, costs, Decoding("auto", 5), Setting(batch), 300, 4)
     assert auto.tokens_per_s > 0.96 * plain.tokens_per_s
     assert auto.counters.num_draft_forwards > 0, "probes go on"
 
@@ -234,15 +234,15 @@ def test_automatic_gives_up_useless_drafts(batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_automatic_drafts_where_all_is_accepted(batch: int) -> None:
     found, costs = constant_trace(5, 5, 4, 200), straight_costs(draft_row_ms=0.2)
-    auto = simulate(found, costs, Method("auto", 5), Setting(batch), 200, 4)
-    best = simulate(found, costs, Method("fixed", 5), Setting(batch), 200, 4)
+    auto = simulate(found, costs, Decoding("auto", 5), Setting(batch), 200, 4)
+    best = simulate(found, costs, Decoding("fixed", 5), Setting(batch), 200, 4)
     assert auto.tokens_per_s > 0.97 * best.tokens_per_s
     assert auto.accepted_per_request_step > 4
 
 
 def test_automatic_drafts_nothing_beyond_the_end() -> None:
     found = constant_trace(5, 5, 4, 21)
-    counters = run_once(found, Method("auto", 5)).counters
+    counters = run_once(found, Decoding("auto", 5)).counters
     assert counters.num_accepted_tokens > 0
     assert counters.num_emitted_tokens == 4 * 21
 
@@ -255,7 +255,7 @@ def test_whole_batches_are_counted_and_the_warm_up_is_not(
 ) -> None:
     found, costs = constant_trace(2, 5, 6, 50), straight_costs()
     setting = Setting(batch)
-    outcome = simulate(found, costs, Method("auto", 5), setting, 30, min_requests)
+    outcome = simulate(found, costs, Decoding("auto", 5), setting, 30, min_requests)
     assert outcome.num_tokens == measured * 30
 
 
@@ -265,7 +265,7 @@ def test_whole_batches_are_counted_and_the_warm_up_is_not(
 def test_foresight_drafts_only_what_is_accepted_by_hand() -> None:
     """Of TWO the first request's pair, then the second's one: 3 steps, as with fixed 2,
     whose other 3 drafts fail."""
-    counters = run_once(TWO, Method("foresight", 2)).counters
+    counters = run_once(TWO, Decoding("foresight", 2)).counters
     assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (3, 3)
     assert counters.num_steps == 3
 
@@ -276,15 +276,15 @@ def test_no_policy_does_better_than_foresight(seed: int, batch: int) -> None:
     """Constant costs a row: the best plan of each step is the best of all."""
     found, costs = random_trace(seed, k=4), straight_costs(draft_row_ms=0.3)
 
-    def speed(method: Method) -> float:
+    def speed(method: Decoding) -> float:
         setting = Setting(batch)
         return simulate(
             found, costs, method, setting, 30, 5, is_continuous=True
         ).tokens_per_s
 
-    foresight = speed(Method("foresight", 4))
+    foresight = speed(Decoding("foresight", 4))
     for name, k in [("plain", 0), ("fixed", 1), ("fixed", 4), ("auto", 4)]:
-        assert speed(Method(name, k)) <= 1.001 * foresight
+        assert speed(Decoding(name, k)) <= 1.001 * foresight
 
 
 def test_continuous_requests_leave_no_place_empty() -> None:
@@ -294,7 +294,7 @@ def test_continuous_requests_leave_no_place_empty() -> None:
 
     def run(is_continuous: bool) -> Outcome:
         return simulate(
-            found, straight_costs(), Method("plain"), Setting(2), 20, 6, is_continuous
+            found, straight_costs(), Decoding("plain"), Setting(2), 20, 6, is_continuous
         )
 
     batches, continuous = run(is_continuous=False), run(is_continuous=True)
@@ -316,7 +316,7 @@ def copying_trace() -> Trace:
 
 
 def test_copies_from_the_tokens_alone() -> None:
-    outcome = run_once(copying_trace(), Method("fixed", 7))
+    outcome = run_once(copying_trace(), Decoding("fixed", 7))
     counters = outcome.counters
     # 23 tokens: the first one plainly, then 8 a step; the other request one by one.
     assert counters.num_request_steps == (1 + math.ceil(22 / 8)) + 23
@@ -325,7 +325,7 @@ def test_copies_from_the_tokens_alone() -> None:
 
 
 def test_automatic_copies() -> None:
-    counters = run_once(copying_trace(), Method("auto", 7)).counters
+    counters = run_once(copying_trace(), Decoding("auto", 7)).counters
     assert counters.num_accepted_tokens > 10
 
 
@@ -334,17 +334,17 @@ def test_automatic_copies() -> None:
 
 def test_more_drafts_than_recorded() -> None:
     with pytest.raises(ValueError, match=r"k = 4.*larger --k"):
-        run_once(random_trace(0, k=4), Method("fixed", 5))
+        run_once(random_trace(0, k=4), Decoding("fixed", 5))
 
 
 @pytest.mark.parametrize("name", ["padded", "foresight"])
 def test_llma_has_no_drafter(name: Literal["padded", "foresight"]) -> None:
     with pytest.raises(ValueError, match=f"{name}.*llma"):
-        run_once(copying_trace(), Method(name, 5))
+        run_once(copying_trace(), Decoding(name, 5))
 
 
 def test_shipped_roofline_predicts_more_with_a_perfect_drafter() -> None:
     costs, found = load_costs("h100-llama-70b-1b"), constant_trace(5, 5)
-    plain = simulate(found, costs, Method("plain"), Setting(1), 40, 4)
-    fixed = simulate(found, costs, Method("fixed", 5), Setting(1), 40, 4)
+    plain = simulate(found, costs, Decoding("plain"), Setting(1), 40, 4)
+    fixed = simulate(found, costs, Decoding("fixed", 5), Setting(1), 40, 4)
     assert fixed.tokens_per_s > 2 * plain.tokens_per_s

@@ -12,8 +12,8 @@ from tests.naive_vanilla import NaiveVanilla, accepted_of, drafts_of
 from vllm_emssd.bench.round import RequestStep, Round
 from vllm_emssd.bench.vanilla import (
     DecodeCounts,
-    RequestTrace,
     Verified,
+    VerifiedRequest,
     padded_input_counts,
     replay,
     unpadded_counts,
@@ -21,8 +21,8 @@ from vllm_emssd.bench.vanilla import (
 )
 
 # Two requests; the first accepts more and finishes first, and both draft unequally.
-LONG = RequestTrace(10, [Verified(3, 3), Verified(0, 0)])
-SHORT = RequestTrace(6, [Verified(1, 0), Verified(2, 1), Verified(1, 1)])
+LONG = VerifiedRequest(10, [Verified(3, 3), Verified(0, 0)])
+SHORT = VerifiedRequest(6, [Verified(1, 0), Verified(2, 1), Verified(1, 1)])
 
 
 def test_unpadded_by_hand() -> None:
@@ -53,13 +53,13 @@ def test_vanilla_by_hand() -> None:
 
 
 def test_equal_requests_need_no_padding() -> None:
-    same = [RequestTrace(8, [Verified(2, 1), Verified(2, 2)])] * 3
+    same = [VerifiedRequest(8, [Verified(2, 1), Verified(2, 2)])] * 3
     assert vanilla_counts(same) == padded_input_counts(same) == unpadded_counts(same)
 
 
 def test_impossible_trace() -> None:
     with pytest.raises(ValueError, match="accepts more"):
-        RequestTrace(8, [Verified(2, 3)])
+        VerifiedRequest(8, [Verified(2, 3)])
 
 
 def test_replay_of_batches_in_turn() -> None:
@@ -107,7 +107,9 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def alone(model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[int], RequestTrace]:
+def alone(
+    model: LlamaForCausalLM, prompt: list[int]
+) -> tuple[list[int], VerifiedRequest]:
     """One request without batch, padding or cache: its tokens and its trace."""
     known, steps = list(prompt), []
 
@@ -122,7 +124,7 @@ def alone(model: LlamaForCausalLM, prompt: list[int]) -> tuple[list[int], Reques
         count = accepted_of(drafts, after)
         steps.append(Verified(len(drafts), count))
         known += after[: count + 1]
-    return known[len(prompt) :][:MAX_TOKENS], RequestTrace(len(prompt), steps)
+    return known[len(prompt) :][:MAX_TOKENS], VerifiedRequest(len(prompt), steps)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -39,7 +39,7 @@ from vllm_emssd.proposers.llma import LlmaProposer
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Decoding:
     """How a batch is decoded, with at most `k` drafts a request and step.
 
     plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
@@ -102,7 +102,7 @@ class SimulatedEngine:
     """One engine. `outcome` counts from its start; what its policy learns stays."""
 
     def __init__(
-        self, trace: Trace, costs: CostFile, method: Method, setting: Setting
+        self, trace: Trace, costs: CostFile, method: Decoding, setting: Setting
     ) -> None:
         check_method(method, trace)
         self.outcome = Outcome()
@@ -141,7 +141,7 @@ class SimulatedEngine:
         self._ended += [request.req_id for request in self._running]
         self._running = []
 
-    def _make_drafting(self, method: Method, is_llma: bool) -> Drafting | None:
+    def _make_drafting(self, method: Decoding, is_llma: bool) -> Drafting | None:
         if not method.speculates:
             return None
         setting, k = self._setting, method.k
@@ -254,7 +254,7 @@ class SimulatedEngine:
         counters.num_padded_verify_rows += num_verifying * longest
 
 
-def check_method(method: Method, trace: Trace) -> None:
+def check_method(method: Decoding, trace: Trace) -> None:
     """Raise ValueError where the trace cannot replay the method."""
     if method.speculates and method.k > trace.header.k:
         raise ValueError(
@@ -268,7 +268,7 @@ def check_method(method: Method, trace: Trace) -> None:
 def simulate(
     trace: Trace,
     costs: CostFile,
-    method: Method,
+    method: Decoding,
     setting: Setting,
     max_tokens: int,
     min_requests: int,

@@ -28,7 +28,7 @@ class Verified(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestTrace:
+class VerifiedRequest:
     """A request after its prompt is computed and its first token is known."""
 
     num_prompt_tokens: int
@@ -68,7 +68,7 @@ class DecodeCounts:
         )
 
 
-def unpadded_counts(requests: Sequence[RequestTrace]) -> DecodeCounts:
+def unpadded_counts(requests: Sequence[VerifiedRequest]) -> DecodeCounts:
     """EMS-SD: own rows, own cache."""
     counts = DecodeCounts()
     for request in requests:
@@ -79,7 +79,7 @@ def unpadded_counts(requests: Sequence[RequestTrace]) -> DecodeCounts:
     return counts
 
 
-def padded_input_counts(requests: Sequence[RequestTrace]) -> DecodeCounts:
+def padded_input_counts(requests: Sequence[VerifiedRequest]) -> DecodeCounts:
     """The paper's "unpad KV only": rows of the longest draft, own cache."""
     counts = DecodeCounts()
     kv_lens = [request.num_prompt_tokens for request in requests]
@@ -91,7 +91,7 @@ def padded_input_counts(requests: Sequence[RequestTrace]) -> DecodeCounts:
     return counts
 
 
-def vanilla_counts(requests: Sequence[RequestTrace]) -> DecodeCounts:
+def vanilla_counts(requests: Sequence[VerifiedRequest]) -> DecodeCounts:
     """Rows of the longest draft, and caches padded to one length. Prompts too."""
     counts = DecodeCounts()
     kv_lens = [request.num_prompt_tokens for request in requests]
@@ -108,20 +108,20 @@ def vanilla_counts(requests: Sequence[RequestTrace]) -> DecodeCounts:
 
 
 def _aligned_steps(
-    requests: Sequence[RequestTrace],
+    requests: Sequence[VerifiedRequest],
 ) -> Iterator[list[tuple[int, Verified]]]:
     """Each step's unfinished requests: index and what was verified."""
     for verified in zip_longest(*(request.steps for request in requests)):
         yield [(i, v) for i, v in enumerate(verified) if v is not None]
 
 
-def traces_of(done: Round, num_prompt_tokens: Sequence[int]) -> list[RequestTrace]:
+def traces_of(done: Round, num_prompt_tokens: Sequence[int]) -> list[VerifiedRequest]:
     """A round's requests, in the order they were added."""
     steps: list[list[Verified]] = [[] for _ in num_prompt_tokens]
     for entry in done.decode_steps():
         steps[entry.request].append(Verified(entry.num_drafts, entry.num_sampled - 1))
     return [
-        RequestTrace(length, of_request)
+        VerifiedRequest(length, of_request)
         for length, of_request in zip(num_prompt_tokens, steps, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from vllm_emssd import __version__
 from vllm_emssd.bench.costs import CostFile, load_costs, shipped_costs
 from vllm_emssd.bench.learned_costs import costs_of_result
 from vllm_emssd.bench.simulator import (
-    Method,
+    Decoding,
     Outcome,
     Setting,
     check_method,
@@ -23,7 +23,7 @@ from vllm_emssd.bench.simulator import (
 from vllm_emssd.bench.traces import SHIPPED_TRACE, Trace, load_trace, save_trace
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
 
-Results = dict[int, dict[Method, Outcome]]  # by batch
+Results = dict[int, dict[Decoding, Outcome]]  # by batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,14 +162,14 @@ def _simulate(args: argparse.Namespace) -> None:
         args.output.write_text(json.dumps(_as_json(results, trace, costs), indent=1))
 
 
-def _methods(args: argparse.Namespace, trace: Trace) -> list[Method]:
+def _methods(args: argparse.Namespace, trace: Trace) -> list[Decoding]:
     most = trace.header.k
-    methods = [Method("plain"), *(Method("fixed", k) for k in args.fixed)]
+    methods = [Decoding("plain"), *(Decoding("fixed", k) for k in args.fixed)]
     if trace.header.kind == "draft_model":
-        methods += [Method("padded", k) for k in args.padded]
+        methods += [Decoding("padded", k) for k in args.padded]
     longest = args.num_speculative_tokens or most
-    methods += [Method("auto", longest)]
-    return [*methods, Method("foresight", longest)] if args.foresight else methods
+    methods += [Decoding("auto", longest)]
+    return [*methods, Decoding("foresight", longest)] if args.foresight else methods
 
 
 def _as_json(results: Results, trace: Trace, costs: CostFile) -> dict[str, Any]:
@@ -217,19 +217,19 @@ def _print(results: Results, trace: Trace, costs: CostFile) -> None:
         console.print(table)
 
 
-def _speeds(by_method: dict[Method, Outcome]) -> Iterator[str]:
-    plain = by_method[Method("plain")].tokens_per_s
+def _speeds(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
+    plain = by_method[Decoding("plain")].tokens_per_s
     for outcome in by_method.values():
         ratio = outcome.tokens_per_s / plain
         yield f"{outcome.tokens_per_s:.0f} ({ratio:.2f})"
 
 
-def _accepted(by_method: dict[Method, Outcome]) -> Iterator[str]:
+def _accepted(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
     for outcome in by_method.values():
         yield f"{outcome.accepted_per_request_step:.2f}"
 
 
-def _deciding(by_method: dict[Method, Outcome]) -> Iterator[str]:
+def _deciding(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
     for outcome in by_method.values():
         yield f"{outcome.policy_ms_per_step:.2f}"
 
