@@ -68,6 +68,22 @@ class EmssdConfig(BaseModel):
     copy_length: int = Field(default=7, ge=1, le=128)
     unpad_inputs: StrictBool = True
 
+    @classmethod
+    def carried_by(cls, additional_config: Any) -> EmssdConfig | None:
+        """The options of an engine, from its `VllmConfig.additional_config`; None for
+        who did not ask for emssd."""
+        if not isinstance(additional_config, Mapping):
+            return None
+        options = additional_config.get(ADDITIONAL_CONFIG_KEY)
+        return None if options is None else cls(**options)
+
+    @classmethod
+    def of_worker(cls, additional_config: Any) -> EmssdConfig:
+        """The same, where emssd was asked for."""
+        config = cls.carried_by(additional_config)
+        assert config is not None, "our workers are chosen with our options"
+        return config
+
     # Proposers of other packages do neither.
     @property
     def uses_draft_model(self) -> bool:

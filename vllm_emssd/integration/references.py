@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import compat, hooks
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ def tokenize_reference(processor: Any, params: SamplingParams) -> None:
         reference = prediction if reference is None else reference
     if reference is None:
         return
-    options = processor.vllm_config.additional_config.get(ADDITIONAL_CONFIG_KEY)
-    if options is not None:
-        config = EmssdConfig(**options)
+    config = EmssdConfig.carried_by(processor.vllm_config.additional_config)
+    if config is not None:
         extra_args[REFERENCE_KEY] = _checked(processor, reference, config)
         params.extra_args = extra_args
 

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import AutoDraftLength, Survival
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
@@ -78,8 +78,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     speculator: UnpadSpeculator
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-        self.emssd_config = EmssdConfig(**options)
+        self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
         refuse_options(self.emssd_config)
         refuse_deployment(vllm_config, self.emssd_config)
         register_speculator()

@@ -6,7 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import compat, hooks
 from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
 
@@ -39,7 +39,6 @@ def _speculator_of(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> UnpadSpeculator | None:
     """None for who did not ask for emssd."""
-    options = vllm_config.additional_config
-    if not isinstance(options, dict) or ADDITIONAL_CONFIG_KEY not in options:
+    if EmssdConfig.carried_by(vllm_config.additional_config) is None:
         return None
     return _make_speculator(vllm_config, device, req_states)

@@ -33,7 +33,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration.confidence import highest_probability
@@ -72,7 +72,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         req_states: RequestState,
     ) -> None:
         super().__init__(vllm_config, device)
-        config = EmssdConfig(**vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
+        config = EmssdConfig.of_worker(vllm_config.additional_config)
         self._is_automatic = config.draft_length == "auto"
         is_async = vllm_config.scheduler_config.async_scheduling
         self.knows_verdict = self._is_automatic or (
