@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import (
     AutoDraftLength,
@@ -35,6 +35,7 @@ from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.references import reference_of
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
+from vllm_emssd.integration.row_rounding import RoundedRowsMixin
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
 from vllm_emssd.integration.step_costs import (
@@ -78,8 +79,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self.rejection_sampler = UnpadRejectionSampler(
             self.sampler, spec_config, self.device
         )
-        options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-        self.emssd_config = EmssdConfig(**options)
+        self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
         self.counters = Counters()
         self._ranks = Ranks(self.device)
         self._proposer: Proposer | None = None  # made with the KV cache
@@ -387,13 +387,13 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         return self.input_batch.num_prompt_tokens[: len(limits)] + limits - num_tokens
 
 
-class UnpadCPUModelRunner(UnpadRunnerMixin, CPUModelRunner):
+class UnpadCPUModelRunner(RoundedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
     pass
 
 
 class UnpadGPUModelRunner(UnpadRunnerMixin, GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        options = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-        if options["draft_length"] == "auto":  # this runner goes by the wall clock
+        config = EmssdConfig.of_worker(vllm_config.additional_config)
+        if config.draft_length == "auto":  # this runner goes by the wall clock
             raise ValueError(AUTO_NEEDS_V2)
         super().__init__(vllm_config, device)

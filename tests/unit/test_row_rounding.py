@@ -1,0 +1,100 @@
+"""Rows of no request are computed along only where they cost next to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_emssd.draft_length import CostTable
+from vllm_emssd.integration.row_rounding import RoundedRowsMixin, rounded_rows
+
+FLAT = CostTable([1, 256], [50.0, 50.0])
+CHEAP = CostTable([1, 257], [30.0, 81.2])  # 0.2 ms a row
+DEAR = CostTable([1, 257], [1.0, 257.0])  # 1 ms a row, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "most", "costs", "rounded"),
+    [
+        (0, 999, FLAT, 0),
+        (1, 999, FLAT, 1),
+        (15, 999, FLAT, 15),
+        (16, 999, FLAT, 16),
+        (17, 999, FLAT, 24),
+        (160, 999, FLAT, 160),
+        (161, 999, FLAT, 168),
+        (161, 167, FLAT, 164),  # the engine takes no more
+        (161, 163, FLAT, 161),
+        (150, 999, CHEAP, 152),  # 0.4 of 59.8 ms
+        (145, 999, CHEAP, 148),  # 8 would be 1.4 ms more, of 58.8
+        (17, 999, CHEAP, 20),
+        (161, 999, DEAR, 164),  # 1.9 %
+        (17, 999, DEAR, 17),
+    ],
+)
+def test_rounds_where_that_is_cheap(
+    num_rows: int, most: int, costs: CostTable, rounded: int
+) -> None:
+    assert rounded_rows(num_rows, most, costs) == rounded
+
+
+@given(st.integers(0, 600), st.integers(0, 600), st.floats(0, 3), st.floats(0, 90))
+def test_never_dearer_than_two_percent(
+    num_rows: int, room: int, row_ms: float, fixed_ms: float
+) -> None:
+    costs = CostTable([1, 601], [fixed_ms, fixed_ms + 600 * row_ms])
+    rounded = rounded_rows(num_rows, num_rows + room, costs)
+    assert num_rows <= rounded <= num_rows + min(room, 7)
+    assert costs.at(rounded) <= 1.02 * costs.at(num_rows) + 1e-9
+
+
+@dataclass(frozen=True)
+class Batch:
+    num_tokens: int
+
+
+class Stock:
+    """vLLM's runner, as far as this goes."""
+
+    across_dp: Any = None
+    graph_rows = 0
+
+    def _determine_batch_execution_and_padding(
+        self, num_tokens: int, num_reqs: int
+    ) -> Any:
+        assert num_reqs == 3
+        return "mode", Batch(max(num_tokens, self.graph_rows)), 0, self.across_dp, None
+
+
+class Runner(RoundedRowsMixin, Stock):
+    max_num_tokens = 2048
+    lora_config = None
+    parallel_config = SimpleNamespace(world_size=1)
+
+    def __init__(self) -> None:
+        self._step_costs = SimpleNamespace(costs=SimpleNamespace(target=FLAT))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 24),
+        ({"_step_costs": None}, 17),  # fixed lengths, and while costs are measured
+        ({"across_dp": [17, 17]}, 17),
+        ({"graph_rows": 32}, 32),
+        ({"lora_config": object()}, 17),
+        ({"parallel_config": SimpleNamespace(world_size=2)}, 17),
+        ({"max_num_tokens": 20}, 20),
+    ],
+)
+def test_only_where_rows_are_nobody_elses(changes: dict[str, Any], rows: int) -> None:
+    runner = Runner()
+    for name, value in changes.items():
+        setattr(runner, name, value)
+    mode, batch, *_ = runner._determine_batch_execution_and_padding(17, num_reqs=3)
+    assert (mode, batch.num_tokens) == ("mode", rows)
