@@ -100,19 +100,40 @@ class PagedDrafter:
             hidden_states = hidden_states[index]
         req_indices = rows.row_req_indices[sampled_rows]
         metadata = self._input_batch.sampling_metadata
-        if stock._enable_probabilistic_draft_probs and not metadata.all_greedy:
+        if self._draws_samples:
             metadata = self._draft_sampling_metadata(req_indices)
         if not self._needs_confidence:
-            tokens, probs = stock._sample_draft_tokens(hidden_states, metadata)
+            tokens, probs = self._sample_after(hidden_states, metadata)
             confidence = None
         else:
             logits = stock.model.compute_logits(hidden_states)
             # sync: decides who drafts on
             confidence = highest_probability(logits).cpu().numpy()
-            tokens, probs = stock._sample_from_logits(logits, metadata)
+            tokens, probs = self._sample(logits, metadata)
         if probs is not None:
             self._keep_probs(req_indices, probs, draft_position)
         return tokens, confidence
+
+    @property
+    def _draws_samples(self) -> bool:
+        metadata = self._input_batch.sampling_metadata
+        is_probabilistic = self._stock._enable_probabilistic_draft_probs
+        return is_probabilistic and not metadata.all_greedy
+
+    def _sample_after(
+        self, hidden_states: torch.Tensor, metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._stock.use_local_argmax_reduction:
+            return self._stock._sample_draft_tokens(hidden_states, metadata)
+        return self._sample(self._stock.model.compute_logits(hidden_states), metadata)
+
+    def _sample(
+        self, logits: torch.Tensor, metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._draws_samples:
+            return self._stock._sample_from_logits(logits, metadata)
+        # The first of equals, as argmax gives; on a CPU in a fifth of its time.
+        return logits.max(dim=-1).indices, None
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:
