@@ -60,8 +60,9 @@ class CostTable:
 
     def at(self, rows: int) -> float:
         """Cost of one row count."""
-        by_rows = self._looked_up
-        return float(by_rows[rows] if rows < by_rows.size else self.ms(np.array(rows)))
+        if self._by_rows is not None and rows < self._by_rows.size:
+            return float(self._by_rows[rows])
+        return float(self._interpolated(np.array(rows, dtype=np.float64)))
 
     def from_to(self, first: int, last: int) -> np.ndarray:
         """Cost of `first`, `first` + 1, ..., `last` rows. Not to be written to."""
