@@ -67,36 +67,47 @@ def random_prices(llm: Any) -> Iterator[None]:
 
 
 @cache
-def _runs(name: str) -> tuple[Any, Any, Any, set[int]]:
-    """Greedy tokens and counts of 24 prompts, two sampled cases, lengths seen."""
+def _runs(name: str) -> tuple[Any, Any, Any, set[int], set[int]]:
+    """Greedy tokens and counts of 24 prompts, two sampled cases; lengths seen, and rows
+    of nobody that the target computed along."""
     stop_counting_others()
     lengths: set[int] = set()
+    rows_added: set[int] = set()
     with running(CONFIGS[name]) as llm, random_prices(llm):
-        proposer = model_runner(llm)._proposer
+        runner = model_runner(llm)
+        proposer = runner._proposer
         propose = proposer.propose
+        determine = runner._determine_batch_execution_and_padding
 
         def seen(batch: Any) -> Any:
             drafts = propose(batch)
             lengths.update(map(len, drafts))
             return drafts
 
+        def rounded(num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            determined = determine(num_tokens, *args, **kwargs)
+            rows_added.add(determined[1].num_tokens - num_tokens)
+            return determined
+
         proposer.propose = seen
+        runner._determine_batch_execution_and_padding = rounded
         tokens = greedy(llm, texts(24))
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         counted = sample(llm, texts(24), params)
         drawn = {case: draw(llm, **PARAMETERS[case]) for case in FAST}
-    return tokens, counted, drawn, lengths
+    return tokens, counted, drawn, lengths, rows_added
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_are_plain_decoding(name: str) -> None:
     from tests.regression.runs import run
 
-    tokens, counted, _, lengths = _runs(name)
+    tokens, counted, _, lengths, rows_added = _runs(name)
     assert tokens == run("plain").first.token_ids[24]
     assert counted.num_accepted_tokens > 0
     assert len(lengths) >= 4
     assert 0 in lengths
+    assert {0, 1, 4, 7} <= rows_added <= set(range(8))
 
 
 @pytest.mark.parametrize("case", FAST)
