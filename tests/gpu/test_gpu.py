@@ -92,11 +92,13 @@ def check_rows(counts: dict[str, int], variant: str = "no copy") -> None:
 
 def check_tokens(ours: dict[str, Any], plain: dict[str, Any]) -> None:
     """Says where each request that differs does so first."""
+    pairs = zip(ours["token_ids"], plain["token_ids"], strict=True)
     differing = {
-        i: next(at for at, (a, b) in enumerate(zip(*both, strict=True)) if a != b)
-        for i, both in enumerate(
-            zip(ours["token_ids"], plain["token_ids"], strict=True)
+        i: next(
+            (at for at, (a, b) in enumerate(zip(*both, strict=False)) if a != b),
+            min(map(len, both)),
         )
+        for i, both in enumerate(pairs)
         if both[0] != both[1]
     }
     assert not differing, f"request: first token that differs: {differing}"

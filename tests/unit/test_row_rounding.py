@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.forward_context import BatchDescriptor
 
 from vllm_emssd.draft_length import CostTable
 from vllm_emssd.integration.row_rounding import RoundedRowsMixin, rounded_rows
@@ -53,11 +53,6 @@ def test_never_dearer_than_two_percent(
     assert costs.at(rounded) <= 1.02 * costs.at(num_rows) + 1e-9
 
 
-@dataclass(frozen=True)
-class Batch:
-    num_tokens: int
-
-
 class Stock:
     """vLLM's runner, as far as this goes."""
 
@@ -68,13 +63,15 @@ class Stock:
         self, num_tokens: int, num_reqs: int
     ) -> Any:
         assert num_reqs == 3
-        return "mode", Batch(max(num_tokens, self.graph_rows)), 0, self.across_dp, None
+        batch = BatchDescriptor(max(num_tokens, self.graph_rows))
+        return "mode", batch, 0, self.across_dp, None
 
 
 class Runner(RoundedRowsMixin, Stock):
     max_num_tokens = 2048
     lora_config = None
     parallel_config = SimpleNamespace(world_size=1)
+    model_config = SimpleNamespace(is_moe=False)
 
     def __init__(self) -> None:
         self._step_costs = SimpleNamespace(costs=SimpleNamespace(target=FLAT))
@@ -89,6 +86,7 @@ class Runner(RoundedRowsMixin, Stock):
         ({"graph_rows": 32}, 32),
         ({"lora_config": object()}, 17),
         ({"parallel_config": SimpleNamespace(world_size=2)}, 17),
+        ({"model_config": SimpleNamespace(is_moe=True)}, 17),
         ({"max_num_tokens": 20}, 20),
     ],
 )

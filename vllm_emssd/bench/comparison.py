@@ -78,9 +78,7 @@ def compare(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, Any
         "batch": batch,
         "methods": {name: _summary(done) for name, done in rounds.items()},
         "ratios": ratios(seconds),
-        "saving": (
-            saving(batch, rounds, k) if {"stock", "emssd"} <= rounds.keys() else None
-        ),
+        "saving": saving(batch, rounds, k) if _tells_saving(rounds) else None,
     }
 
 
@@ -177,6 +175,13 @@ STEP_PARTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "drafting, rest": lambda d: d["propose_ms"] - d["draft_ms"] - d["draft_logits_ms"],
     "rest": lambda d: d["seconds"] * 1e3 - d["target_ms"] - d["propose_ms"],
 }
+
+
+def _tells_saving(rounds: dict[str, list[Round]]) -> bool:
+    """Rows of both models were timed, of stock and emssd."""
+    return {"stock", "emssd"} <= rounds.keys() and all(
+        r.saw_target_forwards for done in rounds.values() for r in done
+    )
 
 
 def saving(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, float]:

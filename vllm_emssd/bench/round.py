@@ -18,7 +18,8 @@ class RequestStep(NamedTuple):
 
 @dataclass(slots=True)
 class Round:
-    """`*_forwards`: (rows, ms) of each; on a GPU ms is the launch alone."""
+    """`*_forwards`: (rows, ms) of each; on a GPU ms is the launch alone, and of a model
+    in full CUDA graphs only those are seen that were not replayed."""
 
     seconds: float = 0.0
     num_tokens: int = 0
@@ -41,7 +42,13 @@ class Round:
         return sum(rows for rows, _ in self.draft_forwards)
 
     @property
+    def saw_target_forwards(self) -> bool:
+        return len(self.target_forwards) >= len(self.steps)
+
+    @property
     def target_rows(self) -> int:
+        if not self.saw_target_forwards:
+            return sum(entry.num_scheduled for step in self.steps for entry in step)
         return sum(rows for rows, _ in self.target_forwards)
 
     @property
@@ -50,6 +57,9 @@ class Round:
 
     @property
     def target_ms(self) -> float:
+        """0 where not all were seen: what they took is in the rest then."""
+        if not self.saw_target_forwards:
+            return 0.0
         return sum(ms for _, ms in self.target_forwards)
 
     def decode_steps(self) -> list[RequestStep]:

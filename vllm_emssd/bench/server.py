@@ -41,6 +41,9 @@ def serve_command(method: Method, options: EngineOptions, port: int) -> Sequence
         command += ["--enforce-eager"]
     if "block_size" in options.options:
         command += ["--block-size", str(options.options["block_size"])]
+    if "gpu_memory_utilization" in options.options:
+        share = options.options["gpu_memory_utilization"]
+        command += ["--gpu-memory-utilization", str(share)]
     if not options.options.get("enable_prefix_caching"):
         command += ["--no-enable-prefix-caching"]
     if method.speculative_config is not None:

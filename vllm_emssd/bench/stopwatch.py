@@ -67,19 +67,19 @@ class Stopwatch:
         def recorded(scheduler_output: Any, model_runner_output: Any) -> Any:
             scheduled = scheduler_output.num_scheduled_tokens
             drafts = scheduler_output.scheduled_spec_decode_tokens
-            self.round.steps.append(
-                [
-                    RequestStep(
-                        self.request_index[req_id],
-                        num_scheduled,
-                        len(drafts.get(req_id, ())),
-                        len(_sampled(model_runner_output, req_id)),
-                    )
-                    for req_id, num_scheduled in scheduled.items()
-                    # scheduled asynchronously, the last round's may still come
-                    if req_id in self.request_index
-                ]
-            )
+            step = [
+                RequestStep(
+                    self.request_index[req_id],
+                    num_scheduled,
+                    len(drafts.get(req_id, ())),
+                    len(_sampled(model_runner_output, req_id)),
+                )
+                for req_id, num_scheduled in scheduled.items()
+                # scheduled asynchronously, the last round's may still come
+                if req_id in self.request_index
+            ]
+            if step:
+                self.round.steps.append(step)
             return update(scheduler_output, model_runner_output)
 
         scheduler.update_from_output = recorded

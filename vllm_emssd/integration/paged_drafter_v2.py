@@ -61,7 +61,6 @@ class KnownTokens:
     def __init__(self, all_token_ids: torch.Tensor, batch: BatchOnDevice) -> None:
         self._all_token_ids = all_token_ids  # [max_num_reqs, max_model_len] int32
         self._batch = batch
-        self._drafting = None
 
     def __getitem__(self, rows: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
         """`rows`: batch rows and the host's positions, [num_rows] int64 both."""
@@ -81,8 +80,14 @@ class _Drafting:
     positions: torch.Tensor  # [num_sampled] int64 of the rows drafted after
     are_all: bool  # that were in the forward, so that the block tables are theirs
 
-    def goes_on(self, rows: RaggedRows) -> bool:
-        return self.are_all and np.array_equal(self.req_indices, rows.req_indices)
+    def goes_on(self, rows: RaggedRows, sampled_rows: np.ndarray) -> bool:
+        """With one row more each, of which all are drafted after."""
+        return (
+            self.are_all
+            and rows.has_one_row_each
+            and len(sampled_rows) == rows.num_rows
+            and np.array_equal(self.req_indices, rows.req_indices)
+        )
 
 
 class PagedDrafterV2:
@@ -141,7 +146,7 @@ class PagedDrafterV2:
     ) -> torch.Tensor:
         tokens = torch.as_tensor(token_ids, device=self._stock.device)
         before, self._drafting = self._drafting, None
-        if draft_position and before is not None and before.goes_on(rows):
+        if draft_position and before is not None and before.goes_on(rows, sampled_rows):
             self._move_on(before, rows.num_reqs, tokens)
             hidden_states = self._run_model(rows, before.idx_mapping)
             positions = self._stock.input_buffers.positions[: rows.num_rows]

@@ -41,6 +41,7 @@ class RoundedRowsMixin:
     max_num_tokens: int
     parallel_config: Any
     lora_config: Any
+    model_config: Any
 
     def _determine_batch_execution_and_padding(
         self, num_tokens: int, *args: Any, **kwargs: Any
@@ -59,10 +60,11 @@ class RoundedRowsMixin:
 
     @property
     def _rounds_rows(self) -> bool:
-        """With prices, for a single rank, without LoRA, whose rows are mapped one by
-        one."""
+        """With prices and for a single rank. Not with LoRA, which maps rows one by one,
+        and not where a row of nobody would choose experts."""
         return (
             self._step_costs is not None
             and self.parallel_config.world_size == 1
             and self.lora_config is None
+            and not self.model_config.is_moe
         )
