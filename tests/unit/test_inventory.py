@@ -174,7 +174,8 @@ def test_speculator_registry_takes_the_place_of_the_hook(
     speculator_hook.register_speculator()
     (factory,) = factories
     asked, stock = (
-        SimpleNamespace(additional_config=options) for options in ({"emssd": {}}, {})
+        SimpleNamespace(additional_config=options)
+        for options in ({"emssd": {"proposer": "draft_model"}}, {})
     )
     assert factory(asked, "cpu", "states") == "ours"
     assert made == [(asked, "cpu", "states")]
