@@ -5,7 +5,7 @@
 
 Every test is listed with its outcome, beside the command, commit, versions and machine.
 Then the methods run side by side (`vllm-emssd bench`), on the shipped target grown to
-1.2B parameters so that it costs what a real one does; --bench-output has that. Exits
+1.1B parameters so that it costs what a real one does; --bench-output has that. Exits
 with 1 if anything failed.
 """
 
