@@ -127,10 +127,21 @@ def test_what_says_nothing_is_ignored(rows: int, took: float) -> None:
 
 def test_one_step_moves_little() -> None:
     table = CostTable(ROWS, TIMES_MS)
+    for rows, took in [*zip(ROWS, TIMES_MS, strict=True)] * 20:
+        table.observe(rows, took)
     table.observe(16, 30 * 0.51)
     table.observe(64, 80 * 4.9)
     assert ms(table, 16) >= 0.95 * 30
     assert ms(table, 64) <= 1.1 * 80
+
+
+def test_a_start_in_a_slow_minute_is_soon_unlearned() -> None:
+    """A first price rests on few times, so the first live ones count for more."""
+    table = CostTable(ROWS, [ms * 1.6 for ms in TIMES_MS])
+    for _ in range(10):
+        table.observe(16, 30.0)
+    assert ms(table, 16) < 1.2 * 30
+    assert ms(table, 64) < 1.35 * 80
 
 
 def test_much_quicker_than_thought_is_believed_and_casts_doubt_on_the_rest() -> None:

@@ -7,11 +7,13 @@ between them, never falling.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 import numpy as np
 
-_RATE = 0.05  # share of an observation in the points beside it
+_RATE = 0.05  # share of an observation in the points beside it,
+_STARTING_WORTH = 4.0  # or more while few were seen: times that a first price is worth
 _SHARED = 0.7  # of their change that all other points make: the machine is the same
 _MOST_CHANGE = 2.0  # times its price is the most that an observation counts as
 _OUTLIER = 5.0  # times the price: another process ran, not a forward,
@@ -38,6 +40,9 @@ class CostTable:
         if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
             raise ValueError("row counts must rise and times be finite")
         self._outliers = 0  # in a row
+        self._seen = [0] * self._rows.size  # observations beside each point
+        self._seen_in_all = 0
+        self._row_list: list[float] = self._rows.tolist()
         self._points_moved()
 
     @classmethod
@@ -60,9 +65,18 @@ class CostTable:
 
     def at(self, rows: int) -> float:
         """Cost of one row count."""
-        if self._by_rows is not None and rows < self._by_rows.size:
-            return float(self._by_rows[rows])
-        return float(self._interpolated(np.array(rows, dtype=np.float64)))
+        if rows < 1:
+            return 0.0
+        right = bisect_left(self._row_list, rows)
+        if right == len(self._row_list):
+            beyond = rows - self._row_list[-1]
+            return float(self._ms[-1]) + beyond * self._slope_beyond
+        ms = float(self._ms[right])
+        if right == 0 or rows == self._row_list[right]:
+            return ms
+        first, last = self._row_list[right - 1], self._row_list[right]
+        before = float(self._ms[right - 1])
+        return before + (ms - before) * (rows - first) / (last - first)
 
     def from_to(self, first: int, last: int) -> np.ndarray:
         """Cost of `first`, `first` + 1, ..., `last` rows. Not to be written to."""
@@ -77,8 +91,9 @@ class CostTable:
         return np.where(rows < 1, 0.0, cost + beyond * self._slope_beyond)
 
     def _points_moved(self) -> None:
-        self._slope_beyond = self._last_slope()
-        self._by_rows: np.ndarray | None = None  # until asked for
+        # Both until asked for.
+        self._last_slope: float | None = None
+        self._by_rows: np.ndarray | None = None
 
     @property
     def _looked_up(self) -> np.ndarray:
@@ -106,13 +121,17 @@ class CostTable:
             self._ms *= (1 + ms / price) / 2
             return
         ratio = min(ms / max(price, 1e-6), _MOST_CHANGE)
-        right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
-        left = max(right - 1, 0) if self._rows[right] != rows else right
+        right = min(bisect_left(self._row_list, rows), len(self._row_list) - 1)
+        left = max(right - 1, 0) if self._row_list[right] != rows else right
         # What was measured at the start, at its quickest, and never seen since must not
         # look cheap beside live times: the price of a row more is their difference.
-        change = np.full(len(self._ms), _SHARED * _RATE * (ratio - 1))
-        change[[left, right]] = _RATE * (ratio - 1)
-        self._ms *= 1 + change
+        kept = self._ms[[left, right]]
+        self._ms *= 1 + _SHARED * _rate(self._seen_in_all) * (ratio - 1)
+        rate = _rate(min(self._seen[left], self._seen[right]))
+        self._ms[[left, right]] = kept * (1 + rate * (ratio - 1))
+        self._seen_in_all += 1
+        for point in {left, right}:
+            self._seen[point] += 1
         # Never falling, and no ratchet: what rose lifts the points after it, what sank
         # draws down those before.
         if ratio > 1:
@@ -124,12 +143,21 @@ class CostTable:
     def points(self) -> list[tuple[int, float]]:
         return [(int(r), float(m)) for r, m in zip(self._rows, self._ms, strict=True)]
 
-    def _last_slope(self) -> float:
+    @property
+    def _slope_beyond(self) -> float:
         """Over the table's upper half: two neighbours alone may be noise."""
-        last = self._rows[-1]
-        half = float(np.interp(last / 2, self._rows, self._ms))
-        start = max(last / 2, float(self._rows[0]))
-        return float((self._ms[-1] - half) / (last - start)) if last > start else 0.0
+        if self._last_slope is None:
+            last = self._row_list[-1]
+            start = max(last / 2, self._row_list[0])
+            half = float(np.interp(start, self._rows, self._ms))
+            rise = float(self._ms[-1]) - half
+            self._last_slope = rise / (last - start) if last > start else 0.0
+        return self._last_slope
+
+
+def _rate(num_seen: int) -> float:
+    """Share of the next observation where so many came before it."""
+    return max(_RATE, 1 / (_STARTING_WORTH + num_seen + 1))
 
 
 def _non_falling(ms: np.ndarray) -> np.ndarray:
