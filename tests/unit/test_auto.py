@@ -24,7 +24,9 @@ from vllm_emssd.draft_length import (
     DraftOpportunity,
     StepCosts,
     Survival,
+    auto,
 )
+from vllm_emssd.draft_length.goodput import Plan, plan
 
 FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
 WARM_UP = 50
@@ -342,6 +344,50 @@ def test_no_rest_before_drafts_have_been_idle_for_long() -> None:
     loop = Loop(auto_policy(CHEAP, 8), CHEAP, 8, lambda *_: 0.9).run(100)
     assert loop.num_plans == 100
     assert not loop.policy.rests(8)
+
+
+def drive(policy: AutoDraftLength, step: DraftOpportunity) -> None:
+    """One step: all draft as long as they may, and all is accepted."""
+    lens = policy.begin(step)
+    active, made = np.flatnonzero(lens), np.zeros(len(lens), dtype=np.int64)
+    for position in range(int(lens.max())):
+        made[active] += 1
+        goes_on = policy.go_on(active, np.full(len(active), 0.9), position)
+        active = active[goes_on & (lens[active] > position + 1)]
+        if not active.size:
+            break
+    for req_id, kept in zip(step.req_ids, policy.finish(made).tolist(), strict=True):
+        policy.observe(req_id, kept, kept)
+
+
+def test_a_plan_holds_for_some_steps_of_the_same_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans: list[int] = []
+
+    def counted(survival: np.ndarray, *args: object) -> Plan:
+        plans.append(len(survival))
+        return plan(survival, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(auto, "plan", counted)
+    policy = auto_policy(CHEAP, 4)
+    while policy._survival_model.num_tested < 60:
+        drive(policy, opportunity(3))
+    for _ in range(4):
+        drive(policy, opportunity(3))
+    plans.clear()
+    for _ in range(40):
+        drive(policy, opportunity(3))
+    assert plans == [3] * 10
+    for others in (
+        opportunity(4),
+        opportunity(3),
+        opportunity(3, missing=50),
+        opportunity(3, num_prefill=1),
+    ):
+        plans.clear()
+        drive(policy, others)
+        assert plans == [len(others.req_ids)], "made for this batch, not an earlier one"
 
 
 @pytest.mark.parametrize("num_reqs", [1, 8])

@@ -303,7 +303,7 @@ def test_no_other_requests_go_on_better(
             float((survival * following)[np.array(goes_on, bool)].sum()) - price * time
         )
 
-    found = worth_another_forward(survival, following, verify_rows, costs, price)
+    found = worth_another_forward(survival * following, verify_rows, costs, price)
     assert found.dtype == bool
     assert found.shape == (len(drafts),)
     assert not found[survival * following == 0].any()

@@ -204,8 +204,8 @@ def test_probabilities_stay_within_bounds(
         assert found == sorted(found, reverse=True)
         assert 0 < found[-1] <= found[0] < 1
         factor = survival.request_factors([req_id]).by_position
-        for position in range(K):
-            assert 0 < survival.next_acceptance(factor, position)[0] < 1
+        alpha = survival.acceptance_by_position(factor)
+        assert ((alpha > 0) & (alpha < 1)).all()
 
 
 @property_test

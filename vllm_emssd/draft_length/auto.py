@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import compress
+
 import numpy as np
 
 from vllm_emssd.draft_length.anticipation import Anticipation
@@ -26,7 +29,30 @@ _DOZE_AFTER = 16  # idle steps; from then on plans are made as seldom as probes 
 _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
 _CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
+_PLAN_STEPS = 4  # that a plan holds for while the batch stays as it is,
+_PLANS_HOLD_FROM = 48.0  # drafts seen: until then each step teaches too much
 _FREE = CostTable([1], [0.0])
+
+
+@dataclass(slots=True)
+class _PlannedBatch:
+    """Of whom a plan was made, and who drafts by it. Arrays are [num_reqs]."""
+
+    req_ids: list[str]
+    is_sampling: np.ndarray
+    num_prefill_rows: int
+    drafts: np.ndarray  # bool
+    num_steps_left: int
+
+    def holds_for(self, step: DraftOpportunity, most_missing: int) -> bool:
+        """The same batch, and nobody to catch up."""
+        return (
+            self.num_steps_left > 0
+            and self.num_prefill_rows == step.num_prefill_rows
+            and self.req_ids == step.req_ids
+            and bool((self.is_sampling == step.is_sampling).all())
+            and int(step.missing_rows.max()) <= most_missing
+        )
 
 
 class AutoDraftLength:
@@ -56,6 +82,7 @@ class AutoDraftLength:
         self._idle_ms = 0.0  # since the last probe
         self._num_rested = 0  # steps since the last plan
         self._is_probe = False
+        self._planned: _PlannedBatch | None = None
 
     @property
     def feeds_prompts(self) -> bool:
@@ -80,21 +107,58 @@ class AutoDraftLength:
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         if self._is_dozing:
             return self._doze(step)
+        planned = self._planned
+        if planned is not None and planned.holds_for(step, self._most_missing):
+            drafts = self._go_by(planned, step)
+        else:
+            drafts = self._plan_anew(step)
+        self._num_made = 0
+        self._real = np.zeros_like(self._expected)  # survival of the drafts made
+        self._confidence = np.zeros_like(self._expected)
+        self._confidences.update(
+            (step.req_ids[i], self._confidence[i]) for i in np.flatnonzero(drafts)
+        )
+        most = np.minimum(self._most, _PROBE_LENGTH) if self._is_probe else self._most
+        return np.where(drafts, most, 0)
+
+    @property
+    def _most_missing(self) -> int:
+        """Rows that the drafter lacks of who drafted a step ago."""
+        return self._survival_model.num_speculative_tokens + 1
+
+    def _plan_anew(self, step: DraftOpportunity) -> np.ndarray:
+        """Who drafts. [num_reqs] bool"""
+        self._has_planned = True
+        survival = self._survival_model
         if self._num_rested:
-            self._survival_model.skip(step.req_ids, self._num_rested)
+            survival.skip(step.req_ids, self._num_rested)
             self._num_rested = 0
         self._take_in(step)
         self._will_trim = self._may_trim
         self._prices = self.costs
-        self._expected = self._survival_model.expected(self._factors.by_position)
-        self._real = np.zeros_like(self._expected)  # survival of the drafts made
-        self._confidence = np.zeros_like(self._expected)
-        lens = self._plan(step, self._expected)
-        self._survival_model.skip(step.req_ids[i] for i in np.flatnonzero(lens == 0))
-        self._confidences.update(
-            (step.req_ids[i], self._confidence[i]) for i in np.flatnonzero(lens)
-        )
-        return lens if self._is_probe else np.where(lens > 0, self._most, 0)
+        self._expected = survival.expected(self._factors.by_position)
+        self._acceptance = survival.acceptance_by_position(self._factors.by_position)
+        drafts = self._plan(step, self._expected) > 0
+        survival.skip(compress(step.req_ids, ~drafts))
+        self._planned = None
+        if drafts.any() and not self._is_probe:
+            holds = survival.num_tested >= _PLANS_HOLD_FROM
+            self._planned = _PlannedBatch(
+                list(step.req_ids),
+                step.is_sampling.copy(),
+                step.num_prefill_rows,
+                drafts,
+                _PLAN_STEPS - 1 if holds else 0,
+            )
+        return drafts
+
+    def _go_by(self, planned: _PlannedBatch, step: DraftOpportunity) -> np.ndarray:
+        """As planned; what was verified since waits for the next plan."""
+        self._has_planned = False
+        planned.num_steps_left -= 1
+        self._most = step.max_draft_tokens
+        self._survival_model.skip(compress(step.req_ids, ~planned.drafts))
+        return planned.drafts & (self._most > 0)
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
         self._take_in(step)
@@ -229,30 +293,29 @@ class AutoDraftLength:
         accepted = self._survival_model.acceptance(
             confidence, self._factors.by_confidence[req_indices]
         )
-        before = self._real[req_indices, position - 1] if position else 1.0
-        self._real[req_indices, position] = before * accepted
+        if position:
+            accepted *= self._real[req_indices, position - 1]
+        self._real[req_indices, position] = accepted
         self._confidence[req_indices, position] = confidence
+        self._num_made += len(req_indices)
         may: np.ndarray = self._most[req_indices] > position + 1
         if self._is_probe or position + 1 == self._real.shape[1]:
             return may
-        next_acceptance = self._survival_model.next_acceptance(
-            self._factors.by_position[req_indices], position + 1
-        )
-        verify_rows = self._base_rows + int((self._real > 0).sum())
-        may &= worth_another_forward(
-            self._real[req_indices, position] * self._worth[req_indices],
-            np.where(may, next_acceptance, 0.0),
-            verify_rows,
+        gains = accepted * self._worth[req_indices]
+        gains *= self._acceptance[req_indices, position + 1]
+        return may & worth_another_forward(
+            np.where(may, gains, 0.0),
+            self._base_rows + self._num_made,
             self.costs,
             self._tokens_per_ms,
         )
-        return may
 
     def finish(self, draft_lens: np.ndarray) -> np.ndarray:
         if not self._may_trim or not draft_lens.any():
             return draft_lens
-        drafted = draft_lens > 0
-        self._anticipation.observe(self._expected[drafted], self._real[drafted])
+        if self._has_planned:
+            drafted = draft_lens > 0
+            self._anticipation.observe(self._expected[drafted], self._real[drafted])
         if self._is_probe:
             return draft_lens
         worth = verified_lengths(

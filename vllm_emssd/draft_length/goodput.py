@@ -252,8 +252,7 @@ def _changed(
 
 
 def worth_another_forward(
-    survival: np.ndarray,
-    next_acceptance: np.ndarray,
+    gain: np.ndarray,
     verify_rows: int,
     costs: StepCosts,
     tokens_per_ms: float,
@@ -261,11 +260,10 @@ def worth_another_forward(
     """Which requests go on drafting: [num_drafting] bool, all False if none pays.
 
     Args:
-        survival: [num_drafting] of the latest draft of each request.
-        next_acceptance: [num_drafting] expected of its next one, 0 if it may not.
+        gain: [num_drafting] expected survival of each one's next draft, times what a
+            token of the request is worth; 0 if it may not.
         verify_rows: rows of the target so far, drafts included.
     """
-    gain = survival * next_acceptance
     order = _by_survival(gain)
     most = order.size
     ms = costs.draft.from_to(0, most)

@@ -118,7 +118,6 @@ class Survival:
 
         Shapes: all alike, float; `factor` from `request_factors`, by confidence.
         """
-        self._take_in_news()
         return _bounded(self._pooled(confidence) * factor)
 
     def expected(self, factor: np.ndarray, optimism: float = 0.0) -> np.ndarray:
@@ -138,12 +137,13 @@ class Survival:
         alpha = _bounded(factor[:, None] * pooled)
         return np.cumprod(alpha, axis=1)
 
-    def next_acceptance(self, factor: np.ndarray, position: int) -> np.ndarray:
-        """Chance that a draft not yet made would be accepted. [num_reqs]"""
-        self._take_in_news()
-        return _bounded(factor * self._pooled_by_position()[position])
+    def acceptance_by_position(self, factor: np.ndarray) -> np.ndarray:
+        """Chance of drafts not yet made, once all before them are accepted, `factor` as
+        for `expected`. [num_reqs, K]"""
+        return _bounded(factor[:, None] * self._pooled_by_position())
 
     def request_factors(self, req_ids: Sequence[str]) -> RequestFactors:
+        """Takes in what was observed since the last call: estimates change with it."""
         self._take_in_news()
         rows = self._records.find(req_ids)
         return RequestFactors(
@@ -175,8 +175,9 @@ class Survival:
     def skip(self, req_ids: Iterable[str], num_steps: int = 1) -> None:
         """These do not draft: let them sink back towards the pool, to be tried again
         in the end."""
-        self._take_in_news()
-        self._records.values[self._records.find(req_ids)] *= _IDLE_FORGET**num_steps
+        rows = self._records.find(req_ids)
+        if rows.size:
+            self._records.values[rows] *= _IDLE_FORGET**num_steps
 
     def doubt(self) -> None:
         """Nothing was drafted for long: what comes next counts for more."""
