@@ -126,6 +126,7 @@ class RandomLengths:
         self.needs_confidence = setup.tells_confidence
         self.feeds_prompts = True
         self.observed: list[tuple[str, int, int]] = []
+        self.heard: list[tuple[str, int, int]] = []  # of others' drafts
         self.released: list[str] = []
 
     def start_step(self) -> None:
@@ -174,6 +175,11 @@ class RandomLengths:
         self.observed.append((req_id, num_draft_tokens, num_accepted_tokens))
         if self._chance(self._failure_chance):
             raise PlannedFailureError
+
+    def observe_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self.heard.append((req_id, num_draft_tokens, num_accepted_tokens))
 
     def release(self, req_id: str) -> None:
         self.released.append(req_id)

@@ -37,6 +37,7 @@ class SpiedCopying(LlmaProposer):
         super().__init__(*args)
         self.drafts: list[list[int]] = []
         self.verified: list[tuple[str, int, int]] = []
+        self.heard: list[tuple[str, int, int]] = []  # of the model's drafts
 
     def find(self, batch: DraftBatch) -> list[Copy]:
         copies = super().find(batch)
@@ -49,6 +50,10 @@ class SpiedCopying(LlmaProposer):
     def record_verified(self, *verified: Any) -> None:
         self.verified.append(verified)
         super().record_verified(*verified)
+
+    def record_others(self, *verified: Any) -> None:
+        self.heard.append(verified)
+        super().record_others(*verified)
 
 
 class MixedEngine(Engine):
@@ -75,14 +80,20 @@ class MixedEngine(Engine):
                 self._proposer.add_reference(request.req_id, token_ids)
 
     def _check_observed(self, verified: list[tuple[str, int, int]]) -> None:
-        """Each proposer hears of its own drafts, and of no others."""
-        by_model, by_copying = self._policy.observed, self._copying.verified
-        assert [v[0] for v in by_model] == [v[0] for v in verified]
-        for seen, model, copying in zip(verified, by_model, by_copying, strict=True):
-            has_copied = seen[0] in self._has_copied
-            assert copying == (seen if has_copied else (seen[0], 0, 0))
-            assert model == ((seen[0], 0, 0) if has_copied else seen)
-        self._policy.observed, self._copying.verified = [], []
+        """Each proposer is told of its own drafts, and hears of the other's as such.
+        Of steps without drafts it does not matter as which."""
+        copying, policy = self._copying, self._policy
+        copied = [v for v in verified if v[1] and v[0] in self._has_copied]
+        drafted = [v for v in verified if v[1] and v[0] not in self._has_copied]
+        for told, heard, own, others in (
+            (copying.verified, copying.heard, copied, drafted),
+            (policy.observed, policy.heard, drafted, copied),
+        ):
+            assert [v for v in told if v[1]] == own
+            assert [v for v in heard if v[1]] == others
+            assert sorted(v[0] for v in told + heard) == sorted(v[0] for v in verified)
+        policy.observed, policy.heard = [], []
+        copying.verified, copying.heard = [], []
 
     _has_copied: frozenset[str] = frozenset()
 

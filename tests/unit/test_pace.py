@@ -7,7 +7,7 @@ import pytest
 
 from vllm_emssd.draft_length.pace import Pace
 
-STEPS_ALONE = (1.0, 0.0)  # ms of a step's share, and of a draft more: drafts are free
+STEPS_ALONE = (1.0, 0.0, 0.0)  # ms of a step's share, a row, a draft: drafts are free
 
 
 def paced(steps: dict[str, tuple[int, int]], num_steps: int = 60) -> Pace:
@@ -36,19 +36,29 @@ def test_where_drafts_are_free_a_slow_requests_token_is_worth_its_steps() -> Non
 def test_a_fast_requests_token_is_worth_its_rows_too() -> None:
     """4 ms for 1 token, and 4 + 3 * 3 ms for 4: in all 17 ms for 5."""
     pace = paced({"slow": (0, 1), "fast": (3, 4)}, 600)
-    slow, fast = pace.worth(["slow", "fast"], 4.0, 3.0)
+    slow, fast = pace.worth(["slow", "fast"], 4.0, 1.0, 2.0)
     assert slow == pytest.approx(4 / (17 / 5), rel=0.1)
     assert fast == pytest.approx(13 / 4 / (17 / 5), rel=0.1)
 
 
+def test_copies_cost_rows_only() -> None:
+    """4 + 3 * 3 ms for 4 tokens drafted, 4 + 3 * 1 ms for 4 copied."""
+    pace = paced({"drafts": (3, 4)}, 600)
+    for _ in range(600):
+        pace.observe("drafts", 3, 4)
+        pace.observe("copies", 3, 4, are_copies=True)
+    drafts, copies = pace.worth(["drafts", "copies"], 4.0, 1.0, 2.0)
+    assert drafts / copies == pytest.approx(13 / 7, rel=0.1)
+
+
 def test_where_all_is_free_all_are_alike_in_being_worth_nothing() -> None:
-    worth = paced({"a": (0, 1), "b": (3, 4)}).worth(["a", "b"], 0.0, 0.0)
+    worth = paced({"a": (0, 1), "b": (3, 4)}).worth(["a", "b"], 0.0, 0.0, 0.0)
     assert np.isfinite(worth).all()
 
 
 def test_one_pace_for_all_is_worth_one_each() -> None:
     pace = paced({"a": (5, 3), "b": (5, 3)})
-    assert pace.worth(["a", "b"], 2.0, 1.0) == pytest.approx([1, 1])
+    assert pace.worth(["a", "b"], 2.0, 0.5, 0.5) == pytest.approx([1, 1])
 
 
 def test_one_lucky_step_counts_little() -> None:

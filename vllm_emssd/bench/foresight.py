@@ -57,6 +57,8 @@ class ForesightDraftLength:
     ) -> None:
         """There is nothing to learn."""
 
+    observe_others = observe
+
     def release(self, req_id: str) -> None:
         """Nothing is kept."""
 

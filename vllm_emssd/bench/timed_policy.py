@@ -48,6 +48,13 @@ class TimedDraftLength:
     ) -> None:
         self._timed(self._policy.observe, req_id, num_draft_tokens, num_accepted_tokens)
 
+    def observe_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self._timed(
+            self._policy.observe_others, req_id, num_draft_tokens, num_accepted_tokens
+        )
+
     def release(self, req_id: str) -> None:
         self._timed(self._policy.release, req_id)
 

@@ -67,6 +67,12 @@ class AgreedDraftLength:
         self._take_in(np.array([num_draft_tokens, num_accepted_tokens]))
         self._policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
+    def observe_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        self._take_in(np.array([num_draft_tokens, num_accepted_tokens]))
+        self._policy.observe_others(req_id, num_draft_tokens, num_accepted_tokens)
+
     def release(self, req_id: str) -> None:
         self._policy.release(req_id)
 

@@ -82,6 +82,7 @@ class AutoDraftLength:
         self._idle_ms = 0.0  # since the last probe
         self._num_rested = 0  # steps since the last plan
         self._is_probe = False
+        self._copies = False  # whether `choose` is asked, not `begin`
         self._planned: _PlannedBatch | None = None
 
     @property
@@ -161,6 +162,9 @@ class AutoDraftLength:
         return planned.drafts & (self._most > 0)
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+        self._copies = True
+        if not step.max_draft_tokens.any():
+            return np.zeros_like(step.max_draft_tokens)
         self._take_in(step)
         self._will_trim = False  # all is known already
         self._prices = StepCosts(self.costs.target, _FREE, self.costs.fixed_ms)
@@ -210,7 +214,7 @@ class AutoDraftLength:
         num_sampling = int(step.is_sampling.sum())
         self._base_rows = num_sampling + step.num_prefill_rows
         self._row_ms, draft_ms, step_ms = self._request_ms(num_sampling)
-        self._worth = self._pace.worth(step.req_ids, step_ms, self._row_ms + draft_ms)
+        self._worth = self._pace.worth(step.req_ids, step_ms, self._row_ms, draft_ms)
 
     def _request_ms(self, num_sampling: int) -> tuple[float, float, float]:
         """A request's share where each drafts one: of the rows that verify, of the
@@ -336,12 +340,21 @@ class AutoDraftLength:
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        self._pace.observe(req_id, num_draft_tokens, num_accepted_tokens + 1)
+        num_tokens = num_accepted_tokens + 1
+        self._pace.observe(req_id, num_draft_tokens, num_tokens, self._copies)
         confidences = self._confidences.pop(req_id, None)
         if confidences is not None:
             self._survival_model.observe(
                 req_id, confidences[:num_draft_tokens], num_accepted_tokens
             )
+
+    def observe_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """In a mixed batch the others' are the copies where these are not."""
+        num_tokens = num_accepted_tokens + 1
+        self._pace.observe(req_id, num_draft_tokens, num_tokens, not self._copies)
+        self._confidences.pop(req_id, None)
 
     def release(self, req_id: str) -> None:
         self._confidences.pop(req_id, None)

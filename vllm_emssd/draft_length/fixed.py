@@ -35,5 +35,7 @@ class FixedDraftLength:
     ) -> None:
         """Nothing to learn."""
 
+    observe_others = observe
+
     def release(self, req_id: str) -> None:
         """Nothing is kept."""

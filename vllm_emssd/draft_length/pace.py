@@ -18,45 +18,55 @@ _FORGET_OWN = 0.95
 _PRIOR_STEPS = 2.0  # request-steps before a request's own pace counts as much as all
 _LEAST_MS = 1e-9
 
-_Sums = tuple[float, float, float]  # steps, drafts, tokens
-_UNSEEN: _Sums = (0.0, 0.0, 0.0)
+_Sums = tuple[float, float, float, float]  # steps, drafts, copies, tokens
+_UNSEEN: _Sums = (0.0, 0.0, 0.0, 0.0)
 
 
 class Pace:
-    """Steps, drafts and tokens: of all requests, and of each."""
+    """Steps, drafts, copies and tokens: of all requests, and of each."""
 
     def __init__(self) -> None:
         self._all = _UNSEEN
         self._own: dict[str, _Sums] = {}
 
-    def observe(self, req_id: str, num_drafts: int, num_tokens: int) -> None:
+    def observe(
+        self, req_id: str, num_drafts: int, num_tokens: int, are_copies: bool = False
+    ) -> None:
         """A request got `num_tokens` in a step that verified `num_drafts` for it."""
+        drafts_and_copies = (0, num_drafts) if are_copies else (num_drafts, 0)
+        news: _Sums = (1.0, *drafts_and_copies, num_tokens)
         own = self._own.get(req_id, _UNSEEN)
-        self._own[req_id] = _added(own, _FORGET_OWN, num_drafts, num_tokens)
-        self._all = _added(self._all, _FORGET_ALL, num_drafts, num_tokens)
+        self._own[req_id] = _added(own, _FORGET_OWN, news)
+        self._all = _added(self._all, _FORGET_ALL, news)
 
     def worth(
-        self, req_ids: Sequence[str], step_ms: float, draft_ms: float
+        self, req_ids: Sequence[str], step_ms: float, row_ms: float, draft_ms: float
     ) -> np.ndarray:
         """Of a token of each request, in average tokens. [num_reqs] float64
 
         Args:
             step_ms: of a step without drafts, a request's share.
-            draft_ms: of a draft more, made and verified.
+            row_ms: of verifying a draft more.
+            draft_ms: of making it, unless it is a copy.
         """
         everyone = np.array(self._all)
         if not everyone[0] or not req_ids:
             return np.ones(len(req_ids))
         prior = everyone * (_PRIOR_STEPS / everyone[0])
         own = np.array([self._own.get(r, _UNSEEN) for r in req_ids]) + prior
-        prices = np.array([step_ms, draft_ms, 0.0])
-        average = everyone @ prices / everyone[2]
-        return np.asarray(own @ prices / own[:, 2] / max(average, _LEAST_MS))
+        prices = np.array([step_ms, row_ms + draft_ms, row_ms, 0.0])
+        average = everyone @ prices / everyone[-1]
+        return np.asarray(own @ prices / own[:, -1] / max(average, _LEAST_MS))
 
     def release(self, req_id: str) -> None:
         self._own.pop(req_id, None)
 
 
-def _added(sums: _Sums, kept: float, num_drafts: int, num_tokens: int) -> _Sums:
-    steps, drafts, tokens = sums
-    return kept * steps + 1.0, kept * drafts + num_drafts, kept * tokens + num_tokens
+def _added(sums: _Sums, kept: float, news: _Sums) -> _Sums:
+    steps, drafts, copies, tokens = sums
+    return (
+        kept * steps + news[0],
+        kept * drafts + news[1],
+        kept * copies + news[2],
+        kept * tokens + news[3],
+    )

@@ -79,6 +79,13 @@ class DraftLengthPolicy(Protocol):
         """The target verified the first `num_draft_tokens` of a request's drafts."""
         ...
 
+    def observe_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """Like `observe`, but the drafts were made by another proposer, under another
+        policy: all they tell is how the request gets on."""
+        ...
+
     def release(self, req_id: str) -> None:
         """Forget a finished request."""
         ...

@@ -136,6 +136,14 @@ class DraftModelProposer:
         self._cursor.record_verified(req_id, num_accepted_tokens)
         self._policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
+    def record_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """The target verified drafts that another proposer made: none of what was fed
+        for this request earlier stays pending."""
+        self._cursor.record_verified(req_id, 0)
+        self._policy.observe_others(req_id, num_draft_tokens, num_accepted_tokens)
+
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._cursor.release(req_id)

@@ -68,6 +68,14 @@ class LlmaProposer:
         self._copier.observe(req_id, num_draft_tokens, num_accepted_tokens)
         self._policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
+    def record_others(
+        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
+    ) -> None:
+        """The target verified drafts that another proposer made: no copy of this
+        request stays pending."""
+        self._copier.observe(req_id, 0, 0)
+        self._policy.observe_others(req_id, num_draft_tokens, num_accepted_tokens)
+
     def release(self, req_ids: Iterable[str]) -> None:
         req_ids = list(req_ids)
         self._copier.release(req_ids)

@@ -114,15 +114,16 @@ class MixedProposer:
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        """Each proposer hears of its own drafts; of the other's it hears there were
-        none, so that nothing it fed earlier stays pending."""
-        verified, nothing = (num_draft_tokens, num_accepted_tokens), (0, 0)
-        is_copy = req_id in self._copied
-        self._copying.record_verified(req_id, *(verified if is_copy else nothing))
-        self._drafting.record_verified(req_id, *(nothing if is_copy else verified))
-        if not is_copy:
+        """Each proposer hears of its own drafts, and what the other's brought."""
+        verified = (num_draft_tokens, num_accepted_tokens)
+        if req_id in self._copied:
+            self._copied.remove(req_id)
+            self._copying.record_verified(req_id, *verified)
+            self._drafting.record_others(req_id, *verified)
+        else:
+            self._copying.record_others(req_id, *verified)
+            self._drafting.record_verified(req_id, *verified)
             self._record.observe(req_id, *verified)
-        self._copied.discard(req_id)
 
     def release(self, req_ids: Iterable[str]) -> None:
         req_ids = list(req_ids)
