@@ -166,6 +166,17 @@ def test_a_row_more_costs_no_more_for_a_machine_that_is_slower_than_at_the_start
     assert ms(table, 64) - ms(table, 32) == pytest.approx(40 * 1.2, rel=0.08)
 
 
+def test_row_counts_computed_as_a_larger_one_cost_what_it_costs() -> None:
+    """24 and 32 rows were slower than 40: they are taken for 40, and stay alike."""
+    table = CostTable([16, 24, 32, 40, 64], [30.0, 50.0, 52.0, 40.0, 60.0])
+    assert [p for p in table.points if p[1] == 40] == [(24, 40), (32, 40), (40, 40)]
+    for _ in range(100):
+        table.observe(40, 55.0)
+        table.observe(16, 30.0)
+    assert ms(table, 24) == ms(table, 32) == ms(table, 40)
+    assert ms(table, 40) == pytest.approx(55, rel=0.15)
+
+
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.5, 4.0, 50.0])
 def test_follows_a_lasting_change(factor: float) -> None:
     """Even one so great that the first times look like outliers."""

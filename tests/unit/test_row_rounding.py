@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm.forward_context import BatchDescriptor
 
 from vllm_emssd.draft_length import CostTable
-from vllm_emssd.integration.row_rounding import RoundedRowsMixin, rounded_rows
+from vllm_emssd.integration.row_rounding import RoundedRowsMixin, RowRounding
 
 FLAT = CostTable([1, 256], [50.0, 50.0])
 CHEAP = CostTable([1, 257], [30.0, 81.2])  # 0.2 ms a row
@@ -40,7 +40,7 @@ DEAR = CostTable([1, 257], [1.0, 257.0])  # 1 ms a row, and nothing else
 def test_rounds_where_that_is_cheap(
     num_rows: int, most: int, costs: CostTable, rounded: int
 ) -> None:
-    assert rounded_rows(num_rows, most, costs) == rounded
+    assert RowRounding().rounded(num_rows, most, costs) == rounded
 
 
 @given(st.integers(0, 600), st.integers(0, 600), st.floats(0, 3), st.floats(0, 90))
@@ -48,9 +48,42 @@ def test_never_dearer_than_two_percent(
     num_rows: int, room: int, row_ms: float, fixed_ms: float
 ) -> None:
     costs = CostTable([1, 601], [fixed_ms, fixed_ms + 600 * row_ms])
-    rounded = rounded_rows(num_rows, num_rows + room, costs)
+    rounded = RowRounding().rounded(num_rows, num_rows + room, costs)
     assert num_rows <= rounded <= num_rows + min(room, 7)
     assert costs.at(rounded) <= 1.02 * costs.at(num_rows) + 1e-9
+
+
+PASSES = (
+    {1: 30.0, 16: 36.0, 24: 50.0, 32: 52.0, 40: 41.0, 64: 49.0, 128: 90.0},
+    {1: 31.0, 16: 36.0, 24: 47.0, 32: 48.0, 40: 38.0, 64: 66.0, 128: 88.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "most", "rounded"),
+    [
+        (0, 999, 0),
+        (1, 999, 1),
+        (16, 999, 16),
+        (17, 999, 40),
+        (24, 999, 40),
+        (32, 999, 40),
+        (17, 39, 17),  # the engine takes no more
+        (33, 999, 33),
+        (64, 999, 64),
+        (500, 999, 504),  # nothing was timed there: where it is cheap
+    ],
+)
+def test_rounds_up_to_what_was_quicker(num_rows: int, most: int, rounded: int) -> None:
+    samples = [one for times in PASSES for one in times.items()]
+    assert RowRounding(samples).rounded(num_rows, most, DEAR) == rounded
+
+
+def test_what_was_quicker_once_only_or_by_little_is_noise() -> None:
+    once = [(16, 36.0), (32, 30.0), (64, 35.5), (16, 34.0), (32, 39.0), (64, 33.9)]
+    for num_rows in (9, 16, 17, 32):
+        rounded = RowRounding(once).rounded(num_rows, 999, DEAR)
+        assert rounded == num_rows
 
 
 class Stock:
@@ -75,6 +108,7 @@ class Runner(RoundedRowsMixin, Stock):
 
     def __init__(self) -> None:
         self._step_costs = SimpleNamespace(costs=SimpleNamespace(target=FLAT))
+        self._row_rounding = RowRounding()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +122,7 @@ class Runner(RoundedRowsMixin, Stock):
         ({"parallel_config": SimpleNamespace(world_size=2)}, 17),
         ({"model_config": SimpleNamespace(is_moe=True)}, 17),
         ({"max_num_tokens": 20}, 20),
+        ({"_row_rounding": RowRounding([(16, 1.0), (32, 3.0), (48, 2.0)])}, 48),
     ],
 )
 def test_only_where_rows_are_nobody_elses(changes: dict[str, Any], rows: int) -> None:

@@ -104,7 +104,8 @@ class CostTable:
         return self._by_rows
 
     def observe(self, rows: int, ms: float) -> None:
-        """A forward of `rows` took `ms`: move the points beside it a little."""
+        """A forward of `rows` took `ms`: move the points beside it a little, and those
+        of the same price: they cost what a later one costs, so they move with it."""
         is_near = 1 <= rows <= _BEYOND * self._rows[-1]
         if not is_near or not np.isfinite(ms) or ms < 0:
             return
@@ -125,10 +126,11 @@ class CostTable:
         left = max(right - 1, 0) if self._row_list[right] != rows else right
         # What was measured at the start, at its quickest, and never seen since must not
         # look cheap beside live times: the price of a row more is their difference.
-        kept = self._ms[[left, right]]
+        near = (self._ms == self._ms[left]) | (self._ms == self._ms[right])
+        kept = self._ms[near]
         self._ms *= 1 + _SHARED * _rate(self._seen_in_all) * (ratio - 1)
         rate = _rate(min(self._seen[left], self._seen[right]))
-        self._ms[[left, right]] = kept * (1 + rate * (ratio - 1))
+        self._ms[near] = kept * (1 + rate * (ratio - 1))
         self._seen_in_all += 1
         for point in {left, right}:
             self._seen[point] += 1

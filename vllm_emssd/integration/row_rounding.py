@@ -1,13 +1,17 @@
-"""Rows of the target rounded up on a CPU, where that is cheap.
+"""Rows of the target rounded up on a CPU, where that is cheap, or even quicker.
 
-oneDNN makes its kernels for one row count each, when it first meets it (15 to 70 ms for
-16 layers of hidden size 1024), and is slower at odd ones. Ragged batches have any row
-count. So with automatic lengths, whose prices tell what a row more costs, a few rows of
-no request are computed along where they cost next to nothing.
+Row counts are not all alike: on a CPU with AMX a forward of 17 to 32 rows may take
+longer than one of 40, in one process and not in the next. And oneDNN makes its kernels
+for one row count each, when it first meets it (15 to 70 ms for 16 layers of hidden size
+1024); ragged batches have any row count. So with automatic lengths, whose prices tell
+what a row more costs, rows of no request are computed along where they cost next to
+nothing or less.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +23,56 @@ if TYPE_CHECKING:
 _MULTIPLES = (8, 4)  # the first that is cheap enough
 _FROM_ROWS = 16  # fewer are few row counts
 _MOST_MORE = 0.02  # of the forward's price
+_QUICKER = 0.95  # times the price: worth more rows
 
 
-def rounded_rows(num_rows: int, most: int, target: CostTable) -> int:
-    """Rows to compute for `num_rows`, at most `most`."""
+class RowRounding:
+    """How many rows to compute for as many as are needed.
+
+    Args:
+        samples: (rows, ms) of forwards, the row counts timed in turn, each as often.
+    """
+
+    def __init__(self, samples: Iterable[tuple[int, float]] = ()) -> None:
+        by_rows: dict[int, list[float]] = {}
+        for rows, ms in samples:
+            by_rows.setdefault(rows, []).append(ms)
+        self._timed = sorted(by_rows)
+        self._quickest = {rows: _quickest(rows, by_rows) for rows in self._timed}
+
+    def __str__(self) -> str:
+        changed = {rows: q for rows, q in self._quickest.items() if rows != q}
+        return ", ".join(f"{rows} as {q}" for rows, q in changed.items()) or "none"
+
+    def rounded(self, num_rows: int, most: int, target: CostTable) -> int:
+        """Rows to compute for `num_rows`, at most `most`.
+
+        Args:
+            target: what rows cost now.
+        """
+        above = bisect_left(self._timed, num_rows)
+        if num_rows > 0 and above < len(self._timed):
+            timed = self._timed[above]
+            quickest = self._quickest[timed]
+            if timed != quickest <= most:
+                return quickest
+        return _rounded_where_cheap(num_rows, most, target)
+
+
+def _quickest(rows: int, times: dict[int, list[float]]) -> int:
+    """The row count to compute instead of `rows`: one that was quicker each time."""
+    quickest = rows
+    for other in sorted(times):
+        if (
+            other > rows
+            and min(times[other]) < _QUICKER * min(times[quickest])
+            and all(a < b for a, b in zip(times[other], times[rows], strict=True))
+        ):
+            quickest = other
+    return quickest
+
+
+def _rounded_where_cheap(num_rows: int, most: int, target: CostTable) -> int:
     if num_rows < _FROM_ROWS:
         return num_rows
     price = target.at(num_rows)
@@ -38,6 +88,7 @@ class RoundedRowsMixin:
     they have no request and no K/V slot."""
 
     _step_costs: StepCostMeter | None
+    _row_rounding: RowRounding
     max_num_tokens: int
     parallel_config: Any
     lora_config: Any
@@ -54,7 +105,9 @@ class RoundedRowsMixin:
         if self._rounds_rows and across_dp is None and batch.num_tokens == num_tokens:
             assert self._step_costs is not None
             target = self._step_costs.costs.target
-            rounded = rounded_rows(num_tokens, self.max_num_tokens, target)
+            rounded = self._row_rounding.rounded(
+                num_tokens, self.max_num_tokens, target
+            )
             batch = replace(batch, num_tokens=rounded)
         return mode, batch, should_ubatch, across_dp, stats
 

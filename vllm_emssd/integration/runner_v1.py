@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -23,6 +24,7 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import (
     AutoDraftLength,
+    CostTable,
     DraftLengthPolicy,
     FixedDraftLength,
     Survival,
@@ -35,7 +37,7 @@ from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.references import reference_of
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
-from vllm_emssd.integration.row_rounding import RoundedRowsMixin
+from vllm_emssd.integration.row_rounding import RoundedRowsMixin, RowRounding
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
 from vllm_emssd.integration.step_costs import (
@@ -43,7 +45,8 @@ from vllm_emssd.integration.step_costs import (
     NO_DRAFT_MODEL,
     StepCostMeter,
     measure_drafter,
-    measure_target,
+    rows_to_measure,
+    time_target,
 )
 from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_async_v1
@@ -55,6 +58,8 @@ from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import DraftingCost, MixedProposer, unmeasured_cost
 from vllm_emssd.proposers.registry import plugin_proposer
 from vllm_emssd.scorer import pad_to_longest
+
+logger = init_logger("vllm.emssd.runner_v1")
 
 
 @contextmanager
@@ -126,17 +131,20 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     def _measure_costs(self) -> StepCostMeter:
         target, drafter = ForwardTimer(self.model), self.paged_drafter
         most = self.max_num_reqs * (1 + self.num_spec_tokens)
-        target_costs = measure_target(
+        samples = time_target(
             lambda num_rows: self._dummy_run(
                 num_rows,
                 force_attention=True,
-                uniform_decode=True,
+                uniform_decode=num_rows <= most,
                 profile_seq_lens=min(CONTEXT, self.max_model_len),
             ),
             target,
-            min(most, self.max_num_tokens),
+            rows_to_measure(most, self.max_num_tokens),
             self.device,
         )
+        self._row_rounding = RowRounding(samples)
+        logger.info("Row counts quicker as larger ones: %s", self._row_rounding)
+        target_costs = CostTable.from_samples(samples)
         draft_costs = (
             NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter, self.device)
         )

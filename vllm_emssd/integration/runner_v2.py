@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_length import AutoDraftLength, Survival
+from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.prometheus import open_shared_counters
@@ -35,7 +35,7 @@ from vllm_emssd.integration.step_costs import (
     CONTEXT,
     StepCostMeter,
     measure_drafter,
-    measure_target,
+    time_target,
 )
 from vllm_emssd.integration.v2_limits import refuse_deployment, refuse_options
 from vllm_emssd.metrics import Counters
@@ -118,12 +118,13 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
         with self.speculator.sitting_out_dummy_runs() as drafter:
             drafter.time_by(clock_of(device))
-            target_costs = measure_target(
+            samples = time_target(
                 lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
                 target,
                 max(most, 1),
                 device,
             )
+            target_costs = CostTable.from_samples(samples)
             draft_costs = measure_drafter(drafter, device)
         return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
 

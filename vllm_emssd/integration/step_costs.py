@@ -26,7 +26,7 @@ from vllm_emssd.ragged import RaggedRows
 
 logger = init_logger("vllm.emssd.step_costs")
 
-_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 _PASSES = 5  # over the row counts; the first is warm-up
 CONTEXT = 256  # tokens each row attends to
 _FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
@@ -158,15 +158,26 @@ def _learn_rest(costs: StepCosts, ms: float, has_drafted: bool) -> None:
     costs.speculation_ms = both - costs.fixed_ms
 
 
-def measure_target(
+def time_target(
     run: Callable[[int], object],
     target: TimedForwards,
     most_rows: int,
     device: torch.device,
-) -> CostTable:
-    """`run`: a forward of the target with that many rows, each with some context."""
+) -> list[tuple[int, float]]:
+    """(rows, ms) of forwards, the row counts in turn.
+
+    Args:
+        run: a forward of the target with that many rows, each with some context.
+    """
     forwards = {n: partial(run, n) for n in _ROWS if n <= most_rows}
-    return CostTable.from_samples(_in_passes(forwards, target, device))
+    return _in_passes(forwards, target, device)
+
+
+def rows_to_measure(most: int, limit: int) -> int:
+    """The row count up to which forwards are timed, where steps have `most` rows: the
+    next beyond, as more rows may be quicker. At most `limit`."""
+    beyond = (n for n in _ROWS if n >= most)
+    return min(next(beyond, most), limit)
 
 
 def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
