@@ -72,7 +72,8 @@ ensure_environment() {
     export PATH=$venv/bin:$PATH
 }
 
-# On the CPU: Intel OpenMP and, where it is installed, tcmalloc, as vLLM asks for.
+# On the CPU: Intel OpenMP and, where it is installed, tcmalloc, as vLLM asks for; and huge
+# pages for torch's memory, where the system gives them to who asks.
 export_cpu_settings() {
     has_nvidia_gpu && return
     local libraries=() found
@@ -81,5 +82,6 @@ export_cpu_settings() {
     [ -n "$found" ] && libraries+=("$found")
     export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+    export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
     export LD_PRELOAD=${LD_PRELOAD:-$(IFS=:; echo "${libraries[*]:-}")}
 }

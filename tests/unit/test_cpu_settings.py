@@ -32,13 +32,21 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
                 "LD_PRELOAD": f"{IOMP}:{TCMALLOC}",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "OMP_NUM_THREADS": "2",
+                "THP_MEM_ALLOC_ENABLE": "1",
             },
         ),
-        ({}, 64, {"LD_PRELOAD": f"{IOMP}:{TCMALLOC}"}),  # vLLM binds threads itself
+        (  # vLLM binds threads itself
+            {"THP_MEM_ALLOC_ENABLE": "0"},
+            64,
+            {"LD_PRELOAD": f"{IOMP}:{TCMALLOC}"},
+        ),
         (
             {"LD_PRELOAD": "/mine.so", "VLLM_CPU_OMP_THREADS_BIND": "0-1"},
             4,
-            {"LD_PRELOAD": f"{IOMP}:{TCMALLOC}:/mine.so"},
+            {
+                "LD_PRELOAD": f"{IOMP}:{TCMALLOC}:/mine.so",
+                "THP_MEM_ALLOC_ENABLE": "1",
+            },
         ),
         (
             {"LD_PRELOAD": "/opt/libtcmalloc.so", "OMP_NUM_THREADS": "1"},
@@ -46,6 +54,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
             {
                 "LD_PRELOAD": f"{IOMP}:/opt/libtcmalloc.so",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "THP_MEM_ALLOC_ENABLE": "1",
             },
         ),
         (
@@ -54,7 +63,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             },
             64,
-            {"OMP_NUM_THREADS": "64"},
+            {"OMP_NUM_THREADS": "64", "THP_MEM_ALLOC_ENABLE": "1"},
         ),
     ],
 )
