@@ -60,6 +60,15 @@ def test_which_ratios() -> None:
     }
 
 
+def test_the_best_length_is_what_auto_is_measured_by() -> None:
+    seconds = {"auto": [1.0], "k0": [4.0], "k5": [2.0], "k12": [3.0]}
+    found = ratios(seconds)
+    assert found["auto/best(k0, k5, k12)"]["ratio"] == 2.0
+    assert found["k5/k0"]["ratio"] == 2.0
+    with_plain = ratios({"auto": [1.0], "plain": [0.5], "k5": [2.0]})
+    assert with_plain["auto/best(plain, k5)"]["ratio"] == 0.5
+
+
 def test_geometric_means() -> None:
     results = [{"ratios": {"a/b": {"ratio": r}}} for r in (1.0, 4.0)]
     assert geometric_means(results) == {"a/b": pytest.approx(2.0)}

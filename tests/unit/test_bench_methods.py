@@ -7,7 +7,12 @@ from typing import Any, get_args
 import pytest
 
 from vllm_emssd.bench import methods
-from vllm_emssd.bench.methods import DESCRIPTIONS, MethodOptions, parse_method
+from vllm_emssd.bench.methods import (
+    DESCRIPTIONS,
+    MethodOptions,
+    fixed_length,
+    parse_method,
+)
 from vllm_emssd.config import DraftLengthName, parse_speculative_config
 
 OPTIONS = MethodOptions(draft_model="DRAFT", num_speculative_tokens=5)
@@ -58,6 +63,11 @@ def test_fixed_lengths_by_name() -> None:
     assert config("k12") == config("emssd") | {"num_speculative_tokens": 12}
 
 
+def test_which_lengths_are_fixed() -> None:
+    lengths = {n: fixed_length(parse_method(n, OPTIONS)) for n in ("k0", "k8", "auto")}
+    assert lengths == {"k0": 0, "k8": 8, "auto": None}
+
+
 def test_custom() -> None:
     method = parse_method('mine={"method": "suffix"}', OPTIONS)
     assert (method.name, method.speculative_config) == ("mine", {"method": "suffix"})
@@ -66,7 +76,7 @@ def test_custom() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("k0", "unknown method"),
+        ("k01", "unknown method"),
         ("vanilla", "choose from plain"),
         ("mine={", "not JSON"),
         ("mine=[]", "JSON object"),

@@ -21,6 +21,7 @@ from vllm_emssd.bench.round import RequestStep, Round
 from vllm_emssd.bench.stopwatch import Stopwatch
 from vllm_emssd.commands.bench import GPU_SHARE, add_arguments, plan_of, shared_gpu
 
+ONE_ENGINE = ["--one-engine", "--draft-model", "d", "--methods"]
 METHODS = [Method("plain", None), Method("other", {})]
 OPTIONS = EngineOptions("model", "tokenizer", max_model_len=64, max_num_seqs=2)
 
@@ -39,6 +40,7 @@ class NotedEngine:
         self.method, self.is_closed = method, False
         NotedEngine.starts.append(f"start {method.name}")
         self.runs: list[tuple[list[int], int, bool]] = []  # of batches, at once, ...
+        self.lengths: list[int | None] = []  # asked for
         NotedEngine.made.append(self)
 
     def wait_until_ready(self) -> None:
@@ -49,9 +51,11 @@ class NotedEngine:
         batches: list[list[Request]],
         max_concurrency: int,
         is_continuous: bool,
+        num_draft_tokens: int | None = None,
     ) -> Round:
         sizes = [len(batch) for batch in batches]
         self.runs.append((sizes, max_concurrency, is_continuous))
+        self.lengths.append(num_draft_tokens)
         return Round()
 
     def close(self) -> None:
@@ -85,6 +89,20 @@ def test_engines_start_one_by_one_or_together() -> None:
     NotedEngine.starts.clear()
     measure(replace(plan, starts_together=True), OPTIONS, requests(4))
     assert NotedEngine.starts == [start_plain, start_other, wait_plain, wait_other]
+
+
+def test_lengths_take_turns_in_one_engine() -> None:
+    methods = [Method("k0", {}), Method("auto", {}), Method("k3", {})]
+    plan = Plan(methods, [2], rounds=1, starts=2, in_one_engine=True)
+    measured = measure(plan, OPTIONS, requests(4, 4))
+    assert [e.method.name for e in NotedEngine.made] == ["auto", "auto"]
+    # The round that warms up goes backwards.
+    assert NotedEngine.made[0].lengths == [3, None, 0, 0, None, 3]
+    assert {name: len(r) for name, r in measured.rounds[2].items()} == {
+        "k0": 2,
+        "auto": 2,
+        "k3": 2,
+    }
 
 
 @pytest.mark.parametrize("num_engines", [1, 4])
@@ -201,6 +219,10 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
         (["--http", "--starts", "2"], "leave out --starts"),
         (["--http", "--continuous"], "leave out --starts, --start-together"),
         (["--continuous", "--methods", "llma", "llma-padded"], "runs whole batches"),
+        (["--draft-model", "d", "--methods", "plain", "k0"], "needs --one-engine"),
+        ([*ONE_ENGINE, "auto", "stock"], "leave out stock"),
+        ([*ONE_ENGINE, "k1", "k2"], "leave out the rest"),
+        ([*ONE_ENGINE, "auto", "k9"], "no kN above --auto-tokens"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags: list[str], says: str) -> None:

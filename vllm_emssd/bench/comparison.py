@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm_emssd.bench.harness import Measurement
 from vllm_emssd.bench.kv_price import estimate, row_slot_ms
+from vllm_emssd.bench.methods import AUTOMATIC, FIXED_LENGTH
 from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.row_costs import row_cost
 from vllm_emssd.bench.vanilla import replay
@@ -83,11 +84,16 @@ def compare(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, Any
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """By name: `emssd/stock`, `auto/best(plain, stock)`."""
-    over_plain = [(name, "plain") for name in seconds if name != "plain"]
+    """By name: `emssd/stock`, `auto/best(plain, stock)`. In one engine that speculates,
+    `k0` is what comes nearest to plain decoding."""
+    plain = "plain" if "plain" in seconds else "k0"
+    over_plain = [(name, plain) for name in seconds if name != plain]
     pairs: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{a}/{b}": (a, (b,)) for a, b in (*over_plain, *PAIRS)
     }
+    lengths = tuple(n for n in seconds if n == "plain" or FIXED_LENGTH.fullmatch(n))
+    if len(lengths) > 1:
+        pairs[f"{AUTOMATIC}/best({', '.join(lengths)})"] = (AUTOMATIC, lengths)
     for name, others in AGAINST_BEST.items():
         pairs[f"{name}/best({', '.join(others)})"] = (name, others)
     return {

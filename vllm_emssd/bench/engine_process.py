@@ -59,6 +59,7 @@ class EngineProcess:
         batches: list[list[Request]],
         max_concurrency: int,
         is_continuous: bool = False,
+        num_draft_tokens: int | None = None,
     ) -> Round:
         """The batches one after the other, timed together.
 
@@ -66,8 +67,10 @@ class EngineProcess:
             max_concurrency: requests of a batch that run at once.
             is_continuous: a batch ends once no request is left to take the place of
                 one that has ended; those still running are aborted.
+            num_draft_tokens: of each request and step, in an engine of automatic
+                lengths; None for its own.
         """
-        self._pipe.send((batches, max_concurrency, is_continuous))
+        self._pipe.send((batches, max_concurrency, is_continuous, num_draft_tokens))
         return self._receive()
 
     def close(self) -> None:
@@ -139,10 +142,18 @@ class _Engine:
         self._is_emssd = (method.speculative_config or {}).get("method") == "emssd"
         self._stopwatch = Stopwatch(self._llm)
         self._num_requests = 0
+        self._num_draft_tokens: int | None = None  # asked for last
 
     def run(
-        self, batches: list[list[Request]], max_concurrency: int, is_continuous: bool
+        self,
+        batches: list[list[Request]],
+        max_concurrency: int,
+        is_continuous: bool,
+        num_draft_tokens: int | None = None,
     ) -> Round:
+        if num_draft_tokens != self._num_draft_tokens:
+            self._llm.collective_rpc("emssd_fix_draft_length", args=(num_draft_tokens,))
+            self._num_draft_tokens = num_draft_tokens
         self._stopwatch.round = done = Round()
         self._stopwatch.request_index.clear()
         stats, preemptions = self._emssd_stats(), self._num_preemptions()

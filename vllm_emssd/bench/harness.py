@@ -23,7 +23,7 @@ from rich.progress import (
 
 from vllm_emssd.bench.engine_process import EngineOptions, EngineProcess
 from vllm_emssd.bench.kv_price import Forward, decode_forwards, stretched
-from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.methods import AUTOMATIC, Method, fixed_length
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 
@@ -46,6 +46,7 @@ class Plan:
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
     starts_together: bool = False  # what starts keeps several cores busy
+    in_one_engine: bool = False  # that of `auto`; the others are fixed lengths
     priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
@@ -53,6 +54,12 @@ class Plan:
         start, so it has one more."""
         num_batches = max(1, -(-self.min_requests // batch)) + self.is_continuous
         return batch * num_batches
+
+    def engines(self) -> Sequence[Method]:
+        """The methods that have an engine."""
+        if not self.in_one_engine:
+            return self.methods
+        return [method for method in self.methods if method.name == AUTOMATIC]
 
     def num_turns(self) -> int:
         """Of all batch sizes: rounds of every method."""
@@ -116,7 +123,7 @@ def _measure_once(
     with contextlib.ExitStack() as stack:
         engines = start_each(
             "engines",
-            plan.methods,
+            plan.engines(),
             lambda method: _running(method, options, plan.starts_together),
             progress,
             stack,
@@ -129,13 +136,8 @@ def _measure_once(
             chosen = requests[: plan.num_requests(batch)]
             size = len(chosen) if plan.is_continuous else batch
             batches = in_batches(chosen, size)
-            runs = [
-                (
-                    engine.method,
-                    partial(engine.run, batches, batch, plan.is_continuous),
-                )
-                for engine in engines
-            ]
+            run = partial(_run_of, engines, batches, batch, plan)
+            runs = [(method, run(method)) for method in plan.methods]
             measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))
             measured.forwards[batch] = {
                 engine.method.name: _stretched(engine, batches[0], options)
@@ -143,6 +145,20 @@ def _measure_once(
                 if engine.method.name in plan.priced
             }
     return measured
+
+
+def _run_of(
+    engines: Sequence[EngineProcess],
+    batches: list[list[Request]],
+    batch: int,
+    plan: Plan,
+    method: Method,
+) -> Callable[[], Round]:
+    if plan.in_one_engine:
+        run = partial(engines[0].run, num_draft_tokens=fixed_length(method))
+    else:
+        run = partial(next(e for e in engines if e.method == method).run)
+    return partial(run, batches, batch, plan.is_continuous)
 
 
 def in_turns(

@@ -15,7 +15,7 @@ DESCRIPTIONS: dict[str, str] = {
     "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
     "suffix": "vLLM's suffix (arctic-inference), copy_length drafts, no old answers",
     "emssd": "emssd draft model, K drafts",
-    "kN": "emssd draft model, N drafts (k1, k2, ...)",
+    "kN": "emssd draft model, N drafts (k1, k2, ...; with --one-engine k0 too)",
     "auto": "emssd draft model, lengths by goodput",
     "padded": "emssd draft model, K drafts, padded inputs (unpad_inputs: false)",
     "llma": "emssd copy, copy_length drafts",
@@ -25,7 +25,8 @@ DESCRIPTIONS: dict[str, str] = {
     "mixed-auto": "the same, lengths by goodput",
     "NAME={...}": "any --speculative-config, under a name",
 }
-FIXED_LENGTH = re.compile(r"k([1-9]\d*)")
+FIXED_LENGTH = re.compile(r"k(0|[1-9]\d*)")
+AUTOMATIC = "auto"  # whose engine runs fixed lengths too
 NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded", "mixed", "mixed-auto"}
 LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
 
@@ -45,6 +46,12 @@ class MethodOptions:
     auto_tokens: int = 8
     check_length: int = 2
     copy_length: int = 7
+
+
+def fixed_length(method: Method) -> int | None:
+    """Drafts of every request; None where a policy chooses. Of `auto` and `kN`."""
+    match = FIXED_LENGTH.fullmatch(method.name)
+    return None if match is None else int(match.group(1))
 
 
 def parse_method(text: str, options: MethodOptions) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from vllm_emssd.bench import methods, over_http, workloads
 from vllm_emssd.bench.comparison import PADDED, compare_all, geometric_means
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
 from vllm_emssd.bench.harness import Measurement, Plan, measure
-from vllm_emssd.bench.methods import MethodOptions, parse_method
+from vllm_emssd.bench.methods import (
+    AUTOMATIC,
+    Method,
+    MethodOptions,
+    fixed_length,
+    parse_method,
+)
 from vllm_emssd.bench.over_http import measure_over_http
 from vllm_emssd.bench.proposer_time import proposer_times
 from vllm_emssd.bench.provenance import provenance
@@ -92,6 +99,12 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="of all engines, each with so many rounds: evens out what a process has "
         "of good or bad luck for as long as it lives",
+    )
+    group.add_argument(
+        "--one-engine",
+        action="store_true",
+        help="auto and kN (k0: no drafts) take turns in one engine, so that lengths "
+        "are all that differs; fixed ones then pay for confidences they do not use",
     )
     group.add_argument(
         "--start-together",
@@ -219,6 +232,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
             "--http: servers start once, one after the other, and always run "
             "continuously; leave out --starts, --start-together and --continuous"
         )
+    check_fixed_lengths(chosen, args)
     if args.continuous and {method.name for method in chosen} & set(PADDED.values()):
         raise ValueError(
             "--continuous: the paper's vanilla, which padded inputs are compared with, "
@@ -234,7 +248,25 @@ def plan_of(args: argparse.Namespace) -> Plan:
         starts=args.starts,
         is_continuous=args.continuous,
         starts_together=args.start_together,
+        in_one_engine=args.one_engine,
     )
+
+
+def check_fixed_lengths(chosen: Sequence[Method], args: argparse.Namespace) -> None:
+    """Raises ValueError where the methods do not go with `--one-engine`."""
+    lengths = {m.name: fixed_length(m) for m in chosen}
+    if not args.one_engine:
+        if "k0" in lengths:
+            raise ValueError("method 'k0' needs --one-engine; else 'plain' is without")
+        return
+    others = [n for n, k in lengths.items() if k is None and n != AUTOMATIC]
+    if others or AUTOMATIC not in lengths or args.http:
+        raise ValueError(
+            "--one-engine compares 'auto' with 'kN', not over HTTP; leave out "
+            f"{', '.join(others) or 'the rest'}, or it"
+        )
+    if max(k or 0 for k in lengths.values()) > args.auto_tokens:
+        raise ValueError("--one-engine: no kN above --auto-tokens, the engine's most")
 
 
 def workload_options(args: argparse.Namespace) -> WorkloadOptions:
@@ -262,7 +294,7 @@ def engine_options_of(args: argparse.Namespace, workload: Workload) -> EngineOpt
             "enable_prefix_caching": args.cached_prompts,
         }
         | ({"block_size": args.block_size} if args.block_size else {})
-        | shared_gpu(len(args.methods)),
+        | shared_gpu(1 if args.one_engine else len(args.methods)),
     )
 
 

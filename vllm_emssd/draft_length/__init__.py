@@ -5,6 +5,7 @@ from vllm_emssd.draft_length.auto import AutoDraftLength
 from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.fixed import FixedDraftLength
 from vllm_emssd.draft_length.goodput import StepCosts
+from vllm_emssd.draft_length.override import OverridableDraftLength
 from vllm_emssd.draft_length.policy import DraftLengthPolicy, DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
@@ -15,6 +16,7 @@ __all__ = [
     "DraftLengthPolicy",
     "DraftOpportunity",
     "FixedDraftLength",
+    "OverridableDraftLength",
     "StepCosts",
     "Survival",
 ]

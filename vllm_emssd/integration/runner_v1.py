@@ -27,6 +27,7 @@ from vllm_emssd.draft_length import (
     CostTable,
     DraftLengthPolicy,
     FixedDraftLength,
+    OverridableDraftLength,
     Survival,
 )
 from vllm_emssd.integration import hooks
@@ -91,6 +92,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
         self._step_costs: StepCostMeter | None = None  # with automatic lengths
+        self._drafting_policy: OverridableDraftLength | None = None  # likewise
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         is_publisher = self.parallel_config.rank == 0
         self._shared_counters = (
@@ -122,11 +124,29 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._step_costs = self._measure_costs()
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
         costs = self._step_costs.costs
-        drafting = AutoDraftLength(
+        automatic = AutoDraftLength(
             costs, Survival(self.num_spec_tokens), may_trim=not is_sampled
         )
+        drafting = self._drafting_policy = OverridableDraftLength(automatic)
         copying = AutoDraftLength(costs, Survival(self.num_spec_tokens), may_trim=True)
-        self._proposer = self._make_proposer(drafting, copying, drafting.drafting_cost)
+        self._proposer = self._make_proposer(drafting, copying, automatic.drafting_cost)
+
+    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
+        """See the worker's `emssd_fix_draft_length`."""
+        most = self.num_spec_tokens
+        if self._drafting_policy is None or not isinstance(
+            self._proposer, DraftModelProposer
+        ):
+            raise ValueError(
+                'draft lengths can be fixed while the engine runs with "draft_length": '
+                '"auto" and "proposer": "draft_model"'
+            )
+        if num_draft_tokens is not None and not 0 <= num_draft_tokens <= most:
+            raise ValueError(
+                f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
+                "num_speculative_tokens, or None for automatic lengths"
+            )
+        self._drafting_policy.num_draft_tokens = num_draft_tokens
 
     def _measure_costs(self) -> StepCostMeter:
         target, drafter = ForwardTimer(self.model), self.paged_drafter

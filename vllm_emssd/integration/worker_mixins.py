@@ -41,3 +41,15 @@ class EmssdWorkerMixin(Worker):
         of `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
         costs: dict[str, Any] = self.model_runner.costs_now()
         return costs
+
+    def emssd_fix_draft_length(self, num_draft_tokens: int | None) -> None:
+        """From now on every request drafts so many tokens a step; 0 turns speculation
+        off, None makes lengths automatic again. On all ranks, between two steps:
+        `llm.collective_rpc("emssd_fix_draft_length", args=(3,))`.
+
+        Raises ValueError unless lengths are automatic, on the V1 runner with a draft
+        model alone, and for more than `num_speculative_tokens`.
+        """
+        if not hasattr(self.model_runner, "fix_draft_length"):
+            raise ValueError("draft lengths can be fixed on the V1 runner only")
+        self.model_runner.fix_draft_length(num_draft_tokens)

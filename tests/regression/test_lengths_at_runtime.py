@@ -1,0 +1,57 @@
+"""Draft lengths fixed, speculation turned off and on again, in an engine that runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine import (
+    DRAFT_MODEL,
+    LLMA,
+    EngineConfig,
+    greedy,
+    prompts,
+    running,
+    stats,
+)
+
+AUTO = {"draft_length": "auto", "num_speculative_tokens": 5}
+
+
+def drafts_a_step(llm: Any, num_draft_tokens: int | None) -> tuple[float, Any]:
+    """Of each request that decodes; and the tokens."""
+    llm.collective_rpc("emssd_fix_draft_length", args=(num_draft_tokens,))
+    before = stats(llm)
+    tokens = greedy(llm, [prompts()[0]], max_tokens=40)
+    now = stats(llm)
+    made = {name: now[name] - before[name] for name in now}
+    # The step that ends the prompt verifies nothing.
+    return made["num_draft_tokens"] / (made["num_request_steps"] - 1), tokens
+
+
+def test_lengths_change_and_tokens_do_not() -> None:
+    with running(EngineConfig(DRAFT_MODEL | AUTO)) as llm:
+        three, tokens = drafts_a_step(llm, 3)
+        # The last steps have fewer tokens left to draft.
+        assert 2.5 < three <= 3
+        assert drafts_a_step(llm, 0) == (0, tokens)
+        one, tokens_of_one = drafts_a_step(llm, 1)
+        assert 0.9 < one <= 1
+        assert tokens_of_one == tokens
+        automatic, tokens_of_automatic = drafts_a_step(llm, None)
+        assert 0 <= automatic <= 5
+        assert tokens_of_automatic == tokens
+        for wrong in (-1, 6):
+            with pytest.raises(ValueError, match="give 0 to 5"):
+                llm.collective_rpc("emssd_fix_draft_length", args=(wrong,))
+        assert drafts_a_step(llm, 0) == (0, tokens), "the engine goes on"
+
+
+@pytest.mark.parametrize("config", [DRAFT_MODEL, LLMA | {"draft_length": "auto"}])
+def test_says_what_it_needs(config: dict[str, Any]) -> None:
+    with (
+        running(EngineConfig(config)) as llm,
+        pytest.raises(ValueError, match='"draft_length": "auto"'),
+    ):
+        llm.collective_rpc("emssd_fix_draft_length", args=(1,))
