@@ -252,6 +252,16 @@ def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
     assert (kept[:8] >= 1).all()
 
 
+def test_goes_on_beyond_a_stair_that_pays_as_a_whole() -> None:
+    """The next draft of each alone would not pay the stair, all that fit on it do."""
+    stair = CostTable([1, 17, 18, 40, 41, 300], [20.0, 20.0, 32.0, 32.0, 90.0, 349.0])
+    costs = StepCosts(stair, CostTable([1], [0.1]), 1.0)
+    policy = auto_policy(costs, 4)
+    loop = Loop(policy, costs, 8, lambda *_: 0.8, num_spec_tokens=4, spread=0.05)
+    verified = [sum(step.verified) for step in loop.run(200).steps[60:]]
+    assert np.mean(verified) > 20
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_may_not_trim_never_trims(seed: int) -> None:
     """Where drafts are sampled, what was drafted is verified, whatever its odds."""

@@ -177,6 +177,25 @@ def test_row_counts_computed_as_a_larger_one_cost_what_it_costs() -> None:
     assert ms(table, 40) == pytest.approx(55, rel=0.15)
 
 
+@property_test
+@given(tables(), st.integers(0, 300), st.integers(0, 300))
+def test_convex_prices_lie_below_and_touch(
+    table: CostTable, first: int, more: int
+) -> None:
+    found, exact = table.convex(first, first + more), table.from_to(first, first + more)
+    scale = 1e-9 * max(exact.max(), 1.0)
+    assert found.shape == exact.shape
+    assert (found <= exact + scale).all()
+    assert (np.diff(found, 2) >= -scale).all()
+    assert found[[0, -1]].tolist() == exact[[0, -1]].tolist()
+
+
+def test_convex_prices_go_beyond_a_stair() -> None:
+    """65 to 128 rows cost 32 ms more than 64, whichever: half a millisecond each."""
+    table = CostTable([1, 64, 65, 128, 256], [40.0, 40.0, 72.0, 72.0, 200.0])
+    assert table.convex(64, 192)[[0, 32, 64, 128]].tolist() == [40, 56, 72, 136]
+
+
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.5, 4.0, 50.0])
 def test_follows_a_lasting_change(factor: float) -> None:
     """Even one so great that the first times look like outliers."""

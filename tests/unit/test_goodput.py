@@ -294,7 +294,7 @@ def test_no_other_requests_go_on_better(
     price: float,
 ) -> None:
     survival, following = np.array(drafts).reshape(-1, 2).T
-    costs = StepCosts(target, draft, 1.0)
+    verify_ms = target.from_to(verify_rows, verify_rows + len(drafts))
 
     def profit(goes_on: Sequence[bool]) -> float:
         count = sum(goes_on)
@@ -303,7 +303,7 @@ def test_no_other_requests_go_on_better(
             float((survival * following)[np.array(goes_on, bool)].sum()) - price * time
         )
 
-    found = worth_another_forward(survival * following, verify_rows, costs, price)
+    found = worth_another_forward(survival * following, draft, verify_ms, price)
     assert found.dtype == bool
     assert found.shape == (len(drafts),)
     assert not found[survival * following == 0].any()

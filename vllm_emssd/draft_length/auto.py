@@ -139,7 +139,9 @@ class AutoDraftLength:
         self._prices = self.costs
         self._expected = survival.expected(self._factors.by_position)
         self._acceptance = survival.acceptance_by_position(self._factors.by_position)
-        drafts = self._plan(step, self._expected) > 0
+        lens = self._plan(step, self._expected)
+        drafts = lens > 0
+        self._verify_ms = self._verify_prices(int(lens.sum()))
         survival.skip(compress(step.req_ids, ~drafts))
         self._planned = None
         if drafts.any() and not self._is_probe:
@@ -152,6 +154,17 @@ class AutoDraftLength:
                 _PLAN_STEPS - 1 if holds else 0,
             )
         return drafts
+
+    def _verify_prices(self, num_planned: int) -> np.ndarray:
+        """The target's, with 0 to all possible drafts: up to those planned each costs
+        the average, so that a stair which pays as a whole is climbed; beyond, convex.
+        [num_reqs * K + 1]"""
+        planned = self._base_rows + num_planned
+        last = self._base_rows + self._expected.size
+        beyond = self.costs.target.convex(planned, last)
+        base_ms = self.costs.target.at(self._base_rows)
+        within = np.linspace(base_ms, beyond[0], num_planned + 1)
+        return np.concatenate([within, beyond[1:]])
 
     def _go_by(self, planned: _PlannedBatch, step: DraftOpportunity) -> np.ndarray:
         """As planned; what was verified since waits for the next plan."""
@@ -309,8 +322,8 @@ class AutoDraftLength:
         gains *= self._acceptance[req_indices, position + 1]
         return may & worth_another_forward(
             np.where(may, gains, 0.0),
-            self._base_rows + self._num_made,
-            self.costs,
+            self.costs.draft,
+            self._verify_ms[self._num_made :],
             self._tokens_per_ms,
         )
 

@@ -85,6 +85,19 @@ class CostTable:
             return by_rows[first : last + 1]
         return self.ms(np.arange(first, last + 1))
 
+    def convex(self, first: int, last: int) -> np.ndarray:
+        """The dearest convex prices that are nowhere above the table's, of `first` to
+        `last` rows: what a row costs to who goes on beyond a stair."""
+        table = self.from_to(first, last)
+        corners = [0, *(r - first for r, _ in self.points if first < r < last)]
+        hull: list[int] = []
+        for corner in (*corners, last - first):
+            while len(hull) > 1 and _is_above(table, hull[-2], hull[-1], corner):
+                hull.pop()
+            if not hull or corner > hull[-1]:
+                hull.append(corner)
+        return np.interp(np.arange(table.size), hull, table[hull])
+
     def _interpolated(self, rows: np.ndarray) -> np.ndarray:
         cost = np.interp(rows, self._rows, self._ms)
         beyond = np.maximum(rows - self._rows[-1], 0)
@@ -155,6 +168,12 @@ class CostTable:
             rise = float(self._ms[-1]) - half
             self._last_slope = rise / (last - start) if last > start else 0.0
         return self._last_slope
+
+
+def _is_above(ms: np.ndarray, left: int, middle: int, right: int) -> bool:
+    """Whether the price in the middle is above the line between the other two."""
+    rise = (ms[right] - ms[left]) / (right - left)
+    return bool(ms[middle] >= ms[left] + rise * (middle - left))
 
 
 def _rate(num_seen: int) -> float:

@@ -253,8 +253,8 @@ def _changed(
 
 def worth_another_forward(
     gain: np.ndarray,
-    verify_rows: int,
-    costs: StepCosts,
+    draft: CostTable,
+    verify_ms: np.ndarray,
     tokens_per_ms: float,
 ) -> np.ndarray:
     """Which requests go on drafting: [num_drafting] bool, all False if none pays.
@@ -262,12 +262,13 @@ def worth_another_forward(
     Args:
         gain: [num_drafting] expected survival of each one's next draft, times what a
             token of the request is worth; 0 if it may not.
-        verify_rows: rows of the target so far, drafts included.
+        draft: prices of a draft forward.
+        verify_ms: [num_drafting + 1] the target's price with none of these drafts, one,
+            ..., all. Convex, or a stair is not climbed though its width would pay.
     """
     order = _by_survival(gain)
     most = order.size
-    ms = costs.draft.from_to(0, most)
-    ms = ms + costs.target.from_to(verify_rows, verify_rows + most)
+    ms = draft.from_to(0, most) + verify_ms[: most + 1]
     goes_on = np.zeros(gain.size, dtype=bool)
     goes_on[order[: _best_budget(gain[order], ms, tokens_per_ms)]] = True
     return goes_on
