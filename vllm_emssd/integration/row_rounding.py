@@ -23,22 +23,23 @@ if TYPE_CHECKING:
 _MULTIPLES = (8, 4)  # the first that is cheap enough
 _FROM_ROWS = 16  # fewer are few row counts
 _MOST_MORE = 0.02  # of the forward's price
-_QUICKER = 0.95  # times the price: worth more rows
+_MOST_TIMES = 2  # as many rows, where those are quicker
 
 
 class RowRounding:
     """How many rows to compute for as many as are needed.
 
     Args:
-        samples: (rows, ms) of forwards, the row counts timed in turn, each as often.
+        samples: (rows, ms) of forwards. The quickest of a row count stands for it, as
+            in a cost table, which prices a slower one like the later that is quicker.
     """
 
     def __init__(self, samples: Iterable[tuple[int, float]] = ()) -> None:
-        by_rows: dict[int, list[float]] = {}
+        times: dict[int, float] = {}
         for rows, ms in samples:
-            by_rows.setdefault(rows, []).append(ms)
-        self._timed = sorted(by_rows)
-        self._quickest = {rows: _quickest(rows, by_rows) for rows in self._timed}
+            times[rows] = min(ms, times.get(rows, ms))
+        self._timed = sorted(times)
+        self._quickest = {rows: _quickest(rows, times) for rows in self._timed}
 
     def __str__(self) -> str:
         changed = {rows: q for rows, q in self._quickest.items() if rows != q}
@@ -59,17 +60,12 @@ class RowRounding:
         return _rounded_where_cheap(num_rows, most, target)
 
 
-def _quickest(rows: int, times: dict[int, list[float]]) -> int:
-    """The row count to compute instead of `rows`: one that was quicker each time."""
-    quickest = rows
-    for other in sorted(times):
-        if (
-            other > rows
-            and min(times[other]) < _QUICKER * min(times[quickest])
-            and all(a < b for a, b in zip(times[other], times[rows], strict=True))
-        ):
-            quickest = other
-    return quickest
+def _quickest(rows: int, times: dict[int, float]) -> int:
+    """The row count to compute instead of `rows`."""
+    if rows <= _FROM_ROWS:
+        return rows
+    others = [n for n in times if rows <= n <= _MOST_TIMES * rows]
+    return min(others, key=lambda n: (times[n], n))
 
 
 def _rounded_where_cheap(num_rows: int, most: int, target: CostTable) -> int:
