@@ -53,16 +53,6 @@ def auto_policy(costs: StepCosts, num_spec_tokens: int) -> AutoDraftLength:
     return AutoDraftLength(costs, Survival(num_spec_tokens), may_trim=True)
 
 
-class AtMost(FixedDraftLength):
-    """Always K drafts."""
-
-    def __init__(self, num_drafts: int) -> None:
-        self._num_drafts = num_drafts
-
-    def begin(self, step: DraftOpportunity) -> np.ndarray:
-        return np.minimum(step.max_draft_tokens, self._num_drafts)
-
-
 @dataclass
 class Step:
     """What one step did."""
@@ -203,7 +193,9 @@ def best_fixed(
     """Tokens a ms and K of the best fixed length."""
     found = [
         (
-            Loop(AtMost(k), **setting).run(num_steps).tokens_per_ms(first_step),  # type: ignore[arg-type]
+            Loop(FixedDraftLength(k), **setting)
+            .run(num_steps)
+            .tokens_per_ms(first_step),  # type: ignore[arg-type]
             k,
         )
         for k in lengths

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.unit.simulated_acceptance import (
-    AtMost,
     Loop,
     auto_policy,
     best_fixed,
@@ -22,6 +21,7 @@ from vllm_emssd.draft_length import (
     AutoDraftLength,
     CostTable,
     DraftOpportunity,
+    FixedDraftLength,
     StepCosts,
     Survival,
     auto,
@@ -438,7 +438,7 @@ def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
 
 
 def test_fixed_baselines_do_what_they_say() -> None:
-    loop = Loop(AtMost(3), CHEAP, 2, lambda *_: 0.5).run(5)
+    loop = Loop(FixedDraftLength(3), CHEAP, 2, lambda *_: 0.5).run(5)
     assert all(step.made == step.verified == [3, 3] for step in loop.steps)
 
 

@@ -28,7 +28,7 @@ def policy() -> OverridableDraftLength:
 def test_all_draft_as_many_as_was_set(
     policy: OverridableDraftLength, fixed: int, drafts: list[int]
 ) -> None:
-    policy.num_draft_tokens = fixed
+    policy.fix(fixed)
     assert policy.rests(NUM_REQS) == (fixed == 0)
     assert policy.feeds_prompts == (fixed > 0)
     assert policy.begin(opportunity()).tolist() == drafts
@@ -42,14 +42,14 @@ def test_automatic_lengths_go_on_where_they_were(
     """Drafts that they did not ask for teach them nothing of drafts; ended requests
     leave nothing."""
     automatic = auto_policy(prices(draft_ms=1.0), MOST)
-    policy.num_draft_tokens = 4
+    policy.fix(4)
     for _ in range(50):
         policy.begin(opportunity())
         for req_id in "abc":
             policy.observe(req_id, 4, 0)
     for req_id in "abc":
         policy.release(req_id)
-    policy.num_draft_tokens = None
+    policy.fix(None)
     assert not policy.rests(NUM_REQS)
     assert policy.feeds_prompts
     assert policy.begin(opportunity()).tolist() == [0, 2, MOST]

@@ -61,6 +61,17 @@ class Plan:
             return self.methods
         return [method for method in self.methods if method.name == AUTOMATIC]
 
+    def hosts(
+        self, engines: Sequence[EngineProcess]
+    ) -> Iterator[tuple[Method, EngineProcess]]:
+        """Each method, and the engine that runs it."""
+        one = [*engines] * len(self.methods) if self.in_one_engine else engines
+        return zip(self.methods, one, strict=True)
+
+    def asked_length(self, method: Method) -> int | None:
+        """Drafts that its engine is asked for; None for the engine's own lengths."""
+        return fixed_length(method) if self.in_one_engine else None
+
     def num_turns(self) -> int:
         """Of all batch sizes: rounds of every method."""
         return self.starts * len(self.batches) * (self.rounds + self.warm_up)
@@ -136,8 +147,11 @@ def _measure_once(
             chosen = requests[: plan.num_requests(batch)]
             size = len(chosen) if plan.is_continuous else batch
             batches = in_batches(chosen, size)
-            run = partial(_run_of, engines, batches, batch, plan)
-            runs = [(method, run(method)) for method in plan.methods]
+            how = (batches, batch, plan.is_continuous)
+            runs = [
+                (method, partial(engine.run, *how, plan.asked_length(method)))
+                for method, engine in plan.hosts(engines)
+            ]
             measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))
             measured.forwards[batch] = {
                 engine.method.name: _stretched(engine, batches[0], options)
@@ -145,20 +159,6 @@ def _measure_once(
                 if engine.method.name in plan.priced
             }
     return measured
-
-
-def _run_of(
-    engines: Sequence[EngineProcess],
-    batches: list[list[Request]],
-    batch: int,
-    plan: Plan,
-    method: Method,
-) -> Callable[[], Round]:
-    if plan.in_one_engine:
-        run = partial(engines[0].run, num_draft_tokens=fixed_length(method))
-    else:
-        run = partial(next(e for e in engines if e.method == method).run)
-    return partial(run, batches, batch, plan.is_continuous)
 
 
 def in_turns(

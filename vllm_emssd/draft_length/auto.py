@@ -144,14 +144,14 @@ class AutoDraftLength:
         self._verify_ms = self._verify_prices(int(lens.sum()))
         survival.skip(compress(step.req_ids, ~drafts))
         self._planned = None
-        if drafts.any() and not self._is_probe:
-            holds = survival.num_tested >= _PLANS_HOLD_FROM
+        holds = drafts.any() and survival.num_tested >= _PLANS_HOLD_FROM
+        if holds and not self._is_probe:
             self._planned = _PlannedBatch(
                 list(step.req_ids),
                 step.is_sampling.copy(),
                 step.num_prefill_rows,
                 drafts,
-                _PLAN_STEPS - 1 if holds else 0,
+                _PLAN_STEPS - 1,
             )
         return drafts
 

@@ -48,11 +48,8 @@ class CostTable:
     @classmethod
     def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
         """The quickest of repeated measurements (rows, ms)."""
-        by_rows: dict[int, list[float]] = {}
-        for rows, ms in samples:
-            by_rows.setdefault(rows, []).append(ms)
-        points = sorted(by_rows)
-        return cls(points, (min(by_rows[rows]) for rows in points))
+        times = quickest_times(samples)
+        return cls(times.keys(), times.values())
 
     def ms(self, rows: np.ndarray) -> np.ndarray:
         """Cost of each row count; 0 rows cost nothing. Shape kept, float64."""
@@ -89,7 +86,7 @@ class CostTable:
         """The dearest convex prices that are nowhere above the table's, of `first` to
         `last` rows: what a row costs to who goes on beyond a stair."""
         table = self.from_to(first, last)
-        corners = [0, *(r - first for r, _ in self.points if first < r < last)]
+        corners = [0, *(int(r) - first for r in self._row_list if first < r < last)]
         hull: list[int] = []
         for corner in (*corners, last - first):
             while len(hull) > 1 and _is_above(table, hull[-2], hull[-1], corner):
@@ -168,6 +165,14 @@ class CostTable:
             rise = float(self._ms[-1]) - half
             self._last_slope = rise / (last - start) if last > start else 0.0
         return self._last_slope
+
+
+def quickest_times(samples: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Of repeated measurements (rows, ms), row counts rising."""
+    times: dict[int, float] = {}
+    for rows, ms in samples:
+        times[rows] = min(ms, times.get(rows, ms))
+    return dict(sorted(times.items()))
 
 
 def _is_above(ms: np.ndarray, left: int, middle: int, right: int) -> bool:

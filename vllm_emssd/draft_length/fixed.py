@@ -1,4 +1,4 @@
-"""Always as many drafts as allowed."""
+"""Always as many drafts as allowed, or as were asked for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from vllm_emssd.draft_length.policy import DraftOpportunity
 
 
 class FixedDraftLength:
-    """`draft_length: "fixed"`: every request drafts the most it may."""
+    """`draft_length: "fixed"`: every request drafts the most it may.
+
+    Args:
+        most: drafts of a request, if fewer; 0 is no speculation.
+    """
 
     needs_confidence = False
-    feeds_prompts = True
+    _most: int | None = None
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
+
+    @property
+    def feeds_prompts(self) -> bool:
+        return self._most != 0
 
     def rests(self, num_sampling: int) -> bool:
-        return False
+        return self._most == 0
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
-        return step.max_draft_tokens
+        if self._most is None:
+            return step.max_draft_tokens
+        return np.minimum(step.max_draft_tokens, self._most)
 
     def go_on(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_emssd.draft_length.auto import AutoDraftLength
-from vllm_emssd.draft_length.policy import DraftOpportunity
+from vllm_emssd.draft_length.fixed import FixedDraftLength
+from vllm_emssd.draft_length.policy import DraftLengthPolicy, DraftOpportunity
 
 
 class OverridableDraftLength:
-    """As the automatic policy says, unless `num_draft_tokens` is set: then every
-    request drafts so many, if it may, and 0 is no speculation.
+    """As the automatic policy says, unless lengths are fixed.
 
     The automatic policy goes on hearing how requests fare, but not of drafts that it
     did not ask for.
@@ -19,39 +19,34 @@ class OverridableDraftLength:
     needs_confidence = True
 
     def __init__(self, automatic: AutoDraftLength) -> None:
-        self.num_draft_tokens: int | None = None
         self._automatic = automatic
+        self._chosen: DraftLengthPolicy = automatic
+
+    def fix(self, num_draft_tokens: int | None) -> None:
+        """Every request drafts so many from now on, if it may; None: automatic."""
+        fixed = num_draft_tokens is not None
+        self._chosen = FixedDraftLength(num_draft_tokens) if fixed else self._automatic
 
     @property
     def feeds_prompts(self) -> bool:
-        if self.num_draft_tokens is None:
-            return self._automatic.feeds_prompts
-        return self.num_draft_tokens > 0
+        return self._chosen.feeds_prompts
 
     def rests(self, num_sampling: int) -> bool:
-        if self.num_draft_tokens is None:
-            return self._automatic.rests(num_sampling)
-        return self.num_draft_tokens == 0
+        return self._chosen.rests(num_sampling)
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
-        if self.num_draft_tokens is None:
-            return self._automatic.begin(step)
-        return np.minimum(step.max_draft_tokens, self.num_draft_tokens)
+        return self._chosen.begin(step)
 
     def go_on(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
     ) -> np.ndarray:
-        if self.num_draft_tokens is None:
-            return self._automatic.go_on(req_indices, confidence, position)
-        return np.ones(len(req_indices), dtype=bool)
+        return self._chosen.go_on(req_indices, confidence, position)
 
     def finish(self, draft_lens: np.ndarray) -> np.ndarray:
-        if self.num_draft_tokens is None:
-            return self._automatic.finish(draft_lens)
-        return draft_lens
+        return self._chosen.finish(draft_lens)
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
-        return self._automatic.choose(step, confidence)
+        return self._chosen.choose(step, confidence)
 
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int

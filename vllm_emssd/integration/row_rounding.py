@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_emssd.draft_length import CostTable
+from vllm_emssd.draft_length.cost import quickest_times
 
 if TYPE_CHECKING:
     from vllm_emssd.integration.step_costs import StepCostMeter
@@ -35,10 +36,8 @@ class RowRounding:
     """
 
     def __init__(self, samples: Iterable[tuple[int, float]] = ()) -> None:
-        times: dict[int, float] = {}
-        for rows, ms in samples:
-            times[rows] = min(ms, times.get(rows, ms))
-        self._timed = sorted(times)
+        times = quickest_times(samples)
+        self._timed = list(times)
         self._quickest = {rows: _quickest(rows, times) for rows in self._timed}
 
     def __str__(self) -> str:

@@ -146,7 +146,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
                 f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
                 "num_speculative_tokens, or None for automatic lengths"
             )
-        self._drafting_policy.num_draft_tokens = num_draft_tokens
+        self._drafting_policy.fix(num_draft_tokens)
 
     def _measure_costs(self) -> StepCostMeter:
         target, drafter = ForwardTimer(self.model), self.paged_drafter
