@@ -35,6 +35,7 @@ from tests.engine import (
     stop_counting_others,
     vllm_counters,
 )
+from tests.v2.padded_forwards import pad_forwards
 from vllm_emssd.draft_length import CostTable, DraftOpportunity, FixedDraftLength
 
 K = 3
@@ -210,7 +211,26 @@ def aborted(llm: Any) -> dict[str, Any]:
     return {"token_ids": [tokens.get(req_id) for req_id in ids]}
 
 
+def padded(llm: Any, name: str) -> dict[str, Any]:
+    """As with recorded draft forwards, whose batch is padded."""
+    speculator = model_runner(llm).speculator
+    graphs = pad_forwards(speculator)
+    if name == "padded auto":
+        with SteeredPrices(llm) as steered:
+            steered.draw()
+            seen = {"drawn": one_pass(llm)}
+    elif name == "padded itself":
+        seen = {"sampled": one_pass(llm, temperature=1.0, seed=7)}
+    else:
+        seen = {"greedy": one_pass(llm), "structured": one_pass(llm, **structured())}
+        speculator.set_policy(RaggedLengths())
+        seen["ragged"] = one_pass(llm)
+    return seen | {"num_replays": [g.num_replays for g in graphs]}
+
+
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
+    if name.startswith("padded"):
+        return padded(llm, name)
     if name in ("auto", "auto tight"):
         return automatic(llm)
     if name == "auto itself":
@@ -254,6 +274,9 @@ def run_all(path: Path, only: list[str]) -> None:
         "async cached": (EngineConfig(EMSSD, **asynchronous(CACHED)), True),
         "async tight": (EngineConfig(EMSSD, **asynchronous(TIGHT)), True),
         "async itself": (EngineConfig(ITSELF, **asynchronous(SMALL)), True),
+        "padded": (EngineConfig(EMSSD, **SMALL), False),
+        "padded itself": (EngineConfig(ITSELF, **SMALL), False),
+        "padded auto": (EngineConfig(EMSSD | AUTO, **SMALL), False),
         "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
         "auto tight": (EngineConfig(EMSSD | AUTO, **TIGHT), False),
         "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),

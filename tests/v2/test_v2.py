@@ -84,6 +84,26 @@ def test_ragged_lengths_give_the_same_tokens(name: str) -> None:
     assert 0 < drafts_a_step[0] < drafts_a_step[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("padded", "greedy"), ("padded", "ragged"), ("padded auto", "drawn")],
+)
+def test_padding_of_recorded_draft_forwards_changes_nothing(
+    name: str, what: str
+) -> None:
+    run = seen(name, what)
+    assert run["token_ids"] == seen("plain")["token_ids"]
+    assert min(results()[name]["num_replays"]) > 0
+    if what == "greedy":
+        assert run["gained"] == seen("stock")["gained"]
+
+
+def test_padded_samples_of_the_target_itself_are_accepted() -> None:
+    counts = seen("padded itself", "sampled")["counts"]
+    assert counts["num_draft_tokens"] > 0
+    assert counts["num_accepted_tokens"] >= 0.98 * counts["num_draft_tokens"]
+
+
 @pytest.mark.parametrize("name", ["cached", "async cached"])
 def test_cached_prefixes(name: str) -> None:
     first, again = seen(name), seen(name, "again")

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_emssd.integration.forward_clock import ForwardClock
+from vllm_emssd.integration.recorded_forwards_v2 import RecordedForwards
 from vllm_emssd.ragged import RaggedRows
 
 if TYPE_CHECKING:
@@ -79,15 +80,11 @@ class _Drafting:
     idx_mapping: torch.Tensor  # [num_sampled] int64 request states
     positions: torch.Tensor  # [num_sampled] int64 of the rows drafted after
     are_all: bool  # that were in the forward, so that the block tables are theirs
+    is_placed: bool = False  # in `RecordedForwards`, which then knows where they are
 
-    def goes_on(self, rows: RaggedRows, sampled_rows: np.ndarray) -> bool:
-        """With one row more each, of which all are drafted after."""
-        return (
-            self.are_all
-            and rows.has_one_row_each
-            and len(sampled_rows) == rows.num_rows
-            and np.array_equal(self.req_indices, rows.req_indices)
-        )
+    def goes_on(self, rows: RaggedRows) -> bool:
+        """With one row more each."""
+        return self.are_all and np.array_equal(self.req_indices, rows.req_indices)
 
 
 class PagedDrafterV2:
@@ -103,6 +100,7 @@ class PagedDrafterV2:
         self.max_num_reqs: int = stock.max_num_reqs
         self.max_model_len = max_model_len
         self._stock = stock
+        self._recorded = RecordedForwards(stock, max_model_len)
         self._batch: BatchOnDevice
         self._drafting: _Drafting | None = None  # in the step's last forward
         self._clock: ForwardClock | None = None
@@ -137,6 +135,10 @@ class PagedDrafterV2:
         # sync: decides who drafts on
         return tokens, self._stock.confidence.cpu().numpy()
 
+    def capture(self) -> None:
+        """Record CUDA graphs, if any are wanted."""
+        self._recorded.capture()
+
     def _draft(
         self,
         rows: RaggedRows,
@@ -145,36 +147,46 @@ class PagedDrafterV2:
         draft_position: int,
     ) -> torch.Tensor:
         tokens = torch.as_tensor(token_ids, device=self._stock.device)
-        before, self._drafting = self._drafting, None
-        if draft_position and before is not None and before.goes_on(rows, sampled_rows):
-            self._move_on(before, rows.num_reqs, tokens)
-            hidden_states = self._run_model(rows, before.idx_mapping)
-            positions = self._stock.input_buffers.positions[: rows.num_rows]
-            self._drafting = replace(before, positions=positions)
-        else:
-            hidden_states = self._run_anew(rows, tokens, sampled_rows)
-        if self._drafting is None:
-            return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
-        return self._sample(hidden_states, self._drafting, draft_position)
+        if rows.has_one_row_each and len(sampled_rows) == rows.num_rows:
+            return self._draft_after_one_each(rows, tokens, draft_position)
+        return self._draft_anew(rows, tokens, sampled_rows, draft_position)
 
-    def _move_on(
-        self, drafting: _Drafting, num_reqs: int, token_ids: torch.Tensor
-    ) -> None:
-        """One row more of each request, in the speculator's input buffers."""
-        stock, buffers = self._stock, self._stock.input_buffers
-        positions = buffers.positions[:num_reqs]
-        buffers.input_ids[:num_reqs] = token_ids
-        torch.add(drafting.positions, 1, out=positions)
-        torch.add(positions, 1, out=buffers.seq_lens[:num_reqs])
-        buffers.query_start_loc[: num_reqs + 1] = stock.arange_gpu[: num_reqs + 1]
-        buffers.query_start_loc[num_reqs + 1 :] = num_reqs
-
-    def _run_anew(
-        self, rows: RaggedRows, token_ids: torch.Tensor, sampled_rows: np.ndarray
+    def _draft_after_one_each(
+        self, rows: RaggedRows, token_ids: torch.Tensor, draft_position: int
     ) -> torch.Tensor:
-        """Any rows. Returns hidden states of those sampled, [num_sampled, hidden_size];
-        of all where none are."""
-        stock, batch = self._stock, self._batch
+        """A forward of one row a request, all drafted after."""
+        drafting = self._drafting
+        if not draft_position or drafting is None or not drafting.goes_on(rows):
+            drafting = self._place_one_each(rows)
+        if not drafting.is_placed:
+            self._recorded.start(drafting.idx_mapping, drafting.positions)
+        self._drafting = replace(drafting, is_placed=True)
+        tokens = self._recorded.run_next(token_ids, draft_position, self._longest(rows))
+        self._make_one_hot(drafting, tokens, draft_position)
+        return tokens
+
+    def _place_one_each(self, rows: RaggedRows) -> _Drafting:
+        """Any requests; their block tables are gathered."""
+        req_indices, positions = self._to_device(rows.req_indices, rows.positions)
+        idx_mapping = self._batch.idx_mapping[req_indices]
+        self._gather_block_tables(rows, idx_mapping)
+        positions = self._batch.moved_positions(req_indices, positions)
+        return _Drafting(rows.req_indices, idx_mapping, positions - 1, are_all=True)
+
+    def _gather_block_tables(self, rows: RaggedRows, idx_mapping: torch.Tensor) -> None:
+        self._stock.block_tables.gather_block_tables(
+            idx_mapping, self._recorded.num_reqs_padded(rows)
+        )
+
+    def _draft_anew(
+        self,
+        rows: RaggedRows,
+        token_ids: torch.Tensor,
+        sampled_rows: np.ndarray,
+        draft_position: int,
+    ) -> torch.Tensor:
+        """A forward of any rows, of which some or none are drafted after."""
+        self._drafting = None
         sampled_req_indices = rows.row_req_indices[sampled_rows]
         on_device = self._to_device(
             rows.req_indices,
@@ -186,20 +198,29 @@ class PagedDrafterV2:
         )
         req_indices, *places, sampled, sampled_requests = on_device
         self._fill_buffers(rows, token_ids, *places)
-        idx_mapping = batch.idx_mapping[req_indices]
-        stock.block_tables.gather_block_tables(
-            idx_mapping, num_reqs_padded=rows.num_reqs
-        )
-        hidden_states = self._run_model(rows, idx_mapping)
-        if len(sampled_rows) == 0:
-            return hidden_states
-        self._drafting = _Drafting(
-            sampled_req_indices,
-            batch.idx_mapping[sampled_requests],
-            stock.input_buffers.positions[sampled],
-            are_all=len(sampled_rows) == rows.num_reqs,
-        )
-        return hidden_states[sampled]
+        idx_mapping = self._batch.idx_mapping[req_indices]
+        self._gather_block_tables(rows, idx_mapping)
+        are_all = len(sampled_rows) == rows.num_reqs
+        if are_all and self._recorded.has_first(rows):
+            tokens, positions = self._recorded.run_first(
+                rows, idx_mapping, draft_position, self._longest(rows)
+            )
+            drafting = _Drafting(sampled_req_indices, idx_mapping, positions, are_all)
+            self._make_one_hot(drafting, tokens, draft_position)
+        else:
+            hidden_states = self._run_model(rows, idx_mapping)
+            if len(sampled_rows) == 0:
+                return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
+            positions = self._stock.input_buffers.positions[sampled]
+            drafting = _Drafting(
+                sampled_req_indices,
+                self._batch.idx_mapping[sampled_requests],
+                positions,
+                are_all,
+            )
+            tokens = self._sample(hidden_states[sampled], drafting, draft_position)
+        self._drafting = drafting
+        return tokens
 
     def _to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
         """int64, copied together."""
@@ -245,14 +266,13 @@ class PagedDrafterV2:
             buffers.positions[:num_rows],
             num_rows,
         )
-        longest = rows.seq_lens + self._batch.max_moved_by[rows.req_indices]
         attn_metadata = stock._build_attn_metadata(
             num_reqs=num_reqs,
             batch_desc=BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.NONE, num_tokens=num_rows, num_reqs=num_reqs
             ),
             query_start_loc_np=rows.query_start_loc,
-            seq_lens_cpu_upper_bound=torch.from_numpy(longest.astype(np.int32)),
+            seq_lens_cpu_upper_bound=torch.from_numpy(self._longest(rows)),
             step=0,
             slot_mappings=slot_mappings,
         )
@@ -263,6 +283,11 @@ class PagedDrafterV2:
             build_slot_mappings_by_layer(slot_mappings, stock.kv_cache_config),
             None,
         )
+
+    def _longest(self, rows: RaggedRows) -> np.ndarray:
+        """At most that long is each request. [num_reqs] int32"""
+        longest = rows.seq_lens + self._batch.max_moved_by[rows.req_indices]
+        return longest.astype(np.int32)
 
     def _sample(
         self, hidden_states: torch.Tensor, drafting: _Drafting, draft_position: int

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -25,6 +27,7 @@ from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.prometheus import open_shared_counters
+from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.speculator_hook import (
     INIT_SPECULATOR_HOOK,
@@ -96,6 +99,35 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             if parallel_config.rank == 0
             else None
         )
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        if self.emssd_config.draft_length == "auto":
+            self._want_ragged_graphs()
+
+    def _want_ragged_graphs(self) -> None:
+        """Stock records decoding steps in which all requests have K drafts; let it
+        record those of any lengths instead, none among them, where attention can."""
+        graphs = self.cudagraph_manager
+        assert graphs is not None
+        mode = graphs.cudagraph_mode
+        are_decodes_apart = (
+            mode.separate_routine() and mode.decode_mode() == CUDAGraphMode.FULL
+        )
+        is_plain = self.fast_prefill is None and self.ubatch_runner is None
+        if not are_decodes_apart or not is_plain:
+            return
+        if takes_ragged_graphs(
+            self.attn_groups, self.vllm_config, self.decode_query_len
+        ):
+            self.cudagraph_manager = ModelCudaGraphManager(
+                self.vllm_config,
+                self.device,
+                mode,
+                decode_query_len=self.decode_query_len,
+                lora_capture_cases=self.lora_capture_cases,
+                varlen_decode=True,
+            )
 
     def start_automatic_lengths(self) -> None:
         """Warm-up is over, whose requests do not count: where it was asked for, measure

@@ -24,12 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
     StandaloneARSpeculator,
+)
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
 )
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -44,6 +48,8 @@ from vllm_emssd.integration.paged_drafter_v2 import (
     PagedDrafterV2,
 )
 from vllm_emssd.integration.placeholder_drafts import with_drafts_made
+from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
+from vllm_emssd.integration.recorded_forwards_v2 import MOST_FIRST_ROWS
 from vllm_emssd.integration.steps_v2 import (
     UnheardSteps,
     known_tokens,
@@ -73,13 +79,16 @@ class UnpadSpeculator(StandaloneARSpeculator):
     ) -> None:
         super().__init__(vllm_config, device)
         config = EmssdConfig.of_worker(vllm_config.additional_config)
-        self._is_automatic = config.draft_length == "auto"
+        self.is_automatic = config.draft_length == "auto"
         is_async = vllm_config.scheduler_config.async_scheduling
-        self.knows_verdict = self._is_automatic or (
+        self.knows_verdict = self.is_automatic or (
             copies_verdict(device) and not is_async
         )
         # [num_sampled] float32: of the drafts sampled last; None with fixed lengths
         self.confidence: torch.Tensor | None = None
+        # See `RecordedForwards`. Here vLLM finds and drops them after profiling.
+        self.first_graphs: SpeculatorCudaGraphManager | None = None
+        self.next_graphs: SpeculatorCudaGraphManager | None = None
         self._sits_out_dummy_runs = False
         self.counters = Counters()
         self.policy: DraftLengthPolicy = FixedDraftLength()
@@ -116,6 +125,26 @@ class UnpadSpeculator(StandaloneARSpeculator):
             self, min(self.draft_model_config.max_model_len, self.max_model_len)
         )
         self.set_policy(self.policy)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Draft forwards are recorded whole where the target's are."""
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            return
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        self.next_graphs = SpeculatorCudaGraphManager(
+            self.vllm_config, self.device, mode, decode_query_len=1
+        )
+        if takes_ragged_graphs(self.attn_groups, self.vllm_config, MOST_FIRST_ROWS):
+            self.first_graphs = SpeculatorCudaGraphManager(
+                self.vllm_config,
+                self.device,
+                mode,
+                decode_query_len=MOST_FIRST_ROWS,
+                varlen_decode=True,
+            )
+
+    def capture(self) -> None:
+        self._drafter.capture()
 
     def set_policy(self, policy: DraftLengthPolicy) -> None:
         """Draft by these lengths from now on."""
@@ -289,7 +318,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self, hidden_states: torch.Tensor, spec_step_idx: int
     ) -> torch.Tensor:
         logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        if self._is_automatic:
+        if self.is_automatic:
             self.confidence = highest_probability(logits)
         return logits
 
@@ -375,7 +404,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             self.max_model_len - num_tokens - 1,
             self._drafter.max_model_len - num_tokens + 1,
         )
-        if self._is_automatic:
+        if self.is_automatic:
             room = np.minimum(room, max_num_tokens - num_tokens - 1)
         return np.clip(room, 0, self.num_speculative_steps)
 
