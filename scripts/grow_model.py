@@ -96,7 +96,7 @@ def widen(large: torch.Tensor, small: torch.Tensor) -> None:
 def place(large: nn.Linear, small: nn.Linear, rows: object, columns: object) -> None:
     """Put the small weights into a zeroed large matrix. Both are [out, in]."""
     large.weight.zero_()
-    inner = torch.zeros(large.weight[rows].shape[0], large.weight.shape[1])
+    inner = torch.zeros_like(large.weight[rows])
     inner[:, columns] = small.weight
     large.weight[rows] = inner
 
@@ -121,7 +121,8 @@ def copy_layer(
 @torch.no_grad()
 def grow(small: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    large = LlamaForCausalLM(config)
+    with small.device:
+        large = LlamaForCausalLM(config)
     slim = small.config
     widen(large.model.embed_tokens.weight, small.model.embed_tokens.weight)
     if not slim.tie_word_embeddings:
@@ -141,6 +142,7 @@ def largest_difference(small: LlamaForCausalLM, large: LlamaForCausalLM) -> floa
     generator = torch.Generator().manual_seed(0)
     shape = (4, 128)
     ids = torch.randint(small.config.vocab_size, shape, generator=generator)
+    ids = ids.to(small.device)
     return float((small(ids).logits - large(ids).logits).abs().max())
 
 
@@ -152,12 +154,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=16)
     parser.add_argument("--intermediate-size", type=int)
     parser.add_argument("--query-group", type=int, default=4)
+    parser.add_argument("--device", default="cpu", help="cuda is quicker from 1B on")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    small = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    small = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    small = small.to(args.device).eval()
     config = grown_config(small.config, args)
     check_sizes(small.config, config)
     large = grow(small, config).eval()
