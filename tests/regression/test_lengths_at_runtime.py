@@ -1,4 +1,5 @@
-"""Draft lengths fixed, speculation turned off and on again, in an engine that runs."""
+"""Draft lengths fixed, speculation turned off and on again, and one of two proposers
+left out, in an engine that runs."""
 
 from __future__ import annotations
 
@@ -55,3 +56,28 @@ def test_says_what_it_needs(config: dict[str, Any]) -> None:
         pytest.raises(ValueError, match='"draft_length": "auto"'),
     ):
         llm.collective_rpc("emssd_fix_draft_length", args=(1,))
+
+
+def test_a_proposer_is_left_out_and_comes_back() -> None:
+    """Drafts of a model cost rows of it, copies do not; tokens stay the same."""
+    mixed = DRAFT_MODEL | LLMA | {"proposer": "mixed"}
+    text = prompts()[0]
+    seen = {}
+    with running(EngineConfig(mixed)) as llm:
+        for proposer in ("draft_model", "llma", None):
+            llm.collective_rpc("emssd_use_proposer", args=(proposer,))
+            before = stats(llm)
+            tokens = greedy(llm, [text + text], max_tokens=40)
+            now = stats(llm)
+            seen[proposer] = {name: now[name] - before[name] for name in now}, tokens
+        with pytest.raises(ValueError, match="makes no drafts here"):
+            llm.collective_rpc("emssd_use_proposer", args=("ngram",))
+    assert all(tokens == seen[None][1] for _, tokens in seen.values())
+    assert all(counts["num_draft_tokens"] > 0 for counts, _ in seen.values())
+    rows = {name: counts["num_draft_rows"] for name, (counts, _) in seen.items()}
+    assert rows["llma"] == 0 < rows["draft_model"]
+    with (
+        running(EngineConfig(DRAFT_MODEL)) as llm,
+        pytest.raises(ValueError, match='only "proposer": "mixed"'),
+    ):
+        llm.collective_rpc("emssd_use_proposer", args=("llma",))

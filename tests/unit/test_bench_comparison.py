@@ -69,6 +69,15 @@ def test_the_best_length_is_what_auto_is_measured_by() -> None:
     assert with_plain["auto/best(plain, k5)"]["ratio"] == 0.5
 
 
+def test_mixed_is_measured_by_its_proposers_alone() -> None:
+    found = ratios({"mixed-auto": [1.0], "auto": [2.0], "llma-auto": [3.0]})
+    assert {title: r["ratio"] for title, r in found.items()} == {
+        "mixed-auto/auto": 2.0,
+        "mixed-auto/llma-auto": 3.0,
+        "mixed-auto/best(auto, llma-auto)": 2.0,
+    }
+
+
 def test_geometric_means() -> None:
     results = [{"ratios": {"a/b": {"ratio": r}}} for r in (1.0, 4.0)]
     assert geometric_means(results) == {"a/b": pytest.approx(2.0)}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ from vllm_emssd.bench.report import (
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
 from vllm_emssd.bench.server import Server, serve_command
+from vllm_emssd.commands import bench
 
 OPTIONS = EngineOptions("TARGET", "TOKENIZER", max_model_len=640, max_num_seqs=8)
 
@@ -196,3 +200,23 @@ def test_proposer_is_timed_at_its_contexts(
     assert seen[-1] == (2, 256)
     print_proposer_times(times)
     assert "llma" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_bench_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what it started, in `with` blocks, ends too."""
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+
+    def compare(args: object) -> dict[str, object]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            ended.append(True)
+        return {}
+
+    monkeypatch.setattr(bench, "_compare", compare)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["bench", "--model", "TARGET"])
+    assert ended == [True]
+    assert signal.getsignal(signal.SIGTERM) is before

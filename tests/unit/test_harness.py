@@ -14,7 +14,7 @@ from torch import nn
 from vllm_emssd.bench import harness
 from vllm_emssd.bench.engine_process import EngineOptions, _Engine
 from vllm_emssd.bench.harness import Plan, measure
-from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.methods import Method, Setting
 from vllm_emssd.bench.provenance import COMMIT, commit
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
@@ -40,7 +40,7 @@ class NotedEngine:
         self.method, self.is_closed = method, False
         NotedEngine.starts.append(f"start {method.name}")
         self.runs: list[tuple[list[int], int, bool]] = []  # of batches, at once, ...
-        self.lengths: list[int | None] = []  # asked for
+        self.settings: list[Setting | None] = []
         NotedEngine.made.append(self)
 
     def wait_until_ready(self) -> None:
@@ -51,11 +51,11 @@ class NotedEngine:
         batches: list[list[Request]],
         max_concurrency: int,
         is_continuous: bool,
-        num_draft_tokens: int | None = None,
+        setting: Setting | None = None,
     ) -> Round:
         sizes = [len(batch) for batch in batches]
         self.runs.append((sizes, max_concurrency, is_continuous))
-        self.lengths.append(num_draft_tokens)
+        self.settings.append(setting)
         return Round()
 
     def close(self) -> None:
@@ -91,18 +91,35 @@ def test_engines_start_one_by_one_or_together() -> None:
     assert NotedEngine.starts == [start_plain, start_other, wait_plain, wait_other]
 
 
-def test_lengths_take_turns_in_one_engine() -> None:
-    methods = [Method("k0", {}), Method("auto", {}), Method("k3", {})]
+@pytest.mark.parametrize(
+    ("host", "rpc", "arguments"),
+    [
+        ("auto", "emssd_fix_draft_length", {"k0": 0, "auto": None, "k3": 3}),
+        (
+            "mixed-auto",
+            "emssd_use_proposer",
+            {"llma-auto": "llma", "mixed-auto": None, "auto": "draft_model"},
+        ),
+    ],
+)
+def test_methods_take_turns_in_one_engine(
+    host: str, rpc: str, arguments: dict[str, int | str | None]
+) -> None:
+    methods = [Method(name, {}) for name in arguments]
     plan = Plan(methods, [2], rounds=1, starts=2, in_one_engine=True)
     measured = measure(plan, OPTIONS, requests(4, 4))
-    assert [e.method.name for e in NotedEngine.made] == ["auto", "auto"]
+    assert [e.method.name for e in NotedEngine.made] == [host, host]
     # The round that warms up goes backwards.
-    assert NotedEngine.made[0].lengths == [3, None, 0, 0, None, 3]
-    assert {name: len(r) for name, r in measured.rounds[2].items()} == {
-        "k0": 2,
-        "auto": 2,
-        "k3": 2,
-    }
+    asked = [(rpc, argument) for argument in arguments.values()]
+    assert NotedEngine.made[0].settings == [*reversed(asked), *asked]
+    assert {name: len(r) for name, r in measured.rounds[2].items()} == dict.fromkeys(
+        arguments, 2
+    )
+
+
+def test_each_engine_is_left_as_it_is_with_one_for_each_method() -> None:
+    measure(Plan(METHODS, [2], rounds=1), OPTIONS, requests(4, 4))
+    assert [e.settings for e in NotedEngine.made] == [[None, None]] * 2
 
 
 @pytest.mark.parametrize("num_engines", [1, 4])
@@ -221,7 +238,8 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
         (["--continuous", "--methods", "llma", "llma-padded"], "runs whole batches"),
         (["--draft-model", "d", "--methods", "plain", "k0"], "needs --one-engine"),
         ([*ONE_ENGINE, "auto", "stock"], "leave out stock"),
-        ([*ONE_ENGINE, "k1", "k2"], "leave out the rest"),
+        ([*ONE_ENGINE, "k1", "k2"], "add one of them to --methods"),
+        ([*ONE_ENGINE, "mixed-auto", "auto", "k2"], "leave out k2"),
         ([*ONE_ENGINE, "auto", "k9"], "no kN above --auto-tokens"),
     ],
 )

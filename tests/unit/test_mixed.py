@@ -248,6 +248,40 @@ def test_changes_to_whichever_fares_better() -> None:
     assert 0 < drafter.num_rows <= len(answer) + 4 * 400 / 5 + 40
 
 
+def test_one_of_the_two_may_be_left_out_and_come_back() -> None:
+    """The answer is counted up to, and is in the reference too: both always hold."""
+    answer = COUNTING[:60]
+    both, drafter = mixed_of_one(answer)
+    both.use("llma")
+    copied = replay(both, [1], answer, 7)
+    assert drafter.num_rows == 0
+    alone, drafter = mixed_of_one(answer)
+    alone.use("draft_model")
+    drafted = replay(alone, [1], answer, 7)
+    assert drafter.num_rows > 0
+    assert drafted.num_forwards == -(-59 // 5) > copied.num_forwards
+    with pytest.raises(ValueError, match="'ngram' makes no drafts here"):
+        alone.use("ngram")
+
+
+class ChangesItsMind(MixedProposer):
+    """Another proposer each step; a drafter left out catches up."""
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        self._steps = getattr(self, "_steps", 0) + 1
+        self.use((None, "llma", "draft_model")[self._steps % 3])
+        return super().propose(batch)
+
+
+def test_changing_proposers_keeps_the_text() -> None:
+    answer = [*SQUARES[:80], *COUNTING[:80]]
+    proposer, drafter = mixed_of_one(SQUARES)
+    changing = ChangesItsMind(proposer._copying, proposer._drafting, 4)
+    seen = replay(changing, [1], answer, 7)
+    assert seen.num_forwards < len(answer)
+    assert drafter.num_rows > 0
+
+
 def test_copies_are_preferred_by_what_drafting_costs() -> None:
     """The same record; the dearer the drafter, the more a copy is worth."""
     batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])

@@ -35,6 +35,7 @@ PADDED: dict[str, str] = {"llma": "llma-padded", "emssd": "padded"}
 AGAINST_BEST: dict[str, tuple[str, ...]] = {
     "auto": ("plain", "stock"),
     "llma-auto": ("plain", "ngram"),
+    "mixed-auto": ("auto", "llma-auto"),
 }
 
 
@@ -88,6 +89,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     `k0` is what comes nearest to plain decoding."""
     plain = "plain" if "plain" in seconds else "k0"
     over_plain = [(name, plain) for name in seconds if name != plain]
+    over_plain += [("mixed-auto", "auto"), ("mixed-auto", "llma-auto")]
     pairs: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{a}/{b}": (a, (b,)) for a, b in (*over_plain, *PAIRS)
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.methods import Method, Setting
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 
@@ -59,7 +59,7 @@ class EngineProcess:
         batches: list[list[Request]],
         max_concurrency: int,
         is_continuous: bool = False,
-        num_draft_tokens: int | None = None,
+        setting: Setting | None = None,
     ) -> Round:
         """The batches one after the other, timed together.
 
@@ -67,10 +67,9 @@ class EngineProcess:
             max_concurrency: requests of a batch that run at once.
             is_continuous: a batch ends once no request is left to take the place of
                 one that has ended; those still running are aborted.
-            num_draft_tokens: of each request and step, in an engine of automatic
-                lengths; None for its own.
+            setting: for these batches and until there is another.
         """
-        self._pipe.send((batches, max_concurrency, is_continuous, num_draft_tokens))
+        self._pipe.send((batches, max_concurrency, is_continuous, setting))
         return self._receive()
 
     def close(self) -> None:
@@ -142,18 +141,18 @@ class _Engine:
         self._is_emssd = (method.speculative_config or {}).get("method") == "emssd"
         self._stopwatch = Stopwatch(self._llm)
         self._num_requests = 0
-        self._num_draft_tokens: int | None = None  # asked for last
+        self._setting: Setting | None = None
 
     def run(
         self,
         batches: list[list[Request]],
         max_concurrency: int,
         is_continuous: bool,
-        num_draft_tokens: int | None = None,
+        setting: Setting | None = None,
     ) -> Round:
-        if num_draft_tokens != self._num_draft_tokens:
-            self._llm.collective_rpc("emssd_fix_draft_length", args=(num_draft_tokens,))
-            self._num_draft_tokens = num_draft_tokens
+        if setting is not None and setting != self._setting:
+            method, argument = self._setting = setting
+            self._llm.collective_rpc(method, args=(argument,))
         self._stopwatch.round = done = Round()
         self._stopwatch.request_index.clear()
         stats, preemptions = self._emssd_stats(), self._num_preemptions()

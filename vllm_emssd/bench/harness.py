@@ -23,7 +23,7 @@ from rich.progress import (
 
 from vllm_emssd.bench.engine_process import EngineOptions, EngineProcess
 from vllm_emssd.bench.kv_price import Forward, decode_forwards, stretched
-from vllm_emssd.bench.methods import AUTOMATIC, Method, fixed_length
+from vllm_emssd.bench.methods import Method, Setting, host_of, setting_of
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 
@@ -46,7 +46,7 @@ class Plan:
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
     starts_together: bool = False  # what starts keeps several cores busy
-    in_one_engine: bool = False  # that of `auto`; the others are fixed lengths
+    in_one_engine: bool = False  # see `methods.host_of`
     priced: Sequence[str] = ()  # methods that also run with stretched contexts
 
     def num_requests(self, batch: int) -> int:
@@ -57,9 +57,8 @@ class Plan:
 
     def engines(self) -> Sequence[Method]:
         """The methods that have an engine."""
-        if not self.in_one_engine:
-            return self.methods
-        return [method for method in self.methods if method.name == AUTOMATIC]
+        host = host_of(self.methods) if self.in_one_engine else None
+        return self.methods if host is None else [host]
 
     def hosts(
         self, engines: Sequence[EngineProcess]
@@ -68,9 +67,10 @@ class Plan:
         one = [*engines] * len(self.methods) if self.in_one_engine else engines
         return zip(self.methods, one, strict=True)
 
-    def asked_length(self, method: Method) -> int | None:
-        """Drafts that its engine is asked for; None for the engine's own lengths."""
-        return fixed_length(method) if self.in_one_engine else None
+    def setting(self, method: Method) -> Setting | None:
+        """What its engine is told before its turn, if anything."""
+        host = host_of(self.methods) if self.in_one_engine else None
+        return None if host is None else setting_of(method, host)
 
     def num_turns(self) -> int:
         """Of all batch sizes: rounds of every method."""
@@ -149,7 +149,7 @@ def _measure_once(
             batches = in_batches(chosen, size)
             how = (batches, batch, plan.is_continuous)
             runs = [
-                (method, partial(engine.run, *how, plan.asked_length(method)))
+                (method, partial(engine.run, *how, plan.setting(method)))
                 for method, engine in plan.hosts(engines)
             ]
             measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -27,6 +28,8 @@ DESCRIPTIONS: dict[str, str] = {
 }
 FIXED_LENGTH = re.compile(r"k(0|[1-9]\d*)")
 AUTOMATIC = "auto"  # whose engine runs fixed lengths too
+MIXED = "mixed-auto"  # whose engine runs each of its proposers alone too
+PROPOSERS_OF_MIXED = {MIXED: None, AUTOMATIC: "draft_model", "llma-auto": "llma"}
 NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded", "mixed", "mixed-auto"}
 LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
 
@@ -35,6 +38,10 @@ LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
 class Method:
     name: str
     speculative_config: dict[str, Any] | None
+
+
+# A method of our workers, and its argument, for `collective_rpc`.
+Setting = tuple[str, int | str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,24 @@ def fixed_length(method: Method) -> int | None:
     """Drafts of every request; None where a policy chooses. Of `auto` and `kN`."""
     match = FIXED_LENGTH.fullmatch(method.name)
     return None if match is None else int(match.group(1))
+
+
+def host_of(methods: Sequence[Method]) -> Method | None:
+    """Of methods that are to take turns in one engine, the one whose engine it is."""
+    by_name = {method.name: method for method in methods}
+    return by_name.get(MIXED) or by_name.get(AUTOMATIC)
+
+
+def setting_of(method: Method, host: Method) -> Setting | None:
+    """What makes the host's engine run as `method`; None where nothing does."""
+    if host.name == MIXED:
+        if method.name not in PROPOSERS_OF_MIXED:
+            return None
+        return "emssd_use_proposer", PROPOSERS_OF_MIXED[method.name]
+    length = fixed_length(method)
+    if length is None and method.name != AUTOMATIC:
+        return None
+    return "emssd_fix_draft_length", length
 
 
 def parse_method(text: str, options: MethodOptions) -> Method:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from vllm_emssd.bench.comparison import PADDED, compare_all, geometric_means
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
 from vllm_emssd.bench.harness import Measurement, Plan, measure
 from vllm_emssd.bench.methods import (
-    AUTOMATIC,
     Method,
     MethodOptions,
     fixed_length,
+    host_of,
     parse_method,
+    setting_of,
 )
 from vllm_emssd.bench.over_http import measure_over_http
 from vllm_emssd.bench.proposer_time import proposer_times
@@ -103,8 +106,9 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--one-engine",
         action="store_true",
-        help="auto and kN (k0: no drafts) take turns in one engine, so that lengths "
-        "are all that differs; fixed ones then pay for confidences they do not use",
+        help="auto and kN (k0: no drafts), or mixed-auto, auto and llma-auto, take "
+        "turns in one engine, so that lengths or proposers are all that differs; fixed "
+        "lengths then pay for confidences they do not use",
     )
     group.add_argument(
         "--start-together",
@@ -174,7 +178,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     try:
-        measured = _time_proposers(args) if args.proposer_time else _compare(args)
+        with _sigterm_ends_as_ctrl_c():
+            measured = _time_proposers(args) if args.proposer_time else _compare(args)
     except (ValueError, EngineError) as error:
         print(f"vllm-emssd bench: {error}", file=sys.stderr)
         return 1
@@ -182,6 +187,16 @@ def run(args: argparse.Namespace) -> int:
         said = {"arguments": vars(args) | {"output": str(args.output)}}
         write_result(args.output, {"provenance": provenance()} | said | measured)
     return 0
+
+
+@contextmanager
+def _sigterm_ends_as_ctrl_c() -> Iterator[None]:
+    """So that the servers and engines that were started end too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _time_proposers(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +247,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
             "--http: servers start once, one after the other, and always run "
             "continuously; leave out --starts, --start-together and --continuous"
         )
-    check_fixed_lengths(chosen, args)
+    check_one_engine(chosen, args)
     if args.continuous and {method.name for method in chosen} & set(PADDED.values()):
         raise ValueError(
             "--continuous: the paper's vanilla, which padded inputs are compared with, "
@@ -252,18 +267,24 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-def check_fixed_lengths(chosen: Sequence[Method], args: argparse.Namespace) -> None:
+def check_one_engine(chosen: Sequence[Method], args: argparse.Namespace) -> None:
     """Raises ValueError where the methods do not go with `--one-engine`."""
-    lengths = {m.name: fixed_length(m) for m in chosen}
+    lengths = {method.name: fixed_length(method) for method in chosen}
     if not args.one_engine:
         if "k0" in lengths:
             raise ValueError("method 'k0' needs --one-engine; else 'plain' is without")
         return
-    others = [n for n, k in lengths.items() if k is None and n != AUTOMATIC]
-    if others or AUTOMATIC not in lengths or args.http:
+    host = host_of(chosen)
+    if host is None or args.http:
         raise ValueError(
-            "--one-engine compares 'auto' with 'kN', not over HTTP; leave out "
-            f"{', '.join(others) or 'the rest'}, or it"
+            "--one-engine is that of 'auto' or 'mixed-auto', not over HTTP; add one of "
+            "them to --methods, or leave out --one-engine or --http"
+        )
+    others = [method.name for method in chosen if setting_of(method, host) is None]
+    if others:
+        raise ValueError(
+            "--one-engine compares 'auto' with 'kN', or 'mixed-auto' with 'auto' and "
+            f"'llma-auto'; leave out {', '.join(others)}"
         )
     if max(k or 0 for k in lengths.values()) > args.auto_tokens:
         raise ValueError("--one-engine: no kN above --auto-tokens, the engine's most")

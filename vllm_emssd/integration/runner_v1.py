@@ -148,6 +148,12 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             )
         self._drafting_policy.fix(num_draft_tokens)
 
+    def use_proposer(self, proposer: str | None) -> None:
+        """See the worker's `emssd_use_proposer`."""
+        if not isinstance(self._proposer, MixedProposer):
+            raise ValueError('only "proposer": "mixed" has proposers to choose from')
+        self._proposer.use(proposer)
+
     def _measure_costs(self) -> StepCostMeter:
         target, drafter = ForwardTimer(self.model), self.paged_drafter
         most = self.max_num_reqs * (1 + self.num_spec_tokens)

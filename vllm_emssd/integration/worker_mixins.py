@@ -53,3 +53,14 @@ class EmssdWorkerMixin(Worker):
         if not hasattr(self.model_runner, "fix_draft_length"):
             raise ValueError("draft lengths can be fixed on the V1 runner only")
         self.model_runner.fix_draft_length(num_draft_tokens)
+
+    def emssd_use_proposer(self, proposer: str | None) -> None:
+        """From now on only "draft_model" or "llma" of the mixed proposer makes drafts;
+        None: both again. On all ranks, between two steps:
+        `llm.collective_rpc("emssd_use_proposer", args=("llma",))`.
+
+        Raises ValueError with another proposer than "mixed", and for other names.
+        """
+        if not hasattr(self.model_runner, "use_proposer"):
+            raise ValueError("only the V1 runner has a mixed proposer")
+        self.model_runner.use_proposer(proposer)

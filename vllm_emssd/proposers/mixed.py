@@ -19,6 +19,7 @@ from vllm_emssd.proposers.copier import AcceptanceRecord, Copy, expected_accepte
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 
+DRAFT_MODEL, LLMA = "draft_model", "llma"  # as the options call them
 _PRIOR_ACCEPTANCE = 0.7  # of a model's drafts, until some were verified
 _PRIOR_TESTS = 4.0  # drafts that what is known of all requests is worth for one
 _POOL_FORGET = 0.99
@@ -82,12 +83,34 @@ class MixedProposer:
         self._num_draft_tokens = num_draft_tokens
         self._drafting_cost = drafting_cost
         self._record = DraftRecord()
+        self._only: str | None = None
         self._copied: set[str] = set()  # requests whose drafts to verify are copies
 
+    def use(self, only: str | None) -> None:
+        """From now on one of the two alone makes drafts, or, with None, both.
+
+        Raises ValueError for a name that is not `DRAFT_MODEL` or `LLMA`.
+        """
+        if only not in (DRAFT_MODEL, LLMA, None):
+            raise ValueError(
+                f'{only!r} makes no drafts here: give "{DRAFT_MODEL}", "{LLMA}", or '
+                "None for both"
+            )
+        self._only = only
+
     def propose(self, batch: DraftBatch) -> list[list[int]]:
-        copies = self._copying.find(batch)
         may_draft = self._drafting.max_draft_tokens(batch)
         may_draft = np.minimum(may_draft, self._num_draft_tokens)
+        if self._only == DRAFT_MODEL:
+            self._copied.difference_update(batch.req_ids)
+            return self._drafting.propose(
+                dataclasses.replace(batch, max_draft_tokens=may_draft)
+            )
+        copies = self._copying.find(batch)
+        if self._only == LLMA:
+            drafts = self._copying.choose(batch, copies)
+            self._note_copies(batch, drafts)
+            return drafts
         prefers_copy = self._prefers_copy(batch, copies, may_draft)
         chosen = [
             copy if prefers else dataclasses.replace(copy, token_ids=[])
@@ -102,11 +125,16 @@ class MixedProposer:
                 num_other_rows=int(num_copied.sum()),
             )
         )
-        self._copied.difference_update(batch.req_ids)
-        for i in np.flatnonzero(num_copied):
-            self._copied.add(batch.req_ids[i])
-            self._record.skip(batch.req_ids[i])
+        self._note_copies(batch, drafts)
         return [copied or tokens for copied, tokens in zip(drafts, made, strict=True)]
+
+    def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
+        """Whose drafts are copies now."""
+        self._copied.difference_update(batch.req_ids)
+        for req_id, tokens in zip(batch.req_ids, copies, strict=True):
+            if tokens:
+                self._copied.add(req_id)
+                self._record.skip(req_id)
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
         self._copying.add_reference(req_id, token_ids)
