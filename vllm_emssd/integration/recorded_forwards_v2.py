@@ -254,7 +254,7 @@ class RecordedForwards:
             stock.current_draft_step,
             stock.draft_logits,
         )
-        if stock.is_automatic:
+        if stock.confidence is not None:
             self._confidence[:num_reqs] = stock.confidence
 
     def _drafts(self, num_reqs: int) -> torch.Tensor:

@@ -79,6 +79,7 @@ class TargetTiming(StepTimingCollector):
 
 class UnpadGPUModelRunnerV2(GPUModelRunner):
     speculator: UnpadSpeculator
+    cudagraph_manager: ModelCudaGraphManager | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
