@@ -89,6 +89,50 @@ def test_neither_few_rows_nor_more_than_twice_as_many(
     assert RowRounding(times.items()).rounded(num_rows, 999, DEAR) == rounded
 
 
+GRID = [(1, 30.0), (64, 42.6), (128, 55.4), (256, 81.0)]  # at CHEAP's prices
+
+
+def test_borrows_kernels_until_that_has_cost_as_much_as_making_them() -> None:
+    rounding = RowRounding(GRID, preparing_ms=30.0)
+    # 24 rows beyond 104 cost 4.8 ms each time.
+    seen = [rounding.rounded(101, 999, CHEAP) for _ in range(9)]
+    assert seen == [128] * 6 + [104] * 3
+    assert rounding.rounded(90, 999, CHEAP) == 104, "whose kernels are nearer now"
+    assert rounding.rounded(0, 999, CHEAP) == 0
+    assert rounding.rounded(101, 103, CHEAP) == 101, "the engine takes no more"
+
+
+def test_makes_kernels_where_there_are_none_to_borrow() -> None:
+    rounding = RowRounding(GRID, preparing_ms=30.0)
+    assert rounding.rounded(300, 999, CHEAP) == 304
+    assert rounding.rounded(290, 999, CHEAP) == 304
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.floats(0.0, 100.0))
+def test_costs_at_most_twice_what_knowing_the_future_would(
+    wanted: list[int], preparing_ms: float
+) -> None:
+    """Beside the best choice for each row count alone: borrow always, or make at once;
+    and what rounding to a multiple costs by itself."""
+    rounding = RowRounding(GRID, preparing_ms)
+    alone = {rows: RowRounding().rounded(rows, 999, CHEAP) for rows in set(wanted)}
+    paid, prepared = 0.0, {rows for rows, _ in GRID}
+    for rows in wanted:
+        used = rounding.rounded(rows, 999, CHEAP)
+        paid += CHEAP.at(used) - CHEAP.at(alone[rows])
+        paid += preparing_ms * (used not in prepared)
+        prepared.add(used)
+    best = 0.0
+    for rows in set(alone.values()):
+        num_times = sum(alone[w] == rows for w in wanted)
+        above = [n for n, _ in GRID if n >= rows]
+        borrowing = (CHEAP.at(above[0]) - CHEAP.at(rows)) * num_times if above else 1e9
+        best += min(borrowing, preparing_ms if rows not in dict(GRID) else 0.0)
+    # One more is borrowed before it is seen that it was too much.
+    most_a_time = max(CHEAP.at(256) - CHEAP.at(128), 0.0)
+    assert paid <= 2 * best + most_a_time * len(set(alone.values())) + 1e-6
+
+
 class Stock:
     """vLLM's runner, as far as this goes."""
 

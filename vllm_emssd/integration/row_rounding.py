@@ -4,13 +4,16 @@ Row counts are not all alike: on a CPU with AMX a forward of 17 to 32 rows may t
 longer than one of 40, in one process and not in the next. And oneDNN makes its kernels
 for one row count each, when it first meets it (15 to 70 ms for 16 layers of hidden size
 1024); ragged batches have any row count. So with automatic lengths, whose prices tell
-what a row more costs, rows of no request are computed along where they cost next to
-nothing or less.
+what a row more costs, rows of no request are computed along: where they cost next to
+nothing or less, and up to a row count that has its kernels until this has cost as much
+as making those of a nearer one (as one rents skis until they could have been bought:
+at most twice what knowing the future would cost).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -33,12 +36,18 @@ class RowRounding:
     Args:
         samples: (rows, ms) of forwards. The quickest of a row count stands for it, as
             in a cost table, which prices a slower one like the later that is quicker.
+        preparing_ms: what the first forward of a row count takes more than others.
     """
 
-    def __init__(self, samples: Iterable[tuple[int, float]] = ()) -> None:
+    def __init__(
+        self, samples: Iterable[tuple[int, float]] = (), preparing_ms: float = 0.0
+    ) -> None:
         times = quickest_times(samples)
         self._timed = list(times)
         self._quickest = {rows: _quickest(rows, times) for rows in self._timed}
+        self._prepared = list(times)  # row counts that have their kernels, rising
+        self._preparing_ms = preparing_ms
+        self._spent_ms: defaultdict[int, float] = defaultdict(float)  # on rows beyond
 
     def __str__(self) -> str:
         changed = {rows: q for rows, q in self._quickest.items() if rows != q}
@@ -50,13 +59,27 @@ class RowRounding:
         Args:
             target: what rows cost now.
         """
+        if num_rows < 1:
+            return num_rows
         above = bisect_left(self._timed, num_rows)
-        if num_rows > 0 and above < len(self._timed):
+        if above < len(self._timed):
             timed = self._timed[above]
             quickest = self._quickest[timed]
             if timed != quickest <= most:
                 return quickest
-        return _rounded_where_cheap(num_rows, most, target)
+        wanted = _rounded_where_cheap(num_rows, most, target)
+        return self._prepared_for(wanted, most, target)
+
+    def _prepared_for(self, wanted: int, most: int, target: CostTable) -> int:
+        """The next row count with kernels, or `wanted`, which has them from now on."""
+        above = bisect_left(self._prepared, wanted)
+        if above < len(self._prepared) and (rows := self._prepared[above]) <= most:
+            self._spent_ms[wanted] += target.at(rows) - target.at(wanted)
+            if self._spent_ms[wanted] <= self._preparing_ms:
+                return rows
+        insort(self._prepared, wanted)
+        self._spent_ms.pop(wanted, None)
+        return wanted
 
 
 def _quickest(rows: int, times: dict[int, float]) -> int:

@@ -157,7 +157,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     def _measure_costs(self) -> StepCostMeter:
         target, drafter = ForwardTimer(self.model), self.paged_drafter
         most = self.max_num_reqs * (1 + self.num_spec_tokens)
-        samples = time_target(
+        timed = time_target(
             lambda num_rows: self._dummy_run(
                 num_rows,
                 force_attention=True,
@@ -168,9 +168,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             rows_to_measure(most, self.max_num_tokens),
             self.device,
         )
-        self._row_rounding = RowRounding(samples)
+        self._row_rounding = RowRounding(timed.samples, timed.preparing_ms)
         logger.info("Row counts quicker as larger ones: %s", self._row_rounding)
-        target_costs = CostTable.from_samples(samples)
+        target_costs = CostTable.from_samples(timed.samples)
         draft_costs = (
             NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter, self.device)
         )

@@ -151,13 +151,13 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
         with self.speculator.sitting_out_dummy_runs() as drafter:
             drafter.time_by(clock_of(device))
-            samples = time_target(
+            timed = time_target(
                 lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
                 target,
                 max(most, 1),
                 device,
             )
-            target_costs = CostTable.from_samples(samples)
+            target_costs = CostTable.from_samples(timed.samples)
             draft_costs = measure_drafter(drafter, device)
         return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.draft_length.cost import quickest_times
 from vllm_emssd.integration.cpu_kernels import MOST_ROW_COUNTS
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.row_counts import RecentRowCounts
@@ -48,6 +51,22 @@ class TimedForwards(Protocol):
 class TimedDrafter(Drafter, TimedForwards, Protocol):
     @property
     def max_num_reqs(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TimedPasses:
+    """(rows asked for, ms) of forwards."""
+
+    first: list[tuple[int, float]]  # of each row count, which gets ready for it
+    samples: list[tuple[int, float]]  # the later ones
+
+    @property
+    def preparing_ms(self) -> float:
+        """What the first forward of a row count takes more than others, in the median:
+        the very first one of all has more to get ready."""
+        quickest = quickest_times(self.samples)
+        more = [ms - quickest[rows] for rows, ms in self.first]
+        return max(float(np.median(more)), 0.0) if more else 0.0
 
 
 class StepCostMeter:
@@ -163,8 +182,8 @@ def time_target(
     target: TimedForwards,
     most_rows: int,
     device: torch.device,
-) -> list[tuple[int, float]]:
-    """(rows, ms) of forwards, the row counts in turn.
+) -> TimedPasses:
+    """Forwards, the row counts in turn.
 
     Args:
         run: a forward of the target with that many rows, each with some context.
@@ -195,26 +214,24 @@ def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
         forwards[num_rows] = partial(
             drafter.forward, rows, token_ids, rows.last_rows, 0
         )
-    return CostTable.from_samples(_in_passes(forwards, drafter, device))
+    return CostTable.from_samples(_in_passes(forwards, drafter, device).samples)
 
 
 def _in_passes(
     forwards: Mapping[int, Callable[[], object]],
     timed: TimedForwards,
     device: torch.device,
-) -> list[tuple[int, float]]:
-    """(rows asked for, ms) of all forwards, one after the other, and that again: what
-    else the machine does for a while then slows one time of several row counts, not all
-    of one. The first pass is not counted."""
-    samples: list[tuple[int, float]] = []
-    for number in range(_PASSES):
+) -> TimedPasses:
+    """All forwards, one after the other, and that again: what else the machine does for
+    a while then slows one time of several row counts, not all of one."""
+    passes: list[list[tuple[int, float]]] = []
+    for _ in range(_PASSES):
+        passes.append([])
         for num_rows, forward in forwards.items():
             forward()
             _finish(device)
-            timings = timed.take_timings()
-            if number:
-                samples += [(num_rows, ms) for _, ms in timings]
-    return samples
+            passes[-1] += [(num_rows, ms) for _, ms in timed.take_timings()]
+    return TimedPasses(passes[0], list(chain(*passes[1:])))
 
 
 def _finish(device: torch.device) -> None:
