@@ -30,12 +30,24 @@ GROWN = {
     "10B": ["--hidden-size", "4096", "--num-layers", "56"],
 }
 BATCHES = {"1B": ["1", "8", "32", "128"], "10B": ["1", "8", "32", "64"]}
+DRAFT = str(REPO / "models/draft")
+
+
+def with_ragged_graphs(**options: str | int) -> str:
+    """As `bench --methods` takes it."""
+    config = {"method": "emssd", "model": DRAFT, "ragged_graphs": True}
+    return json.dumps(config | options)
+
+
 BENCH = [
-    *["--draft-model", str(REPO / "models/draft"), "--workload", "completion"],
+    *["--draft-model", DRAFT, "--workload", "completion"],
     *["--max-prompt-tokens", "256", "--max-tokens", "128", "--min-requests", "2"],
     *["--cached-prompts", "--continuous"],
     *["--compile", "--start-together", "--kv-cache-mib", "6144", "--rounds", "4"],
     *["--methods", "plain", "stock", "emssd", "auto"],
+    "emssd-ragged="
+    + with_ragged_graphs(draft_length="fixed", num_speculative_tokens=5),
+    "auto-ragged=" + with_ragged_graphs(draft_length="auto", num_speculative_tokens=8),
 ]
 
 

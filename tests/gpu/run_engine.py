@@ -26,6 +26,9 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "emssd": DRAFT_MODEL,
     "ragged": DRAFT_MODEL,
     "auto": DRAFT_MODEL | {"draft_length": "auto"},
+    "emssd, ragged graphs": DRAFT_MODEL | {"ragged_graphs": True},
+    "auto, ragged graphs": DRAFT_MODEL
+    | {"draft_length": "auto", "ragged_graphs": True},
     "llma": LLMA,
 }
 BATCH = 24  # requests
@@ -44,7 +47,7 @@ def speculative_config(side: str, options: dict[str, Any]) -> dict[str, Any] | N
 def choose(side: str, variant: str) -> dict[str, Any]:
     """The first pass of our V2 speculator, before it is made, and vLLM's option to
     schedule asynchronously or not."""
-    if side not in ("emssd", "ragged"):
+    if side not in ("emssd", "emssd, ragged graphs", "ragged"):
         return {}
     from vllm_emssd.integration import speculator_v2
 

@@ -113,13 +113,15 @@ def test_flash_attention_varlen(run: Run, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("eager", [True, False])
-def test_v2_float32_tokens_and_acceptance(run: Run, variant: str, eager: bool) -> None:
+@pytest.mark.parametrize("how", ["eager", "graphs", "ragged graphs"])
+def test_v2_float32_tokens_and_acceptance(run: Run, variant: str, how: str) -> None:
+    eager = how == "eager"
     options = EXACT | {"enforce_eager": eager}
+    side = "emssd, ragged graphs" if how == "ragged graphs" else "emssd"
     with ThreadPoolExecutor() as pool:  # compiling takes a minute
         plain, stock, ours = pool.map(
             lambda side: run(side, variant=variant, **options),
-            ("plain", "stock", "emssd"),
+            ("plain", "stock", side),
         )
     # Compiled, rows are padded to a captured number, and how the target rounds depends
     # on it: whoever verifies drafts agrees.
@@ -149,14 +151,14 @@ def test_v2_structured_output(run: Run, side: str) -> None:
         check_tokens(ours, run("stock", **options))
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("how", ["eager", "graphs", "ragged graphs"])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_v2_automatic_lengths(run: Run, sampled: bool, eager: bool) -> None:
-    """Costs by CUDA events; the target drafts for itself where drafts are sampled.
-    Compiled, steps of any lengths are replayed from CUDA graphs."""
+def test_v2_automatic_lengths(run: Run, sampled: bool, how: str) -> None:
+    """Costs by CUDA events; the target drafts for itself where drafts are sampled."""
+    eager = how == "eager"
     options = EXACT | ({"draft": TARGET, "sampled": True} if sampled else {})
     options |= {"enforce_eager": eager}
-    auto = run("auto", **options)
+    auto = run("auto, ragged graphs" if how == "ragged graphs" else "auto", **options)
     counts, (at_start, after) = auto["counts"], auto["costs"]
     assert all(ms > 0 for model in ("target", "draft") for _, ms in at_start[model])
     assert after["target"] != at_start["target"]

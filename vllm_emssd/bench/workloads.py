@@ -27,12 +27,16 @@ DESCRIPTIONS: dict[str, str] = {
     "completion": "held-out source files cut anywhere (models/prompts.jsonl)",
     "prose": "Python's manual, cut anywhere",
     "mixed": "copy, completion and prose in turns",
+    "half-copy": "copy and completion in turns",
     "half-random": "completion, greedy, and prose at temperature 1, in turns",
     **{name: known.description for name, known in PUBLIC_SETS.items()},
     "hf:OWNER/NAME:SPLIT:COLUMN": "a data set of Hugging Face's",
     "sharegpt:FILE.json": "a ShareGPT file",
     "FILE.jsonl": "a line a request: prompt (or turns), max_tokens, temperature, ...",
 }
+
+
+Builder = Callable[[Tokenizer, int], list[Prompt]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +134,12 @@ def _prose(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
     ]
 
 
-def _mixed(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
-    kinds = (copying.copying_prompts, _completion, _prose)
-    built = (kind(tokenizer, max_prompt_tokens) for kind in kinds)
-    return list(chain.from_iterable(zip(*built, strict=False)))
+def _in_turns(*kinds: Builder) -> Builder:
+    def build(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
+        built = (kind(tokenizer, max_prompt_tokens) for kind in kinds)
+        return list(chain.from_iterable(zip(*built, strict=False)))
+
+    return build
 
 
 def _half_random(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
@@ -148,13 +154,14 @@ def _half_random(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
     return list(chain.from_iterable(zip(greedy, random, strict=False)))
 
 
-BUILDERS: dict[str, Callable[[Tokenizer, int], list[Prompt]]] = {
+BUILDERS: dict[str, Builder] = {
     "copy": copying.copying_prompts,
     "copy-rename": copying.renamed_files,
     "copy-quote": copying.quotations,
     "copy-document": copying.docstrings_to_documentation,
     "completion": _completion,
     "prose": _prose,
-    "mixed": _mixed,
+    "mixed": _in_turns(copying.copying_prompts, _completion, _prose),
+    "half-copy": _in_turns(copying.copying_prompts, _completion),
     "half-random": _half_random,
 }

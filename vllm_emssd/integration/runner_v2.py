@@ -103,7 +103,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        if self.emssd_config.draft_length == "auto":
+        config = self.emssd_config
+        if config.draft_length == "auto" and config.ragged_graphs:
             self._want_ragged_graphs()
 
     def _want_ragged_graphs(self) -> None:

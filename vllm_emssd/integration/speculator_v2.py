@@ -80,6 +80,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         super().__init__(vllm_config, device)
         config = EmssdConfig.of_worker(vllm_config.additional_config)
         self.is_automatic = config.draft_length == "auto"
+        self._ragged_graphs = config.ragged_graphs
         is_async = vllm_config.scheduler_config.async_scheduling
         self.knows_verdict = self.is_automatic or (
             copies_verdict(device) and not is_async
@@ -127,14 +128,17 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self.set_policy(self.policy)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Draft forwards are recorded whole where the target's are."""
+        """Draft forwards are recorded whole where the target's are: those of one row
+        a request, and the first ones where ragged graphs were asked for."""
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
         mode = CUDAGraphMode.FULL_DECODE_ONLY
         self.next_graphs = SpeculatorCudaGraphManager(
             self.vllm_config, self.device, mode, decode_query_len=1
         )
-        if takes_ragged_graphs(self.attn_groups, self.vllm_config, MOST_FIRST_ROWS):
+        if self._ragged_graphs and takes_ragged_graphs(
+            self.attn_groups, self.vllm_config, MOST_FIRST_ROWS
+        ):
             self.first_graphs = SpeculatorCudaGraphManager(
                 self.vllm_config,
                 self.device,
