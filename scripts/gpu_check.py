@@ -5,8 +5,8 @@
 
 Every test is listed with its outcome, beside the command, commit, versions and machine.
 Then the methods run side by side (`vllm-emssd bench`), on the shipped target grown to
-1.1B and to 10B parameters so that it costs what real ones do: gpu-bench-1B.json and
-gpu-bench-10B.json beside it. Exits with 1 if anything failed.
+1.1B and to 7B parameters so that it costs what real ones do: gpu-bench-1B.json and
+gpu-bench-7B.json beside it. Exits with 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "docs/results"
 GROWN = {
     "1B": ["--hidden-size", "2048", "--num-layers", "24"],
-    "10B": ["--hidden-size", "4096", "--num-layers", "56"],
+    "7B": ["--hidden-size", "4096", "--num-layers", "40"],
 }
-BATCHES = {"1B": ["1", "8", "32", "128"], "10B": ["1", "8", "32", "64"]}
+BATCHES = {"1B": ["1", "8", "32", "128"], "7B": ["1", "8", "32", "64"]}
 DRAFT = str(REPO / "models/draft")
 
 
@@ -43,7 +43,7 @@ BENCH = [
     *["--draft-model", DRAFT, "--workload", "completion"],
     *["--max-prompt-tokens", "256", "--max-tokens", "128", "--min-requests", "2"],
     *["--cached-prompts", "--continuous"],
-    *["--compile", "--start-together", "--kv-cache-mib", "6144", "--rounds", "4"],
+    *["--compile", "--start-together", "--kv-cache-mib", "4608", "--rounds", "4"],
     *["--methods", "plain", "stock", "emssd", "auto"],
     "emssd-ragged="
     + with_ragged_graphs(draft_length="fixed", num_speculative_tokens=5),
