@@ -458,7 +458,8 @@ class Engine:
             end = min(len(request.tokens), self._setup.drafter_max_model_len)
             if batch.is_sampling[i]:
                 assert step.missing_rows[i] == max(0, end - num_cached[i])
-        assert step.num_prefill_rows == batch.num_other_rows + sum(
+        assert step.num_other_rows == batch.num_other_rows
+        assert step.num_prefill_rows == sum(
             scheduled
             for scheduled, sampling in zip(
                 batch.num_scheduled_tokens.tolist(), batch.is_sampling, strict=True

@@ -26,7 +26,7 @@ from vllm_emssd.draft_length import (
     Survival,
     auto,
 )
-from vllm_emssd.draft_length.goodput import Plan, plan
+from vllm_emssd.draft_length.goodput import Plan, plan, worth_another_forward
 
 FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
 WARM_UP = 50
@@ -250,6 +250,34 @@ def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
     kept = policy.finish(np.where(goes_on, 2, 1))
     assert (kept[8:] == 0).all()
     assert (kept[:8] >= 1).all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_request_goes_on_as_one_of_several_would(seed: int) -> None:
+    """What is done in plain numbers for it, against the arrays' functions."""
+    rng = np.random.default_rng(seed)
+    costs = prices(draft_ms=float(rng.uniform(0.1, 8.0)))
+    policy = auto_policy(costs, 4)
+    survival_model = policy._survival_model
+    for _ in range(12):
+        survival_model.observe("r0", rng.uniform(size=3), int(rng.integers(4)))
+    policy.begin(opportunity(1))
+    survival = np.ones(1)
+    for position in range(4):
+        confidence = rng.uniform(0.2, 1.0, size=1)
+        [goes_on] = policy.go_on(np.array([0]), confidence, position)
+        factor = policy._factors.by_confidence[:1]
+        survival = survival * survival_model.acceptance(confidence, factor)
+        assert policy._real[0, position] == pytest.approx(survival[0])
+        assert policy._confidence[0, position] == confidence[0]
+        if position == 3:
+            assert not goes_on
+            break
+        gain = survival * policy._worth[:1] * policy._acceptance[:1, position + 1]
+        [wanted] = worth_another_forward(
+            gain, costs.draft, policy._verify_ms[position + 1 :], policy._tokens_per_ms
+        )
+        assert goes_on == wanted
 
 
 def test_goes_on_beyond_a_stair_that_pays_as_a_whole() -> None:

@@ -252,6 +252,21 @@ def test_prompts_in_the_step_do_not_make_drafts_cheap() -> None:
     assert alone.tokens_per_ms == beside.tokens_per_ms
 
 
+def test_what_others_draft_makes_time_dear() -> None:
+    """One request may draft; seven others copy, four tokens each of five rows."""
+    costs = StepCosts(CostTable([1, 100], [40.0, 60.0]), CostTable([1], [2.0]), 2.0)
+    survival = np.zeros((8, 2))
+    survival[0] = 0.9, 0.8
+    missing = np.ones(8, dtype=np.int64)
+    alone = plan(survival, missing, 8, 0, costs)
+    assert alone.draft_lens.sum() > 0
+    beside = plan(
+        survival, missing, 8, 0, costs, base_tokens=8.0 + 7 * 4, num_other_rows=35
+    )
+    assert beside.draft_lens.sum() == 0
+    assert beside.tokens_per_ms > 3 * alone.tokens_per_ms
+
+
 def test_prompts_move_the_target_along_its_staircase() -> None:
     costs = StepCosts(CostTable([8, 64, 65, 80], [9, 9, 90, 99]), COSTS.draft, 4.0)
     survival = np.full((8, 1), 0.9)

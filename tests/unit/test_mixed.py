@@ -248,6 +248,27 @@ def test_changes_to_whichever_fares_better() -> None:
     assert 0 < drafter.num_rows <= len(answer) + 4 * 400 / 5 + 40
 
 
+def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
+    """Else it takes time to be cheap, and drafts where that slows copies down."""
+    copying, drafting = [5, 6, 7, 8, 5, 6], [1, 2, 3, 4, 9, 10]
+    proposer, _ = mixed_of_one(None, copy_length=3)
+    proposer._drafting_cost = lambda n, missing: np.full(len(n), 10.0)
+    told = []
+    begin = proposer._drafting._policy.begin
+    proposer._drafting._policy.begin = lambda step: told.append(step) or begin(step)
+    cursor = proposer._drafting._cursor
+    cursor.update_blocks([AdmittedRequest("s", range(512), 0)], [])
+    batch = batch_of({"r": copying, "s": drafting}, [4, 4], num_prompt_tokens=[4, 4])
+    drafts = proposer.propose(batch)
+    assert drafts[0] == [7, 8, 5]
+    [step] = told
+    assert step.num_other_rows == 3
+    assert 0 < step.other_gains[0] < 3
+    assert step.other_gains[1] == 0
+    assert step.num_tokens_anyway.tolist() == [1 + step.other_gains[0], 1]
+    assert step.num_rows_anyway == 2 + 3
+
+
 def test_one_of_the_two_may_be_left_out_and_come_back() -> None:
     """The answer is counted up to, and is in the reference too: both always hold."""
     answer = COUNTING[:60]

@@ -40,7 +40,7 @@ class _PlannedBatch:
 
     req_ids: list[str]
     is_sampling: np.ndarray
-    num_prefill_rows: int
+    num_rows_anyway: int
     drafts: np.ndarray  # bool
     num_steps_left: int
 
@@ -48,7 +48,7 @@ class _PlannedBatch:
         """The same batch, and nobody to catch up."""
         return (
             self.num_steps_left > 0
-            and self.num_prefill_rows == step.num_prefill_rows
+            and self.num_rows_anyway == step.num_rows_anyway
             and self.req_ids == step.req_ids
             and bool((self.is_sampling == step.is_sampling).all())
             and int(step.missing_rows.max()) <= most_missing
@@ -149,7 +149,7 @@ class AutoDraftLength:
             self._planned = _PlannedBatch(
                 list(step.req_ids),
                 step.is_sampling.copy(),
-                step.num_prefill_rows,
+                step.num_rows_anyway,
                 drafts,
                 _PLAN_STEPS - 1,
             )
@@ -195,15 +195,15 @@ class AutoDraftLength:
 
     def _doze(self, step: DraftOpportunity) -> np.ndarray:
         if step.max_draft_tokens.any():
-            self._count_idle_step(int(step.is_sampling.sum()))
+            self._count_idle_step(float(step.num_tokens_anyway.sum()))
             self._survival_model.skip(step.req_ids)
         return np.zeros_like(step.max_draft_tokens)
 
-    def _count_idle_step(self, num_sampling: int) -> None:
+    def _count_idle_step(self, num_tokens: float) -> None:
         self._idle_steps += 1
         self._idle_since_probe += 1
         if self._tokens_per_ms:
-            self._idle_ms += num_sampling / self._tokens_per_ms
+            self._idle_ms += num_tokens / self._tokens_per_ms
 
     def drafting_cost(
         self, num_drafts: np.ndarray, missing_rows: np.ndarray
@@ -225,7 +225,7 @@ class AutoDraftLength:
         self._most = step.max_draft_tokens
         self._factors = self._survival_model.request_factors(step.req_ids)
         num_sampling = int(step.is_sampling.sum())
-        self._base_rows = num_sampling + step.num_prefill_rows
+        self._base_rows = step.num_rows_anyway
         self._row_ms, draft_ms, step_ms = self._request_ms(num_sampling)
         self._worth = self._pace.worth(step.req_ids, step_ms, self._row_ms, draft_ms)
 
@@ -268,15 +268,16 @@ class AutoDraftLength:
             int(step.is_sampling.sum()),
             step.num_prefill_rows,
             self._prices,
-            float(self._worth[step.is_sampling].sum()),
+            float(self._worth @ step.num_tokens_anyway),
             rows,
+            step.num_other_rows,
         )
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
         if not self._most.any():
             return lens  # says nothing about whether drafts pay
-        self._count_idle_step(int(step.is_sampling.sum()))
+        self._count_idle_step(float(step.num_tokens_anyway.sum()))
         may_draft = self._most > 0
         missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)
         request = int(missing.argmin())
@@ -307,6 +308,10 @@ class AutoDraftLength:
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
     ) -> np.ndarray:
         assert confidence is not None
+        if len(req_indices) == 1:
+            return self._goes_on_alone(
+                int(req_indices[0]), float(confidence[0]), position
+            )
         accepted = self._survival_model.acceptance(
             confidence, self._factors.by_confidence[req_indices]
         )
@@ -326,6 +331,28 @@ class AutoDraftLength:
             self._verify_ms[self._num_made :],
             self._tokens_per_ms,
         )
+
+    def _goes_on_alone(
+        self, request: int, confidence: float, position: int
+    ) -> np.ndarray:
+        """`go_on` of one request in plain numbers: with few requests, steps are short
+        and calls of numpy's a share of them."""
+        accepted = self._survival_model.acceptance_of_one(
+            confidence, self._factors.by_confidence.item(request)
+        )
+        if position:
+            accepted *= self._real.item(request, position - 1)
+        self._real[request, position] = accepted
+        self._confidence[request, position] = confidence
+        self._num_made += 1
+        goes_on = self._most.item(request) > position + 1
+        if goes_on and not (self._is_probe or position + 1 == self._real.shape[1]):
+            gain = accepted * self._worth.item(request)
+            gain *= self._acceptance.item(request, position + 1)
+            before, after = self._verify_ms[self._num_made : self._num_made + 2]
+            ms = self.costs.draft.at(1) + float(after - before)
+            goes_on = gain > self._tokens_per_ms * ms
+        return np.array([goes_on])
 
     def finish(self, draft_lens: np.ndarray) -> np.ndarray:
         if not self._may_trim or not draft_lens.any():

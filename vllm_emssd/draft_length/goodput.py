@@ -123,12 +123,14 @@ def plan(
     costs: StepCosts,
     base_tokens: float | None = None,
     verify_rows: np.ndarray | None = None,
+    num_other_rows: int = 0,
 ) -> Plan:
     """Best lengths from what is known before drafting.
 
     The price of time is that of decoding. Prompts must be computed whatever the
     lengths: they move the target along its staircase, but a slow step with a prompt in
-    it does not make drafts cheap.
+    it does not make drafts cheap. Drafts made elsewhere do count: what they bring makes
+    time dear.
 
     Args:
         survival: [num_reqs, K] expected survival, times what a token of the request is
@@ -136,14 +138,17 @@ def plan(
         missing_rows: [num_reqs] rows the drafter must be fed before a first draft.
             All but one are an investment, charged over several steps.
         num_sampling: requests that get a token, and a row of the target, anyway.
-        num_prefill_rows: the target's other rows.
-        base_tokens: what the tokens that come anyway are worth, if not 1 each.
+        num_prefill_rows: the target's rows of prompts.
+        base_tokens: what the tokens that come anyway are worth, if not 1 each; those of
+            drafts made elsewhere among them.
         verify_rows: [num_reqs, K] the target's rows to expect of each draft, if not 1:
             some of those made are not verified.
+        num_other_rows: the target's rows of drafts made elsewhere.
     """
-    base_ms = costs.fixed_ms + costs.target.at(num_sampling)
+    num_decode_rows = num_sampling + num_other_rows
+    base_ms = costs.fixed_ms + costs.target.at(num_decode_rows)
     base_ms = max(base_ms, _LEAST_MS)
-    base_rows = num_sampling + num_prefill_rows
+    base_rows = num_decode_rows + num_prefill_rows
     if base_tokens is None:
         base_tokens = num_sampling
     prices = _Prices(base_tokens, base_ms, base_rows, costs)

@@ -25,7 +25,20 @@ class DraftOpportunity:
     is_sampling: np.ndarray  # bool: False for requests in prefill
     max_draft_tokens: np.ndarray  # int64: 0 for requests in prefill
     missing_rows: np.ndarray  # int64: rows the drafter needs before a first draft
-    num_prefill_rows: int  # of this step's prompts, likely as many the next, and copies
+    num_prefill_rows: int  # of this step's prompts, likely as many the next
+    num_other_rows: int = 0  # of drafts made elsewhere
+    other_gains: np.ndarray | float = 0.0  # how many of them will be accepted
+
+    @property
+    def num_tokens_anyway(self) -> np.ndarray:
+        """To expect of each request without drafts of the policy's. float64"""
+        return np.asarray((1.0 + self.other_gains) * self.is_sampling)
+
+    @property
+    def num_rows_anyway(self) -> int:
+        """Of the target, without them."""
+        num_sampling = int(self.is_sampling.sum())
+        return num_sampling + self.num_prefill_rows + self.num_other_rows
 
 
 class DraftLengthPolicy(Protocol):

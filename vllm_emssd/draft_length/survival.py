@@ -9,6 +9,7 @@ as its confidences say and yet far better or worse than the others. All forget.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,7 @@ _REQUEST_FORGET = 0.97
 _IDLE_FORGET = 0.98  # of a request's record, each step in which it does not draft
 _BOUNDS = (0.005, 0.995)
 _BIN_EDGES = 1 / (1 + np.exp(-np.linspace(*_LOGIT_RANGE, _NUM_BINS + 1)[1:-1]))
+_BIN_EDGE_LIST: list[float] = _BIN_EDGES.tolist()
 
 
 def _bin_of(confidence: np.ndarray) -> np.ndarray:
@@ -119,6 +121,13 @@ class Survival:
         Shapes: all alike, float; `factor` from `request_factors`, by confidence.
         """
         return _bounded(self._pooled(confidence) * factor)
+
+    def acceptance_of_one(self, confidence: float, factor: float) -> float:
+        """The same of one draft."""
+        bin_ = bisect_right(_BIN_EDGE_LIST, confidence)
+        accepted = self._by_confidence.item(0, bin_) + _PRIOR_TESTS * confidence
+        pooled = accepted / (self._by_confidence.item(1, bin_) + _PRIOR_TESTS)
+        return min(max(pooled * factor, _BOUNDS[0]), _BOUNDS[1])
 
     def expected(self, factor: np.ndarray, optimism: float = 0.0) -> np.ndarray:
         """Survival by position, before anything is drafted. [num_reqs, K]

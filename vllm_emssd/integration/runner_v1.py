@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -22,33 +21,18 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import (
-    AutoDraftLength,
-    CostTable,
-    DraftLengthPolicy,
-    FixedDraftLength,
-    OverridableDraftLength,
-    Survival,
-)
+from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration import hooks
-from vllm_emssd.integration.forward_clock import ForwardTimer
+from vllm_emssd.integration.automatic_lengths_v1 import AutomaticLengthsMixin
 from vllm_emssd.integration.kv_cache import check_full_attention
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.references import reference_of
 from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
-from vllm_emssd.integration.row_rounding import RoundedRowsMixin, RowRounding
+from vllm_emssd.integration.row_rounding import RoundedRowsMixin
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
-from vllm_emssd.integration.step_costs import (
-    CONTEXT,
-    NO_DRAFT_MODEL,
-    StepCostMeter,
-    measure_drafter,
-    rows_to_measure,
-    time_target,
-)
 from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_async_v1
 from vllm_emssd.metrics import Counters
@@ -59,8 +43,6 @@ from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import DraftingCost, MixedProposer, unmeasured_cost
 from vllm_emssd.proposers.registry import plugin_proposer
 from vllm_emssd.scorer import pad_to_longest
-
-logger = init_logger("vllm.emssd.runner_v1")
 
 
 @contextmanager
@@ -74,7 +56,7 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
         spec_config.disable_padded_drafter_batch = spec_config.uses_draft_model()
 
 
-class UnpadRunnerMixin(UnpadSamplingMixin):
+class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -91,8 +73,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._proposer: Proposer | None = None  # made with the KV cache
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
-        self._step_costs: StepCostMeter | None = None  # with automatic lengths
-        self._drafting_policy: OverridableDraftLength | None = None  # likewise
+        self._step_costs = None
+        self._drafting_policy = None
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         is_publisher = self.parallel_config.rank == 0
         self._shared_counters = (
@@ -116,69 +98,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         if self.emssd_config.uses_draft_model:
             self._make_drafter(kv_cache_config)
         self._proposer = self._make_proposer(FixedDraftLength(), FixedDraftLength())
-
-    def start_automatic_lengths(self) -> None:
-        """Measure costs and draft by them from now on: after warm-up, once."""
-        if self.emssd_config.draft_length != "auto":
-            return
-        self._step_costs = self._measure_costs()
-        is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
-        costs = self._step_costs.costs
-        automatic = AutoDraftLength(
-            costs, Survival(self.num_spec_tokens), may_trim=not is_sampled
-        )
-        drafting = self._drafting_policy = OverridableDraftLength(automatic)
-        copying = AutoDraftLength(costs, Survival(self.num_spec_tokens), may_trim=True)
-        self._proposer = self._make_proposer(drafting, copying, automatic.drafting_cost)
-
-    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
-        """See the worker's `emssd_fix_draft_length`."""
-        most = self.num_spec_tokens
-        if self._drafting_policy is None or not isinstance(
-            self._proposer, DraftModelProposer
-        ):
-            raise ValueError(
-                'draft lengths can be fixed while the engine runs with "draft_length": '
-                '"auto" and "proposer": "draft_model"'
-            )
-        if num_draft_tokens is not None and not 0 <= num_draft_tokens <= most:
-            raise ValueError(
-                f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
-                "num_speculative_tokens, or None for automatic lengths"
-            )
-        self._drafting_policy.fix(num_draft_tokens)
-
-    def use_proposer(self, proposer: str | None) -> None:
-        """See the worker's `emssd_use_proposer`."""
-        if not isinstance(self._proposer, MixedProposer):
-            raise ValueError('only "proposer": "mixed" has proposers to choose from')
-        self._proposer.use(proposer)
-
-    def _measure_costs(self) -> StepCostMeter:
-        target, drafter = ForwardTimer(self.model), self.paged_drafter
-        most = self.max_num_reqs * (1 + self.num_spec_tokens)
-        timed = time_target(
-            lambda num_rows: self._dummy_run(
-                num_rows,
-                force_attention=True,
-                uniform_decode=num_rows <= most,
-                profile_seq_lens=min(CONTEXT, self.max_model_len),
-            ),
-            target,
-            rows_to_measure(most, self.max_num_tokens),
-            self.device,
-        )
-        self._row_rounding = RowRounding(timed.samples, timed.preparing_ms)
-        logger.info("Row counts quicker as larger ones: %s", self._row_rounding)
-        target_costs = CostTable.from_samples(timed.samples)
-        draft_costs = (
-            NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter, self.device)
-        )
-        return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
-
-    def costs_now(self) -> dict[str, Any]:
-        """See the worker's `emssd_costs`."""
-        return {} if self._step_costs is None else self._step_costs.prices()
 
     def _make_proposer(
         self,

@@ -35,7 +35,8 @@ class DraftBatch:
     num_prefilled_tokens: np.ndarray  # [num_reqs] int64: computed + scheduled
     is_sampling: np.ndarray  # [num_reqs] bool
     max_draft_tokens: np.ndarray  # [num_reqs] int64: most drafts it may get, >= 0
-    num_other_rows: int = 0  # that the target verifies besides: drafts made elsewhere
+    num_other_rows: int = 0  # that the target verifies besides: drafts made elsewhere,
+    other_gains: np.ndarray | float = 0.0  # of each request, how many will be accepted
 
     def __post_init__(self) -> None:
         num_reqs = len(self.req_ids)
@@ -61,13 +62,14 @@ class DraftBatch:
         self, max_draft_tokens: np.ndarray, missing_rows: np.ndarray
     ) -> DraftOpportunity:
         """What a draft-length policy is told. Both [num_reqs] int64."""
-        prefill = self.num_scheduled_tokens[~self.is_sampling].sum()
         return DraftOpportunity(
             self.req_ids,
             self.is_sampling,
             np.where(self.is_sampling, max_draft_tokens, 0),
             missing_rows,
-            int(prefill) + self.num_other_rows,
+            int(self.num_scheduled_tokens[~self.is_sampling].sum()),
+            self.num_other_rows,
+            self.other_gains,
         )
 
 

@@ -118,11 +118,16 @@ class MixedProposer:
         ]
         drafts = self._copying.choose(batch, chosen)
         num_copied = np.array(list(map(len, drafts)), dtype=np.int64)
+        gains = [
+            expected_accepted(copy.acceptance, n)
+            for copy, n in zip(copies, num_copied.tolist(), strict=True)
+        ]
         made = self._drafting.propose(
             dataclasses.replace(
                 batch,
                 max_draft_tokens=np.where(num_copied > 0, 0, may_draft),
                 num_other_rows=int(num_copied.sum()),
+                other_gains=np.array(gains),
             )
         )
         self._note_copies(batch, drafts)
