@@ -68,9 +68,15 @@ class MixedEngine(Engine):
             Copier(2), setup.num_spec_tokens, FixedDraftLength()
         )
         self._copying.rng = random.Random(setup.seed)
-        return self.make_mixed(
-            self._copying, super()._make_proposer(policy), setup.num_spec_tokens
-        )
+        drafting = super()._make_proposer(policy)
+        propose = drafting.propose
+
+        def note(told: DraftBatch) -> list[list[int]]:
+            self._told, self._made = told, propose(told)
+            return self._made
+
+        drafting.propose = note
+        return self.make_mixed(self._copying, drafting, setup.num_spec_tokens)
 
     def _take_in_blocks(self, schedule: Any) -> None:
         super()._take_in_blocks(schedule)
@@ -100,33 +106,45 @@ class MixedEngine(Engine):
     def _check_drafts(
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
     ) -> None:
-        copied, requests = self._copying.drafts, self._requests
-        others = [[] if c else d for c, d in zip(copied, drafts, strict=True)]
-        for copy, both in zip(copied, drafts, strict=True):
-            assert not copy or both == copy
+        made, told, requests = self._made, self._told, self._requests
+        could = self._copying.drafts
+        copied = [[] if m else c for m, c in zip(made, could, strict=True)]
+        assert drafts == [m or c for m, c in zip(made, could, strict=True)]
+        num_copied = [
+            len(copy)
+            for copy, most in zip(could, told.max_draft_tokens, strict=True)
+            if most == 0
+        ]
+        assert told.num_other_rows == sum(num_copied), "others may draft"
         for i in np.flatnonzero([len(c) > 0 for c in copied]):
-            assert self._policy.asked[i] == 0
             self._seen["copied"] += 1
-            self._seen["copied while others drafted"] += any(others)
+            self._seen["copied, as drafting came to nothing"] += (
+                self._policy.asked[i] > 0
+            )
+            self._seen["copied while others drafted"] += any(made)
             self._seen["copied, cursor behind"] += (
                 len(requests[i].tokens) - num_cached[i] > 2
             )
-        told = dataclasses.replace(
-            batch,
-            max_draft_tokens=np.where(
-                list(map(len, copied)), 0, batch.max_draft_tokens
-            ),
-            num_other_rows=sum(map(len, copied)),
-        )
         has_drafted = [r.has_drafted for r in requests]
-        super()._check_drafts(told, others, num_cached)
+        super()._check_drafts(told, made, num_cached)
+        self._forget_fed_drafts(copied)
         for request, copy, drafted in zip(requests, copied, has_drafted, strict=True):
             if copy:
-                request.drafts = copy
+                request.drafts, request.has_drafted = copy, False
                 self._seen["copied after drafting"] += drafted
         now = {r.req_id for r, c in zip(requests, copied, strict=True) if c}
         gone = {r.req_id for r in requests} - now
         self._has_copied = (self._has_copied - gone) | now
+
+    def _forget_fed_drafts(self, copied: list[list[int]]) -> None:
+        """Drafts that were fed, then trimmed, and a copy verified instead: their rows
+        do not count, though the copy may say the same."""
+        for forward in self.drafter.fed:
+            for i, positions in forward:
+                known = len(self._requests[i].tokens)
+                for position in positions if copied[i] else ():
+                    if position >= known:
+                        self._kv.forget_fed(self._requests[i], position)
 
 
 def run_all_seeds(mixed: type[MixedProposer] = MixedProposer) -> Counter[str]:
@@ -150,6 +168,7 @@ def test_simulation_visits_what_it_claims() -> None:
         "copied after drafting",
         "copied while others drafted",
         "copied, cursor behind",
+        "copied, as drafting came to nothing",
         "caught up",
         "drafted twice running",
         "left out with drafts pending",
@@ -174,7 +193,7 @@ class TellsTheCopierOfDrafts(MixedProposer):
 class DraftsForWhoCopies(MixedProposer):
     def _prefers_copy(self, *args: Any) -> np.ndarray:
         prefers = super()._prefers_copy(*args)
-        propose = type(self._drafting).propose.__get__(self._drafting)
+        self._sane = propose = getattr(self, "_sane", self._drafting.propose)
         most = args[0].max_draft_tokens
         self._drafting.propose = lambda told: propose(
             dataclasses.replace(told, max_draft_tokens=most)
@@ -246,6 +265,17 @@ def test_changes_to_whichever_fares_better() -> None:
     seen = replay(proposer, [1], answer, 7)
     assert seen.num_forwards <= 400 / 8 + 400 / 5 + 8
     assert 0 < drafter.num_rows <= len(answer) + 4 * 400 / 5 + 40
+
+
+def test_copies_where_drafting_would_be_better_and_does_not_pay() -> None:
+    batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
+    proposer, drafter = mixed_of_one(None, copy_length=1)
+    proposer._drafting_cost = lambda n, missing: np.zeros(len(n))
+    proposer._drafting._policy.begin = lambda step: np.zeros(1, dtype=np.int64)
+    assert proposer.propose(batch) == [[7]]
+    assert drafter.num_rows == 0
+    proposer.record_verified("r", 1, 1)
+    assert proposer._copying._copier._requests["r"].records, "as a copy"
 
 
 def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:

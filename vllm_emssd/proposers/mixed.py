@@ -107,17 +107,12 @@ class MixedProposer:
                 dataclasses.replace(batch, max_draft_tokens=may_draft)
             )
         copies = self._copying.find(batch)
+        copied = self._copying.choose(batch, copies)
         if self._only == LLMA:
-            drafts = self._copying.choose(batch, copies)
-            self._note_copies(batch, drafts)
-            return drafts
+            self._note_copies(batch, copied)
+            return copied
         prefers_copy = self._prefers_copy(batch, copies, may_draft)
-        chosen = [
-            copy if prefers else dataclasses.replace(copy, token_ids=[])
-            for copy, prefers in zip(copies, prefers_copy, strict=True)
-        ]
-        drafts = self._copying.choose(batch, chosen)
-        num_copied = np.array(list(map(len, drafts)), dtype=np.int64)
+        num_copied = np.where(prefers_copy, list(map(len, copied)), 0)
         gains = [
             expected_accepted(copy.acceptance, n)
             for copy, n in zip(copies, num_copied.tolist(), strict=True)
@@ -130,8 +125,10 @@ class MixedProposer:
                 other_gains=np.array(gains),
             )
         )
-        self._note_copies(batch, drafts)
-        return [copied or tokens for copied, tokens in zip(drafts, made, strict=True)]
+        # Who would rather draft, and then does not since it does not pay, copies.
+        copied = [[] if m else c for m, c in zip(made, copied, strict=True)]
+        self._note_copies(batch, copied)
+        return [m or c for m, c in zip(made, copied, strict=True)]
 
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
         """Whose drafts are copies now."""
