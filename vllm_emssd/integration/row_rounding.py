@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _MULTIPLES = (8, 4)  # the first that is cheap enough
 _FROM_ROWS = 16  # fewer are few row counts
 _MOST_MORE = 0.02  # of the forward's price
-_MOST_TIMES = 2  # as many rows, where those are quicker
+_TILE = 16  # rows: more are not computed along, though they seemed quicker
+_QUICKER = 0.95  # times as long: less may be noise of a slow minute
 
 
 class RowRounding:
@@ -86,8 +87,9 @@ def _quickest(rows: int, times: dict[int, float]) -> int:
     """The row count to compute instead of `rows`."""
     if rows <= _FROM_ROWS:
         return rows
-    others = [n for n in times if rows <= n <= _MOST_TIMES * rows]
-    return min(others, key=lambda n: (times[n], n))
+    others = [n for n in times if rows <= n <= rows + _TILE]
+    quickest = min(others, key=lambda n: (times[n], n))
+    return quickest if times[quickest] < _QUICKER * times[rows] else rows
 
 
 def _rounded_where_cheap(num_rows: int, most: int, target: CostTable) -> int:
