@@ -28,6 +28,8 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("llma", "llma-padded"),
     ("auto", "emssd"),
     ("llma-auto", "llma"),
+    ("mixed-auto", "auto"),
+    ("mixed-auto", "llma-auto"),
 )
 # Unpadded and padded sides of the paper's vanilla.
 PADDED: dict[str, str] = {"llma": "llma-padded", "emssd": "padded"}
@@ -89,7 +91,6 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     `k0` is what comes nearest to plain decoding."""
     plain = "plain" if "plain" in seconds else "k0"
     over_plain = [(name, plain) for name in seconds if name != plain]
-    over_plain += [("mixed-auto", "auto"), ("mixed-auto", "llma-auto")]
     pairs: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{a}/{b}": (a, (b,)) for a, b in (*over_plain, *PAIRS)
     }

@@ -15,6 +15,7 @@ kernel by kernel.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,13 +58,13 @@ class RecordedForwards:
         """Record the speculator's graphs, if any are wanted."""
         stock = self._stock
         self._idx_mapping.fill_(NOBODY)
-        for name, graphs, record in (
-            ("first", stock.first_graphs, self._record_first),
-            ("next", stock.next_graphs, self._record_next),
+        for name, graphs in (
+            ("first", stock.first_graphs),
+            ("next", stock.next_graphs),
         ):
             if graphs is not None and graphs.needs_capture():
                 graphs.capture(
-                    record,
+                    partial(self._record, name == "next"),
                     stock.model_state,
                     stock.input_buffers,
                     stock.block_tables,
@@ -73,8 +74,9 @@ class RecordedForwards:
                 )
         stock.confidence = None  # its memory is the graphs'
 
-    def _record_first(
+    def _record(
         self,
+        is_next: bool,
         num_reqs: int,
         num_rows: int,
         attn_metadata: dict[str, Any] | None,
@@ -82,33 +84,18 @@ class RecordedForwards:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        positions = self._stock.input_buffers.positions[:num_rows]
-        positions.clamp_(max=self._last_position)  # padding's are left from before
-        self._update_in_graph(num_reqs, attn_metadata)
-        self._forward(num_reqs, num_rows, attn_metadata, slot_mappings)
-
-    def _record_next(
-        self,
-        num_reqs: int,
-        num_rows: int,
-        attn_metadata: dict[str, Any] | None,
-        slot_mappings: dict[str, torch.Tensor] | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if self._stock.supports_decode_metadata_update:
-            self._move_on(num_reqs)
-        self._update_in_graph(num_reqs, attn_metadata)
-        self._forward(num_reqs, num_rows, attn_metadata, slot_mappings)
-
-    def _update_in_graph(
-        self, num_reqs: int, attn_metadata: dict[str, Any] | None
-    ) -> None:
-        """Metadata that cannot be brought up to date in a graph are built before it is
-        replayed; for that, requests have moved on."""
-        if self._stock.supports_decode_metadata_update:
+        """What a graph holds. Metadata that cannot be brought up to date in a graph are
+        built before it is replayed; for that, requests have moved on."""
+        stock = self._stock
+        if not is_next:
+            positions = stock.input_buffers.positions[:num_rows]
+            positions.clamp_(max=self._last_position)  # padding's are left from before
+        if stock.supports_decode_metadata_update:
+            if is_next:
+                self._move_on(num_reqs)
             assert attn_metadata is not None
-            self._stock._update_draft_decode_metadata(attn_metadata, num_reqs)
+            stock._update_draft_decode_metadata(attn_metadata, num_reqs)
+        self._forward(num_reqs, num_rows, attn_metadata, slot_mappings)
 
     # ------------------------------------------------------------ first forwards
 
@@ -150,7 +137,7 @@ class RecordedForwards:
             rows.num_rows,
             uniform_token_count=None,
             num_active_loras=0,
-            max_query_len=int(np.diff(rows.query_start_loc).max()),
+            max_query_len=int(rows.query_lens.max()),
         )
 
     # ------------------------------------------------------------ next forwards
