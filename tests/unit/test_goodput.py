@@ -14,6 +14,7 @@ from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.draft_length.goodput import (
     _CATCH_UP_STEPS,
     plan,
+    plan_copies,
     verified_lengths,
     worth_another_forward,
 )
@@ -193,12 +194,41 @@ def test_plan_is_close_to_the_best_where_much_is_missing() -> None:
     assert min(shares) >= 0.9
 
 
+@property_test
+@given(survivals(), st.integers(0, 5), st.integers(0, 3), tables(), st.floats(0, 9))
+def test_no_other_lengths_of_copies_earn_more(
+    gains: np.ndarray,
+    num_prefill_rows: int,
+    num_other_tokens: int,
+    target: CostTable,
+    fixed_ms: float,
+) -> None:
+    num_reqs, longest = gains.shape
+    costs = StepCosts(target, FREE, fixed_ms)
+    base_tokens = float(num_reqs + num_other_tokens)
+    found = plan_copies(gains, num_reqs, num_prefill_rows, costs, base_tokens)
+
+    def earned(lens: Sequence[int]) -> float:
+        base_rows = num_reqs + num_prefill_rows
+        more_ms = ms(target, base_rows + sum(lens)) - ms(target, base_rows)
+        tokens = base_tokens + sum(gains[i, :n].sum() for i, n in enumerate(lens))
+        return float(tokens / (fixed_ms + ms(target, num_reqs) + more_ms))
+
+    best = max(earned(lens) for lens in all_lengths(num_reqs, longest))
+    assert found.tokens_per_ms == pytest.approx(best)
+    assert earned(found.draft_lens.tolist()) == pytest.approx(best)
+    assert (found.draft_lens <= (gains > 0).sum(axis=1)).all()
+
+
+FREE = CostTable([1], [0.0])
 COSTS = StepCosts(CostTable([1, 64], [20.0, 40.0]), CostTable([1, 64], [2.0, 4.0]), 4.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_plan_of_nobody_or_of_no_drafts(shape: tuple[int, int]) -> None:
     found = plan(np.zeros(shape), np.ones(shape[0]), shape[0], 0, COSTS)
+    assert found.draft_lens.tolist() == [0] * shape[0]
+    found = plan_copies(np.zeros(shape), shape[0], 0, COSTS, float(shape[0]))
     assert found.draft_lens.tolist() == [0] * shape[0]
 
 

@@ -13,6 +13,7 @@ from vllm_emssd.draft_length.goodput import (
     Plan,
     StepCosts,
     plan,
+    plan_copies,
     verified_lengths,
     worth_another_forward,
 )
@@ -258,6 +259,14 @@ class AutoDraftLength:
         may_draft = np.arange(survival.shape[1]) < self._most[:, None]
         gains = np.where(may_draft, survival * self._worth[:, None], 0.0)
         rows = None
+        if self._copies:
+            return plan_copies(
+                gains,
+                int(step.is_sampling.sum()),
+                step.num_prefill_rows,
+                self._prices,
+                float(self._worth @ step.num_tokens_anyway),
+            )
         if self._will_trim:
             gains, rows = self._anticipation.gains_and_rows(
                 gains, self._tokens_per_ms * self._row_ms

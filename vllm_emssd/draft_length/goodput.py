@@ -167,6 +167,35 @@ def plan(
     return _change_one_by_one(survival, verify_rows, charged, prices, best)
 
 
+def plan_copies(
+    gains: np.ndarray,
+    num_decode_rows: int,
+    num_prefill_rows: int,
+    costs: StepCosts,
+    base_tokens: float,
+) -> Plan:
+    """Best lengths of drafts that are made already: they cost the target's rows only,
+    so that of each budget of rows the best use is known, and all are compared.
+
+    Args:
+        gains: [num_reqs, K] expected survival, times what a token of the request is
+            worth; 0 where there is no copy.
+        base_tokens: what the tokens that come anyway are worth.
+    """
+    order = _by_survival(gains)
+    base_rows = num_decode_rows + num_prefill_rows
+    base_ms = max(costs.fixed_ms + costs.target.at(num_decode_rows), _LEAST_MS)
+    tokens = np.empty(order.size + 1)
+    tokens[0] = base_tokens
+    tokens[1:] = base_tokens + gains.ravel()[order].cumsum()
+    target_ms = costs.target.from_to(base_rows, base_rows + order.size)
+    ratio = tokens / (base_ms + (target_ms - target_ms[0]))
+    budget = int(ratio.argmax())
+    num_reqs, num_positions = gains.shape
+    lens = np.bincount(order[:budget] // max(num_positions, 1), minlength=num_reqs)
+    return Plan(lens, float(ratio[budget]))
+
+
 def _best_prefixes(
     survival: np.ndarray,
     verify_rows: np.ndarray,
