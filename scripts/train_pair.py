@@ -76,6 +76,7 @@ class Shape:
 
 TARGET = Shape(384, 5, 6, 2, 1024)
 DRAFT = Shape(256, 2, 4, 1, 768)
+LR_SCALE_GOING_ON = 0.3  # of the training from scratch
 
 
 # ---------------------------------------------------------------- text
@@ -363,6 +364,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draft-tokens", type=float, default=12e6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=("all", "draft"), default="all")
+    parser.add_argument(
+        "--draft-from", type=Path, help="a drafter to go on from, of another target"
+    )
     return parser.parse_args()
 
 
@@ -389,7 +393,10 @@ def main() -> None:
 
     end_id = tokenizer.token_to_id(END_OF_TEXT)
     target = build_model(TARGET, args.vocab_size, end_id)
-    draft = build_model(DRAFT, args.vocab_size, end_id)
+    if args.draft_from is None:
+        draft = build_model(DRAFT, args.vocab_size, end_id)
+    else:
+        draft = LlamaForCausalLM.from_pretrained(args.draft_from, dtype=torch.float32)
     seconds = {}
     if args.only == "draft":
         target = LlamaForCausalLM.from_pretrained(
@@ -415,6 +422,7 @@ def main() -> None:
         int(args.draft_tokens),
         [(0.8, 256, 8192), (0.2, 1024, 8192)],
         np_rng,
+        1.0 if args.draft_from is None else LR_SCALE_GOING_ON,
     )
     save(draft, tokenizer, args.out / "draft")
 

@@ -28,6 +28,7 @@ DESCRIPTIONS: dict[str, str] = {
     "prose": "Python's manual, cut anywhere",
     "mixed": "copy, completion and prose in turns",
     "half-copy": "copy and completion in turns",
+    "half-copy-random": "copy, greedy, and prose at temperature 1, in turns",
     "half-random": "completion, greedy, and prose at temperature 1, in turns",
     **{name: known.description for name, known in PUBLIC_SETS.items()},
     "hf:OWNER/NAME:SPLIT:COLUMN": "a data set of Hugging Face's",
@@ -142,16 +143,14 @@ def _in_turns(*kinds: Builder) -> Builder:
     return build
 
 
-def _half_random(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
-    greedy = [
-        replace(prompt, sampling={"temperature": 0.0})
-        for prompt in _completion(tokenizer, max_prompt_tokens)
-    ]
-    random = [
-        replace(prompt, sampling={"temperature": 1.0})
-        for prompt in _prose(tokenizer, max_prompt_tokens)
-    ]
-    return list(chain.from_iterable(zip(greedy, random, strict=False)))
+def _at_temperature(temperature: float, kind: Builder) -> Builder:
+    def build(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
+        return [
+            replace(prompt, sampling={"temperature": temperature})
+            for prompt in kind(tokenizer, max_prompt_tokens)
+        ]
+
+    return build
 
 
 BUILDERS: dict[str, Builder] = {
@@ -163,5 +162,10 @@ BUILDERS: dict[str, Builder] = {
     "prose": _prose,
     "mixed": _in_turns(copying.copying_prompts, _completion, _prose),
     "half-copy": _in_turns(copying.copying_prompts, _completion),
-    "half-random": _half_random,
+    "half-copy-random": _in_turns(
+        _at_temperature(0.0, copying.copying_prompts), _at_temperature(1.0, _prose)
+    ),
+    "half-random": _in_turns(
+        _at_temperature(0.0, _completion), _at_temperature(1.0, _prose)
+    ),
 }
