@@ -137,6 +137,10 @@ class RandomLengths:
         self.made: list[int] | None = None
         self.kept: list[int] | None = None
 
+    def rests(self, num_tokens_anyway: float) -> bool:
+        assert self.opportunity is None, "asked too late"
+        return not self._always and self._chance(0.2)
+
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         self.opportunity = step
         self.feeds_prompts = self._always or self._chance(0.7)

@@ -226,6 +226,21 @@ def test_smallest_batches(num_reqs: int, num_spec_tokens: int) -> None:
         assert policy.finish(np.array([1])).tolist() == [1]
 
 
+def test_what_time_is_worth_is_known_though_nobody_may_draft() -> None:
+    """All copy: the more that brings, the dearer is a drafter's time."""
+    policy = auto_policy(MEDIUM, 8)
+    none, many = np.zeros(8, dtype=np.int64), np.full(8, 4)
+    costs = []
+    for gain in (0.0, 3.0):
+        step = dataclasses.replace(
+            opportunity(8, most=0), num_other_rows=24, other_gains=np.full(8, gain)
+        )
+        assert policy.begin(step).tolist() == none.tolist()
+        costs.append(policy.drafting_cost(many, none + 1).sum())
+    assert 0 < costs[0] < costs[1]
+    assert costs[1] == pytest.approx(4 * costs[0])
+
+
 def test_no_drafts_possible() -> None:
     policy = auto_policy(CHEAP, 4)
     for _ in range(300):

@@ -106,8 +106,13 @@ class MixedEngine(Engine):
     def _check_drafts(
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
     ) -> None:
+        could, rests = self._copying.drafts, self._policy.opportunity is None
+        if rests:
+            self._told = dataclasses.replace(
+                batch, max_draft_tokens=0 * batch.num_tokens
+            )
+            self._made = [[] for _ in could]
         made, told, requests = self._made, self._told, self._requests
-        could = self._copying.drafts
         copied = [[] if m else c for m, c in zip(made, could, strict=True)]
         assert drafts == [m or c for m, c in zip(made, could, strict=True)]
         num_copied = [
@@ -115,18 +120,22 @@ class MixedEngine(Engine):
             for copy, most in zip(could, told.max_draft_tokens, strict=True)
             if most == 0
         ]
-        assert told.num_other_rows == sum(num_copied), "others may draft"
+        assert rests or told.num_other_rows == sum(num_copied), "others may draft"
         for i in np.flatnonzero([len(c) > 0 for c in copied]):
             self._seen["copied"] += 1
             self._seen["copied, as drafting came to nothing"] += (
-                self._policy.asked[i] > 0
+                not rests and self._policy.asked[i] > 0
             )
+            self._seen["copied while drafting rested"] += rests
             self._seen["copied while others drafted"] += any(made)
             self._seen["copied, cursor behind"] += (
                 len(requests[i].tokens) - num_cached[i] > 2
             )
         has_drafted = [r.has_drafted for r in requests]
-        super()._check_drafts(told, made, num_cached)
+        if rests:
+            self._check_rest(num_cached)
+        else:
+            super()._check_drafts(told, made, num_cached)
         self._forget_fed_drafts(copied)
         for request, copy, drafted in zip(requests, copied, has_drafted, strict=True):
             if copy:
@@ -135,6 +144,14 @@ class MixedEngine(Engine):
         now = {r.req_id for r, c in zip(requests, copied, strict=True) if c}
         gone = {r.req_id for r in requests} - now
         self._has_copied = (self._has_copied - gone) | now
+
+    def _check_rest(self, num_cached: list[int]) -> None:
+        """Nothing is fed, nothing moves."""
+        assert self.drafter.fed == []
+        for request, before in zip(self._requests, num_cached, strict=True):
+            assert self._cursor.draft_len(request.req_id) == before
+            assert self._kv.num_cached(request) == before
+            request.drafts, request.has_drafted = [], False
 
     def _forget_fed_drafts(self, copied: list[list[int]]) -> None:
         """Drafts that were fed, then trimmed, and a copy verified instead: their rows
@@ -169,6 +186,7 @@ def test_simulation_visits_what_it_claims() -> None:
         "copied while others drafted",
         "copied, cursor behind",
         "copied, as drafting came to nothing",
+        "copied while drafting rested",
         "caught up",
         "drafted twice running",
         "left out with drafts pending",
@@ -297,6 +315,28 @@ def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
     assert step.other_gains[1] == 0
     assert step.num_tokens_anyway.tolist() == [1 + step.other_gains[0], 1]
     assert step.num_rows_anyway == 2 + 3
+
+
+def test_while_drafting_rests_what_can_be_is_copied() -> None:
+    """And the resting policy hears how many tokens came of it."""
+    batch = batch_of(
+        {"r": [5, 6, 7, 8, 5, 6], "s": [1, 2, 3, 4, 9, 10]},
+        [4, 4],
+        num_prompt_tokens=[4, 4],
+    )
+    proposer, drafter = mixed_of_one(None, copy_length=3)
+    proposer._drafting_cost = lambda n, missing: np.zeros(len(n))
+    told = []
+    policy = proposer._drafting._policy
+    policy.rests = lambda num_tokens: told.append(num_tokens) or True
+    policy.begin = lambda step: pytest.fail("it rests")
+    assert proposer.propose(batch) == [[7, 8, 5], []]
+    assert drafter.num_rows == 0
+    [num_tokens] = told
+    assert 2 < num_tokens < 2 + 3
+    proposer.use("draft_model")
+    assert proposer.propose(batch) == [[], []]
+    assert told[1:] == [2]
 
 
 def test_one_of_the_two_may_be_left_out_and_come_back() -> None:

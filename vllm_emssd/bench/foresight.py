@@ -26,7 +26,7 @@ class ForesightDraftLength:
         self.num_acceptable = np.zeros(0, dtype=np.int64)  # [num_reqs] in this step
         self._costs = costs
 
-    def rests(self, num_sampling: int) -> bool:
+    def rests(self, num_tokens_anyway: float) -> bool:
         return False
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:

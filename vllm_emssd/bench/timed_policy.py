@@ -26,8 +26,8 @@ class TimedDraftLength:
     def feeds_prompts(self) -> bool:
         return self._policy.feeds_prompts
 
-    def rests(self, num_sampling: int) -> bool:
-        return self._timed(self._policy.rests, num_sampling)
+    def rests(self, num_tokens_anyway: float) -> bool:
+        return self._timed(self._policy.rests, num_tokens_anyway)
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         return self._timed(self._policy.begin, step)

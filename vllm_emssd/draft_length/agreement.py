@@ -37,7 +37,7 @@ class AgreedDraftLength:
     def feeds_prompts(self) -> bool:
         return self._policy.feeds_prompts
 
-    def rests(self, num_sampling: int) -> bool:
+    def rests(self, num_tokens_anyway: float) -> bool:
         return False  # every step's decision is compared
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:

@@ -98,17 +98,19 @@ class AutoDraftLength:
             self._idle_steps % _OFTENEST_PROBE
         )
 
-    def rests(self, num_sampling: int) -> bool:
+    def rests(self, num_tokens_anyway: float) -> bool:
         if not self._is_dozing:
             return False
-        if num_sampling:
-            self._count_idle_step(num_sampling)
+        if num_tokens_anyway:
+            self._count_idle_step(num_tokens_anyway)
             self._num_rested += 1
         return True
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         if self._is_dozing:
             return self._doze(step)
+        if not step.max_draft_tokens.any():
+            return self._sit_out(step)
         planned = self._planned
         if planned is not None and planned.holds_for(step, self._most_missing):
             drafts = self._go_by(planned, step)
@@ -193,6 +195,15 @@ class AutoDraftLength:
             (step.req_ids[i], confidence[i]) for i in np.flatnonzero(lens)
         )
         return lens
+
+    def _sit_out(self, step: DraftOpportunity) -> np.ndarray:
+        """Nobody may draft: they copy, say. What time is worth is still to be known."""
+        base_ms = self.costs.target.at(step.num_rows_anyway - step.num_prefill_rows)
+        base_ms += self.costs.fixed_ms
+        if base_ms > 0:
+            self._tokens_per_ms = float(step.num_tokens_anyway.sum()) / base_ms
+        self._survival_model.skip(step.req_ids)
+        return np.zeros_like(step.max_draft_tokens)
 
     def _doze(self, step: DraftOpportunity) -> np.ndarray:
         if step.max_draft_tokens.any():
@@ -284,8 +295,6 @@ class AutoDraftLength:
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
-        if not self._most.any():
-            return lens  # says nothing about whether drafts pay
         self._count_idle_step(float(step.num_tokens_anyway.sum()))
         may_draft = self._most > 0
         missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)

@@ -24,7 +24,7 @@ class FixedDraftLength:
     def feeds_prompts(self) -> bool:
         return self._most != 0
 
-    def rests(self, num_sampling: int) -> bool:
+    def rests(self, num_tokens_anyway: float) -> bool:
         return self._most == 0
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:

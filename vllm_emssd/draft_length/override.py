@@ -31,8 +31,8 @@ class OverridableDraftLength:
     def feeds_prompts(self) -> bool:
         return self._chosen.feeds_prompts
 
-    def rests(self, num_sampling: int) -> bool:
-        return self._chosen.rests(num_sampling)
+    def rests(self, num_tokens_anyway: float) -> bool:
+        return self._chosen.rests(num_tokens_anyway)
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
         return self._chosen.begin(step)

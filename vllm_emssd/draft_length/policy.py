@@ -51,9 +51,12 @@ class DraftLengthPolicy(Protocol):
         """Whether prompts are fed to the drafter as they are prefilled, not later."""
         ...
 
-    def rests(self, num_sampling: int) -> bool:
+    def rests(self, num_tokens_anyway: float) -> bool:
         """Whether nobody drafts this step, whoever is in it. To be asked at most once a
-        step, before `begin`, which must not be called then."""
+        step, before `begin`, which must not be called then.
+
+        `num_tokens_anyway`: to expect of the step without drafts of the policy's.
+        """
         ...
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:

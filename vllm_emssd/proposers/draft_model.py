@@ -93,10 +93,13 @@ class DraftModelProposer:
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         return self.draft(batch).tolist()
 
-    def rests(self, num_sampling: int) -> bool:
+    def rests(self, num_tokens_anyway: float) -> bool:
         """Whether nobody drafts this step, known without a batch. To be asked at most
-        once a step, before `propose`, which must not be called then."""
-        return self._policy.rests(num_sampling)
+        once a step, before `propose`, which must not be called then.
+
+        `num_tokens_anyway`: to expect of the step without drafts of the model's.
+        """
+        return self._policy.rests(num_tokens_anyway)
 
     def draft(self, batch: DraftBatch) -> DeviceDrafts:
         """Like `propose`, but leaves the drafts on the device."""

@@ -35,6 +35,10 @@ def unmeasured_cost(num_drafts: np.ndarray, missing_rows: np.ndarray) -> np.ndar
     return np.where(num_drafts > 0, 0.02 * num_drafts + 0.001 * missing_rows, 0.0)
 
 
+def no_drafts(batch: DraftBatch) -> list[list[int]]:
+    return [[] for _ in batch.req_ids]
+
+
 class DraftRecord:
     """How a model's drafts fare, of each request and of all."""
 
@@ -103,6 +107,8 @@ class MixedProposer:
         may_draft = np.minimum(may_draft, self._num_draft_tokens)
         if self._only == DRAFT_MODEL:
             self._copied.difference_update(batch.req_ids)
+            if self._drafting.rests(float(batch.is_sampling.sum())):
+                return no_drafts(batch)
             return self._drafting.propose(
                 dataclasses.replace(batch, max_draft_tokens=may_draft)
             )
@@ -111,24 +117,39 @@ class MixedProposer:
         if self._only == LLMA:
             self._note_copies(batch, copied)
             return copied
-        prefers_copy = self._prefers_copy(batch, copies, may_draft)
-        num_copied = np.where(prefers_copy, list(map(len, copied)), 0)
-        gains = [
-            expected_accepted(copy.acceptance, n)
-            for copy, n in zip(copies, num_copied.tolist(), strict=True)
-        ]
-        made = self._drafting.propose(
-            dataclasses.replace(
-                batch,
-                max_draft_tokens=np.where(num_copied > 0, 0, may_draft),
-                num_other_rows=int(num_copied.sum()),
-                other_gains=np.array(gains),
-            )
-        )
+        made = self._draft_beside(batch, copies, copied, may_draft)
         # Who would rather draft, and then does not since it does not pay, copies.
         copied = [[] if m else c for m, c in zip(made, copied, strict=True)]
         self._note_copies(batch, copied)
         return [m or c for m, c in zip(made, copied, strict=True)]
+
+    def _draft_beside(
+        self,
+        batch: DraftBatch,
+        copies: list[Copy],
+        copied: list[list[int]],
+        may_draft: np.ndarray,
+    ) -> list[list[int]]:
+        """The model's drafts, of requests that gain more by them than by what would be
+        copied. `may_draft`: [num_reqs] most drafts of each."""
+        gains = np.array(
+            [
+                expected_accepted(copy.acceptance, len(tokens))
+                for copy, tokens in zip(copies, copied, strict=True)
+            ]
+        )
+        if self._drafting.rests(float(batch.is_sampling.sum() + gains.sum())):
+            return no_drafts(batch)
+        prefers_copy = self._prefers_copy(batch, copies, may_draft)
+        num_copied = np.where(prefers_copy, list(map(len, copied)), 0)
+        return self._drafting.propose(
+            dataclasses.replace(
+                batch,
+                max_draft_tokens=np.where(num_copied > 0, 0, may_draft),
+                num_other_rows=int(num_copied.sum()),
+                other_gains=np.where(num_copied > 0, gains, 0.0),
+            )
+        )
 
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
         """Whose drafts are copies now."""
