@@ -28,7 +28,7 @@ DESCRIPTIONS: dict[str, str] = {
     "prose": "Python's manual, cut anywhere",
     "mixed": "copy, completion and prose in turns",
     "half-copy": "copy and completion in turns",
-    "half-copy-random": "copy, greedy, and prose at temperature 1, in turns",
+    "half-copy-random": "copy, greedy, and prose at temperature 0.7, in turns",
     "half-random": "completion, greedy, and prose at temperature 1, in turns",
     **{name: known.description for name, known in PUBLIC_SETS.items()},
     "hf:OWNER/NAME:SPLIT:COLUMN": "a data set of Hugging Face's",
@@ -163,7 +163,7 @@ BUILDERS: dict[str, Builder] = {
     "mixed": _in_turns(copying.copying_prompts, _completion, _prose),
     "half-copy": _in_turns(copying.copying_prompts, _completion),
     "half-copy-random": _in_turns(
-        _at_temperature(0.0, copying.copying_prompts), _at_temperature(1.0, _prose)
+        _at_temperature(0.0, copying.copying_prompts), _at_temperature(0.7, _prose)
     ),
     "half-random": _in_turns(
         _at_temperature(0.0, _completion), _at_temperature(1.0, _prose)
