@@ -462,7 +462,7 @@ class Engine:
             end = min(len(request.tokens), self._setup.drafter_max_model_len)
             if batch.is_sampling[i]:
                 assert step.missing_rows[i] == max(0, end - num_cached[i])
-        assert step.num_other_rows == batch.num_other_rows
+        assert step.copies is batch.copies
         assert step.num_prefill_rows == sum(
             scheduled
             for scheduled, sampling in zip(

@@ -19,6 +19,7 @@ from tests.unit.simulated_acceptance import (
 )
 from vllm_emssd.draft_length import (
     AutoDraftLength,
+    Copies,
     CostTable,
     DraftOpportunity,
     FixedDraftLength,
@@ -226,21 +227,6 @@ def test_smallest_batches(num_reqs: int, num_spec_tokens: int) -> None:
         assert policy.finish(np.array([1])).tolist() == [1]
 
 
-def test_what_time_is_worth_is_known_though_nobody_may_draft() -> None:
-    """All copy: the more that brings, the dearer is a drafter's time."""
-    policy = auto_policy(MEDIUM, 8)
-    none, many = np.zeros(8, dtype=np.int64), np.full(8, 4)
-    costs = []
-    for gain in (0.0, 3.0):
-        step = dataclasses.replace(
-            opportunity(8, most=0), num_other_rows=24, other_gains=np.full(8, gain)
-        )
-        assert policy.begin(step).tolist() == none.tolist()
-        costs.append(policy.drafting_cost(many, none + 1).sum())
-    assert 0 < costs[0] < costs[1]
-    assert costs[1] == pytest.approx(4 * costs[0])
-
-
 def test_no_drafts_possible() -> None:
     policy = auto_policy(CHEAP, 4)
     for _ in range(300):
@@ -317,6 +303,38 @@ def test_may_not_trim_never_trims(seed: int) -> None:
 def test_trims_where_it_may() -> None:
     loop = Loop(auto_policy(MEDIUM, 8), MEDIUM, 8, lambda _, i: 0.1 + 0.1 * i).run(150)
     assert any(step.made != step.verified for step in loop.steps)
+
+
+@pytest.mark.parametrize("num_reqs", [4, 24])
+def test_who_could_copy_drafts_where_that_brings_more(num_reqs: int) -> None:
+    """Half have a poor copy, half a good one; a dear drafter leaves both to copy."""
+    is_good = np.arange(num_reqs) % 2 == 0
+    copies = Copies(np.full(num_reqs, 4, dtype=np.int64), np.where(is_good, 3.9, 0.3))
+    for costs, wanted in ((CHEAP, ~is_good), (prices(draft_ms=60.0), ~is_good & False)):
+        policy = auto_policy(costs, 4)
+        step = dataclasses.replace(opportunity(num_reqs), copies=copies)
+        for _ in range(12):
+            lens = policy.begin(step)
+            active = np.flatnonzero(lens)
+            for position in range(4 if active.size else 0):
+                policy.go_on(active, np.full(active.size, 0.9), position)
+            made = np.where(lens > 0, 4, 0)
+            kept = policy.finish(made)
+            for i, req_id in enumerate(step.req_ids):
+                policy.observe(req_id, int(kept[i]), int(kept[i]) * 3 // 4)
+        assert (policy.begin(step) > 0).tolist() == wanted.tolist()
+
+
+def test_drafts_that_turn_out_worse_than_the_copy_give_way_to_it() -> None:
+    policy = auto_policy(CHEAP, 4)
+    copies = Copies(np.array([2, 0]), np.array([1.5, 0.0]))
+    step = dataclasses.replace(opportunity(2), copies=copies)
+    both = np.arange(2)
+    assert (policy.begin(step) > 0).all()
+    policy.go_on(both, np.array([0.5, 0.5]), 0)
+    policy.go_on(both, np.array([0.6, 0.6]), 1)
+    kept = policy.finish(np.array([2, 2]))
+    assert kept[0] == 0 < kept[1]
 
 
 def test_copies_are_chosen_by_their_own_confidence() -> None:

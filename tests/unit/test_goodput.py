@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.draft_length import Copies, CostTable, StepCosts
 from vllm_emssd.draft_length.goodput import (
     _CATCH_UP_STEPS,
     plan,
@@ -108,19 +108,28 @@ def test_certain_drafts_and_impossible_ones() -> None:
 # ---------------------------------------------------------------- planning
 
 
+def no_copies(num_reqs: int) -> Copies:
+    return Copies(np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
+
+
 def tokens_per_ms(
     lens: Sequence[int],
     survival: np.ndarray,
     missing_rows: Sequence[int],
     num_prefill_rows: int,
     costs: StepCosts,
+    copies: Copies | None = None,
 ) -> float:
     """What a plan is worth, written out."""
     num_reqs = len(lens)
+    copies = copies or no_copies(num_reqs)
     tokens = num_reqs + sum(survival[i, :n].sum() for i, n in enumerate(lens))
-    time = costs.fixed_ms + ms(costs.target, num_reqs)
-    base_rows = num_reqs + num_prefill_rows
-    time += ms(costs.target, base_rows + sum(lens)) - ms(costs.target, base_rows)
+    tokens += sum(copies.gains[i] for i, n in enumerate(lens) if not n)
+    decode_rows = num_reqs + int(copies.rows.sum())
+    time = costs.fixed_ms + ms(costs.target, decode_rows)
+    base_rows = decode_rows + num_prefill_rows
+    rows = base_rows + sum(n - copies.rows[i] for i, n in enumerate(lens) if n)
+    time += ms(costs.target, rows) - ms(costs.target, base_rows)
     first_rows = sum(
         1 + (missing_rows[i] - 1) / _CATCH_UP_STEPS for i, n in enumerate(lens) if n
     )
@@ -163,7 +172,14 @@ def random_table(rng: np.random.Generator, scale: float) -> CostTable:
     return CostTable(rows, 0.01 + scale * np.cumsum(steps))
 
 
-def share_of_best(rng: np.random.Generator, missing_rows: Sequence[int]) -> float:
+def random_copies(rng: np.random.Generator, num_reqs: int) -> Copies:
+    rows = rng.integers(0, 4, num_reqs)
+    return Copies(rows, rows * rng.random(num_reqs))
+
+
+def share_of_best(
+    rng: np.random.Generator, missing_rows: Sequence[int], with_copies: bool = False
+) -> float:
     num_reqs, num_positions = (int(n) for n in rng.integers(1, 4, 2))
     alpha = rng.random((num_reqs, num_positions)) ** rng.choice([0.1, 0.5, 1, 2])
     survival = np.cumprod(alpha, axis=1)
@@ -171,9 +187,10 @@ def share_of_best(rng: np.random.Generator, missing_rows: Sequence[int]) -> floa
     draft = random_table(rng, float(rng.choice([0.1, 0.5, 1.0])))
     costs = StepCosts(random_table(rng, 1), draft, float(rng.choice([0, 1, 4])))
     prefill = int(rng.choice([0, 0, 5]))
-    found = plan(survival, missing, num_reqs, prefill, costs)
+    copies = random_copies(rng, num_reqs) if with_copies else None
+    found = plan(survival, missing, num_reqs, prefill, costs, copies=copies)
     best = max(
-        tokens_per_ms(lens, survival, missing.tolist(), prefill, costs)
+        tokens_per_ms(lens, survival, missing.tolist(), prefill, costs, copies)
         for lens in all_lengths(num_reqs, num_positions)
     )
     return found.tokens_per_ms / best
@@ -221,6 +238,15 @@ def test_no_other_lengths_of_copies_earn_more(
 
 
 FREE = CostTable([1], [0.0])
+
+
+def test_plan_is_close_to_the_best_where_others_could_copy() -> None:
+    rng = np.random.default_rng(2)
+    shares = [share_of_best(rng, (1, 2, 50), with_copies=True) for _ in range(500)]
+    assert np.quantile(shares, 0.01) >= 0.97
+    assert min(shares) >= 0.85
+
+
 COSTS = StepCosts(CostTable([1, 64], [20.0, 40.0]), CostTable([1, 64], [2.0, 4.0]), 4.0)
 
 
@@ -290,9 +316,9 @@ def test_what_others_draft_makes_time_dear() -> None:
     missing = np.ones(8, dtype=np.int64)
     alone = plan(survival, missing, 8, 0, costs)
     assert alone.draft_lens.sum() > 0
-    beside = plan(
-        survival, missing, 8, 0, costs, base_tokens=8.0 + 7 * 4, num_other_rows=35
-    )
+    others = np.arange(8) > 0
+    copies = Copies(np.where(others, 5, 0), np.where(others, 4.0, 0.0))
+    beside = plan(survival, missing, 8, 0, costs, copies=copies)
     assert beside.draft_lens.sum() == 0
     assert beside.tokens_per_ms > 3 * alone.tokens_per_ms
 

@@ -18,13 +18,17 @@ from tests.unit.simulated_scheduler import Setup
 from tests.unit.simulated_worker import Engine
 from tests.unit.test_draft_model import SEEDS, setups
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
+from vllm_emssd.draft_length import (
+    DraftLengthPolicy,
+    DraftOpportunity,
+    FixedDraftLength,
+)
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.mixed import MixedProposer
+from vllm_emssd.proposers.mixed import DraftRecord, MixedProposer
 from vllm_emssd.ragged import RaggedRows
 
 
@@ -76,7 +80,9 @@ class MixedEngine(Engine):
             return self._made
 
         drafting.propose = note
-        return self.make_mixed(self._copying, drafting, setup.num_spec_tokens)
+        return self.make_mixed(
+            self._copying, drafting, setup.num_spec_tokens, setup.seed % 2 == 0
+        )
 
     def _take_in_blocks(self, schedule: Any) -> None:
         super()._take_in_blocks(schedule)
@@ -115,12 +121,7 @@ class MixedEngine(Engine):
         made, told, requests = self._made, self._told, self._requests
         copied = [[] if m else c for m, c in zip(made, could, strict=True)]
         assert drafts == [m or c for m, c in zip(made, could, strict=True)]
-        num_copied = [
-            len(copy)
-            for copy, most in zip(could, told.max_draft_tokens, strict=True)
-            if most == 0
-        ]
-        assert rests or told.num_other_rows == sum(num_copied), "others may draft"
+        assert rests or told.copies.rows.tolist() == list(map(len, could))
         for i in np.flatnonzero([len(c) > 0 for c in copied]):
             self._seen["copied"] += 1
             self._seen["copied, as drafting came to nothing"] += (
@@ -208,19 +209,13 @@ class TellsTheCopierOfDrafts(MixedProposer):
         super().record_verified(req_id, *verified)
 
 
-class DraftsForWhoCopies(MixedProposer):
-    def _prefers_copy(self, *args: Any) -> np.ndarray:
-        prefers = super()._prefers_copy(*args)
-        self._sane = propose = getattr(self, "_sane", self._drafting.propose)
-        most = args[0].max_draft_tokens
-        self._drafting.propose = lambda told: propose(
-            dataclasses.replace(told, max_draft_tokens=most)
-        )
-        return prefers
+class CopiesForWhoDrafts(MixedProposer):
+    def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
+        super()._note_copies(batch, self._copying.drafts)
 
 
 @pytest.mark.parametrize(
-    "broken", [TellsTheDrafterOfCopies, TellsTheCopierOfDrafts, DraftsForWhoCopies]
+    "broken", [TellsTheDrafterOfCopies, TellsTheCopierOfDrafts, CopiesForWhoDrafts]
 )
 def test_simulation_catches_planted_error(broken: type[MixedProposer]) -> None:
     with pytest.raises(AssertionError):
@@ -288,7 +283,7 @@ def test_changes_to_whichever_fares_better() -> None:
 def test_copies_where_drafting_would_be_better_and_does_not_pay() -> None:
     batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
     proposer, drafter = mixed_of_one(None, copy_length=1)
-    proposer._drafting_cost = lambda n, missing: np.zeros(len(n))
+    proposer._weighs_copies = True
     proposer._drafting._policy.begin = lambda step: np.zeros(1, dtype=np.int64)
     assert proposer.propose(batch) == [[7]]
     assert drafter.num_rows == 0
@@ -300,20 +295,25 @@ def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
     """Else it takes time to be cheap, and drafts where that slows copies down."""
     copying, drafting = [5, 6, 7, 8, 5, 6], [1, 2, 3, 4, 9, 10]
     proposer, _ = mixed_of_one(None, copy_length=3)
-    proposer._drafting_cost = lambda n, missing: np.full(len(n), 10.0)
+    proposer._weighs_copies = True
     told = []
-    begin = proposer._drafting._policy.begin
-    proposer._drafting._policy.begin = lambda step: told.append(step) or begin(step)
+
+    def begin(step: DraftOpportunity) -> np.ndarray:
+        told.append(step)
+        return np.array([0, 2])
+
+    proposer._drafting._policy.begin = begin
     cursor = proposer._drafting._cursor
     cursor.update_blocks([AdmittedRequest("s", range(512), 0)], [])
     batch = batch_of({"r": copying, "s": drafting}, [4, 4], num_prompt_tokens=[4, 4])
     drafts = proposer.propose(batch)
-    assert drafts[0] == [7, 8, 5]
+    assert drafts == [[7, 8, 5], [11, 12]]
     [step] = told
-    assert step.num_other_rows == 3
-    assert 0 < step.other_gains[0] < 3
-    assert step.other_gains[1] == 0
-    assert step.num_tokens_anyway.tolist() == [1 + step.other_gains[0], 1]
+    assert step.max_draft_tokens.tolist() == [4, 4], "either may draft"
+    assert step.copies.rows.tolist() == [3, 0]
+    assert 0 < step.copies.gains[0] < 3
+    assert step.copies.gains[1] == 0
+    assert step.num_tokens_anyway.tolist() == [1 + step.copies.gains[0], 1]
     assert step.num_rows_anyway == 2 + 3
 
 
@@ -325,7 +325,6 @@ def test_while_drafting_rests_what_can_be_is_copied() -> None:
         num_prompt_tokens=[4, 4],
     )
     proposer, drafter = mixed_of_one(None, copy_length=3)
-    proposer._drafting_cost = lambda n, missing: np.zeros(len(n))
     told = []
     policy = proposer._drafting._policy
     policy.rests = lambda num_tokens: told.append(num_tokens) or True
@@ -373,14 +372,15 @@ def test_changing_proposers_keeps_the_text() -> None:
     assert drafter.num_rows > 0
 
 
-def test_copies_are_preferred_by_what_drafting_costs() -> None:
-    """The same record; the dearer the drafter, the more a copy is worth."""
-    batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
-    copied = []
-    for cost in (0.0, 10.0):
-        proposer, drafter = mixed_of_one(None, copy_length=1)
-        proposer._drafting_cost = lambda n, missing, cost=cost: np.full(len(n), cost)
-        [drafts] = proposer.propose(batch)
-        copied.append(drafts == [7])
-        assert (drafter.num_rows == 0) == copied[-1]
-    assert copied == [False, True]
+def test_without_prices_a_record_says_who_copies() -> None:
+    """What must be caught up, and drafts that failed, speak for the copy."""
+    record, copy = DraftRecord(), Copy([7], acceptance=0.75)
+    four, one = np.array([4]), np.array([1])
+    assert not record.prefers(["r"], [copy], four, one)
+    assert record.prefers(["r"], [copy], four, np.array([1500]))
+    assert not record.prefers(["r"], [NO_COPY], four, np.array([5000]))
+    for _ in range(20):
+        record.observe("r", 4, 0)
+    assert record.prefers(["r"], [copy], four, one)
+    record.release("r")
+    assert record.prefers(["r"], [copy], four, one), "the others' record stays"

@@ -18,7 +18,7 @@ from vllm_emssd.draft_length.goodput import (
     worth_another_forward,
 )
 from vllm_emssd.draft_length.pace import Pace
-from vllm_emssd.draft_length.policy import DraftOpportunity
+from vllm_emssd.draft_length.policy import Copies, DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
 _PROBE_SHARE = 0.005  # of idle time that probes may take,
@@ -49,6 +49,7 @@ class _PlannedBatch:
         """The same batch, and nobody to catch up."""
         return (
             self.num_steps_left > 0
+            and step.copies is None
             and self.num_rows_anyway == step.num_rows_anyway
             and self.req_ids == step.req_ids
             and bool((self.is_sampling == step.is_sampling).all())
@@ -83,7 +84,7 @@ class AutoDraftLength:
         self._idle_ms = 0.0  # since the last probe
         self._num_rested = 0  # steps since the last plan
         self._is_probe = False
-        self._copies = False  # whether `choose` is asked, not `begin`
+        self._chooses = False  # among copies: `choose` is asked, not `begin`
         self._planned: _PlannedBatch | None = None
 
     @property
@@ -144,6 +145,8 @@ class AutoDraftLength:
         self._acceptance = survival.acceptance_by_position(self._factors.by_position)
         lens = self._plan(step, self._expected)
         drafts = lens > 0
+        if step.copies is not None:
+            self._base_rows -= int(step.copies.rows[drafts].sum())
         self._verify_ms = self._verify_prices(int(lens.sum()))
         survival.skip(compress(step.req_ids, ~drafts))
         self._planned = None
@@ -178,7 +181,7 @@ class AutoDraftLength:
         return planned.drafts & (self._most > 0)
 
     def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
-        self._copies = True
+        self._chooses = True
         if not step.max_draft_tokens.any():
             return np.zeros_like(step.max_draft_tokens)
         self._take_in(step)
@@ -197,11 +200,7 @@ class AutoDraftLength:
         return lens
 
     def _sit_out(self, step: DraftOpportunity) -> np.ndarray:
-        """Nobody may draft: they copy, say. What time is worth is still to be known."""
-        base_ms = self.costs.target.at(step.num_rows_anyway - step.num_prefill_rows)
-        base_ms += self.costs.fixed_ms
-        if base_ms > 0:
-            self._tokens_per_ms = float(step.num_tokens_anyway.sum()) / base_ms
+        """Nobody may draft, which says nothing about whether drafts pay."""
         self._survival_model.skip(step.req_ids)
         return np.zeros_like(step.max_draft_tokens)
 
@@ -217,21 +216,6 @@ class AutoDraftLength:
         if self._tokens_per_ms:
             self._idle_ms += num_tokens / self._tokens_per_ms
 
-    def drafting_cost(
-        self, num_drafts: np.ndarray, missing_rows: np.ndarray
-    ) -> np.ndarray:
-        """Tokens that could be emitted in the time the drafter needs for each request,
-        were all who may draft to draft. Shapes: [num_reqs], integers; returns float."""
-        num_drafting = int((num_drafts > 0).sum())
-        if not num_drafting:
-            return np.zeros(len(num_drafts))
-        draft = self.costs.draft
-        forward_ms = draft.at(num_drafting) / num_drafting
-        row_ms = (draft.at(1 + _CATCH_UP_STEPS) - draft.at(1)) / _CATCH_UP_STEPS
-        extra_rows = np.maximum(missing_rows - 1, 0) / _CATCH_UP_STEPS
-        cost = self._tokens_per_ms * (forward_ms * num_drafts + row_ms * extra_rows)
-        return np.asarray(np.where(num_drafts > 0, cost, 0.0))
-
     def _take_in(self, step: DraftOpportunity) -> None:
         self._req_ids = step.req_ids
         self._most = step.max_draft_tokens
@@ -240,6 +224,7 @@ class AutoDraftLength:
         self._base_rows = step.num_rows_anyway
         self._row_ms, draft_ms, step_ms = self._request_ms(num_sampling)
         self._worth = self._pace.worth(step.req_ids, step_ms, self._row_ms, draft_ms)
+        self._given_up = None if step.copies is None else step.copies.worth(self._worth)
 
     def _request_ms(self, num_sampling: int) -> tuple[float, float, float]:
         """A request's share where each drafts one: of the rows that verify, of the
@@ -270,7 +255,7 @@ class AutoDraftLength:
         may_draft = np.arange(survival.shape[1]) < self._most[:, None]
         gains = np.where(may_draft, survival * self._worth[:, None], 0.0)
         rows = None
-        if self._copies:
+        if self._chooses:
             return plan_copies(
                 gains,
                 int(step.is_sampling.sum()),
@@ -290,16 +275,15 @@ class AutoDraftLength:
             self._prices,
             float(self._worth @ step.num_tokens_anyway),
             rows,
-            step.num_other_rows,
+            self._given_up,
         )
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
         self._count_idle_step(float(step.num_tokens_anyway.sum()))
-        may_draft = self._most > 0
-        missing = np.where(may_draft, step.missing_rows, np.iinfo(np.int64).max)
-        request = int(missing.argmin())
-        share = self._probe_ms(int(missing[request])) / self._idle_ms
+        probe_ms = np.where(self._most > 0, self._probe_ms(step.missing_rows), np.inf)
+        request = int(probe_ms.argmin())
+        share = float(probe_ms[request]) / self._idle_ms
         if self._idle_since_probe < _OFTENEST_PROBE or share > _HOPEFUL_SHARE:
             return lens
         is_hopeful = self._may_well_pay(step)
@@ -313,10 +297,14 @@ class AutoDraftLength:
         lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
         return lens
 
-    def _probe_ms(self, missing_rows: int) -> float:
+    def _probe_ms(self, missing_rows: np.ndarray) -> np.ndarray:
+        """What it would take to try each request. [num_reqs]"""
         draft, target, rows = self._prices.draft, self._prices.target, self._base_rows
         verify_ms = target.at(rows + _PROBE_LENGTH) - target.at(rows)
-        return draft.at(missing_rows) + draft.at(1) + verify_ms
+        probe_ms = draft.ms(missing_rows) + (draft.at(1) + verify_ms)
+        if self._given_up is not None and self._tokens_per_ms:
+            probe_ms += self._given_up.gains / self._tokens_per_ms
+        return probe_ms
 
     def _may_well_pay(self, step: DraftOpportunity) -> bool:
         hoped = self._survival_model.expected(self._factors.by_position, _OPTIMISM)
@@ -387,6 +375,8 @@ class AutoDraftLength:
             self._tokens_per_ms,
         )
         kept = np.minimum(draft_lens, worth)
+        if self._given_up is not None:
+            kept = np.where(self._would_copy(kept, self._given_up), 0, kept)
         for i in np.flatnonzero(kept < draft_lens):
             self._survival_model.observe_trimmed(
                 self._req_ids[i],
@@ -395,11 +385,19 @@ class AutoDraftLength:
             )
         return kept
 
+    def _would_copy(self, kept: np.ndarray, copies: Copies) -> np.ndarray:
+        """Now that drafts are made and known, whose copy is worth more. [num_reqs]"""
+        gains = self._real * self._worth[:, None]
+        drafted = (gains * (np.arange(gains.shape[1]) < kept[:, None])).sum(axis=1)
+        more_ms = self._row_ms * (copies.rows - kept)
+        more = copies.gains - drafted - self._tokens_per_ms * more_ms
+        return np.asarray((copies.rows > 0) & (more > 0))
+
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
         num_tokens = num_accepted_tokens + 1
-        self._pace.observe(req_id, num_draft_tokens, num_tokens, self._copies)
+        self._pace.observe(req_id, num_draft_tokens, num_tokens, self._chooses)
         confidences = self._confidences.pop(req_id, None)
         if confidences is not None:
             self._survival_model.observe(
@@ -411,7 +409,7 @@ class AutoDraftLength:
     ) -> None:
         """In a mixed batch the others' are the copies where these are not."""
         num_tokens = num_accepted_tokens + 1
-        self._pace.observe(req_id, num_draft_tokens, num_tokens, not self._copies)
+        self._pace.observe(req_id, num_draft_tokens, num_tokens, not self._chooses)
         self._confidences.pop(req_id, None)
 
     def release(self, req_id: str) -> None:

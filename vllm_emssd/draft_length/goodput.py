@@ -10,11 +10,13 @@ the first dip. Pure numpy: [num_reqs, K] arrays in, lengths out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from vllm_emssd.draft_length.cost import CostTable
+from vllm_emssd.draft_length.policy import Copies
 
 _CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
 _DEAR_ROWS = 2.0  # charged to a request: worth a second look
@@ -75,7 +77,9 @@ class _Prices:
         draft_ms = np.cumsum(draft_ms, axis=1)
         tokens = self.base_tokens + np.cumsum(gains, axis=1)
         base_ms = self.base_ms + self.costs.speculation_ms
-        ratio: np.ndarray = tokens / (base_ms + verify_ms + draft_ms)
+        # Given up copies may be worth a stair, but not more than the step.
+        ms = np.maximum(base_ms + verify_ms + draft_ms, _LEAST_MS)
+        ratio: np.ndarray = tokens / ms
         return ratio
 
 
@@ -123,14 +127,14 @@ def plan(
     costs: StepCosts,
     base_tokens: float | None = None,
     verify_rows: np.ndarray | None = None,
-    num_other_rows: int = 0,
+    copies: Copies | None = None,
 ) -> Plan:
     """Best lengths from what is known before drafting.
 
     The price of time is that of decoding. Prompts must be computed whatever the
     lengths: they move the target along its staircase, but a slow step with a prompt in
-    it does not make drafts cheap. Drafts made elsewhere do count: what they bring makes
-    time dear.
+    it does not make drafts cheap. Copies do count: what they bring makes time dear, and
+    who drafts gives up its own.
 
     Args:
         survival: [num_reqs, K] expected survival, times what a token of the request is
@@ -139,32 +143,85 @@ def plan(
             All but one are an investment, charged over several steps.
         num_sampling: requests that get a token, and a row of the target, anyway.
         num_prefill_rows: the target's rows of prompts.
-        base_tokens: what the tokens that come anyway are worth, if not 1 each; those of
-            drafts made elsewhere among them.
+        base_tokens: what the tokens that come if none drafts are worth, if not 1 each;
+            those of copies among them.
         verify_rows: [num_reqs, K] the target's rows to expect of each draft, if not 1:
             some of those made are not verified.
-        num_other_rows: the target's rows of drafts made elsewhere.
+        copies: what is verified of who does not draft; gains times their worth.
     """
-    num_decode_rows = num_sampling + num_other_rows
+    num_reqs = len(survival)
+    if copies is None:
+        copies = Copies(np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
+    num_decode_rows = num_sampling + int(copies.rows.sum())
     base_ms = costs.fixed_ms + costs.target.at(num_decode_rows)
     base_ms = max(base_ms, _LEAST_MS)
     base_rows = num_decode_rows + num_prefill_rows
     if base_tokens is None:
-        base_tokens = num_sampling
-    prices = _Prices(base_tokens, base_ms, base_rows, costs)
-    missing = np.maximum(missing_rows, 1)
-    charged = 1 + (missing - 1) / _CATCH_UP_STEPS
-    nothing = np.zeros(len(survival), dtype=np.int64)
-    best = Plan(nothing, base_tokens / base_ms)
+        base_tokens = num_sampling + float(copies.gains.sum())
+    best = Plan(np.zeros(num_reqs, dtype=np.int64), base_tokens / base_ms)
     if survival.size == 0:
         return best
-    if verify_rows is None:
-        verify_rows = np.ones_like(survival)
-    dearness = np.log2(charged).astype(np.int64)  # 0 up to 32 missing rows
-    for most in np.unique(dearness) if dearness.any() else (0,):
-        affordable = np.where(dearness[:, None] <= most, survival, 0.0)
-        best = _best_prefixes(affordable, verify_rows, charged, prices, best)
-    return _change_one_by_one(survival, verify_rows, charged, prices, best)
+    prices = _Prices(base_tokens, base_ms, base_rows, costs)
+    drafts = _Drafts.instead_of(copies, survival, missing_rows, verify_rows)
+    for may_draft in drafts.who_may(prices):
+        best = _best_prefixes(drafts, may_draft, prices, best)
+    return _change_one_by_one(drafts, prices, best)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    """What each draft brings and costs. [num_reqs, K], or [num_reqs]"""
+
+    survival: np.ndarray  # times what a token of the request is worth
+    gains: np.ndarray  # the same, less what the request's copy would bring, at once
+    rows: np.ndarray  # of the target, less those of the copy
+    first_rows: np.ndarray  # [num_reqs] charged for the first draft forward
+    has_copy: np.ndarray  # [num_reqs] bool
+
+    @classmethod
+    def instead_of(
+        cls,
+        copies: Copies,
+        survival: np.ndarray,
+        missing_rows: np.ndarray,
+        verify_rows: np.ndarray | None,
+    ) -> _Drafts:
+        missing = np.maximum(missing_rows, 1)
+        first_rows = 1 + (missing - 1) / _CATCH_UP_STEPS
+        rows = np.ones_like(survival) if verify_rows is None else verify_rows
+        has_copy = copies.rows > 0
+        if not has_copy.any():
+            return cls(survival, survival, rows, first_rows, has_copy)
+        gains, rows = survival.copy(), rows.copy()
+        gains[:, 0] -= copies.gains
+        rows[:, 0] -= copies.rows
+        return cls(survival, gains, rows, first_rows, has_copy)
+
+    def who_may(self, prices: _Prices) -> Iterator[np.ndarray]:
+        """Sets of requests, among which the best drafts are looked for: with those that
+        are dear to catch up and without; with those that a copy would serve worse, and
+        without any that have one. [num_reqs] bool each"""
+        dearness = np.log2(self.first_rows).astype(np.int64)  # 0 up to 32 missing rows
+        rather_draft = self.has_copy
+        if len(rather_draft) > _SMALL_BATCH:  # else single ones are left out later
+            rather_draft = rather_draft & (self._advantage(prices) > 0)
+        for most in np.unique(dearness) if dearness.any() else (0,):
+            affordable = dearness <= most
+            yield affordable & ~self.has_copy
+            if (rather_draft & affordable).any():
+                yield affordable & (rather_draft | ~self.has_copy)
+
+    def _advantage(self, prices: _Prices) -> np.ndarray:
+        """Of drafts over a copy, in tokens, if half of the requests drafted beside each
+        other and each row cost the average. [num_reqs] float64"""
+        target, draft = prices.costs.target, prices.costs.draft
+        num_reqs, base_rows = len(self.survival), prices.base_rows
+        half = max(num_reqs // 2, 1)
+        row_ms = (target.at(base_rows + num_reqs) - target.at(base_rows)) / num_reqs
+        draft_ms = draft.at(half) / half
+        tokens_per_ms = prices.base_tokens / prices.base_ms
+        value = self.gains - tokens_per_ms * (self.rows * row_ms + draft_ms)
+        return np.asarray(value.cumsum(axis=1).max(axis=1))
 
 
 def plan_copies(
@@ -197,17 +254,14 @@ def plan_copies(
 
 
 def _best_prefixes(
-    survival: np.ndarray,
-    verify_rows: np.ndarray,
-    first_rows: np.ndarray,
-    prices: _Prices,
-    least: Plan,
+    drafts: _Drafts, may_draft: np.ndarray, prices: _Prices, least: Plan
 ) -> Plan:
-    """Try the n likeliest drafts, for every n or every few, cut at every depth."""
-    order = _by_survival(survival)
+    """Try the n likeliest drafts of those requests, for every n or every few, cut at
+    every depth."""
+    order = _by_survival(np.where(may_draft[:, None], drafts.survival, 0.0))
     if order.size == 0:
         return least
-    num_reqs, num_positions = survival.shape
+    num_reqs, num_positions = drafts.survival.shape
     request, position = np.divmod(order, num_positions)
     step = -(-order.size // _MOST_BUDGETS)
     budgets = np.append(np.arange(step, order.size, step), order.size)
@@ -218,10 +272,10 @@ def _best_prefixes(
         return sums.reshape(budgets.size, num_positions).cumsum(axis=0)
 
     ratio = prices.tokens_per_ms(
-        at_budgets(survival.ravel()[order]),
+        at_budgets(drafts.gains.ravel()[order]),
         at_budgets(None),
-        at_budgets(verify_rows.ravel()[order]),
-        at_budgets(np.where(position == 0, first_rows[request], 0.0))[:, 0],
+        at_budgets(drafts.rows.ravel()[order]),
+        at_budgets(np.where(position == 0, drafts.first_rows[request], 0.0))[:, 0],
     )
     found, depth = np.divmod(int(ratio.argmax()), num_positions)
     if ratio[found, depth] <= least.tokens_per_ms:
@@ -230,34 +284,31 @@ def _best_prefixes(
     return Plan(np.minimum(lens, depth + 1), float(ratio[found, depth]))
 
 
-def _change_one_by_one(
-    survival: np.ndarray,
-    verify_rows: np.ndarray,
-    first_rows: np.ndarray,
-    prices: _Prices,
-    best: Plan,
-) -> Plan:
+def _change_one_by_one(drafts: _Drafts, prices: _Prices, best: Plan) -> Plan:
     """Change one request's length at a time while that helps: in small batches, where
     each stair counts, and of who is dear to catch up in large ones."""
-    num_reqs, num_positions = survival.shape
+    first_rows = drafts.first_rows
+    num_reqs, num_positions = drafts.survival.shape
     is_dear = first_rows >= _DEAR_ROWS
     chosen = (
         np.arange(num_reqs) if num_reqs <= _SMALL_BATCH else np.flatnonzero(is_dear)
     )
-    chosen = chosen[survival[chosen, 0] > 0][:_SMALL_BATCH]
+    chosen = chosen[drafts.survival[chosen, 0] > 0][:_SMALL_BATCH]
     if not chosen.size:
         return best
     new_lens = np.arange(num_positions + 1)
     becomes = new_lens[:, None] > np.arange(num_positions)  # [K + 1, K] is drafted
-    one_each = np.ones_like(survival)
+    one_each = np.ones_like(drafts.survival)
     for _ in range(_MOST_CHANGES):
-        drafts = best.draft_lens > 0
+        does_draft = best.draft_lens > 0
         is_now = best.draft_lens[:, None] > np.arange(num_positions)
-        rows_of_others = first_rows[drafts].sum() - (first_rows * drafts)[chosen]
+        rows_of_others = (
+            first_rows[does_draft].sum() - (first_rows * does_draft)[chosen]
+        )
         ratio = prices.tokens_per_ms(
-            _changed(survival, is_now, chosen, becomes),
+            _changed(drafts.gains, is_now, chosen, becomes),
             _changed(one_each, is_now, chosen, becomes),
-            _changed(verify_rows, is_now, chosen, becomes),
+            _changed(drafts.rows, is_now, chosen, becomes),
             (
                 rows_of_others[:, None] + first_rows[chosen, None] * becomes[:, 0]
             ).ravel(),

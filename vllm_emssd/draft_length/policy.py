@@ -18,6 +18,18 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """Drafts at hand: those of each request are verified if it makes no others."""
+
+    rows: np.ndarray  # [num_reqs] int64: of the target
+    gains: np.ndarray  # [num_reqs] float64: how many are expected to be accepted
+
+    def worth(self, token_worth: np.ndarray) -> Copies:
+        """The same, gains by what a token of each request is worth. [num_reqs]"""
+        return Copies(self.rows, self.gains * token_worth)
+
+
+@dataclass(frozen=True, slots=True)
 class DraftOpportunity:
     """What is known of a step before drafting. All arrays are [num_reqs]."""
 
@@ -26,19 +38,19 @@ class DraftOpportunity:
     max_draft_tokens: np.ndarray  # int64: 0 for requests in prefill
     missing_rows: np.ndarray  # int64: rows the drafter needs before a first draft
     num_prefill_rows: int  # of this step's prompts, likely as many the next
-    num_other_rows: int = 0  # of drafts made elsewhere
-    other_gains: np.ndarray | float = 0.0  # how many of them will be accepted
+    copies: Copies | None = None
 
     @property
     def num_tokens_anyway(self) -> np.ndarray:
-        """To expect of each request without drafts of the policy's. float64"""
-        return np.asarray((1.0 + self.other_gains) * self.is_sampling)
+        """To expect of each request if none drafts. float64"""
+        gains = 0.0 if self.copies is None else self.copies.gains
+        return np.asarray((1.0 + gains) * self.is_sampling)
 
     @property
     def num_rows_anyway(self) -> int:
-        """Of the target, without them."""
-        num_sampling = int(self.is_sampling.sum())
-        return num_sampling + self.num_prefill_rows + self.num_other_rows
+        """Of the target, if none drafts."""
+        num_copied = 0 if self.copies is None else int(self.copies.rows.sum())
+        return int(self.is_sampling.sum()) + self.num_prefill_rows + num_copied
 
 
 class DraftLengthPolicy(Protocol):

@@ -68,7 +68,7 @@ class AutomaticLengthsMixin:
         )
         drafting = self._drafting_policy = OverridableDraftLength(automatic)
         copying = AutoDraftLength(costs, Survival(self.num_spec_tokens), may_trim=True)
-        self._proposer = self._make_proposer(drafting, copying, automatic.drafting_cost)
+        self._proposer = self._make_proposer(drafting, copying, weighs_copies=True)
 
     def fix_draft_length(self, num_draft_tokens: int | None) -> None:
         """See the worker's `emssd_fix_draft_length`."""

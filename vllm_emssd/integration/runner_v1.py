@@ -40,7 +40,7 @@ from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.mixed import DraftingCost, MixedProposer, unmeasured_cost
+from vllm_emssd.proposers.mixed import MixedProposer
 from vllm_emssd.proposers.registry import plugin_proposer
 from vllm_emssd.scorer import pad_to_longest
 
@@ -103,7 +103,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self,
         drafting_policy: DraftLengthPolicy,
         copying_policy: DraftLengthPolicy,
-        drafting_cost: DraftingCost = unmeasured_cost,
+        weighs_copies: bool = False,
     ) -> Proposer:
         config = self.emssd_config
         drafting_policy = self._ranks.agreed(drafting_policy)
@@ -123,7 +123,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         if not config.copies:
             return drafting
         most = config.num_speculative_tokens
-        return MixedProposer(copying, drafting, most, drafting_cost)
+        return MixedProposer(copying, drafting, most, weighs_copies)
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         check_full_attention(kv_cache_config, self.drafter.kv_cache_gid)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vllm_emssd.draft_length import DraftOpportunity
+from vllm_emssd.draft_length import Copies, DraftOpportunity
 
 
 class TokenIds(Protocol):
@@ -35,8 +35,7 @@ class DraftBatch:
     num_prefilled_tokens: np.ndarray  # [num_reqs] int64: computed + scheduled
     is_sampling: np.ndarray  # [num_reqs] bool
     max_draft_tokens: np.ndarray  # [num_reqs] int64: most drafts it may get, >= 0
-    num_other_rows: int = 0  # that the target verifies besides: drafts made elsewhere,
-    other_gains: np.ndarray | float = 0.0  # of each request, how many will be accepted
+    copies: Copies | None = None  # what is verified of who makes no drafts
 
     def __post_init__(self) -> None:
         num_reqs = len(self.req_ids)
@@ -68,8 +67,7 @@ class DraftBatch:
             np.where(self.is_sampling, max_draft_tokens, 0),
             missing_rows,
             int(self.num_scheduled_tokens[~self.is_sampling].sum()),
-            self.num_other_rows,
-            self.other_gains,
+            self.copies,
         )
 
 

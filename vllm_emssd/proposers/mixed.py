@@ -10,10 +10,11 @@ the rejection sampler, drafts are what they are with the draft model alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from vllm_emssd.draft_length import Copies
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import AcceptanceRecord, Copy, expected_accepted
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -24,29 +25,39 @@ _PRIOR_ACCEPTANCE = 0.7  # of a model's drafts, until some were verified
 _PRIOR_TESTS = 4.0  # drafts that what is known of all requests is worth for one
 _POOL_FORGET = 0.99
 
-# (drafts to make, rows to feed before the first), [num_reqs] each -> the tokens that
-# could be emitted in the time that takes, [num_reqs] float
-DraftingCost = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def unmeasured_cost(num_drafts: np.ndarray, missing_rows: np.ndarray) -> np.ndarray:
-    """Without prices: a draft costs little, but not nothing; missed text is charged
-    over the steps to come."""
-    return np.where(num_drafts > 0, 0.02 * num_drafts + 0.001 * missing_rows, 0.0)
-
 
 def no_drafts(batch: DraftBatch) -> list[list[int]]:
     return [[] for _ in batch.req_ids]
 
 
 class DraftRecord:
-    """How a model's drafts fare, of each request and of all."""
+    """How a model's drafts fare, of each request and of all: what to go by where no
+    prices are known."""
 
     def __init__(self) -> None:
         self._pool = AcceptanceRecord()
         self._requests: dict[str, AcceptanceRecord] = {}
 
-    def acceptance(self, req_id: str) -> float:
+    def prefers(
+        self,
+        req_ids: Sequence[str],
+        copies: list[Copy],
+        num_drafts: np.ndarray,
+        missing_rows: np.ndarray,
+    ) -> np.ndarray:
+        """Which requests gain more by their copy than by so many drafts. A draft costs
+        little, but not nothing; missed text is charged over the steps to come.
+        [num_reqs] bool"""
+        cost = 0.02 * num_drafts + 0.001 * missing_rows
+        drafted = [
+            expected_accepted(self._acceptance(req_id), n)
+            for req_id, n in zip(req_ids, num_drafts.tolist(), strict=True)
+        ]
+        gains = np.array([copy.gain for copy in copies])
+        has_copy = np.array([bool(copy.token_ids) for copy in copies], dtype=bool)
+        return has_copy & (gains >= np.where(num_drafts > 0, drafted - cost, 0.0))
+
+    def _acceptance(self, req_id: str) -> float:
         pooled = self._pool.acceptance(_PRIOR_ACCEPTANCE)
         record = self._requests.get(req_id)
         return pooled if record is None else record.acceptance(pooled, _PRIOR_TESTS)
@@ -72,7 +83,8 @@ class MixedProposer:
     Args:
         copying, drafting: the two proposers; each has its own policy.
         num_draft_tokens: most drafts the model makes for a request.
-        drafting_cost: what drafting costs beyond copying as many tokens.
+        weighs_copies: the drafting policy itself weighs drafts against copies; else
+            a record of how both fare decides.
     """
 
     def __init__(
@@ -80,12 +92,12 @@ class MixedProposer:
         copying: LlmaProposer,
         drafting: DraftModelProposer,
         num_draft_tokens: int,
-        drafting_cost: DraftingCost = unmeasured_cost,
+        weighs_copies: bool = False,
     ) -> None:
         self._copying = copying
         self._drafting = drafting
         self._num_draft_tokens = num_draft_tokens
-        self._drafting_cost = drafting_cost
+        self._weighs_copies = weighs_copies
         self._record = DraftRecord()
         self._only: str | None = None
         self._copied: set[str] = set()  # requests whose drafts to verify are copies
@@ -132,22 +144,24 @@ class MixedProposer:
     ) -> list[list[int]]:
         """The model's drafts, of requests that gain more by them than by what would be
         copied. `may_draft`: [num_reqs] most drafts of each."""
+        num_copied = np.array(list(map(len, copied)), dtype=np.int64)
         gains = np.array(
             [
-                expected_accepted(copy.acceptance, len(tokens))
-                for copy, tokens in zip(copies, copied, strict=True)
+                expected_accepted(copy.acceptance, n)
+                for copy, n in zip(copies, num_copied.tolist(), strict=True)
             ]
         )
         if self._drafting.rests(float(batch.is_sampling.sum() + gains.sum())):
             return no_drafts(batch)
-        prefers_copy = self._prefers_copy(batch, copies, may_draft)
-        num_copied = np.where(prefers_copy, list(map(len, copied)), 0)
+        if not self._weighs_copies:
+            missing = self._drafting.missing_rows(batch)
+            copied_rather = self._record.prefers(
+                batch.req_ids, copies, may_draft, missing
+            )
+            may_draft = np.where(copied_rather & (num_copied > 0), 0, may_draft)
         return self._drafting.propose(
             dataclasses.replace(
-                batch,
-                max_draft_tokens=np.where(num_copied > 0, 0, may_draft),
-                num_other_rows=int(num_copied.sum()),
-                other_gains=np.where(num_copied > 0, gains, 0.0),
+                batch, max_draft_tokens=may_draft, copies=Copies(num_copied, gains)
             )
         )
 
@@ -183,16 +197,3 @@ class MixedProposer:
         self._copied.difference_update(req_ids)
         for req_id in req_ids:
             self._record.release(req_id)
-
-    def _prefers_copy(
-        self, batch: DraftBatch, copies: list[Copy], may_draft: np.ndarray
-    ) -> np.ndarray:
-        """Which requests gain more by their copy than by drafts. [num_reqs] bool"""
-        cost = self._drafting_cost(may_draft, self._drafting.missing_rows(batch))
-        prefers = np.zeros(batch.num_reqs, dtype=bool)
-        for i, copy in enumerate(copies):
-            if copy.token_ids:
-                acceptance = self._record.acceptance(batch.req_ids[i])
-                drafted = expected_accepted(acceptance, int(may_draft[i]))
-                prefers[i] = copy.gain >= drafted - cost[i]
-        return prefers
