@@ -17,16 +17,12 @@ from vllm_emssd.draft_length.goodput import (
     verified_lengths,
     worth_another_forward,
 )
+from vllm_emssd.draft_length.idleness import Idleness
 from vllm_emssd.draft_length.pace import Pace
 from vllm_emssd.draft_length.policy import Copies, DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
-_PROBE_SHARE = 0.005  # of idle time that probes may take,
-_HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay
-_RAREST_PROBE = 128  # or, after so many steps, whether or not,
-_OFTENEST_PROBE = 4  # but no fewer than this between two
 _PROBE_LENGTH = 2
-_DOZE_AFTER = 16  # idle steps; from then on plans are made as seldom as probes may be
 _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
 _CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
@@ -49,7 +45,7 @@ class _PlannedBatch:
         """The same batch, and nobody to catch up."""
         return (
             self.num_steps_left > 0
-            and step.copies is None
+            and not step.can_copy
             and self.num_rows_anyway == step.num_rows_anyway
             and self.req_ids == step.req_ids
             and bool((self.is_sampling == step.is_sampling).all())
@@ -80,8 +76,7 @@ class AutoDraftLength:
         self._may_trim = may_trim
         self._tokens_per_ms = 0.0
         self._confidences: dict[str, np.ndarray] = {}  # of drafts not yet verified
-        self._idle_steps = self._idle_since_probe = 0
-        self._idle_ms = 0.0  # since the last probe
+        self._idleness = Idleness()
         self._num_rested = 0  # steps since the last plan
         self._is_probe = False
         self._chooses = False  # among copies: `choose` is asked, not `begin`
@@ -90,25 +85,18 @@ class AutoDraftLength:
     @property
     def feeds_prompts(self) -> bool:
         """Prompts are fed along while speculation pays, else by catch-up later."""
-        return self._idle_steps == 0
-
-    @property
-    def _is_dozing(self) -> bool:
-        """Nothing has paid for long, and a plan is as dear as a probe is rare."""
-        return self._idle_steps >= _DOZE_AFTER and bool(
-            self._idle_steps % _OFTENEST_PROBE
-        )
+        return self._idleness.num_steps == 0
 
     def rests(self, num_tokens_anyway: float) -> bool:
-        if not self._is_dozing:
+        if not self._idleness.dozes:
             return False
         if num_tokens_anyway:
-            self._count_idle_step(num_tokens_anyway)
+            self._idleness.count(self._step_ms(num_tokens_anyway))
             self._num_rested += 1
         return True
 
     def begin(self, step: DraftOpportunity) -> np.ndarray:
-        if self._is_dozing:
+        if self._idleness.dozes:
             return self._doze(step)
         if not step.max_draft_tokens.any():
             return self._sit_out(step)
@@ -206,15 +194,13 @@ class AutoDraftLength:
 
     def _doze(self, step: DraftOpportunity) -> np.ndarray:
         if step.max_draft_tokens.any():
-            self._count_idle_step(float(step.num_tokens_anyway.sum()))
+            self._idleness.count(self._step_ms(float(step.num_tokens_anyway.sum())))
             self._survival_model.skip(step.req_ids)
         return np.zeros_like(step.max_draft_tokens)
 
-    def _count_idle_step(self, num_tokens: float) -> None:
-        self._idle_steps += 1
-        self._idle_since_probe += 1
-        if self._tokens_per_ms:
-            self._idle_ms += num_tokens / self._tokens_per_ms
+    def _step_ms(self, num_tokens: float) -> float:
+        """Of a step that brings so many, by the last plan; 0 before there was one."""
+        return num_tokens / self._tokens_per_ms if self._tokens_per_ms else 0.0
 
     def _take_in(self, step: DraftOpportunity) -> None:
         self._req_ids = step.req_ids
@@ -244,10 +230,9 @@ class AutoDraftLength:
         self._tokens_per_ms = best.tokens_per_ms
         self._is_probe = False
         pays = bool(best.draft_lens.any())
-        is_sure = self._idle_steps == 0 or self._survival_model.num_tested >= _SURE
+        is_sure = self.feeds_prompts or self._survival_model.num_tested >= _SURE
         if pays and is_sure:
-            self._idle_steps = self._idle_since_probe = 0
-            self._idle_ms = 0.0
+            self._idleness.end()
             return best.draft_lens
         return self._maybe_probe(step)
 
@@ -280,19 +265,18 @@ class AutoDraftLength:
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
-        self._count_idle_step(float(step.num_tokens_anyway.sum()))
-        probe_ms = np.where(self._most > 0, self._probe_ms(step.missing_rows), np.inf)
-        request = int(probe_ms.argmin())
-        share = float(probe_ms[request]) / self._idle_ms
-        if self._idle_since_probe < _OFTENEST_PROBE or share > _HOPEFUL_SHARE:
+        self._idleness.count(self._step_ms(float(step.num_tokens_anyway.sum())))
+        costs = np.where(self._most > 0, self._probe_ms(step.missing_rows), np.inf)
+        request = int(costs.argmin())
+        probe_ms = float(costs[request])
+        if not self._idleness.may_probe(probe_ms):
             return lens
         is_hopeful = self._may_well_pay(step)
-        is_overdue = self._idle_since_probe >= _RAREST_PROBE
-        if share > _PROBE_SHARE and not (is_overdue or is_hopeful):
+        if not (is_hopeful or self._idleness.must_probe(probe_ms)):
             return lens
         if not is_hopeful:
             self._survival_model.doubt()
-        self._idle_since_probe, self._idle_ms = 0, 0.0
+        self._idleness.start_over()
         self._is_probe = True
         lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
         return lens

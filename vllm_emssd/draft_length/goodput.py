@@ -165,6 +165,8 @@ def plan(
     drafts = _Drafts.instead_of(copies, survival, missing_rows, verify_rows)
     for may_draft in drafts.who_may(prices):
         best = _best_prefixes(drafts, may_draft, prices, best)
+    if num_reqs == 1 and survival.size <= _MOST_BUDGETS:
+        return best  # each of its lengths was tried
     return _change_one_by_one(drafts, prices, best)
 
 

@@ -41,6 +41,11 @@ class DraftOpportunity:
     copies: Copies | None = None
 
     @property
+    def can_copy(self) -> bool:
+        """Whether any request has a copy at hand."""
+        return self.copies is not None and bool(self.copies.rows.any())
+
+    @property
     def num_tokens_anyway(self) -> np.ndarray:
         """To expect of each request if none drafts. float64"""
         gains = 0.0 if self.copies is None else self.copies.gains
