@@ -14,6 +14,7 @@ from vllm_emssd.bench.comparison import (
     spread,
 )
 from vllm_emssd.bench.harness import Plan, in_batches
+from vllm_emssd.bench.machine_speed import slowness
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
@@ -140,6 +141,39 @@ def test_compare_one_batch() -> None:
     assert result["methods"]["llma"]["step_ms"]["rest"] == pytest.approx(1990 / 3)
     assert result["ratios"]["llma/plain"]["ratio"] == 1.0
     assert result["saving"] is None
+
+
+def rounds_of(
+    rows: list[int], own_ms: float, slowness: list[float], rarity_ms: float = 0.0
+) -> list[Round]:
+    """Of 40 tokens each: forwards of 30 ms and 1 a row, and `own_ms` besides."""
+    done = []
+    for slow in slowness:
+        forwards = [(n, slow * (30.0 + n)) for n in rows * 10]
+        forwards[0] = (forwards[0][0], forwards[0][1] + rarity_ms)
+        ms = sum(took for _, took in forwards) + slow * own_ms
+        steps = [[RequestStep(0, n, 0, 1)] for n, _ in forwards]
+        done.append(Round(ms / 1e3, 40, target_forwards=forwards, steps=steps))
+    return done
+
+
+def test_a_slow_minute_is_told_from_a_slow_method() -> None:
+    """What a method has to pay alone, such as a first forward, stays its own."""
+    rounds = {
+        "plain": rounds_of([10, 20, 40], 0, [1, 2, 1, 2, 2, 1]),
+        "auto": rounds_of([12, 20, 44], 300, [2, 1, 1, 1, 2, 1], rarity_ms=200),
+    }
+    slow = slowness(rounds)
+    low, high = slow["plain"][:2]
+    assert slow["plain"] == pytest.approx([low, high, low, high, high, low])
+    assert high / low == pytest.approx(2)
+    result = compare(2, rounds, k=5, in_one_engine=True)
+    found = result["at_equal_speed"]["auto/plain"]
+    wanted = 1600 / (1660 + 300 + 200)
+    assert found["ratio"] == pytest.approx(wanted, rel=0.05)
+    assert found["high"] - found["low"] < 0.1
+    assert result["ratios"]["auto/plain"]["high"] > 1.2
+    assert compare(2, rounds, k=5)["at_equal_speed"] is None
 
 
 def test_saving_over_stock() -> None:

@@ -36,7 +36,7 @@ from vllm_emssd.commands import bench
 OPTIONS = EngineOptions("TARGET", "TOKENIZER", max_model_len=640, max_num_seqs=8)
 
 
-def result() -> dict[str, object]:
+def result(in_one_engine: bool = False) -> dict[str, object]:
     """Two methods; llma accepts 1 and 3 drafts and is twice as fast at batch 8."""
 
     def rounds(s_per_token: float, sampled: int) -> list[Round]:
@@ -62,7 +62,7 @@ def result() -> dict[str, object]:
     return {
         "provenance": provenance(),
         "workload": {"name": "copy"},
-        "results": compare_all(measured, [9], k=5),
+        "results": compare_all(measured, [9], k=5, in_one_engine=in_one_engine),
         "rounds": {
             batch: {name: [r.as_dict() for r in done] for name, done in methods.items()}
             for batch, methods in measured.rounds.items()
@@ -110,6 +110,9 @@ def test_printing_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "llma/plain" in printed
     assert "preempted" not in printed
+    assert "as slow in all rounds" not in printed
+    print_results(result(in_one_engine=True)["results"])  # type: ignore[arg-type]
+    assert "as slow in all rounds" in capsys.readouterr().out
 
 
 def test_provenance_names_what_ran() -> None:

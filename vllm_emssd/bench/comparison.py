@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm_emssd.bench.harness import Measurement
 from vllm_emssd.bench.kv_price import estimate, row_slot_ms
+from vllm_emssd.bench.machine_speed import slowness
 from vllm_emssd.bench.methods import AUTOMATIC, FIXED_LENGTH
 from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.row_costs import row_cost
@@ -75,15 +76,29 @@ def spread(seconds: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def compare(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, Any]:
+def compare(
+    batch: int, rounds: dict[str, list[Round]], k: int, in_one_engine: bool = False
+) -> dict[str, Any]:
     """One batch size, all methods."""
     seconds = {name: [r.s_per_token for r in done] for name, done in rounds.items()}
     return {
         "batch": batch,
         "methods": {name: _summary(done) for name, done in rounds.items()},
         "ratios": ratios(seconds),
+        "at_equal_speed": at_equal_speed(rounds) if in_one_engine else None,
         "saving": saving(batch, rounds, k) if _tells_saving(rounds) else None,
     }
+
+
+def at_equal_speed(rounds: dict[str, list[Round]]) -> dict[str, dict[str, float]]:
+    """The ratios had the machine been as slow in all rounds."""
+    slow = slowness(rounds)
+    return ratios(
+        {
+            name: [r.s_per_token / s for r, s in zip(done, slow[name], strict=True)]
+            for name, done in rounds.items()
+        }
+    )
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -106,22 +121,27 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def geometric_means(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+def geometric_means(
+    results: Sequence[dict[str, Any]], which: str = "ratios"
+) -> dict[str, float]:
     """Of each ratio, over the batch sizes."""
     return {
         title: float(
-            np.exp(np.mean([np.log(r["ratios"][title]["ratio"]) for r in results]))
+            np.exp(np.mean([np.log(r[which][title]["ratio"]) for r in results]))
         )
-        for title in results[0]["ratios"]
+        for title in results[0][which]
     }
 
 
 def compare_all(
-    measured: Measurement, num_prompt_tokens: Sequence[int], k: int
+    measured: Measurement,
+    num_prompt_tokens: Sequence[int],
+    k: int,
+    in_one_engine: bool = False,
 ) -> list[dict[str, Any]]:
     """One result a batch size. num_prompt_tokens: of the workload's requests."""
     return [
-        compare(batch, rounds, k)
+        compare(batch, rounds, k, in_one_engine)
         | {"vanilla": vanilla(batch, measured, num_prompt_tokens)}
         for batch, rounds in measured.rounds.items()
     ]

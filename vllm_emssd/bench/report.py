@@ -21,7 +21,10 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     console = Console(width=WIDTH)
     for title, cell in CELLS.items():
         console.print(_method_table(title, results, cell))
-    console.print(_ratio_table(results))
+    console.print(_ratio_table("speed ratios", "ratios", results))
+    if results[0]["at_equal_speed"]:
+        title = "the same, had the target's forwards been as slow in all rounds"
+        console.print(_ratio_table(title, "at_equal_speed", results))
     if results[0]["saving"]:
         console.print(_saving_table(results))
     if any(result["vanilla"] for result in results):
@@ -106,12 +109,12 @@ def _method_table(title: str, results: Sequence[dict[str, Any]], cell: Any) -> T
     return table
 
 
-def _ratio_table(results: Sequence[dict[str, Any]]) -> Table:
+def _ratio_table(title: str, which: str, results: Sequence[dict[str, Any]]) -> Table:
     """One row a ratio: there are more of them than batch sizes."""
     batches = [f"batch {result['batch']}" for result in results]
-    table = _table("speed ratios [95 % interval]", "ratio", *batches, "geom. mean")
-    for title, mean in geometric_means(results).items():
-        cells = [result["ratios"][title] for result in results]
+    table = _table(f"{title} [95 % interval]", "ratio", *batches, "geom. mean")
+    for title, mean in geometric_means(results, which).items():
+        cells = [result[which][title] for result in results]
         table.add_row(
             title,
             *(f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells),

@@ -333,7 +333,7 @@ def result_of(
     args: argparse.Namespace, workload: Workload, measured: Measurement
 ) -> dict[str, Any]:
     lens = [len(request.prompt_token_ids) for request in workload.requests]
-    results = compare_all(measured, lens, args.num_speculative_tokens)
+    results = compare_all(measured, lens, args.num_speculative_tokens, args.one_engine)
     return {
         "results": results,
         "geometric_means": geometric_means(results),
