@@ -32,6 +32,7 @@ from vllm_emssd.draft_length.goodput import Plan, plan, worth_another_forward
 FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
 WARM_UP = 50
 CHEAP, MEDIUM, DEAR = prices(draft_ms=1.0), prices(draft_ms=4.0), prices(draft_ms=10.0)
+FREE = CostTable([1], [0.0])
 LONGEST_IDLE = 128  # steps between two probes
 
 
@@ -345,6 +346,21 @@ def test_copies_are_chosen_by_their_own_confidence() -> None:
     lens = policy.choose(step, confidence)
     assert (lens[:8] > 2).all()
     assert (lens[8:] == 0).all()
+
+
+def test_copies_are_shorter_where_others_fill_the_stair() -> None:
+    """Rows up to 16 are free; what the third request drafts takes some of them."""
+    costs = StepCosts(CostTable([1, 16, 64], [20.0, 20.0, 116.0]), FREE, 4.0)
+    most = np.array([6, 6, 0])
+    confidence = np.full((3, 6), 0.6)
+    step = dataclasses.replace(opportunity(3), max_draft_tokens=most)
+    policy = AutoDraftLength(costs, Survival(6), may_trim=True)
+    assert policy.choose(step, confidence).tolist() == [6, 6, 0]
+    beside = Copies(np.array([0, 0, 5]), np.array([0.0, 0.0, 4.0]))
+    step = dataclasses.replace(step, copies=beside)
+    lens = policy.choose(step, confidence)
+    assert 0 < lens.sum() < 12
+    assert lens[2] == 0
 
 
 def test_copies_that_are_never_right_are_given_up_but_probed() -> None:

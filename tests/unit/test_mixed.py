@@ -39,7 +39,7 @@ class SpiedCopying(LlmaProposer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.drafts: list[list[int]] = []
+        self.drafts: list[list[int]] = []  # were none to draft
         self.verified: list[tuple[str, int, int]] = []
         self.heard: list[tuple[str, int, int]] = []  # of the model's drafts
 
@@ -48,8 +48,10 @@ class SpiedCopying(LlmaProposer):
         return [c if self.rng.random() < 0.6 else NO_COPY for c in copies]
 
     def choose(self, batch: DraftBatch, copies: list[Copy]) -> list[list[int]]:
-        self.drafts = super().choose(batch, copies)
-        return self.drafts
+        drafts = super().choose(batch, copies)
+        if batch.copies is None:
+            self.drafts = drafts
+        return drafts
 
     def record_verified(self, *verified: Any) -> None:
         self.verified.append(verified)

@@ -243,7 +243,7 @@ class AutoDraftLength:
         if self._chooses:
             return plan_copies(
                 gains,
-                int(step.is_sampling.sum()),
+                step.num_rows_anyway - step.num_prefill_rows,
                 step.num_prefill_rows,
                 self._prices,
                 float(self._worth @ step.num_tokens_anyway),

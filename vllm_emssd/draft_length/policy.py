@@ -102,7 +102,9 @@ class DraftLengthPolicy(Protocol):
         """How many of the drafts that cost nothing to make (copies) are verified.
 
         Takes the place of `begin`, `go_on` and `finish`. `step.max_draft_tokens` are
-        the lengths made. `confidence`: [num_reqs, longest]. Returns [num_reqs] int64.
+        the lengths made, `step.copies` what others have at hand. May be asked again in
+        a step when some of those have changed. `confidence`: [num_reqs, longest].
+        Returns [num_reqs] int64.
         """
         ...
 

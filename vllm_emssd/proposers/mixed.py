@@ -16,7 +16,12 @@ import numpy as np
 
 from vllm_emssd.draft_length import Copies
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copier import AcceptanceRecord, Copy, expected_accepted
+from vllm_emssd.proposers.copier import (
+    NO_COPY,
+    AcceptanceRecord,
+    Copy,
+    expected_accepted,
+)
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 
@@ -49,13 +54,19 @@ class DraftRecord:
         little, but not nothing; missed text is charged over the steps to come.
         [num_reqs] bool"""
         cost = 0.02 * num_drafts + 0.001 * missing_rows
-        drafted = [
-            expected_accepted(self._acceptance(req_id), n)
-            for req_id, n in zip(req_ids, num_drafts.tolist(), strict=True)
-        ]
+        drafted = self.gains(req_ids, num_drafts) - cost
         gains = np.array([copy.gain for copy in copies])
         has_copy = np.array([bool(copy.token_ids) for copy in copies], dtype=bool)
-        return has_copy & (gains >= np.where(num_drafts > 0, drafted - cost, 0.0))
+        return has_copy & (gains >= np.where(num_drafts > 0, drafted, 0.0))
+
+    def gains(self, req_ids: Sequence[str], num_drafts: np.ndarray) -> np.ndarray:
+        """How many of so many drafts are expected to be accepted. [num_reqs] float64"""
+        return np.array(
+            [
+                expected_accepted(self._acceptance(req_id), n) if n else 0.0
+                for req_id, n in zip(req_ids, num_drafts.tolist(), strict=True)
+            ]
+        )
 
     def _acceptance(self, req_id: str) -> float:
         pooled = self._pool.acceptance(_PRIOR_ACCEPTANCE)
@@ -130,8 +141,8 @@ class MixedProposer:
             self._note_copies(batch, copied)
             return copied
         made = self._draft_beside(batch, copies, copied, may_draft)
-        # Who would rather draft, and then does not since it does not pay, copies.
-        copied = [[] if m else c for m, c in zip(made, copied, strict=True)]
+        if any(made):
+            copied = self._copy_beside(batch, copies, made)
         self._note_copies(batch, copied)
         return [m or c for m, c in zip(made, copied, strict=True)]
 
@@ -163,6 +174,18 @@ class MixedProposer:
             dataclasses.replace(
                 batch, max_draft_tokens=may_draft, copies=Copies(num_copied, gains)
             )
+        )
+
+    def _copy_beside(
+        self, batch: DraftBatch, copies: list[Copy], made: list[list[int]]
+    ) -> list[list[int]]:
+        """What is still copied where some have drafted: who would rather have, but made
+        no drafts since that does not pay, too. Rows are dearer now."""
+        num_made = np.array(list(map(len, made)), dtype=np.int64)
+        gains = self._record.gains(batch.req_ids, num_made)
+        return self._copying.choose(
+            dataclasses.replace(batch, copies=Copies(num_made, gains)),
+            [NO_COPY if m else c for m, c in zip(made, copies, strict=True)],
         )
 
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
