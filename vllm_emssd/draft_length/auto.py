@@ -232,7 +232,8 @@ class AutoDraftLength:
         pays = bool(best.draft_lens.any())
         is_sure = self.feeds_prompts or self._survival_model.num_tested >= _SURE
         if pays and is_sure:
-            self._idleness.end()
+            tokens_anyway = float(step.num_tokens_anyway.sum())
+            self._idleness.take_in(best.gain, self._step_ms(tokens_anyway))
             return best.draft_lens
         return self._maybe_probe(step)
 
@@ -265,7 +266,9 @@ class AutoDraftLength:
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
-        self._idleness.count(self._step_ms(float(step.num_tokens_anyway.sum())))
+        self._idleness.take_in_nothing(
+            self._step_ms(float(step.num_tokens_anyway.sum()))
+        )
         costs = np.where(self._most > 0, self._probe_ms(step.missing_rows), np.inf)
         request = int(costs.argmin())
         probe_ms = float(costs[request])

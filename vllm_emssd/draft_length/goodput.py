@@ -11,7 +11,7 @@ the first dip. Pure numpy: [num_reqs, K] arrays in, lengths out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +43,12 @@ class Plan:
 
     draft_lens: np.ndarray  # [num_reqs] int64
     tokens_per_ms: float
+    without_drafts: float  # tokens a millisecond
+
+    @property
+    def gain(self) -> float:
+        """Tokens a millisecond more, as a share of those without drafts."""
+        return self.tokens_per_ms / self.without_drafts - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,9 @@ def plan(
     base_rows = num_decode_rows + num_prefill_rows
     if base_tokens is None:
         base_tokens = num_sampling + float(copies.gains.sum())
-    best = Plan(np.zeros(num_reqs, dtype=np.int64), base_tokens / base_ms)
+    without_drafts = base_tokens / base_ms
+    nothing = np.zeros(num_reqs, dtype=np.int64)
+    best = Plan(nothing, without_drafts, without_drafts)
     if survival.size == 0:
         return best
     prices = _Prices(base_tokens, base_ms, base_rows, costs)
@@ -252,7 +260,7 @@ def plan_copies(
     budget = int(ratio.argmax())
     num_reqs, num_positions = gains.shape
     lens = np.bincount(order[:budget] // max(num_positions, 1), minlength=num_reqs)
-    return Plan(lens, float(ratio[budget]))
+    return Plan(lens, float(ratio[budget]), float(ratio[0]))
 
 
 def _best_prefixes(
@@ -283,7 +291,8 @@ def _best_prefixes(
     if ratio[found, depth] <= least.tokens_per_ms:
         return least
     lens = np.bincount(request[: budgets[found]], minlength=num_reqs)
-    return Plan(np.minimum(lens, depth + 1), float(ratio[found, depth]))
+    lens = np.minimum(lens, depth + 1)
+    return replace(least, draft_lens=lens, tokens_per_ms=float(ratio[found, depth]))
 
 
 def _change_one_by_one(drafts: _Drafts, prices: _Prices, best: Plan) -> Plan:
@@ -320,7 +329,7 @@ def _change_one_by_one(drafts: _Drafts, prices: _Prices, best: Plan) -> Plan:
             break
         lens = best.draft_lens.copy()
         lens[chosen[found // new_lens.size]] = found % new_lens.size
-        best = Plan(lens, float(ratio[found]))
+        best = replace(best, draft_lens=lens, tokens_per_ms=float(ratio[found]))
     return best
 
 

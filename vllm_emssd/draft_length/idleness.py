@@ -6,14 +6,18 @@ _PROBE_SHARE = 0.005  # of idle time that probes may take,
 _HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay
 _RAREST_PROBE = 128  # or, after so many steps, whether or not,
 _OFTENEST_PROBE = 4  # but no fewer than this between two
+_LEAST_GAIN = 0.02  # of a plan, on average: about what it costs to make it
+_GAIN_RATE = 0.1  # share of the latest plan in that average
 _DOZE_AFTER = 16  # steps; from then on plans are made as seldom as probes may be
 
 
 class Idleness:
-    """Starts with a step in which drafting did not pay and ends when it does."""
+    """Starts with a step in which drafting did not pay and ends when it does: by more
+    than planning costs, so that where it hardly pays most steps do without a plan."""
 
     def __init__(self) -> None:
         self.num_steps = 0
+        self._mean_gain = 1.0
         self._num_since_probe = 0
         self._ms_since_probe = 0.0
 
@@ -23,9 +27,23 @@ class Idleness:
         self._num_since_probe += 1
         self._ms_since_probe += ms
 
-    def end(self) -> None:
-        self.num_steps = 0
-        self.start_over()
+    def take_in(self, gain: float, ms: float) -> None:
+        """A planned step of so many milliseconds, whose drafts bring more tokens for
+        its time than none would: `gain` times more, > 0."""
+        self._hear(gain)
+        if self._mean_gain < _LEAST_GAIN:
+            self.count(ms)
+        else:
+            self.num_steps = 0
+            self.start_over()
+
+    def take_in_nothing(self, ms: float) -> None:
+        """A planned step in which no drafts pay."""
+        self._hear(0.0)
+        self.count(ms)
+
+    def _hear(self, gain: float) -> None:
+        self._mean_gain += _GAIN_RATE * (gain - self._mean_gain)
 
     def start_over(self) -> None:
         """A probe is made: the time for the next one begins."""
