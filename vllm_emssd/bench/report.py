@@ -22,7 +22,7 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     for title, cell in CELLS.items():
         console.print(_method_table(title, results, cell))
     console.print(_ratio_table("speed ratios", "ratios", results))
-    if results[0]["at_equal_speed"]:
+    if all(result["at_equal_speed"] for result in results):
         title = "the same, had the target's forwards been as slow in all rounds"
         console.print(_ratio_table(title, "at_equal_speed", results))
     if results[0]["saving"]:

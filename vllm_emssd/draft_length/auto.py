@@ -25,7 +25,6 @@ from vllm_emssd.draft_length.survival import Survival
 _PROBE_LENGTH = 2
 _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
-_CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
 _PLAN_STEPS = 4  # that a plan holds for while the batch stays as it is,
 _PLANS_HOLD_FROM = 48.0  # drafts seen: until then each step teaches too much
 _FREE = CostTable([1], [0.0])
