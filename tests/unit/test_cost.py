@@ -177,6 +177,20 @@ def test_row_counts_computed_as_a_larger_one_cost_what_it_costs() -> None:
     assert ms(table, 40) == pytest.approx(55, rel=0.15)
 
 
+def test_points_that_a_disturbed_start_made_alike_part_again() -> None:
+    """24 to 80 rows were measured in a slow minute and 96 in a quick one, so that all
+    of them seem to cost what 96 do."""
+    rows = [16, 24, 32, 40, 48, 64, 80, 96, 128]
+    true = np.array([42.0, 43, 44, 45, 47, 58, 62, 68, 84])
+    table = CostTable(rows, true * [1, 1.3, 1.35, 1.4, 1.3, 1.1, 1.05, 0.82, 1])
+    assert ms(table, 24) == ms(table, 96)
+    dice = np.random.default_rng(0)
+    for seen in dice.normal(52, 12, 150).clip(16, 96).astype(int).tolist():
+        table.observe(seen, float(np.interp(seen, rows, true) * dice.lognormal(0, 0.1)))
+    assert ms(table, 64) - ms(table, 40) > (58 - 45) / 2
+    assert ms(table, 48) == pytest.approx(47, rel=0.08)
+
+
 @property_test
 @given(tables(), st.integers(0, 300), st.integers(0, 300))
 def test_convex_prices_lie_below_and_touch(

@@ -2,7 +2,8 @@
 
 Costs are staircases: the first rows come for the price of reading the weights, later
 ones each cost arithmetic. So a table is a few measured points with straight lines
-between them, never falling.
+between them, never falling: a point above a later one costs what that one does, and is
+known by its own measure all the same, or the two could never part again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _OUTLIER = 5.0  # times the price: another process ran, not a forward,
 _MOST_OUTLIERS = 8  # unless it goes on like that
 _LOOKED_UP = 2  # times the last point: all that is asked for in practice
 _MOST_LOOKED_UP = 2048
+_LEAST_MS = 1e-6
 _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
 
 
@@ -34,7 +36,8 @@ class CostTable:
 
     def __init__(self, rows: Iterable[int], ms: Iterable[float]) -> None:
         self._rows = np.array(list(rows), dtype=np.float64)
-        self._ms = _non_falling(np.array(list(ms), dtype=np.float64))
+        self._measured = np.array(list(ms), dtype=np.float64)
+        self._ms = _non_falling(self._measured)
         if self._rows.size == 0 or self._rows.size != self._ms.size:
             raise ValueError("a cost table needs as many times as row counts, >= 1")
         if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._ms).all():
@@ -114,8 +117,7 @@ class CostTable:
         return self._by_rows
 
     def observe(self, rows: int, ms: float) -> None:
-        """A forward of `rows` took `ms`: move the points beside it a little, and those
-        of the same price: they cost what a later one costs, so they move with it."""
+        """A forward of `rows` took `ms`: move the points beside it a little."""
         is_near = 1 <= rows <= _BEYOND * self._rows[-1]
         if not is_near or not np.isfinite(ms) or ms < 0:
             return
@@ -123,33 +125,38 @@ class CostTable:
         self._outliers = self._outliers + 1 if ms > _OUTLIER * price else 0
         if 0 < self._outliers <= _MOST_OUTLIERS:
             return
-        self._move_points(rows, ms, price)
-        self._points_moved()
-
-    def _move_points(self, rows: int, ms: float, price: float) -> None:
         if ms < price / _MOST_CHANGE:
             # No noise makes a forward this quick: what was measured before was slowed.
-            self._ms *= (1 + ms / price) / 2
-            return
-        ratio = min(ms / max(price, 1e-6), _MOST_CHANGE)
+            self._measured *= (1 + ms / price) / 2
+        else:
+            self._move_points(rows, min(ms, _MOST_CHANGE * max(price, _LEAST_MS)))
+        self._ms = _non_falling(self._measured)
+        self._points_moved()
+
+    def _move_points(self, rows: int, ms: float) -> None:
         right = min(bisect_left(self._row_list, rows), len(self._row_list) - 1)
         left = max(right - 1, 0) if self._row_list[right] != rows else right
+        beside = [left] if left == right else [left, right]
+        rate = _rate(min(self._seen[left], self._seen[right]))
+        change = ms / max(self.at(rows), _LEAST_MS) - 1
+        measured = self._measured
+        if rows < self._row_list[-1]:
+            own = float(np.interp(rows, self._rows[beside], measured[beside]))
+        else:
+            own = float(measured[right]) * self.at(rows) / max(self._ms[-1], _LEAST_MS)
+        moved = measured[beside] * (1 + rate * (ms / max(own, _LEAST_MS) - 1))
         # What was measured at the start, at its quickest, and never seen since must not
         # look cheap beside live times: the price of a row more is their difference.
-        near = (self._ms == self._ms[left]) | (self._ms == self._ms[right])
-        kept = self._ms[near]
-        self._ms *= 1 + _SHARED * _rate(self._seen_in_all) * (ratio - 1)
-        rate = _rate(min(self._seen[left], self._seen[right]))
-        self._ms[near] = kept * (1 + rate * (ratio - 1))
+        measured *= 1 + _SHARED * _rate(self._seen_in_all) * change
+        # More rows cannot be quicker: if they were when they were measured, they rise.
+        later = measured[right + 1 :]
+        if change > 0:
+            risen = np.minimum(later * (1 + rate * change), moved[-1])
+            np.maximum(later, risen, out=later)
+        measured[beside] = moved
         self._seen_in_all += 1
-        for point in {left, right}:
+        for point in beside:
             self._seen[point] += 1
-        # Never falling, and no ratchet: what rose lifts the points after it, what sank
-        # draws down those before.
-        if ratio > 1:
-            np.maximum.accumulate(self._ms, out=self._ms)
-        else:
-            self._ms = _non_falling(self._ms)
 
     @property
     def points(self) -> list[tuple[int, float]]:
