@@ -223,3 +223,34 @@ def test_work_per_new_token_does_not_grow(check_length: int) -> None:
         assert index.num_indexed == num_known
         if num_known in (1, 2, 3, 4, 5, 1000, 2000):
             assert sum(map(len, index._ends.values())) == num_entries
+
+
+def copier_of(texts: dict[str, list[int]]) -> Copier:
+    copier = Copier(2)
+    for req_id, tokens in texts.items():
+        copy = copier.find(req_id, np.array(tokens, dtype=np.int32), len(tokens), 3)
+        copier.record_proposed(req_id, copy)
+    return copier
+
+
+def test_a_new_request_expects_what_others_saw_of_like_copies() -> None:
+    text = np.array([5, 6, 7, 8, 5, 6], dtype=np.int32)
+    expectations = []
+    for num_accepted in (0, 3):
+        copier = copier_of({f"r{i}": text.tolist() for i in range(8)})
+        before = copier.find("before", text, 6, 3).acceptance
+        for i in range(8):
+            copier.observe(f"r{i}", 3, num_accepted)
+        expectations += [copier.find("after", text, 6, 3).acceptance, before]
+    bad, guess, good, same_guess = expectations
+    assert bad < guess == same_guess < good
+
+
+def test_copies_that_fail_everywhere_are_tried_again_in_the_end() -> None:
+    text = np.array([5, 6, 7, 8, 5, 6], dtype=np.int32)
+    copier = copier_of({f"r{i}": text.tolist() for i in range(60)})
+    for i in range(60):
+        copier.observe(f"r{i}", 3, 0)
+    assert copier.find("new", text, 6, 3).token_ids == []
+    tries = (copier.find("new", text, 6, 3).token_ids for _ in range(200))
+    assert any(tries)

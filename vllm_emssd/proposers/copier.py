@@ -2,7 +2,8 @@
 
 Of the copies that are possible the one is taken whose like has held longest in this
 request: copies are alike that come from the same source after a match of about the
-same length. Before anything was verified the longer match wins.
+same length. Until then by how their like fare in all requests; before anything was
+verified the longer match wins.
 
 Once a request has copied a stretch of its prompt, the prompt is its reference: an
 edit of a text in the prompt is followed like that of a reference it brought.
@@ -20,6 +21,7 @@ from vllm_emssd.proposers.occurrences import OccurrenceIndex
 
 _PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
 _FORGET = 0.9  # weight kept by what was seen before, each time
+_POOL_FORGET = 0.98  # the same, of all requests' copies
 _IDLE_FORGET = 0.98  # each time a copy is not worth it, so that it is tried again
 _WORTHLESS = 0.1  # acceptance below which nothing is copied
 _REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
@@ -106,6 +108,7 @@ class Copier:
     def __init__(self, check_length: int) -> None:
         self._check_length = check_length
         self._references: dict[str, np.ndarray] = {}
+        self._pools: dict[_Kind, AcceptanceRecord] = {}  # of all requests
         self._requests: dict[str, _RequestCopies] = {}
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
@@ -124,7 +127,7 @@ class Copier:
         request = self._up_to_date(req_id, token_ids, num_prompt_tokens)
         best = max(self._copies(request, length), key=lambda c: c.gain, default=NO_COPY)
         if best.token_ids and best.acceptance < _WORTHLESS:
-            request.records[best.kind].fade()
+            request.records.get(best.kind, self._pools[best.kind]).fade()
             return NO_COPY
         return best
 
@@ -141,8 +144,11 @@ class Copier:
             return
         copy, request.pending = request.pending, None
         if num_draft_tokens:
+            verified = (num_draft_tokens, num_accepted_tokens)
             record = request.records.setdefault(copy.kind, AcceptanceRecord())
-            record.observe(num_draft_tokens, num_accepted_tokens)
+            record.observe(*verified)
+            pool = self._pools.setdefault(copy.kind, AcceptanceRecord())
+            pool.observe(*verified, _POOL_FORGET)
             self._maybe_align_with_prompt(request, copy, num_accepted_tokens)
 
     def _maybe_align_with_prompt(
@@ -211,10 +217,11 @@ class Copier:
             copies.append(replace(copy, source=source, match_len=match_len))
         return copies
 
-    @staticmethod
     def _copy(
-        request: _RequestCopies, token_ids: list[int], kind: _Kind, prior: float
+        self, request: _RequestCopies, token_ids: list[int], kind: _Kind, guess: float
     ) -> Copy:
-        record = request.records.get(kind)
-        acceptance = prior if record is None else record.acceptance(prior)
+        """`guess`: acceptance before any of the kind was verified."""
+        pool, record = self._pools.get(kind), request.records.get(kind)
+        pooled = guess if pool is None else pool.acceptance(guess)
+        acceptance = pooled if record is None else record.acceptance(pooled)
         return Copy(token_ids, acceptance, kind)
