@@ -10,10 +10,7 @@ from vllm_emssd.draft_length.idleness import Idleness
 def planned(gain: float, num_steps: int, idleness: Idleness | None = None) -> Idleness:
     idleness = idleness or Idleness()
     for _ in range(num_steps):
-        if gain:
-            idleness.take_in(gain, ms=40.0)
-        else:
-            idleness.take_in_nothing(ms=40.0)
+        idleness.take_in(gain, ms=40.0)
     return idleness
 
 

@@ -43,6 +43,7 @@ def _runs() -> dict[str, Any] | subprocess.SubprocessError:
 
 
 def _run_all() -> dict[str, Any]:
+    """Raises CalledProcessError or TimeoutExpired."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         subprocess.run(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import compress
 
 import numpy as np
 
 from vllm_emssd.draft_length.anticipation import Anticipation
-from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.goodput import (
     Plan,
     StepCosts,
@@ -19,6 +17,7 @@ from vllm_emssd.draft_length.goodput import (
 )
 from vllm_emssd.draft_length.idleness import Idleness
 from vllm_emssd.draft_length.pace import Pace
+from vllm_emssd.draft_length.planned_batch import PlannedBatch
 from vllm_emssd.draft_length.policy import Copies, DraftOpportunity
 from vllm_emssd.draft_length.survival import Survival
 
@@ -27,29 +26,6 @@ _OPTIMISM = 1.0  # standard errors that count as "may well"
 _SURE = 8.0  # drafts seen before all catch up on what they missed in idle time
 _PLAN_STEPS = 4  # that a plan holds for while the batch stays as it is,
 _PLANS_HOLD_FROM = 48.0  # drafts seen: until then each step teaches too much
-_FREE = CostTable([1], [0.0])
-
-
-@dataclass(slots=True)
-class _PlannedBatch:
-    """Of whom a plan was made, and who drafts by it. Arrays are [num_reqs]."""
-
-    req_ids: list[str]
-    is_sampling: np.ndarray
-    num_rows_anyway: int
-    drafts: np.ndarray  # bool
-    num_steps_left: int
-
-    def holds_for(self, step: DraftOpportunity, most_missing: int) -> bool:
-        """The same batch, and nobody to catch up."""
-        return (
-            self.num_steps_left > 0
-            and not step.can_copy
-            and self.num_rows_anyway == step.num_rows_anyway
-            and self.req_ids == step.req_ids
-            and bool((self.is_sampling == step.is_sampling).all())
-            and int(step.missing_rows.max()) <= most_missing
-        )
 
 
 class AutoDraftLength:
@@ -79,7 +55,7 @@ class AutoDraftLength:
         self._num_rested = 0  # steps since the last plan
         self._is_probe = False
         self._chooses = False  # among copies: `choose` is asked, not `begin`
-        self._planned: _PlannedBatch | None = None
+        self._planned: PlannedBatch | None = None
 
     @property
     def feeds_prompts(self) -> bool:
@@ -90,7 +66,7 @@ class AutoDraftLength:
         if not self._idleness.dozes:
             return False
         if num_tokens_anyway:
-            self._idleness.count(self._step_ms(num_tokens_anyway))
+            self._idleness.count(self._ms_for(num_tokens_anyway))
             self._num_rested += 1
         return True
 
@@ -126,8 +102,6 @@ class AutoDraftLength:
             survival.skip(step.req_ids, self._num_rested)
             self._num_rested = 0
         self._take_in(step)
-        self._will_trim = self._may_trim
-        self._prices = self.costs
         self._expected = survival.expected(self._factors.by_position)
         self._acceptance = survival.acceptance_by_position(self._factors.by_position)
         lens = self._plan(step, self._expected)
@@ -139,7 +113,7 @@ class AutoDraftLength:
         self._planned = None
         holds = drafts.any() and survival.num_tested >= _PLANS_HOLD_FROM
         if holds and not self._is_probe:
-            self._planned = _PlannedBatch(
+            self._planned = PlannedBatch(
                 list(step.req_ids),
                 step.is_sampling.copy(),
                 step.num_rows_anyway,
@@ -159,7 +133,7 @@ class AutoDraftLength:
         within = np.linspace(base_ms, beyond[0], num_planned + 1)
         return np.concatenate([within, beyond[1:]])
 
-    def _go_by(self, planned: _PlannedBatch, step: DraftOpportunity) -> np.ndarray:
+    def _go_by(self, planned: PlannedBatch, step: DraftOpportunity) -> np.ndarray:
         """As planned; what was verified since waits for the next plan."""
         self._has_planned = False
         planned.num_steps_left -= 1
@@ -172,8 +146,6 @@ class AutoDraftLength:
         if not step.max_draft_tokens.any():
             return np.zeros_like(step.max_draft_tokens)
         self._take_in(step)
-        self._will_trim = False  # all is known already
-        self._prices = StepCosts(self.costs.target, _FREE, self.costs.fixed_ms)
         factors = np.broadcast_to(
             self._factors.by_confidence[:, None], confidence.shape
         )
@@ -193,12 +165,15 @@ class AutoDraftLength:
 
     def _doze(self, step: DraftOpportunity) -> np.ndarray:
         if step.max_draft_tokens.any():
-            self._idleness.count(self._step_ms(float(step.num_tokens_anyway.sum())))
+            self._idleness.count(self._step_ms(step))
             self._survival_model.skip(step.req_ids)
         return np.zeros_like(step.max_draft_tokens)
 
-    def _step_ms(self, num_tokens: float) -> float:
-        """Of a step that brings so many, by the last plan; 0 before there was one."""
+    def _step_ms(self, step: DraftOpportunity) -> float:
+        return self._ms_for(float(step.num_tokens_anyway.sum()))
+
+    def _ms_for(self, num_tokens: float) -> float:
+        """What so many tokens take, by the last plan; 0 before there was one."""
         return num_tokens / self._tokens_per_ms if self._tokens_per_ms else 0.0
 
     def _take_in(self, step: DraftOpportunity) -> None:
@@ -231,24 +206,25 @@ class AutoDraftLength:
         pays = bool(best.draft_lens.any())
         is_sure = self.feeds_prompts or self._survival_model.num_tested >= _SURE
         if pays and is_sure:
-            tokens_anyway = float(step.num_tokens_anyway.sum())
-            self._idleness.take_in(best.gain, self._step_ms(tokens_anyway))
+            self._idleness.take_in(best.gain, self._step_ms(step))
             return best.draft_lens
+        self._idleness.take_in(0.0, self._step_ms(step))
         return self._maybe_probe(step)
 
     def _best(self, step: DraftOpportunity, survival: np.ndarray) -> Plan:
         may_draft = np.arange(survival.shape[1]) < self._most[:, None]
         gains = np.where(may_draft, survival * self._worth[:, None], 0.0)
-        rows = None
+        base_tokens = float(self._worth @ step.num_tokens_anyway)
         if self._chooses:
             return plan_copies(
                 gains,
                 step.num_rows_anyway - step.num_prefill_rows,
                 step.num_prefill_rows,
-                self._prices,
-                float(self._worth @ step.num_tokens_anyway),
+                self.costs,
+                base_tokens,
             )
-        if self._will_trim:
+        rows = None
+        if self._may_trim:
             gains, rows = self._anticipation.gains_and_rows(
                 gains, self._tokens_per_ms * self._row_ms
             )
@@ -257,17 +233,14 @@ class AutoDraftLength:
             step.missing_rows,
             int(step.is_sampling.sum()),
             step.num_prefill_rows,
-            self._prices,
-            float(self._worth @ step.num_tokens_anyway),
+            self.costs,
+            base_tokens,
             rows,
             self._given_up,
         )
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
         lens = np.zeros_like(self._most)
-        self._idleness.take_in_nothing(
-            self._step_ms(float(step.num_tokens_anyway.sum()))
-        )
         costs = np.where(self._most > 0, self._probe_ms(step.missing_rows), np.inf)
         request = int(costs.argmin())
         probe_ms = float(costs[request])
@@ -285,8 +258,10 @@ class AutoDraftLength:
 
     def _probe_ms(self, missing_rows: np.ndarray) -> np.ndarray:
         """What it would take to try each request. [num_reqs]"""
-        draft, target, rows = self._prices.draft, self._prices.target, self._base_rows
+        draft, target, rows = self.costs.draft, self.costs.target, self._base_rows
         verify_ms = target.at(rows + _PROBE_LENGTH) - target.at(rows)
+        if self._chooses:
+            return np.full(len(missing_rows), verify_ms)
         probe_ms = draft.ms(missing_rows) + (draft.at(1) + verify_ms)
         if self._given_up is not None and self._tokens_per_ms:
             probe_ms += self._given_up.gains / self._tokens_per_ms

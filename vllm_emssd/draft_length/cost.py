@@ -129,21 +129,22 @@ class CostTable:
             # No noise makes a forward this quick: what was measured before was slowed.
             self._measured *= (1 + ms / price) / 2
         else:
-            self._move_points(rows, min(ms, _MOST_CHANGE * max(price, _LEAST_MS)))
+            price = max(price, _LEAST_MS)
+            self._move_points(rows, min(ms, _MOST_CHANGE * price), price)
         self._ms = _non_falling(self._measured)
         self._points_moved()
 
-    def _move_points(self, rows: int, ms: float) -> None:
+    def _move_points(self, rows: int, ms: float, price: float) -> None:
         right = min(bisect_left(self._row_list, rows), len(self._row_list) - 1)
         left = max(right - 1, 0) if self._row_list[right] != rows else right
         beside = [left] if left == right else [left, right]
         rate = _rate(min(self._seen[left], self._seen[right]))
-        change = ms / max(self.at(rows), _LEAST_MS) - 1
+        change = ms / price - 1
         measured = self._measured
         if rows < self._row_list[-1]:
             own = float(np.interp(rows, self._rows[beside], measured[beside]))
         else:
-            own = float(measured[right]) * self.at(rows) / max(self._ms[-1], _LEAST_MS)
+            own = float(measured[right]) * price / max(self._ms[-1], _LEAST_MS)
         moved = measured[beside] * (1 + rate * (ms / max(own, _LEAST_MS) - 1))
         # What was measured at the start, at its quickest, and never seen since must not
         # look cheap beside live times: the price of a row more is their difference.

@@ -28,22 +28,14 @@ class Idleness:
         self._ms_since_probe += ms
 
     def take_in(self, gain: float, ms: float) -> None:
-        """A planned step of so many milliseconds, whose drafts bring more tokens for
-        its time than none would: `gain` times more, > 0."""
-        self._hear(gain)
-        if self._mean_gain < _LEAST_GAIN:
-            self.count(ms)
-        else:
+        """A planned step of so many milliseconds. `gain`: how much more its drafts
+        bring for its time than none would, as a share of that; 0 if none pay."""
+        self._mean_gain += _GAIN_RATE * (gain - self._mean_gain)
+        if gain > 0 and self._mean_gain >= _LEAST_GAIN:
             self.num_steps = 0
             self.start_over()
-
-    def take_in_nothing(self, ms: float) -> None:
-        """A planned step in which no drafts pay."""
-        self._hear(0.0)
-        self.count(ms)
-
-    def _hear(self, gain: float) -> None:
-        self._mean_gain += _GAIN_RATE * (gain - self._mean_gain)
+        else:
+            self.count(ms)
 
     def start_over(self) -> None:
         """A probe is made: the time for the next one begins."""
