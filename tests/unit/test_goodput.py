@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.draft_length import Copies, CostTable, StepCosts
+from vllm_emssd.draft_length import Copies, CostTable, StepCosts, goodput, plan_search
 from vllm_emssd.draft_length.goodput import (
     _CATCH_UP_STEPS,
     plan,
@@ -391,3 +391,20 @@ def test_a_draft_that_is_seldom_verified_seldom_costs_a_row() -> None:
     found = plan(gains, missing, 4, 0, costs, verify_rows=half)
     assert found.draft_lens.tolist() == [1] * 4
     assert found.tokens_per_ms == pytest.approx((4 + 3.2) / (4 + 2 + 0.1))
+
+
+def test_nothing_is_compiled_once_steps_are_planned() -> None:
+    """One kind of arrays goes into the search, whoever calls: no step waits seconds."""
+    goodput.get_ready()
+    searches = (plan_search.search, plan_search.worth_another_forward)
+    compiled = [list(search.signatures) for search in searches]
+    assert [len(signatures) for signatures in compiled] == [1, 1]
+    rng = np.random.default_rng(3)
+    for with_copies in (False, True):
+        share_of_best(rng, (1, 50), with_copies)
+    plan(np.ones((3, 2)).T, np.ones(2, dtype=np.int32), 2, 0, COSTS)
+    rows = np.broadcast_to(0.5, (2, 2))
+    plan(np.ones((2, 2)), np.ones(2), 2, 1, COSTS, base_tokens=4.0, verify_rows=rows)
+    prices = COSTS.target.from_to(2, 9)
+    worth_another_forward(np.ones((2, 2))[:, 0], COSTS.draft, prices[3:], 0.1)
+    assert [search.signatures for search in searches] == compiled

@@ -10,6 +10,7 @@ from vllm_emssd.draft_length.anticipation import Anticipation
 from vllm_emssd.draft_length.goodput import (
     Plan,
     StepCosts,
+    get_ready,
     plan,
     plan_copies,
     verified_lengths,
@@ -56,6 +57,7 @@ class AutoDraftLength:
         self._is_probe = False
         self._chooses = False  # among copies: `choose` is asked, not `begin`
         self._planned: PlannedBatch | None = None
+        get_ready()
 
     @property
     def feeds_prompts(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,16 @@ _LOOKED_UP = 2  # times the last point: all that is asked for in practice
 _MOST_LOOKED_UP = 2048
 _LEAST_MS = 1e-6
 _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
+
+
+class Curve(NamedTuple):
+    """A table's prices as plain numbers: straight lines between points, and beyond the
+    last; below the first as there; nothing for no row."""
+
+    by_rows: np.ndarray  # ms of 0, 1, 2, ... rows, as far as is looked up
+    rows: np.ndarray  # [num_points] float64, rising
+    ms: np.ndarray  # [num_points] float64
+    slope_beyond: float
 
 
 class CostTable:
@@ -158,6 +169,10 @@ class CostTable:
         self._seen_in_all += 1
         for point in beside:
             self._seen[point] += 1
+
+    @property
+    def curve(self) -> Curve:
+        return Curve(self._looked_up, self._rows, self._ms, self._slope_beyond)
 
     @property
     def points(self) -> list[tuple[int, float]]:

@@ -5,24 +5,21 @@ tokens exceed lambda times its milliseconds; the lambda of the best plan is its 
 ratio of tokens to time (Dinkelbach 1967). A budget of rows is spent best on the
 globally highest survivals, and since survival never grows along a request that gives
 every request a prefix. Costs are staircases, so budgets are searched whole, not until
-the first dip. Pure numpy: [num_reqs, K] arrays in, lengths out.
+the first dip. [num_reqs, K] arrays in, lengths out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_emssd.draft_length import plan_search
 from vllm_emssd.draft_length.cost import CostTable
+from vllm_emssd.draft_length.plan_search import Drafts, Prices, search
 from vllm_emssd.draft_length.policy import Copies
 
 _CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
-_DEAR_ROWS = 2.0  # charged to a request: worth a second look
-_SMALL_BATCH = 8  # requests whose lengths are also tried one by one
-_MOST_CHANGES = 8
-_MOST_BUDGETS = 64
 _LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 
 
@@ -49,44 +46,6 @@ class Plan:
     def gain(self) -> float:
         """Tokens a millisecond more, as a share of those without drafts."""
         return self.tokens_per_ms / self.without_drafts - 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Prices:
-    """What plans of one step are compared by."""
-
-    base_tokens: float
-    base_ms: float  # of a step that decodes without drafts
-    base_rows: int  # of the target, prefill included
-    costs: StepCosts
-
-    def tokens_per_ms(
-        self,
-        gains: np.ndarray,
-        num_drafting: np.ndarray,
-        num_verified: np.ndarray,
-        first_rows: np.ndarray,
-    ) -> np.ndarray:
-        """Of drafting to each depth, 1 to K. [num_plans, K]
-
-        Args:
-            gains: [num_plans, K] survivals summed over the requests drafting there.
-            num_drafting: [num_plans, K] requests at each position.
-            num_verified: [num_plans, K] of their drafts, rows of the target.
-            first_rows: [num_plans] rows of the first draft forward.
-        """
-        target, draft = self.costs.target, self.costs.draft
-        draft_ms = draft.ms(num_drafting)
-        draft_ms[:, 0] = draft.ms(first_rows)
-        rows = self.base_rows + np.cumsum(num_verified, axis=1)
-        verify_ms = target.ms(rows) - target.at(self.base_rows)
-        draft_ms = np.cumsum(draft_ms, axis=1)
-        tokens = self.base_tokens + np.cumsum(gains, axis=1)
-        base_ms = self.base_ms + self.costs.speculation_ms
-        # Given up copies may be worth a stair, but not more than the step.
-        ms = np.maximum(base_ms + verify_ms + draft_ms, _LEAST_MS)
-        ratio: np.ndarray = tokens / ms
-        return ratio
 
 
 def _by_survival(survival: np.ndarray) -> np.ndarray:
@@ -165,73 +124,45 @@ def plan(
     if base_tokens is None:
         base_tokens = num_sampling + float(copies.gains.sum())
     without_drafts = base_tokens / base_ms
-    nothing = np.zeros(num_reqs, dtype=np.int64)
-    best = Plan(nothing, without_drafts, without_drafts)
     if survival.size == 0:
-        return best
-    prices = _Prices(base_tokens, base_ms, base_rows, costs)
-    drafts = _Drafts.instead_of(copies, survival, missing_rows, verify_rows)
-    for may_draft in drafts.who_may(prices):
-        best = _best_prefixes(drafts, may_draft, prices, best)
-    if num_reqs == 1 and survival.size <= _MOST_BUDGETS:
-        return best  # each of its lengths was tried
-    return _change_one_by_one(drafts, prices, best)
+        nothing = np.zeros(num_reqs, dtype=np.int64)
+        return Plan(nothing, without_drafts, without_drafts)
+    prices = Prices(
+        base_tokens,
+        base_ms,
+        float(base_rows),
+        costs.speculation_ms,
+        _LEAST_MS,
+        costs.target.curve,
+        costs.draft.curve,
+    )
+    drafts = _instead_of(copies, survival, missing_rows, verify_rows)
+    lens, tokens_per_ms = search(drafts, prices, without_drafts)
+    return Plan(lens, tokens_per_ms, without_drafts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Drafts:
-    """What each draft brings and costs. [num_reqs, K], or [num_reqs]"""
+def get_ready() -> None:
+    """Have the searches compiled (seconds, once on a machine), not by the first step
+    that drafts."""
+    free = CostTable([1], [1.0])
+    plan(np.ones((1, 1)), np.ones(1), 1, 0, StepCosts(free, free, 1.0))
+    worth_another_forward(np.ones(1), free, np.ones(2), 1.0)
 
-    survival: np.ndarray  # times what a token of the request is worth
-    gains: np.ndarray  # the same, less what the request's copy would bring, at once
-    rows: np.ndarray  # of the target, less those of the copy
-    first_rows: np.ndarray  # [num_reqs] charged for the first draft forward
-    has_copy: np.ndarray  # [num_reqs] bool
 
-    @classmethod
-    def instead_of(
-        cls,
-        copies: Copies,
-        survival: np.ndarray,
-        missing_rows: np.ndarray,
-        verify_rows: np.ndarray | None,
-    ) -> _Drafts:
-        missing = np.maximum(missing_rows, 1)
-        first_rows = 1 + (missing - 1) / _CATCH_UP_STEPS
-        rows = np.ones_like(survival) if verify_rows is None else verify_rows
-        has_copy = copies.rows > 0
-        if not has_copy.any():
-            return cls(survival, survival, rows, first_rows, has_copy)
-        gains, rows = survival.copy(), rows.copy()
-        gains[:, 0] -= copies.gains
-        rows[:, 0] -= copies.rows
-        return cls(survival, gains, rows, first_rows, has_copy)
-
-    def who_may(self, prices: _Prices) -> Iterator[np.ndarray]:
-        """Sets of requests, among which the best drafts are looked for: with those that
-        are dear to catch up and without; with those that a copy would serve worse, and
-        without any that have one. [num_reqs] bool each"""
-        dearness = np.log2(self.first_rows).astype(np.int64)  # 0 up to 32 missing rows
-        rather_draft = self.has_copy
-        if len(rather_draft) > _SMALL_BATCH:  # else single ones are left out later
-            rather_draft = rather_draft & (self._advantage(prices) > 0)
-        for most in np.unique(dearness) if dearness.any() else (0,):
-            affordable = dearness <= most
-            yield affordable & ~self.has_copy
-            if (rather_draft & affordable).any():
-                yield affordable & (rather_draft | ~self.has_copy)
-
-    def _advantage(self, prices: _Prices) -> np.ndarray:
-        """Of drafts over a copy, in tokens, if half of the requests drafted beside each
-        other and each row cost the average. [num_reqs] float64"""
-        target, draft = prices.costs.target, prices.costs.draft
-        num_reqs, base_rows = len(self.survival), prices.base_rows
-        half = max(num_reqs // 2, 1)
-        row_ms = (target.at(base_rows + num_reqs) - target.at(base_rows)) / num_reqs
-        draft_ms = draft.at(half) / half
-        tokens_per_ms = prices.base_tokens / prices.base_ms
-        value = self.gains - tokens_per_ms * (self.rows * row_ms + draft_ms)
-        return np.asarray(value.cumsum(axis=1).max(axis=1))
+def _instead_of(
+    copies: Copies,
+    survival: np.ndarray,
+    missing_rows: np.ndarray,
+    verify_rows: np.ndarray | None,
+) -> Drafts:
+    missing = np.maximum(missing_rows, 1)
+    first_rows = 1 + (missing - 1) / _CATCH_UP_STEPS
+    rows = np.ones(survival.shape) if verify_rows is None else verify_rows.copy()
+    gains = survival.copy()
+    gains[:, 0] -= copies.gains
+    rows[:, 0] -= copies.rows
+    survival = np.ascontiguousarray(survival)
+    return Drafts(survival, gains, rows, first_rows, copies.rows > 0)
 
 
 def plan_copies(
@@ -263,90 +194,6 @@ def plan_copies(
     return Plan(lens, float(ratio[budget]), float(ratio[0]))
 
 
-def _best_prefixes(
-    drafts: _Drafts, may_draft: np.ndarray, prices: _Prices, least: Plan
-) -> Plan:
-    """Try the n likeliest drafts of those requests, for every n or every few, cut at
-    every depth."""
-    order = _by_survival(np.where(may_draft[:, None], drafts.survival, 0.0))
-    if order.size == 0:
-        return least
-    num_reqs, num_positions = drafts.survival.shape
-    request, position = np.divmod(order, num_positions)
-    step = -(-order.size // _MOST_BUDGETS)
-    budgets = np.append(np.arange(step, order.size, step), order.size)
-    cell = np.arange(order.size) // step * num_positions + position
-
-    def at_budgets(weights: np.ndarray | None) -> np.ndarray:
-        sums = np.bincount(cell, weights, minlength=budgets.size * num_positions)
-        return sums.reshape(budgets.size, num_positions).cumsum(axis=0)
-
-    ratio = prices.tokens_per_ms(
-        at_budgets(drafts.gains.ravel()[order]),
-        at_budgets(None),
-        at_budgets(drafts.rows.ravel()[order]),
-        at_budgets(np.where(position == 0, drafts.first_rows[request], 0.0))[:, 0],
-    )
-    found, depth = np.divmod(int(ratio.argmax()), num_positions)
-    if ratio[found, depth] <= least.tokens_per_ms:
-        return least
-    lens = np.bincount(request[: budgets[found]], minlength=num_reqs)
-    lens = np.minimum(lens, depth + 1)
-    return replace(least, draft_lens=lens, tokens_per_ms=float(ratio[found, depth]))
-
-
-def _change_one_by_one(drafts: _Drafts, prices: _Prices, best: Plan) -> Plan:
-    """Change one request's length at a time while that helps: in small batches, where
-    each stair counts, and of who is dear to catch up in large ones."""
-    first_rows = drafts.first_rows
-    num_reqs, num_positions = drafts.survival.shape
-    is_dear = first_rows >= _DEAR_ROWS
-    chosen = (
-        np.arange(num_reqs) if num_reqs <= _SMALL_BATCH else np.flatnonzero(is_dear)
-    )
-    chosen = chosen[drafts.survival[chosen, 0] > 0][:_SMALL_BATCH]
-    if not chosen.size:
-        return best
-    new_lens = np.arange(num_positions + 1)
-    becomes = new_lens[:, None] > np.arange(num_positions)  # [K + 1, K] is drafted
-    one_each = np.ones_like(drafts.survival)
-    for _ in range(_MOST_CHANGES):
-        does_draft = best.draft_lens > 0
-        is_now = best.draft_lens[:, None] > np.arange(num_positions)
-        rows_of_others = (
-            first_rows[does_draft].sum() - (first_rows * does_draft)[chosen]
-        )
-        ratio = prices.tokens_per_ms(
-            _changed(drafts.gains, is_now, chosen, becomes),
-            _changed(one_each, is_now, chosen, becomes),
-            _changed(drafts.rows, is_now, chosen, becomes),
-            (
-                rows_of_others[:, None] + first_rows[chosen, None] * becomes[:, 0]
-            ).ravel(),
-        )[:, -1]
-        found = int(ratio.argmax())
-        if ratio[found] <= best.tokens_per_ms * (1 + 1e-9):
-            break
-        lens = best.draft_lens.copy()
-        lens[chosen[found // new_lens.size]] = found % new_lens.size
-        best = replace(best, draft_lens=lens, tokens_per_ms=float(ratio[found]))
-    return best
-
-
-def _changed(
-    weights: np.ndarray, is_now: np.ndarray, chosen: np.ndarray, becomes: np.ndarray
-) -> np.ndarray:
-    """Sums over all requests of what they draft, one at a time of the `chosen` changed
-    to each of the lengths that `becomes` [K + 1, K] stands for.
-
-    `weights`, `is_now`: [num_reqs, K]. Returns [num_chosen * (K + 1), K].
-    """
-    weighted = weights * is_now
-    others = weighted.sum(axis=0) - weighted[chosen]
-    sums = others[:, None] + becomes * weights[chosen, None]
-    return np.asarray(sums.reshape(-1, weights.shape[1]))
-
-
 def worth_another_forward(
     gain: np.ndarray,
     draft: CostTable,
@@ -362,9 +209,6 @@ def worth_another_forward(
         verify_ms: [num_drafting + 1] the target's price with none of these drafts, one,
             ..., all. Convex, or a stair is not climbed though its width would pay.
     """
-    order = _by_survival(gain)
-    most = order.size
-    ms = draft.from_to(0, most) + verify_ms[: most + 1]
-    goes_on = np.zeros(gain.size, dtype=bool)
-    goes_on[order[: _best_budget(gain[order], ms, tokens_per_ms)]] = True
-    return goes_on
+    return plan_search.worth_another_forward(
+        np.ascontiguousarray(gain), draft.curve, verify_ms, tokens_per_ms
+    )
