@@ -27,6 +27,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,6 +73,17 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> Shape:
+        config = model.config
+        return cls(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.intermediate_size,
+        )
 
 
 TARGET = Shape(384, 5, 6, 2, 1024)
@@ -177,6 +189,25 @@ def build_model(shape: Shape, vocab_size: int, end_id: int) -> LlamaForCausalLM:
             attn_implementation="sdpa",
         )
     )
+
+
+def some_layers_of(model: LlamaForCausalLM, layers: list[int]) -> LlamaForCausalLM:
+    """A shallower copy: these layers, counted from 0, the embedding and the norm."""
+    config = deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    config.layer_types = None
+    shallow = LlamaForCausalLM(config)
+    weights = model.state_dict()
+    for new, old in enumerate(layers):
+        of_layer = {
+            name.removeprefix(f"model.layers.{old}."): weight
+            for name, weight in weights.items()
+            if name.startswith(f"model.layers.{old}.")
+        }
+        shallow.model.layers[new].load_state_dict(of_layer)
+    shallow.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    shallow.model.norm.load_state_dict(model.model.norm.state_dict())
+    return shallow
 
 
 def build_optimizers(
@@ -364,10 +395,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draft-tokens", type=float, default=12e6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=("all", "draft"), default="all")
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--draft-from", type=Path, help="a drafter to go on from, of another target"
     )
-    return parser.parse_args()
+    start.add_argument(
+        "--draft-layers",
+        type=int,
+        nargs="+",
+        help="begin with these layers of the target, the first is 0; --only draft",
+    )
+    args = parser.parse_args()
+    if args.draft_layers and args.only != "draft":
+        parser.error("--draft-layers needs a target that is there: give --only draft")
+    return args
 
 
 def main() -> None:
@@ -392,17 +433,21 @@ def main() -> None:
     )
 
     end_id = tokenizer.token_to_id(END_OF_TEXT)
-    target = build_model(TARGET, args.vocab_size, end_id)
-    if args.draft_from is None:
-        draft = build_model(DRAFT, args.vocab_size, end_id)
-    else:
-        draft = LlamaForCausalLM.from_pretrained(args.draft_from, dtype=torch.float32)
-    seconds = {}
     if args.only == "draft":
         target = LlamaForCausalLM.from_pretrained(
             args.out / "target", dtype=torch.float32
         )
     else:
+        target = build_model(TARGET, args.vocab_size, end_id)
+    if args.draft_from is not None:
+        draft = LlamaForCausalLM.from_pretrained(args.draft_from, dtype=torch.float32)
+    elif args.draft_layers:
+        draft = some_layers_of(target, args.draft_layers)
+    else:
+        draft = build_model(DRAFT, args.vocab_size, end_id)
+    is_taught = args.draft_from is not None or bool(args.draft_layers)
+    seconds = {}
+    if args.only != "draft":
         seconds["target"] = train(
             "target",
             target,
@@ -422,7 +467,7 @@ def main() -> None:
         int(args.draft_tokens),
         [(0.8, 256, 8192), (0.2, 1024, 8192)],
         np_rng,
-        1.0 if args.draft_from is None else LR_SCALE_GOING_ON,
+        LR_SCALE_GOING_ON if is_taught else 1.0,
     )
     save(draft, tokenizer, args.out / "draft")
 
@@ -435,7 +480,10 @@ def main() -> None:
             "target": target.num_parameters(),
             "draft": draft.num_parameters(),
         },
-        "shapes": {"target": asdict(TARGET), "draft": asdict(DRAFT)},
+        "shapes": {
+            "target": asdict(Shape.of(target)),
+            "draft": asdict(Shape.of(draft)),
+        },
         "seconds": seconds,
         "held_out": evaluate(target.float(), draft.float(), held_data),
     }
