@@ -408,3 +408,10 @@ def test_nothing_is_compiled_once_steps_are_planned() -> None:
     prices = COSTS.target.from_to(2, 9)
     worth_another_forward(np.ones((2, 2))[:, 0], COSTS.draft, prices[3:], 0.1)
     assert [search.signatures for search in searches] == compiled
+
+
+def test_compiled_code_does_not_keep_a_worker_from_starting() -> None:
+    """A CPU worker of vLLM's looks at all that the modules of its process hold."""
+    dispatcher = pytest.importorskip("vllm.triton_utils.dispatcher")
+    goodput.get_ready()
+    dispatcher._rebind_kernels([])

@@ -11,9 +11,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite.binding import ffi
 from numba import njit
 
 from vllm_emssd.draft_length.cost import Curve
+
+# vLLM 0.32's CPU worker reads `vars()` of whatever the modules of its process hold, and
+# llvmlite takes that name for a function of its library: the worker would not start.
+getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
 
 _MOST_BUDGETS = 256  # numbers of drafts tried in each set of requests
 _MOST_SWEEPS = 4  # over all requests, changing their lengths one at a time,
