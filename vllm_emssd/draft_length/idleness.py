@@ -6,7 +6,7 @@ _PROBE_SHARE = 0.005  # of idle time that probes may take,
 _HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay
 _RAREST_PROBE = 128  # or, after so many steps, whether or not,
 _OFTENEST_PROBE = 4  # but no fewer than this between two
-_LEAST_GAIN = 0.02  # of a plan, on average: about what it costs to make it
+_LEAST_GAIN = 0.02  # of a plan, on average: about what goes with it, unpriced
 _GAIN_RATE = 0.1  # share of the latest plan in that average
 _DOZE_AFTER = 16  # steps; from then on plans are made as seldom as probes may be
 

@@ -8,7 +8,8 @@ requests; then one request's length after the other is changed while that helps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite.binding import ffi
@@ -25,6 +26,14 @@ _MOST_SWEEPS = 4  # over all requests, changing their lengths one at a time,
 _MOST_CHANGES = 1024  # or as many as try no more lengths than that
 _CERTAINLY_BETTER = 1 + 1e-9  # than rounding makes it
 _GAINED, _COUNTED, _VERIFIED, _FIRST_ROWS = range(4)  # rows of the sums
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Kept on disk for the next start, if there is a place for it."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:
+        return njit(function)
 
 
 class Drafts(NamedTuple):
@@ -49,7 +58,7 @@ class Prices(NamedTuple):
     draft: Curve
 
 
-@njit(cache=True)
+@_compiled
 def search(drafts: Drafts, prices: Prices, without: float) -> tuple[np.ndarray, float]:
     """The best lengths found, and the tokens a millisecond they earn.
 
@@ -77,7 +86,7 @@ def search(drafts: Drafts, prices: Prices, without: float) -> tuple[np.ndarray, 
     return lens, _change_one_by_one(drafts, prices, lens, best)
 
 
-@njit(cache=True)
+@_compiled
 def worth_another_forward(
     gain: np.ndarray, draft: Curve, verify_ms: np.ndarray, tokens_per_ms: float
 ) -> np.ndarray:
@@ -96,7 +105,7 @@ def worth_another_forward(
     return goes_on
 
 
-@njit(cache=True)
+@_compiled
 def _advantage(drafts: Drafts, prices: Prices) -> np.ndarray:
     """Of drafts over a copy, in tokens, if half of the requests drafted beside each
     other and each row cost the average. [num_reqs] float64"""
@@ -117,7 +126,7 @@ def _advantage(drafts: Drafts, prices: Prices) -> np.ndarray:
     return advantage
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _ms(curve: Curve, rows: float) -> float:
     if rows < 1:
         return 0.0
@@ -136,7 +145,7 @@ def _ms(curve: Curve, rows: float) -> float:
     return curve.ms[right - 1] + rise * (rows - first) / width
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _add(
     sums: np.ndarray, drafts: Drafts, request: int, position: int, sign: int
 ) -> None:
@@ -148,7 +157,7 @@ def _add(
         sums[_FIRST_ROWS, 0] += sign * drafts.first_rows[request]
 
 
-@njit(cache=True, inline="always")
+@njit(inline="always")
 def _by_depth(sums: np.ndarray, prices: Prices, worth: np.ndarray) -> int:
     """Tokens a millisecond if nobody drafts further than a depth: `worth[depth - 1]`.
 
@@ -169,7 +178,7 @@ def _by_depth(sums: np.ndarray, prices: Prices, worth: np.ndarray) -> int:
     return sums.shape[1]
 
 
-@njit(cache=True)
+@_compiled
 def _best_prefix(
     drafts: Drafts,
     prices: Prices,
@@ -209,7 +218,7 @@ def _best_prefix(
     return best
 
 
-@njit(cache=True)
+@_compiled
 def _change_one_by_one(
     drafts: Drafts, prices: Prices, lens: np.ndarray, best: float
 ) -> float:
