@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_emssd.draft_length import Copies, CostTable, StepCosts, goodput, plan_search
+from vllm_emssd.draft_length.catch_up import MOST_STEPS
 from vllm_emssd.draft_length.goodput import (
-    _CATCH_UP_STEPS,
     plan,
     plan_copies,
     verified_lengths,
@@ -131,7 +131,7 @@ def tokens_per_ms(
     rows = base_rows + sum(n - copies.rows[i] for i, n in enumerate(lens) if n)
     time += ms(costs.target, rows) - ms(costs.target, base_rows)
     first_rows = sum(
-        1 + (missing_rows[i] - 1) / _CATCH_UP_STEPS for i, n in enumerate(lens) if n
+        1 + (missing_rows[i] - 1) / MOST_STEPS for i, n in enumerate(lens) if n
     )
     time += ms(costs.draft, first_rows)
     for position in range(1, max(lens, default=0)):
@@ -344,6 +344,12 @@ def test_a_new_prompt_is_caught_up_where_that_pays_over_many_steps() -> None:
     draft_ms = ms(COSTS.draft, 300)
     assert draft_ms * 1 / 24 > 0.4
     assert plan(survival, np.array([300]), 1, 0, COSTS).draft_lens[0] > 0
+
+
+def test_a_catch_up_that_soon_must_be_made_again_is_charged_in_full() -> None:
+    survival, missing = np.full((1, 4), 0.8) ** np.arange(1, 5), np.array([2000])
+    assert plan(survival, missing, 1, 0, COSTS, catch_up_steps=8).draft_lens[0] > 0
+    assert plan(survival, missing, 1, 0, COSTS, catch_up_steps=1).draft_lens[0] == 0
 
 
 # ---------------------------------------------------------------- one more forward

@@ -7,6 +7,7 @@ from itertools import compress
 import numpy as np
 
 from vllm_emssd.draft_length.anticipation import Anticipation
+from vllm_emssd.draft_length.catch_up import CatchUps
 from vllm_emssd.draft_length.goodput import (
     Plan,
     StepCosts,
@@ -53,6 +54,7 @@ class AutoDraftLength:
         self._tokens_per_ms = 0.0
         self._confidences: dict[str, np.ndarray] = {}  # of drafts not yet verified
         self._idleness = Idleness()
+        self._catch_ups = CatchUps()
         self._num_rested = 0  # steps since the last plan
         self._is_probe = False
         self._chooses = False  # among copies: `choose` is asked, not `begin`
@@ -82,6 +84,8 @@ class AutoDraftLength:
             drafts = self._go_by(planned, step)
         else:
             drafts = self._plan_anew(step)
+        if not self._is_probe:
+            self._catch_ups.observe(compress(step.req_ids, drafts))
         self._num_made = 0
         self._real = np.zeros_like(self._expected)  # survival of the drafts made
         self._confidence = np.zeros_like(self._expected)
@@ -239,6 +243,7 @@ class AutoDraftLength:
             base_tokens,
             rows,
             self._given_up,
+            self._catch_ups.num_steps,
         )
 
     def _maybe_probe(self, step: DraftOpportunity) -> np.ndarray:
@@ -253,6 +258,7 @@ class AutoDraftLength:
             return lens
         if not is_hopeful:
             self._survival_model.doubt()
+            self._catch_ups.start_over()
         self._idleness.start_over()
         self._is_probe = True
         lens[request] = min(_PROBE_LENGTH, int(self._most[request]))

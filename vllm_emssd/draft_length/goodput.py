@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_emssd.draft_length import plan_search
+from vllm_emssd.draft_length.catch_up import MOST_STEPS
 from vllm_emssd.draft_length.cost import CostTable
 from vllm_emssd.draft_length.plan_search import Drafts, Prices, search
 from vllm_emssd.draft_length.policy import Copies
 
-_CATCH_UP_STEPS = 32  # over which feeding a request's missed text is charged
 _LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 
 
@@ -93,6 +93,7 @@ def plan(
     base_tokens: float | None = None,
     verify_rows: np.ndarray | None = None,
     copies: Copies | None = None,
+    catch_up_steps: float = MOST_STEPS,
 ) -> Plan:
     """Best lengths from what is known before drafting.
 
@@ -105,7 +106,7 @@ def plan(
         survival: [num_reqs, K] expected survival, times what a token of the request is
             worth; 0 beyond what a request may draft.
         missing_rows: [num_reqs] rows the drafter must be fed before a first draft.
-            All but one are an investment, charged over several steps.
+            All but one are an investment, charged over `catch_up_steps`.
         num_sampling: requests that get a token, and a row of the target, anyway.
         num_prefill_rows: the target's rows of prompts.
         base_tokens: what the tokens that come if none drafts are worth, if not 1 each;
@@ -136,7 +137,8 @@ def plan(
         costs.target.curve,
         costs.draft.curve,
     )
-    drafts = _instead_of(copies, survival, missing_rows, verify_rows)
+    first_rows = 1 + (np.maximum(missing_rows, 1) - 1) / catch_up_steps
+    drafts = _instead_of(copies, survival, first_rows, verify_rows)
     lens, tokens_per_ms = search(drafts, prices, without_drafts)
     return Plan(lens, tokens_per_ms, without_drafts)
 
@@ -152,11 +154,9 @@ def get_ready() -> None:
 def _instead_of(
     copies: Copies,
     survival: np.ndarray,
-    missing_rows: np.ndarray,
+    first_rows: np.ndarray,
     verify_rows: np.ndarray | None,
 ) -> Drafts:
-    missing = np.maximum(missing_rows, 1)
-    first_rows = 1 + (missing - 1) / _CATCH_UP_STEPS
     rows = np.ones(survival.shape) if verify_rows is None else verify_rows.copy()
     gains = survival.copy()
     gains[:, 0] -= copies.gains

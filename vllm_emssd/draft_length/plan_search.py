@@ -71,7 +71,7 @@ def search(drafts: Drafts, prices: Prices, without: float) -> tuple[np.ndarray, 
     """
     lens = np.zeros(len(drafts.survival), dtype=np.int64)
     order = np.argsort(-drafts.survival.ravel(), kind="mergesort")
-    dearness = np.log2(drafts.first_rows).astype(np.int64)  # 0 up to 32 missing rows
+    dearness = np.log2(drafts.first_rows).astype(np.int64)  # 0 below 2 rows
     has_none = ~drafts.has_copy
     sets = [has_none]
     if drafts.has_copy.any():
