@@ -110,6 +110,13 @@ def test_borrows_kernels_until_that_has_cost_as_much_as_making_them() -> None:
     assert rounding.rounded(101, 103, CHEAP) == 101, "the engine takes no more"
 
 
+def test_does_not_borrow_a_prompts_kernels_though_that_seems_free() -> None:
+    rounding = RowRounding([(n, 50.0) for n in (1, 16, 256)], preparing_ms=1e9)
+    assert rounding.rounded(1000, 9999, FLAT) == 1000
+    assert rounding.rounded(100, 9999, FLAT) == 256
+    assert rounding.rounded(300, 9999, FLAT) == 304
+
+
 def test_makes_kernels_where_there_are_none_to_borrow() -> None:
     rounding = RowRounding(GRID, preparing_ms=30.0)
     assert rounding.rounded(300, 999, CHEAP) == 304

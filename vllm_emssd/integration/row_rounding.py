@@ -72,7 +72,10 @@ class RowRounding:
         return self._prepared_for(wanted, most, target)
 
     def _prepared_for(self, wanted: int, most: int, target: CostTable) -> int:
-        """The next row count with kernels, or `wanted`, which has them from now on."""
+        """The next row count with kernels, or `wanted`, which has them from now on.
+        Beyond those timed a price is a guess: none is borrowed there from far off."""
+        last_timed = self._timed[-1] if self._timed else 0
+        most = min(most, max(last_timed, wanted + _TILE))
         above = bisect_left(self._prepared, wanted)
         if above < len(self._prepared) and (rows := self._prepared[above]) <= most:
             self._spent_ms[wanted] += target.at(rows) - target.at(wanted)
