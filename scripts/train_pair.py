@@ -27,7 +27,6 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -189,25 +188,6 @@ def build_model(shape: Shape, vocab_size: int, end_id: int) -> LlamaForCausalLM:
             attn_implementation="sdpa",
         )
     )
-
-
-def some_layers_of(model: LlamaForCausalLM, layers: list[int]) -> LlamaForCausalLM:
-    """A shallower copy: these layers, counted from 0, the embedding and the norm."""
-    config = deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    config.layer_types = None
-    shallow = LlamaForCausalLM(config)
-    weights = model.state_dict()
-    for new, old in enumerate(layers):
-        of_layer = {
-            name.removeprefix(f"model.layers.{old}."): weight
-            for name, weight in weights.items()
-            if name.startswith(f"model.layers.{old}.")
-        }
-        shallow.model.layers[new].load_state_dict(of_layer)
-    shallow.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
-    shallow.model.norm.load_state_dict(model.model.norm.state_dict())
-    return shallow
 
 
 def build_optimizers(
@@ -395,20 +375,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draft-tokens", type=float, default=12e6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=("all", "draft"), default="all")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
+    parser.add_argument(
         "--draft-from", type=Path, help="a drafter to go on from, of another target"
     )
-    start.add_argument(
-        "--draft-layers",
-        type=int,
-        nargs="+",
-        help="begin with these layers of the target, the first is 0; --only draft",
-    )
-    args = parser.parse_args()
-    if args.draft_layers and args.only != "draft":
-        parser.error("--draft-layers needs a target that is there: give --only draft")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -433,21 +403,17 @@ def main() -> None:
     )
 
     end_id = tokenizer.token_to_id(END_OF_TEXT)
+    target = build_model(TARGET, args.vocab_size, end_id)
+    if args.draft_from is None:
+        draft = build_model(DRAFT, args.vocab_size, end_id)
+    else:
+        draft = LlamaForCausalLM.from_pretrained(args.draft_from, dtype=torch.float32)
+    seconds = {}
     if args.only == "draft":
         target = LlamaForCausalLM.from_pretrained(
             args.out / "target", dtype=torch.float32
         )
     else:
-        target = build_model(TARGET, args.vocab_size, end_id)
-    if args.draft_from is not None:
-        draft = LlamaForCausalLM.from_pretrained(args.draft_from, dtype=torch.float32)
-    elif args.draft_layers:
-        draft = some_layers_of(target, args.draft_layers)
-    else:
-        draft = build_model(DRAFT, args.vocab_size, end_id)
-    is_taught = args.draft_from is not None or bool(args.draft_layers)
-    seconds = {}
-    if args.only != "draft":
         seconds["target"] = train(
             "target",
             target,
@@ -467,7 +433,7 @@ def main() -> None:
         int(args.draft_tokens),
         [(0.8, 256, 8192), (0.2, 1024, 8192)],
         np_rng,
-        LR_SCALE_GOING_ON if is_taught else 1.0,
+        1.0 if args.draft_from is None else LR_SCALE_GOING_ON,
     )
     save(draft, tokenizer, args.out / "draft")
 
