@@ -119,6 +119,7 @@ def tokens_per_ms(
     num_prefill_rows: int,
     costs: StepCosts,
     copies: Copies | None = None,
+    catch_up_steps: float = MOST_STEPS,
 ) -> float:
     """What a plan is worth, written out."""
     num_reqs = len(lens)
@@ -131,7 +132,7 @@ def tokens_per_ms(
     rows = base_rows + sum(n - copies.rows[i] for i, n in enumerate(lens) if n)
     time += ms(costs.target, rows) - ms(costs.target, base_rows)
     first_rows = sum(
-        1 + (missing_rows[i] - 1) / MOST_STEPS for i, n in enumerate(lens) if n
+        1 + (missing_rows[i] - 1) / catch_up_steps for i, n in enumerate(lens) if n
     )
     time += ms(costs.draft, first_rows)
     for position in range(1, max(lens, default=0)):
@@ -188,12 +189,16 @@ def share_of_best(
     costs = StepCosts(random_table(rng, 1), draft, float(rng.choice([0, 1, 4])))
     prefill = int(rng.choice([0, 0, 5]))
     copies = random_copies(rng, num_reqs) if with_copies else None
-    found = plan(survival, missing, num_reqs, prefill, costs, copies=copies)
-    best = max(
-        tokens_per_ms(lens, survival, missing.tolist(), prefill, costs, copies)
-        for lens in all_lengths(num_reqs, num_positions)
-    )
-    return found.tokens_per_ms / best
+    steps = float(rng.uniform(1, MOST_STEPS))
+    case = (survival, missing, num_reqs, prefill, costs)
+    found = plan(*case, copies=copies, catch_up_steps=steps)
+
+    def worth(lens: Sequence[int]) -> float:
+        case = (survival, missing.tolist(), prefill, costs, copies, steps)
+        return tokens_per_ms(lens, *case)
+
+    assert found.tokens_per_ms == pytest.approx(worth(found.draft_lens.tolist()))
+    return found.tokens_per_ms / max(map(worth, all_lengths(num_reqs, num_positions)))
 
 
 def test_plan_is_close_to_the_best_of_all_lengths() -> None:

@@ -15,10 +15,14 @@ _FORGET = 0.99  # weight kept at each step that drafts
 
 
 class CatchUps:
-    """Requests that draft in a step, per one that did not in the step before."""
+    """Requests that are to draft in a step, per one that was not in the step before.
+
+    Steps without a plan do not count: where drafting hardly pays most are, and drafting
+    would look as short as their intervals.
+    """
 
     def __init__(self) -> None:
-        self._drafted: set[str] = set()  # in the step before
+        self._drafted: set[str] = set()  # by the plan before
         self.start_over()
 
     def start_over(self) -> None:

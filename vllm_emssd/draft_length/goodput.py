@@ -17,10 +17,8 @@ import numpy as np
 from vllm_emssd.draft_length import plan_search
 from vllm_emssd.draft_length.catch_up import MOST_STEPS
 from vllm_emssd.draft_length.cost import CostTable
-from vllm_emssd.draft_length.plan_search import Drafts, Prices, search
+from vllm_emssd.draft_length.plan_search import LEAST_MS, Drafts, Prices
 from vllm_emssd.draft_length.policy import Copies
-
-_LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 
 
 @dataclass(slots=True)
@@ -120,7 +118,7 @@ def plan(
         copies = Copies(np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
     num_decode_rows = num_sampling + int(copies.rows.sum())
     base_ms = costs.fixed_ms + costs.target.at(num_decode_rows)
-    base_ms = max(base_ms, _LEAST_MS)
+    base_ms = max(base_ms, LEAST_MS)
     base_rows = num_decode_rows + num_prefill_rows
     if base_tokens is None:
         base_tokens = num_sampling + float(copies.gains.sum())
@@ -133,13 +131,12 @@ def plan(
         base_ms,
         float(base_rows),
         costs.speculation_ms,
-        _LEAST_MS,
         costs.target.curve,
         costs.draft.curve,
     )
     first_rows = 1 + (np.maximum(missing_rows, 1) - 1) / catch_up_steps
     drafts = _instead_of(copies, survival, first_rows, verify_rows)
-    lens, tokens_per_ms = search(drafts, prices, without_drafts)
+    lens, tokens_per_ms = plan_search.search(drafts, prices, without_drafts)
     return Plan(lens, tokens_per_ms, without_drafts)
 
 
@@ -161,8 +158,7 @@ def _instead_of(
     gains = survival.copy()
     gains[:, 0] -= copies.gains
     rows[:, 0] -= copies.rows
-    survival = np.ascontiguousarray(survival)
-    return Drafts(survival, gains, rows, first_rows, copies.rows > 0)
+    return Drafts(survival.copy(), gains, rows, first_rows, copies.rows > 0)
 
 
 def plan_copies(
@@ -182,7 +178,7 @@ def plan_copies(
     """
     order = _by_survival(gains)
     base_rows = num_decode_rows + num_prefill_rows
-    base_ms = max(costs.fixed_ms + costs.target.at(num_decode_rows), _LEAST_MS)
+    base_ms = max(costs.fixed_ms + costs.target.at(num_decode_rows), LEAST_MS)
     tokens = np.empty(order.size + 1)
     tokens[0] = base_tokens
     tokens[1:] = base_tokens + gains.ravel()[order].cumsum()
@@ -209,6 +205,7 @@ def worth_another_forward(
         verify_ms: [num_drafting + 1] the target's price with none of these drafts, one,
             ..., all. Convex, or a stair is not climbed though its width would pay.
     """
+    assert len(verify_ms) > gain.size, "compiled code reads on"
     return plan_search.worth_another_forward(
-        np.ascontiguousarray(gain), draft.curve, verify_ms, tokens_per_ms
+        gain.copy(), draft.curve, verify_ms, tokens_per_ms
     )

@@ -6,14 +6,14 @@ _PROBE_SHARE = 0.005  # of idle time that probes may take,
 _HOPEFUL_SHARE = 0.03  # or this, where drafts may well pay
 _RAREST_PROBE = 128  # or, after so many steps, whether or not,
 _OFTENEST_PROBE = 4  # but no fewer than this between two
-_LEAST_GAIN = 0.02  # of a plan, on average: about what goes with it, unpriced
+_LEAST_GAIN = 0.02  # of a plan, on average: noise and what is not priced
 _GAIN_RATE = 0.1  # share of the latest plan in that average
 _DOZE_AFTER = 16  # steps; from then on plans are made as seldom as probes may be
 
 
 class Idleness:
     """Starts with a step in which drafting did not pay and ends when it does: by more
-    than planning costs, so that where it hardly pays most steps do without a plan."""
+    than a little, so that where it hardly pays most steps do without a plan."""
 
     def __init__(self) -> None:
         self.num_steps = 0

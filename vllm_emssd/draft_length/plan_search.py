@@ -2,8 +2,9 @@
 each draft forward.
 
 A plan is worth its tokens over its milliseconds. Of the many lengths few can be tried:
-the likeliest drafts, for every number of them and every depth, among several sets of
-requests; then one request's length after the other is changed while that helps.
+the likeliest drafts, for every number of them or every few and every depth, among
+several sets of requests; then, in batches that are not too large, one request's length
+after the other is changed while that helps.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from numba import njit
 
 from vllm_emssd.draft_length.cost import Curve
 
-# vLLM 0.32's CPU worker reads `vars()` of whatever the modules of its process hold, and
+# vLLM's CPU worker reads `vars()` of whatever the modules of its process hold, and
 # llvmlite takes that name for a function of its library: the worker would not start.
-getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
+getattr(ffi.lib, "_fntab", {})["__dict__"] = {}
 
+LEAST_MS = 1e-6  # of a step: tables may say that everything is free
 _MOST_BUDGETS = 256  # numbers of drafts tried in each set of requests
 _MOST_SWEEPS = 4  # over all requests, changing their lengths one at a time,
 _MOST_CHANGES = 1024  # or as many as try no more lengths than that
@@ -53,7 +55,6 @@ class Prices(NamedTuple):
     base_ms: float  # of a step that decodes without drafts
     base_rows: float  # of the target, prefill included
     speculation_ms: float  # of a step that drafts, besides its forwards
-    least_ms: float  # of a step
     target: Curve
     draft: Curve
 
@@ -158,7 +159,7 @@ def _add(
 
 
 @njit(inline="always")
-def _by_depth(sums: np.ndarray, prices: Prices, worth: np.ndarray) -> int:
+def _price_depths(sums: np.ndarray, prices: Prices, worth: np.ndarray) -> int:
     """Tokens a millisecond if nobody drafts further than a depth: `worth[depth - 1]`.
 
     Returns the greatest depth at which anyone drafts.
@@ -171,9 +172,9 @@ def _by_depth(sums: np.ndarray, prices: Prices, worth: np.ndarray) -> int:
         tokens += sums[_GAINED, position]
         rows += sums[_VERIFIED, position]
         drafting = sums[_COUNTED if position else _FIRST_ROWS, position]
-        ms += _ms(prices.draft, drafting)
+        ms += _ms(prices.draft, max(drafting, 1.0))  # sums may be rounded below
         # Given up copies may be worth a stair, but not more than the step.
-        step_ms = max(ms + _ms(prices.target, rows), prices.least_ms)
+        step_ms = max(ms + _ms(prices.target, rows), LEAST_MS)
         worth[position] = tokens / step_ms
     return sums.shape[1]
 
@@ -205,7 +206,7 @@ def _best_prefix(
         if may_draft[request]:
             _add(sums, drafts, request, position, 1)
         if (budget + 1) % stride == 0 or budget + 1 == most:
-            for depth in range(1, _by_depth(sums, prices, worth) + 1):
+            for depth in range(1, _price_depths(sums, prices, worth) + 1):
                 if worth[depth - 1] > best:
                     best, best_budget, best_depth = worth[depth - 1], budget + 1, depth
     if best_budget:
@@ -237,7 +238,7 @@ def _change_one_by_one(
                 _add(sums, drafts, request, position, -1)
             best_len, most = lens[request], 0
             while True:
-                depth = _by_depth(sums, prices, worth)
+                depth = _price_depths(sums, prices, worth)
                 none = prices.base_tokens / prices.base_ms
                 found = worth[depth - 1] if depth else none
                 if found > best * _CERTAINLY_BETTER:

@@ -7,7 +7,8 @@ size 1024); ragged batches have any row count. So with automatic lengths, whose 
 tell what a row more costs, rows of no request are computed along: where they cost next
 to nothing or less, and up to a row count that has its kernels until this has cost as
 much as making those of a nearer one (as one rents skis until they could have been
-bought: at most twice what knowing the future would cost).
+bought: at most twice what knowing the future would cost). Beyond the row counts timed
+at the start, where prices are guesses, by a tile at most.
 """
 
 from __future__ import annotations
