@@ -27,12 +27,9 @@ _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the 
 
 
 class Curve(NamedTuple):
-    """A table's prices as plain numbers: straight lines between points, and beyond the
-    last; below the first as there; nothing for no row."""
+    """A table's prices for compiled code."""
 
-    by_rows: np.ndarray  # ms of 0, 1, 2, ... rows, as far as is looked up
-    rows: np.ndarray  # [num_points] float64, rising
-    ms: np.ndarray  # [num_points] float64
+    by_rows: np.ndarray  # ms of 0, 1, 2, ... rows, to the last point and beyond
     slope_beyond: float
 
 
@@ -172,7 +169,7 @@ class CostTable:
 
     @property
     def curve(self) -> Curve:
-        return Curve(self._looked_up, self._rows, self._ms, self._slope_beyond)
+        return Curve(self._looked_up, self._slope_beyond)
 
     @property
     def points(self) -> list[tuple[int, float]]:

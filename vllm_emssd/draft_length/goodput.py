@@ -136,7 +136,7 @@ def plan(
     )
     first_rows = 1 + (np.maximum(missing_rows, 1) - 1) / catch_up_steps
     drafts = _instead_of(copies, survival, first_rows, verify_rows)
-    lens, tokens_per_ms = plan_search.search(drafts, prices, without_drafts)
+    lens, tokens_per_ms = plan_search.search(drafts, prices)
     return Plan(lens, tokens_per_ms, without_drafts)
 
 

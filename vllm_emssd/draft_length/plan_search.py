@@ -60,15 +60,14 @@ class Prices(NamedTuple):
 
 
 @_compiled
-def search(drafts: Drafts, prices: Prices, without: float) -> tuple[np.ndarray, float]:
+def search(drafts: Drafts, prices: Prices) -> tuple[np.ndarray, float]:
     """The best lengths found, and the tokens a millisecond they earn.
 
     Drafts are looked for among several sets of requests: with those that are dear to
     catch up and without; without any that have a copy, with those of them that it
     serves worse, and with all.
 
-    `without`: tokens a millisecond without drafts. Returns [num_reqs] int64, and a
-    float.
+    Returns: [num_reqs] int64, and a float.
     """
     lens = np.zeros(len(drafts.survival), dtype=np.int64)
     order = np.argsort(-drafts.survival.ravel(), kind="mergesort")
@@ -78,7 +77,7 @@ def search(drafts: Drafts, prices: Prices, without: float) -> tuple[np.ndarray, 
     if drafts.has_copy.any():
         sets.append(has_none | (_advantage(drafts, prices) > 0))
         sets.append(np.ones_like(has_none))
-    best = without
+    best = prices.base_tokens / prices.base_ms  # without drafts
     for most in range(dearness.max() + 1):
         if (dearness == most).any():
             for may_draft in sets:
@@ -131,19 +130,11 @@ def _advantage(drafts: Drafts, prices: Prices) -> np.ndarray:
 def _ms(curve: Curve, rows: float) -> float:
     if rows < 1:
         return 0.0
-    below = int(rows)
-    if below + 1 < curve.by_rows.size:
-        ms = curve.by_rows[below]
-        return ms + (curve.by_rows[below + 1] - ms) * (rows - below)
-    last = curve.rows.size - 1
-    if rows >= curve.rows[last]:
-        return curve.ms[last] + (rows - curve.rows[last]) * curve.slope_beyond
-    right = np.searchsorted(curve.rows, rows)
-    if right == 0:
-        return curve.ms[0]
-    first, width = curve.rows[right - 1], curve.rows[right] - curve.rows[right - 1]
-    rise = curve.ms[right] - curve.ms[right - 1]
-    return curve.ms[right - 1] + rise * (rows - first) / width
+    below, last = int(rows), curve.by_rows.size - 1
+    if below >= last:
+        return curve.by_rows[last] + (rows - last) * curve.slope_beyond
+    ms = curve.by_rows[below]
+    return ms + (curve.by_rows[below + 1] - ms) * (rows - below)
 
 
 @njit(inline="always")
@@ -189,8 +180,8 @@ def _best_prefix(
     least: float,
 ) -> float:
     """Try the n likeliest drafts of those requests, for every n or every few, cut at
-    every depth.
-    Writes `lens` where that is worth more than `least`; returns the greater of both.
+    every depth. Writes `lens` where that is worth more than `least`; returns the
+    greater of both.
 
     `order`: of all drafts, the likeliest first; equals in order of request, then
     position, so that every leading part gives each request a prefix.
@@ -230,6 +221,7 @@ def _change_one_by_one(
     for request in range(num_reqs):
         for position in range(lens[request]):
             _add(sums, drafts, request, position, 1)
+    without = prices.base_tokens / prices.base_ms
     num_lengths = num_reqs * (num_positions + 1)
     for _ in range(min(_MOST_SWEEPS, _MOST_CHANGES // num_lengths)):
         has_changed = False
@@ -239,8 +231,7 @@ def _change_one_by_one(
             best_len, most = lens[request], 0
             while True:
                 depth = _price_depths(sums, prices, worth)
-                none = prices.base_tokens / prices.base_ms
-                found = worth[depth - 1] if depth else none
+                found = worth[depth - 1] if depth else without
                 if found > best * _CERTAINLY_BETTER:
                     best, best_len, has_changed = found, most, True
                 if most == num_positions or drafts.survival[request, most] <= 0:
