@@ -137,9 +137,10 @@ class PagedDrafter:
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:
-        the grammar cuts them by their value, and only greedy ones may be."""
+        the grammar cuts them by their value, and only greedy ones may be. With a seed
+        they are too: there a draft is accepted where the target samples it."""
         metadata = self._input_batch.sampling_metadata
-        constrained = [self._is_constrained(i) for i in req_indices]
+        constrained = [self._drafts_greedily(i) for i in req_indices]
         index = async_tensor_h2d(req_indices, device=metadata.temperature.device)
         temperature = metadata.temperature[index]
         temperature[torch.tensor(constrained)] = 0.0
@@ -149,7 +150,9 @@ class PagedDrafter:
             all_random=metadata.all_random and not any(constrained),
         )
 
-    def _is_constrained(self, req_index: int) -> bool:
+    def _drafts_greedily(self, req_index: int) -> bool:
+        if req_index in self._input_batch.generators:
+            return True
         request = self._requests[self._input_batch.req_ids[req_index]]
         params = request.sampling_params
         return params is not None and params.structured_outputs is not None
@@ -212,7 +215,7 @@ class PagedDrafter:
         self, req_indices: np.ndarray, probs: torch.Tensor, draft_position: int
     ) -> None:
         for i, distribution in zip(req_indices, probs, strict=True):
-            if self._is_constrained(i):
+            if self._drafts_greedily(i):
                 continue
             kept = self._draft_probs.setdefault(self._input_batch.req_ids[i], [])
             del kept[draft_position:]

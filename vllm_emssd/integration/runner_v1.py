@@ -29,11 +29,15 @@ from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.references import reference_of
-from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
+from vllm_emssd.integration.rejection_sampler import (
+    UnpadRejectionSampler,
+    UnpadSampler,
+)
 from vllm_emssd.integration.row_rounding import RoundedRowsMixin
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
 from vllm_emssd.integration.step_failures import StepFailures
+from vllm_emssd.integration.thinking_budget import ThinkingBudgets
 from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_async_v1
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
@@ -64,6 +68,9 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         spec_config = vllm_config.speculative_config
         with _stock_drafter_allowed(spec_config), hooks.installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)
+        self.sampler = UnpadSampler(
+            self.model_config.logprobs_mode, self.model_config.use_fp64_gumbel
+        )
         self.rejection_sampler = UnpadRejectionSampler(
             self.sampler, spec_config, self.device
         )
@@ -95,6 +102,10 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.vllm_config.reasoning_config is not None:
+            self.input_batch.thinking_budget_state_holder = ThinkingBudgets(
+                self.vllm_config, self.device
+            )
         if self.emssd_config.uses_draft_model:
             self._make_drafter(kv_cache_config)
         self._proposer = self._make_proposer(FixedDraftLength(), FixedDraftLength())
