@@ -20,12 +20,23 @@ from tests.engine import (
 
 NUM_PROMPTS = 8
 CACHED = {"prefix_caching": True, "max_num_batched_tokens": 192}
+# Thinking starts and ends with words of the prompts, the end being several tokens.
+REASONING = {
+    "options": {
+        "reasoning_config": {
+            "reasoning_start_str": "self",
+            "reasoning_end_str": "return x",
+        }
+    }
+}
 CONFIGS = {
-    "plain": EngineConfig(),
+    # Whole prompts: vLLM's CPU runner fails on chunks of prompts with a seed.
+    "plain": EngineConfig(max_num_batched_tokens=8192, **REASONING),
     "stock": EngineConfig(STOCK),
-    "draft_model": EngineConfig(DRAFT_MODEL, **CACHED),
-    "llma": EngineConfig(LLMA, **CACHED),
-    "mixed": EngineConfig(MIXED, **CACHED),
+    "draft_model": EngineConfig(DRAFT_MODEL, **CACHED, **REASONING),
+    "auto": EngineConfig(DRAFT_MODEL | {"draft_length": "auto"}, **REASONING),
+    "llma": EngineConfig(LLMA, **CACHED, **REASONING),
+    "mixed": EngineConfig(MIXED, **CACHED, **REASONING),
     "draft_model, padded": EngineConfig(DRAFT_MODEL | {"unpad_inputs": False}),
     "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}),
     "mixed, padded": EngineConfig(MIXED | {"unpad_inputs": False}),

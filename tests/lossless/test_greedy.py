@@ -1,16 +1,22 @@
-"""Greedy float32 output under every sampling parameter is plain decoding's."""
+"""Float32 output under every sampling parameter is plain decoding's, token for token:
+of greedy requests, and of sampled ones that have a seed. `test_inventory.py` sees to it
+that no parameter of vLLM's is left out.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-from tests.engine import stop_counting_others
+from tests.engine import model_runner, stop_counting_others
 from tests.lossless.engines import OURS, Sampled, engine, sample, texts
 
 SCHEMA = {
@@ -21,8 +27,7 @@ SCHEMA = {
     },
     "required": ["name", "size"],
 }
-# Stock refuses logit_bias with speculation, and samples n > 1 wrongly on the CPU.
-NO_STOCK = ("logit_bias", "mixed batch", "n")
+GRAMMAR = 'root ::= "x = " digit "+" digit\ndigit ::= [0-9]+'
 
 
 def _greedy(**parameters: Any) -> SamplingParams:
@@ -31,6 +36,21 @@ def _greedy(**parameters: Any) -> SamplingParams:
 
 def _structured(**constraint: Any) -> SamplingParams:
     return _greedy(structured_outputs=StructuredOutputsParams(**constraint))
+
+
+def _seeded(**parameters: Any) -> list[SamplingParams]:
+    """Sampled, with another seed for each of eight requests."""
+    return [
+        _greedy(**({"temperature": 0.8, "ignore_eos": True, "seed": i} | parameters))
+        for i in range(8)
+    ]
+
+
+def _thinking(**parameters: Any) -> list[SamplingParams]:
+    return [
+        _greedy(**(parameters | {"ignore_eos": True, "thinking_token_budget": budget}))
+        for budget in (0, 1, None, 3, 7, None, 2, 20)
+    ]
 
 
 CASES: dict[str, SamplingParams | list[SamplingParams]] = {
@@ -59,6 +79,45 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
     "json": _structured(json=json.dumps(SCHEMA)),
     "regex": _structured(regex=r"(foo|bar)(_[a-z]{2,5}){1,4}"),
     "choice": _structured(choice=["first", "second one", "third"]),
+    "grammar": _structured(grammar=GRAMMAR),
+    "json_object": _structured(json_object=True),
+    "json without white space": _structured(
+        json=json.dumps(SCHEMA), disable_any_whitespace=True
+    ),
+    "flat_logprobs": _greedy(logprobs=2, flat_logprobs=True, ignore_eos=True),
+    "logprob_token_ids": _greedy(logprob_token_ids=[5, 300, 6], ignore_eos=True),
+    "logprobs of named and of likely tokens": [
+        _greedy(logprob_token_ids=[5, 6], ignore_eos=True),
+        _greedy(logprobs=0, ignore_eos=True),
+        _greedy(ignore_eos=True),
+        _greedy(logprob_token_ids=[7], logprobs=1, ignore_eos=True),
+    ]
+    * 2,
+    "text": _greedy(
+        max_tokens=96, skip_special_tokens=False, spaces_between_special_tokens=False
+    ),
+    "no text": _greedy(detokenize=False, ignore_eos=True),
+    "no prefix cache": _greedy(skip_reading_prefix_cache=True, ignore_eos=True),
+    "repetition_detection": _greedy(
+        max_tokens=96,
+        ignore_eos=True,
+        repetition_detection=RepetitionDetectionParams(
+            max_pattern_size=6, min_pattern_size=1, min_count=2
+        ),
+    ),
+    "seed": _seeded(),
+    "seed, all filters": _seeded(
+        temperature=1.0, top_p=0.9, top_k=50, min_p=0.02, presence_penalty=0.3
+    ),
+    "seed, n": _seeded(n=2),
+    "seed, logprobs": _seeded(logprobs=2),
+    "seed, min_tokens": _seeded(ignore_eos=False, min_tokens=9, max_tokens=64),
+    "seed, grammar": _seeded(
+        ignore_eos=False,
+        structured_outputs=StructuredOutputsParams(regex=r"[a-z]{5,12}"),
+    ),
+    "thinking_token_budget": _thinking(),
+    "thinking_token_budget, seed": _thinking(temperature=0.9, seed=4),
     "mixed batch": [
         _greedy(ignore_eos=True),
         _greedy(max_tokens=3),
@@ -70,21 +129,90 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
         _greedy(allowed_token_ids=list(range(180, 700)), ignore_eos=True),
     ],
 }
+NONE = _greedy(ignore_eos=True)
+# Stock refuses logit_bias, samples wrongly on the CPU and forces the end of thinking
+# elsewhere; it has no logprobs of named tokens.
+STOCK_CASES = ("ignore_eos", "eos", "stop strings", "penalties", "bad_words", "json")
 # Nothing to draft, or a grammar too narrow for a drafter that does not know it.
-MUST_ACCEPT = [c for c in CASES if c not in ("one token", "two tokens", "choice")]
+FEW_DRAFTS = (
+    "one token",
+    "two tokens",
+    "choice",
+    "grammar",
+    "json_object",
+    "json without white space",
+    "seed, grammar",
+)
+MUST_ACCEPT = [c for c in CASES if c not in FEW_DRAFTS]
+PATHS = {"no drafts", "rejected draft", "behind all drafts"}
+
+
+@contextmanager
+def recorded_paths(llm: Any) -> Iterator[set[str]]:
+    """By which rows tokens were sampled: in a step without drafts, in the row of a
+    draft that was rejected, and in the one behind the last draft."""
+    runner, paths = model_runner(llm), set()
+    plain, verify = runner.sampler.forward, runner.rejection_sampler.forward
+
+    def sample_plainly(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("predict_bonus_token"):
+            paths.add("no drafts")
+        return plain(*args, **kwargs)
+
+    def verify_drafts(metadata: Any, *args: Any) -> Any:
+        output = verify(metadata, *args)
+        num_sampled = (output.sampled_token_ids != -1).sum(dim=1)
+        num_drafts = torch.tensor(metadata.num_draft_tokens)
+        has_drafts = num_drafts > 0
+        if (has_drafts & (num_sampled == num_drafts + 1)).any():
+            paths.add("behind all drafts")
+        if (has_drafts & (num_sampled <= num_drafts)).any():
+            paths.add("rejected draft")
+        return output
+
+    runner.sampler.forward, runner.rejection_sampler.forward = (
+        sample_plainly,
+        verify_drafts,
+    )
+    try:
+        yield paths
+    finally:
+        del runner.sampler.forward, runner.rejection_sampler.forward
+
+
+def arrangements(case: str) -> dict[str, tuple[list[str], list[SamplingParams]]]:
+    """The case for all requests, for one alone, and beside requests that use none."""
+    params = CASES[case]
+    each = params if isinstance(params, list) else [params] * len(texts())
+    beside = [p if i % 2 else NONE for i, p in enumerate(each)]
+    return {
+        "all": (texts(), each),
+        "alone": (texts()[3:4], each[3:4]),
+        "beside": (texts(), beside),
+    }
 
 
 @cache
 def results(name: str) -> dict[str, Sampled]:
-    """All cases on one engine."""
+    """All cases on one engine, by "case" or "case, arrangement"."""
     stop_counting_others()
-    skipped = NO_STOCK if name == "stock" else ()
+    seen = {}
     with engine(name) as llm:
-        return {
-            case: sample(llm, texts(), params)
-            for case, params in CASES.items()
-            if case not in skipped
-        }
+        if name == "stock":
+            return {case: sample(llm, texts(), CASES[case]) for case in STOCK_CASES}
+        for case in CASES:
+            for arrangement, (prompts, params) in arrangements(case).items():
+                key = case if arrangement == "all" else f"{case}, {arrangement}"
+                if name == "plain":
+                    seen[key] = sample(llm, prompts, params)
+                    continue
+                with recorded_paths(llm) as paths:
+                    seen[key] = sample(llm, prompts, params)
+                PATHS_SEEN[name, key] = paths
+    return seen
+
+
+PATHS_SEEN: dict[tuple[str, str], set[str]] = {}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -93,18 +221,20 @@ def results(name: str) -> dict[str, Sampled]:
     [
         *OURS,
         "mixed",
+        pytest.param("auto", marks=pytest.mark.slow),
         pytest.param("draft_model, padded", marks=pytest.mark.slow),
         pytest.param("llma, padded", marks=pytest.mark.slow),
         pytest.param("mixed, padded", marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_plain_decoding(name: str, case: str) -> None:
-    expected, seen = results("plain")[case], results(name)[case]
-    assert seen.token_ids == expected.token_ids
-    assert seen.texts == expected.texts
-    assert seen.finish_reasons == expected.finish_reasons
-    for field in ("logprobs", "prompt_logprobs"):
-        _assert_close(getattr(seen, field), getattr(expected, field))
+    for key in (case, f"{case}, alone", f"{case}, beside"):
+        expected, seen = results("plain")[key], results(name)[key]
+        assert seen.token_ids == expected.token_ids, key
+        assert seen.texts == expected.texts, key
+        assert seen.finish_reasons == expected.finish_reasons, key
+        for field in ("logprobs", "prompt_logprobs"):
+            _assert_close(getattr(seen, field), getattr(expected, field))
 
 
 def _assert_close(seen: list[Any], expected: list[Any]) -> None:
@@ -116,10 +246,24 @@ def _assert_close(seen: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("case", MUST_ACCEPT)
+def test_each_kind_of_row_was_sampled(case: str) -> None:
+    results("draft_model")
+    everywhere = PATHS_SEEN["draft_model", case]
+    assert everywhere | PATHS_SEEN["draft_model", f"{case}, beside"] == PATHS
+
+
+def test_budgets_end_thinking() -> None:
+    """Else the cases with a budget would show nothing."""
+    thinking = results("plain")["thinking_token_budget"].token_ids
+    free = results("plain")["ignore_eos"].token_ids
+    assert sum(a != b[: len(a)] for a, b in zip(thinking, free, strict=True)) >= 3
+
+
+@pytest.mark.parametrize("case", MUST_ACCEPT)
 def test_drafts_are_accepted_as_by_stock(case: str) -> None:
     ours = results("draft_model")[case]
     assert ours.num_accepted_tokens > 0
-    if case not in NO_STOCK:
+    if case in STOCK_CASES:
         stock = results("stock")[case]
         assert ours.num_accepted_tokens == pytest.approx(
             stock.num_accepted_tokens, rel=0.1, abs=3
@@ -130,3 +274,27 @@ def test_drafts_are_accepted_as_by_stock(case: str) -> None:
 def test_copies_are_accepted(name: str) -> None:
     accepting = [c for c, seen in results(name).items() if seen.num_accepted_tokens]
     assert len(accepting) >= len(CASES) // 2
+
+
+def stops_at_min_tokens() -> tuple[list[str], list[SamplingParams], list[list[int]]]:
+    """Prompts, parameters and right answers: every position of plain's answers is made
+    the first one at which a stop token may end them."""
+    prompts, params, expected = [], [], []
+    answers = results("plain")["ignore_eos"].token_ids
+    for text, answer in zip(texts(), answers, strict=True):
+        for least in range(2, 36):
+            if answer[least] not in answer[:least]:
+                stop = [answer[least]]
+                prompts.append(text)
+                params.append(_greedy(min_tokens=least, stop_token_ids=stop))
+                expected.append(answer[: least + 1])
+    return prompts, params, expected
+
+
+@pytest.mark.parametrize("name", ["draft_model", "llma"])
+def test_a_stop_token_counts_once_min_tokens_are_reached(name: str) -> None:
+    """One that stands right behind accepted drafts, too."""
+    prompts, params, expected = stops_at_min_tokens()
+    stop_counting_others()
+    with engine(name) as llm:
+        assert sample(llm, prompts, params).token_ids == expected

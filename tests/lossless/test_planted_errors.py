@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import vllm.v1.sample.rejection_sampler as rejection_sampler
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from tests.engine import (
     DRAFT_MODEL,
@@ -20,7 +21,9 @@ from tests.engine import (
     stop_counting_others,
 )
 from tests.lossless.distribution import FALSE_ALARM
-from tests.lossless.engines import Sampled, texts
+from tests.lossless.engines import Sampled, engine, sample, texts
+from tests.lossless.test_greedy import arrangements, stops_at_min_tokens
+from tests.lossless.test_greedy import results as greedy_results
 from tests.lossless.test_sampled import (
     PARAMETERS,
     PROBABILISTIC,
@@ -28,6 +31,9 @@ from tests.lossless.test_sampled import (
     draw,
     results,
 )
+from vllm_emssd.integration import rejection_sampler as v1_rejection_sampler
+from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
+from vllm_emssd.integration.thinking_budget import ThinkingBudgets
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +114,70 @@ def test_reusing_rejected_drafts_kv_is_seen() -> None:
         both = stats(llm)
     accepted = both["num_accepted_tokens"] - right["num_accepted_tokens"]
     assert accepted < 0.9 * right["num_accepted_tokens"]
+
+
+def _shift_forced_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of thinking is forced one row too far."""
+    update = ThinkingBudgets.update_state
+
+    def shifted(self: Any, output_token_ids: Any, *args: Any) -> None:
+        update(self, output_token_ids, *args)
+        num_reqs = len(output_token_ids)
+        self._forced = {(i + 1) % num_reqs: f for i, f in self._forced.items()}
+
+    monkeypatch.setattr(ThinkingBudgets, "update_state", shifted)
+
+
+def _keep_finished_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own: a finished request's budget goes on in whoever gets its row."""
+    stock = ThinkingBudgetStateHolder.sync_batch
+    monkeypatch.setattr(ThinkingBudgets, "sync_batch", stock)
+
+
+def _mask_bonus_row_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row behind the drafts is masked by the answer's length before them."""
+    monkeypatch.setattr(
+        v1_rejection_sampler, "behind_drafts", lambda processors, num_drafts: processors
+    )
+
+
+def _keep_generators_after_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator is not moved back where its bonus token was not emitted."""
+    sample_seeded = UnpadRejectionSampler._sample_seeded
+
+    def planted(self: Any, *args: Any) -> Any:
+        seeded = sample_seeded(self, *args)
+        seeded.rejected.clear()
+        return seeded
+
+    monkeypatch.setattr(UnpadRejectionSampler, "_sample_seeded", planted)
+
+
+@pytest.mark.parametrize(
+    ("plant", "case"),
+    [
+        (_shift_forced_tokens, "thinking_token_budget"),
+        (_keep_finished_budgets, "thinking_token_budget, seed"),
+        (_mask_bonus_row_too_late, "stop at min_tokens"),
+        (_keep_generators_after_rejection, "seed"),
+    ],
+)
+def test_wrong_rows_and_states_are_seen(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain_results = greedy_results("plain")
+    if case == "stop at min_tokens":
+        prompts, params, expected = stops_at_min_tokens()
+    else:
+        prompts, params = arrangements(case)["all"]
+        expected = plain_results[case].token_ids
+    stop_counting_others()
+    with engine("draft_model") as llm:
+        assert sample(llm, prompts, params).token_ids == expected
+        plant(monkeypatch)
+        assert sample(llm, prompts, params).token_ids != expected
 
 
 @pytest.mark.parametrize("temperature", [0.6, 0.8])

@@ -160,10 +160,10 @@ class UnpadRejectionSampler(RejectionSampler):
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> _SeededRows:
-        """Sample the rows of requests with a seed one after the other, as plain decoding
-        does, up to the first whose draft is another token. The generator is advanced
-        once for each. A draft is accepted by its probability, as in rejection sampling
-        of a draft that was not sampled itself.
+        """Sample the rows of requests with a seed one after the other, as plain
+        decoding does, up to the first whose draft is another token. The generator is
+        advanced once for each. A draft is accepted by its probability, as in rejection
+        sampling of a draft that was not sampled itself.
         """
         seeded = _SeededRows()
         num_draft_tokens = metadata.num_draft_tokens
@@ -247,6 +247,7 @@ class UnpadRejectionSampler(RejectionSampler):
     ) -> LogprobsTensors:
         seeded = self._seeded
         if seeded is not None and seeded.rows and self.is_processed_logprobs_mode:
+            assert seeded.processed_logits is not None
             target_logits[seeded.rows] = seeded.processed_logits
         width = sampled_token_ids.shape[-1]
         self.sampler.token_ids_of_rows = {

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
@@ -29,6 +30,7 @@ from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.rejection_sampler_v2 import UnpadRejectionSamplerV2
 from vllm_emssd.integration.speculator_hook import (
     INIT_SPECULATOR_HOOK,
     register_speculator,
@@ -79,6 +81,7 @@ class TargetTiming(StepTimingCollector):
 
 class UnpadGPUModelRunnerV2(GPUModelRunner):
     speculator: UnpadSpeculator
+    rejection_sampler: RejectionSampler | None
     cudagraph_manager: ModelCudaGraphManager | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -100,6 +103,13 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             if parallel_config.rank == 0
             else None
         )
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if type(self.rejection_sampler) is RejectionSampler:  # no model's own
+            self.rejection_sampler = UnpadRejectionSamplerV2(
+                self.sampler, self.vllm_config.speculative_config, self.device
+            )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 
@@ -30,6 +33,18 @@ class ThinkingBudgets(ThinkingBudgetStateHolder):
         # Of each request with a budget, by batch row: one entry for every draft's row
         # and one for the row behind them.
         self._forced: dict[int, list[int | None]] = {}
+
+    def sync_batch(self, batch_update: BatchUpdate | None) -> None:
+        """vLLM's own leaves the state of a finished request behind where another one
+        without a budget moves into its row."""
+        process_dict_updates(self._state, batch_update, self._new_state)
+
+    def _new_state(
+        self, params: SamplingParams, prompt: list[int] | None, output: list[int]
+    ) -> dict[str, Any] | None:
+        if params.thinking_token_budget is None:
+            return None
+        return self._init_state_entry(prompt, params.thinking_token_budget)
 
     def update_state(
         self,

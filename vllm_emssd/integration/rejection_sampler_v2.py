@@ -1,0 +1,133 @@
+"""vLLM's V2 rejection sampler, exact for seeds and `logprob_token_ids`.
+
+The V2 runner draws its noise from a request's seed and a token's position. Stock's
+rejection sampling uses it in another way than plain sampling does, so that seeded
+output depends on what was drafted; and it has no logprobs of named tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    _flatten_sampled_kernel,
+)
+
+
+class UnpadRejectionSamplerV2(RejectionSampler):
+    _processed: list[torch.Tensor]  # the step's logits, as they were sampled from
+
+    def __call__(
+        self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
+    ) -> SamplerOutput:
+        self._processed = []
+        output = super().__call__(logits, input_batch, *args, **kwargs)
+        dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        if dims is not None and dims[1]:
+            if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+                logits = torch.cat(self._processed)
+            named = self._named_logprobs(logits, input_batch, output, *dims)
+            output = dataclasses.replace(output, logprobs_tensors=named)
+        self._processed = []
+        return output
+
+    def _named_logprobs(
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        output: SamplerOutput,
+        num_logprobs: int,
+        max_token_ids: int,
+    ) -> LogprobsTensors:
+        """As the plain sampler reports them, of every row."""
+        sampled = output.sampled_token_ids
+        flat_sampled = sampled.new_zeros(len(logits))
+        _flatten_sampled_kernel[(len(sampled),)](
+            flat_sampled,
+            sampled,
+            sampled.stride(0),
+            output.num_sampled,
+            input_batch.cu_num_logits,
+            num_warps=1,
+        )
+        return compute_topk_scores(
+            logits,
+            num_logprobs,
+            flat_sampled,
+            input_batch.cu_num_logits_np.tolist(),
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=input_batch.expanded_idx_mapping,
+            max_per_req_token_ids=max_token_ids,
+            logits_mode=self.sampler.logprobs_mode
+            in ("raw_logits", "processed_logits"),
+        )
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Requests with a seed sample each row as plain decoding does, and keep the
+        drafts that are what was sampled."""
+        processed, sampled, num_sampled = super()._verify(
+            logits,
+            draft_logits,
+            draft_sampled,
+            pos,
+            cu_num_logits,
+            idx_mapping,
+            idx_mapping_np,
+            expanded_idx_mapping,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+            verify_draft_sampled,
+        )
+        self._processed.append(processed)
+        states = self.sampler.sampling_states
+        is_seeded_np = states.seeds_set[idx_mapping_np]
+        if not is_seeded_np.any() or self.synthetic_conditional_rates is not None:
+            return processed, sampled, num_sampled
+        plain = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
+        columns = torch.arange(sampled.shape[1], device=sampled.device)
+        rows = cu_num_logits[:-1, None] + columns  # [num_reqs, K + 1]
+        is_draft = rows + 1 < cu_num_logits[1:, None]  # another row follows
+        last = len(plain) - 1
+        tokens = plain[rows.clamp(max=last)]
+        drafts = verify_draft_sampled[(rows + 1).clamp(max=last)]
+        is_kept = (is_draft & (tokens == drafts)).long().cumprod(dim=1)
+        num_plain = is_kept.sum(dim=1) + 1
+        is_seeded = async_tensor_h2d(is_seeded_np, device=sampled.device)
+        return (
+            processed,
+            torch.where(is_seeded[:, None], tokens.to(sampled.dtype), sampled),
+            torch.where(is_seeded, num_plain.to(num_sampled.dtype), num_sampled),
+        )
