@@ -30,6 +30,11 @@ from vllm_emssd.integration.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
 )
+from vllm_emssd.integration.model_limits import (
+    refuse_drafter,
+    refuse_recurrent_state,
+    refuse_target,
+)
 from vllm_emssd.integration.prometheus import publish_counters_on_metrics
 from vllm_emssd.integration.references import REFERENCE_HOOKS, register_references
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
@@ -93,7 +98,7 @@ def _make_hook(
         asked = _asked(self)
         if asked.get("method") != METHOD:
             if asked and os.environ.get(CPU_FIXES_SWITCH) == "1":
-                use_fixed_cpu_worker(target_parallel_config)
+                use_fixed_cpu_worker(target_model_config, target_parallel_config)
             return stock(self, target_model_config, target_parallel_config)
         return _create_ours(
             stock, self, asked, target_model_config, target_parallel_config
@@ -115,9 +120,13 @@ FRONTEND_HOOK = hooks.Hook(
 )
 
 
-def use_fixed_cpu_worker(parallel_config: ParallelConfig) -> None:
-    """Stock speculation on a CPU, sampled rightly; for who sets EMSSD_CPU_FIXES=1."""
+def use_fixed_cpu_worker(
+    model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    """Make stock speculation on a CPU exact, for users who set EMSSD_CPU_FIXES=1.
+    Raises ValueError for a target that it cannot be exact for."""
     if current_platform.is_cpu() and parallel_config.worker_cls == "auto":
+        refuse_recurrent_state(model_config, "Speculation")
         parallel_config.worker_cls = FIXED_CPU_WORKER
 
 
@@ -191,6 +200,8 @@ def _create_ours(
     spec_config = _run_stock(
         stock, args, config, stock_part, model_config, parallel_config
     )
+    if config.uses_draft_model:
+        refuse_drafter(spec_config)
     setattr(spec_config, _MARK, True)
     # An unpadded batch of stock's own would turn async scheduling off.
     if config.uses_draft_model:
@@ -284,8 +295,7 @@ def _refuse_unsupported(
             "experts target, whose ranks must run drafters in step; set "
             "--data-parallel-size 1."
         )
-    if model_config.is_multimodal_model:
-        raise ValueError('"method": "emssd" supports text-only target models.')
+    refuse_target(model_config)
 
 
 def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdConfig:

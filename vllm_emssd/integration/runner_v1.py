@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -24,7 +24,12 @@ from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.automatic_lengths_v1 import AutomaticLengthsMixin
-from vllm_emssd.integration.kv_cache import check_full_attention
+from vllm_emssd.integration.kv_cache import (
+    check_full_attention,
+    refuse_states,
+    remake_metadata_builders,
+    specs_for_drafting,
+)
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ranks import Ranks
@@ -98,6 +103,14 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
 
     # ------------------------------------------------------------ start-up
 
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        refuse_states(specs)
+        if not self.emssd_config.uses_draft_model:
+            return specs
+        draft_layers = self.drafter._draft_attn_layer_names
+        return specs_for_drafting(self.vllm_config, specs, draft_layers)
+
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
@@ -138,6 +151,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         check_full_attention(kv_cache_config, self.drafter.kv_cache_gid)
+        remake_metadata_builders(self.drafter, self.vllm_config, self.device)
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
         self._cursor = DraftCursor(
             kv_cache_config.num_blocks,

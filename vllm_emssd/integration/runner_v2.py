@@ -15,6 +15,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
@@ -27,6 +28,7 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
+from vllm_emssd.integration.kv_cache import refuse_states, specs_for_drafting
 from vllm_emssd.integration.prometheus import open_shared_counters
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.ranks import Ranks
@@ -110,6 +112,12 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             self.rejection_sampler = UnpadRejectionSamplerV2(
                 self.sampler, self.vllm_config.speculative_config, self.device
             )
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        refuse_states(specs)
+        draft_layers = self.speculator.draft_attn_layer_names
+        return specs_for_drafting(self.vllm_config, specs, draft_layers)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
