@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.ragged import RaggedRows
 
 SEEDS = range(30)
 
@@ -324,3 +326,56 @@ def test_no_draft_wanted_costs_no_forward(num_reqs: int) -> None:
     batch = batch_of({f"r{i}": [0] * 3 for i in range(num_reqs)}, [0] * num_reqs)
     assert proposer.propose(batch) == [[] for _ in range(num_reqs)]
     assert counters == Counters()
+
+
+class RecordingDrafter:
+    """Records the rows of each forward."""
+
+    max_num_rows = max_model_len = 64
+
+    def __init__(self) -> None:
+        self.fed: list[list[tuple[int, int]]] = []  # request, position
+
+    def forward(
+        self, rows: RaggedRows, token_ids: Any, sampled_rows: np.ndarray, _: int
+    ) -> tuple[torch.Tensor, None]:
+        positions = rows.positions.tolist()
+        requests = rows.row_req_indices.tolist()
+        self.fed.append(list(zip(requests, positions, strict=True)))
+        return torch.zeros(len(sampled_rows), dtype=torch.int64), None
+
+
+class NeverDrafts(FixedDraftLength):
+    feeds_prompts = False
+
+    def rests(self, num_tokens_anyway: float) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("policy", [FixedDraftLength(), NeverDrafts()])
+def test_every_prompt_is_fed_where_others_take_its_kv(
+    policy: DraftLengthPolicy,
+) -> None:
+    """Of requests that want no drafts, in chunks, and nothing but the prompt."""
+    cursor = DraftCursor(num_blocks=8, block_size=4, trust_cached_blocks=False)
+    cursor.update_blocks(
+        [AdmittedRequest(r, [2 * i, 2 * i + 1], 0) for i, r in enumerate("abc")], []
+    )
+    drafter = RecordingDrafter()
+    proposer = DraftModelProposer(
+        drafter, cursor, policy, Counters(), feeds_every_prompt=True
+    )
+    assert not proposer.rests(3.0)
+    # a: all of its prompt of 3 and one token sampled; b: 2 tokens of its prompt of 5;
+    # c: decodes behind a prompt of 2.
+    batch = batch_of(
+        {"a": [0] * 4, "b": [0] * 5, "c": [0] * 4},
+        [0, 0, 0],
+        [True, False, True],
+        num_prompt_tokens=[3, 5, 2],
+        num_scheduled_tokens=[3, 2, 1],
+        num_prefilled_tokens=[3, 2, 3],
+    )
+    assert proposer.propose(batch) == [[], [], []]
+    assert drafter.fed == [[(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]]
+    assert [cursor.draft_len(r) for r in "abc"] == [3, 2, 0]

@@ -142,7 +142,11 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         assert self.paged_drafter is not None
         assert self._cursor is not None
         drafting = DraftModelProposer(
-            self.paged_drafter, self._cursor, drafting_policy, self.counters
+            self.paged_drafter,
+            self._cursor,
+            drafting_policy,
+            self.counters,
+            feeds_every_prompt=self.vllm_config.kv_transfer_config is not None,
         )
         if not config.copies:
             return drafting

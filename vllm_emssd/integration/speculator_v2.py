@@ -154,7 +154,11 @@ class UnpadSpeculator(StandaloneARSpeculator):
         """Draft by these lengths from now on."""
         self.policy = policy
         self._proposer = DraftModelProposer(
-            self._drafter, self._cursor, policy, self.counters
+            self._drafter,
+            self._cursor,
+            policy,
+            self.counters,
+            feeds_every_prompt=self.vllm_config.kv_transfer_config is not None,
         )
 
     @contextmanager

@@ -57,6 +57,12 @@ class DraftBatch:
     def num_reqs(self) -> int:
         return len(self.req_ids)
 
+    @property
+    def computes_prompt(self) -> np.ndarray:
+        """Whether this step computed part of a request's prompt. [num_reqs] bool"""
+        num_computed = self.num_prefilled_tokens - self.num_scheduled_tokens
+        return np.asarray(num_computed < self.num_prompt_tokens)
+
     def opportunity(
         self, max_draft_tokens: np.ndarray, missing_rows: np.ndarray
     ) -> DraftOpportunity:

@@ -76,7 +76,12 @@ class DeviceDrafts:
 
 
 class DraftModelProposer:
-    """Unpadded drafting with a draft model."""
+    """Unpadded drafting with a draft model.
+
+    Args:
+        feeds_every_prompt: feed each prompt in the step that computes it, even of
+            requests that want no drafts: where others take its K/V from the cache.
+    """
 
     def __init__(
         self,
@@ -84,11 +89,13 @@ class DraftModelProposer:
         cursor: DraftCursor | LateDraftCursor,
         policy: DraftLengthPolicy,
         counters: Counters,
+        feeds_every_prompt: bool = False,
     ) -> None:
         self._drafter = drafter
         self._cursor = cursor
         self._policy = policy
         self._counters = counters
+        self._feeds_every_prompt = feeds_every_prompt
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         return self.draft(batch).tolist()
@@ -99,7 +106,7 @@ class DraftModelProposer:
 
         `num_tokens_anyway`: to expect of the step without drafts of the model's.
         """
-        return self._policy.rests(num_tokens_anyway)
+        return not self._feeds_every_prompt and self._policy.rests(num_tokens_anyway)
 
     def draft(self, batch: DraftBatch) -> DeviceDrafts:
         """Like `propose`, but leaves the drafts on the device."""
@@ -109,6 +116,9 @@ class DraftModelProposer:
         feeds = draft_lens > 0
         if self._policy.feeds_prompts:
             feeds = feeds | (~batch.is_sampling & (batch.max_draft_tokens > 0))
+        if self._feeds_every_prompt:
+            ends = np.where(feeds, ends, np.minimum(ends, batch.num_prefilled_tokens))
+            feeds = feeds | batch.computes_prompt
         if not feeds.any():
             return DeviceDrafts.none(batch.num_reqs)
         # A block shared by several requests is written by one; the others wait a step.
