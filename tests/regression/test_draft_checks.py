@@ -13,7 +13,6 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine import DRAFT, TARGET
-from vllm_emssd.integration.draft_checks import share_alike
 
 
 @pytest.fixture
@@ -102,11 +101,3 @@ def test_draft_model_without_a_tokenizer_is_taken(draft: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (draft / name).unlink()
     assert create(draft).speculative_config.model == str(draft)
-
-
-def test_share_of_tokens_alike() -> None:
-    target = {"a": 0, "b": 1, "c": 2, "d": 3}
-    assert share_alike(target, target) == 1
-    assert share_alike(target, target | {"b": 9, "more": 4}) == 0.75
-    assert share_alike(target, {"x": 0}) == 0
-    assert share_alike({}, target) == 0

@@ -7,20 +7,46 @@ of which model they belong to; another tokenizer it does not find at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
-from vllm.tokenizers import cached_tokenizer_from_config, get_tokenizer
+from vllm.tokenizers import (
+    TokenizerLike,
+    cached_tokenizer_from_config,
+    get_tokenizer,
+)
 
 logger = init_logger("vllm.emssd.draft_checks")
 
 _READ_AS_FILES = ("auto", "hf", "safetensors")  # load formats that read these
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _INDEX = "model.safetensors.index.json"
-_FEWEST_ALIKE, _FEW_ALIKE = 0.5, 0.99  # of the target's tokens
+_FEWEST_ALIKE, _FEW_ALIKE = 0.5, 0.99  # of token ids
+
+SAMPLE_TEXTS = {
+    "English": (
+        "The committee hasn't decided yet whether next year's meeting will take place "
+        "in Edinburgh; members who can't travel may, however, join it from home."
+    ),
+    "code": (
+        "def mean(values: list[float]) -> float:\n"
+        "    if not values:\n"
+        '        raise ValueError("no values")\n'
+        "    return sum(values) / len(values)  # e.g. mean([1.5, 2.5]) == 2.0\n"
+        "for (int i = 0; i < n; ++i) { total += a[i] & 0xFF; }\n"
+    ),
+    "other scripts": (
+        "Größe und Maß, déjà vu, señor. Привет, как дела? Καλημέρα κόσμε. "
+        "你好世界。今日は良い天気ですね。안녕하세요. नमस्ते दुनिया। مرحبا بالعالم 🙂"
+    ),
+    "digits": "In 2024 it was 1234567.89, 100% of 3,000 or -0.5e-10; call 555-0199.",
+    "whitespace": "one  two   three\tfour\n\n\n  five        six \r\n seven\n",
+    "markup": '<p class="a">**bold** [link](https://example.org/?q=1)</p>\n```json\n{}',
+}
 
 
 def check_draft_weights(model: str, load_format: str) -> None:
@@ -66,44 +92,98 @@ def _listed_shards(folder: Path) -> set[str]:
 def check_draft_tokenizer(
     model: str, revision: str | None, target: ModelConfig
 ) -> None:
-    """Raise ValueError where most token ids mean other text to the draft model.
+    """Raise ValueError where the draft model's tokenizer gives most text other ids.
 
-    Output would still be the target's, but hardly a draft would be accepted. A draft
-    model that comes without a tokenizer is taken at its word.
+    Output would still be the target's, but hardly any draft would be accepted. A draft
+    model whose tokenizer cannot be loaded is not checked.
     """
     if target.skip_tokenizer_init:
         return
     try:
-        draft = get_tokenizer(
-            model, revision=revision, trust_remote_code=target.trust_remote_code
+        target_tokenizer = cached_tokenizer_from_config(target)
+        draft_tokenizer = _load_draft_tokenizer(model, revision, target)
+        shares = shares_alike(target_tokenizer, draft_tokenizer)
+    except Exception as error:  # the tokenizers library raises bare ones
+        logger.warning(
+            "The tokenizer of the draft model %s was not compared with the target's: "
+            "%s. If they differ, hardly any draft is accepted.",
+            model,
+            error,
         )
-    except (OSError, ValueError):
         return
-    share = share_alike(
-        cached_tokenizer_from_config(target).get_vocab(), draft.get_vocab()
-    )
+    share = sum(shares.values()) / len(shares)
     if share < _FEWEST_ALIKE:
         raise ValueError(
             _error(
                 model,
-                f"has another tokenizer than the target ({share:.0%} of the token ids "
-                "mean the same), so hardly a draft would be accepted; choose a draft "
-                "model of the target's family, or remove 'model' to copy from the text",
+                f"has another tokenizer than the target ({share:.0%} of sample texts' "
+                "token ids are the same), so hardly any draft would be accepted; "
+                "choose a draft model of the target's family, or remove 'model' to "
+                "copy from the text",
             )
         )
-    if share < _FEW_ALIKE:
+    if few := [kind for kind, alike in shares.items() if alike < _FEW_ALIKE]:
         logger.warning(
-            "Only %.1f%% of the token ids mean the same to the draft model %s and to "
-            "the target: fewer drafts may be accepted.",
-            100 * share,
+            "The draft model %s gives some text other token ids than the target (%s): "
+            "fewer drafts may be accepted there.",
             model,
+            ", ".join(f"{kind}: {shares[kind]:.0%} alike" for kind in few),
         )
 
 
-def share_alike(target: Mapping[str, int], draft: Mapping[str, int]) -> float:
-    """Share of the target's tokens that have the same id in both vocabularies."""
-    alike = sum(draft.get(token) == token_id for token, token_id in target.items())
-    return alike / max(len(target), 1)
+def _load_draft_tokenizer(
+    model: str, revision: str | None, target: ModelConfig
+) -> TokenizerLike:
+    """In the target's tokenizer mode, or by its files where it has none for that."""
+
+    def load(mode: str) -> TokenizerLike:
+        return get_tokenizer(
+            model,
+            revision=revision,
+            trust_remote_code=target.trust_remote_code,
+            tokenizer_mode=mode,
+        )
+
+    try:
+        return load(target.tokenizer_mode)
+    except Exception:
+        if target.tokenizer_mode == "auto":
+            raise
+        return load("auto")
+
+
+def shares_alike(target: TokenizerLike, draft: TokenizerLike) -> dict[str, float]:
+    """By kind of text, the share of token ids that both tokenizers give alike.
+
+    Ids are compared, not how they are spelled: the same id of a Mistral-format and a
+    Hugging Face tokenizer is spelled differently. Special tokens are compared by name,
+    those that both know, since not every tokenizer parses them from text.
+    """
+    shares = {
+        kind: _share(
+            target.encode(text, add_special_tokens=False),
+            draft.encode(text, add_special_tokens=False),
+        )
+        for kind, text in SAMPLE_TEXTS.items()
+    }
+    known = draft.get_vocab()
+    ids = {**target.get_added_vocab(), **_special_ids(target)}
+    both = [token for token in ids if token in known]
+    if both:
+        alike = sum(ids[token] == known[token] for token in both)
+        shares["special tokens"] = alike / len(both)
+    return shares
+
+
+def _special_ids(tokenizer: TokenizerLike) -> dict[str, int]:
+    tokens, ids = tokenizer.all_special_tokens, tokenizer.all_special_ids
+    return dict(zip(tokens, ids, strict=True))
+
+
+def _share(target_ids: Sequence[int], draft_ids: Sequence[int]) -> float:
+    matches = SequenceMatcher(None, target_ids, draft_ids, autojunk=False)
+    alike = sum(block.size for block in matches.get_matching_blocks())
+    return alike / max(len(target_ids), len(draft_ids), 1)
 
 
 def _error(model: str, fix: str) -> str:
