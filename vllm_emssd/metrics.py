@@ -55,6 +55,11 @@ class Counters:
     def as_dict(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def reset(self) -> None:
+        """Count from zero again."""
+        for f in fields(self):
+            setattr(self, f.name, 0)
+
 
 COUNTER_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Counters))
 COUNTER_HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(Counters)}

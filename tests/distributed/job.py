@@ -110,12 +110,13 @@ async def _have_incident(
 
 
 async def _report(engine: Any, job: Job, completions: list[Any]) -> Report:
-    from vllm_emssd.integration.prometheus import DIRECTORY_VARIABLE
+    from vllm_emssd.integration.engine_tag import tag_of
     from vllm_emssd.metrics import read_shared_counters
 
     options = job.engine["speculative_config"]
     is_auto = options.get("draft_length") == "auto"
-    shared = read_shared_counters(Path(os.environ[DIRECTORY_VARIABLE]))
+    tag = tag_of(engine.vllm_config.speculative_config)
+    shared = read_shared_counters(Path(tag.counters_dir))
     return Report(
         token_ids=[list(c.token_ids) for c in completions],
         gaps=[[_gap(position) for position in c.logprobs] for c in completions],

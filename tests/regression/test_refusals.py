@@ -13,6 +13,7 @@ import vllm_emssd
 from tests.engine import DRAFT, TARGET
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import compat, frontend, v2_limits
+from vllm_emssd.integration.engine_tag import tag_of
 from vllm_emssd.integration.runner_v1 import UnpadGPUModelRunner
 
 
@@ -130,7 +131,7 @@ def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
     spec_config = args.create_engine_config().speculative_config
     assert args.async_scheduling is None
     assert not spec_config.disable_padded_drafter_batch
-    assert frontend.is_ours(spec_config)
+    assert tag_of(spec_config) is not None
 
 
 def test_copies_run_on_v1_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

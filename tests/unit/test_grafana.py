@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import vllm
+from prometheus_client.samples import Sample
 
-from vllm_emssd.integration.prometheus import EmssdCollector
+from vllm_emssd.integration.prometheus import EmssdCollector, ServedEngine
 from vllm_emssd.metrics import COUNTER_NAMES, SharedCounters
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "vllm-emssd.json"
@@ -33,11 +35,16 @@ def asked_for() -> set[str]:
     return {name for text in expressions() for name in METRIC.findall(text)}
 
 
-def of_emssd(directory: Path) -> set[str]:
-    """Sample names as they are on /metrics."""
+def samples(directory: Path) -> list[Sample]:
+    """Ours on /metrics."""
     SharedCounters(directory, 0)
-    families = EmssdCollector(directory, "model").collect()
-    return {sample.name for family in families for sample in family.samples}
+    collector = EmssdCollector()
+    collector.engines.append(ServedEngine(directory, "model", os.getpid()))
+    return [sample for family in collector.collect() for sample in family.samples]
+
+
+def of_emssd(directory: Path) -> set[str]:
+    return {sample.name for sample in samples(directory)}
 
 
 def of_vllm() -> set[str]:
@@ -58,9 +65,8 @@ def test_every_counter_of_ours_is_shown() -> None:
 
 
 def test_labels_are_those_of_the_counters(tmp_path: Path) -> None:
-    SharedCounters(tmp_path, 0)
-    for family in EmssdCollector(tmp_path, "model").collect():
-        assert set(family.samples[0].labels) == {"model_name", "engine"}
+    for sample in samples(tmp_path):
+        assert set(sample.labels) == {"model_name", "engine"}
     labels = {
         label for text in expressions() for label in re.findall(r"\{(\w+)[=!]", text)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,13 @@ from tests.engine import TARGET
 from tests.without_hooks import without
 from vllm_emssd.integration import compat, hooks, inventory
 from vllm_emssd.integration.compat import SUPPORTED_VLLM
-from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
+from vllm_emssd.integration.engine_tag import tag_of
+from vllm_emssd.integration.frontend import FRONTEND_HOOK
 from vllm_emssd.integration.hooks import Hook
 from vllm_emssd.integration.inventory import INVENTORY, describe, hook_rows
+from vllm_emssd.integration.serving import SERVING_HOOKS, VALIDATION_HOOK
 
+NGRAM = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 PATCHES = Path(__file__).parent.parent.parent / "patches"
 each_hook = pytest.mark.parametrize("hook", INVENTORY, ids=lambda hook: hook.target)
 
@@ -101,6 +105,21 @@ def test_changed_signature_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="_validate_spec_decode takes") as caught:
         asked.create_engine_config()
     assert str(SUPPORTED_VLLM) in str(caught.value)
+
+
+@pytest.mark.usefixtures("without_hooks")
+@pytest.mark.parametrize("method", ["emssd", "ngram"])
+def test_hooks_of_serving_come_with_a_config(method: str) -> None:
+    """From another process, to one that has loaded no plugin."""
+    vllm_emssd.register()
+    asked = {"method": method} | ({} if method == "emssd" else NGRAM)
+    args = EngineArgs(model=TARGET, speculative_config=asked)
+    pickled = pickle.dumps(args.create_engine_config())
+    hooks.undo(INVENTORY)
+    config = pickle.loads(pickled)
+    installed = [hook for hook in INVENTORY if hooks.is_installed(hook)]
+    assert installed == (list(SERVING_HOOKS) if method == "emssd" else [])
+    assert (tag_of(config.speculative_config) is not None) == (method == "emssd")
 
 
 @pytest.mark.usefixtures("without_hooks")

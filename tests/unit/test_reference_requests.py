@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +16,21 @@ from vllm.sampling_params import SamplingParams
 
 from tests.without_hooks import without
 from vllm_emssd.config import parse_speculative_config
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import compat, hooks, serving
+from vllm_emssd.integration.engine_tag import attach_tag
 from vllm_emssd.integration.references import (
     MAX_BYTES_PER_TOKEN,
     PREDICTION_HOOK,
-    PROCESS_INPUTS_HOOK,
     prediction_of,
     reference_of,
     reference_token_ids,
-    register_references,
     tokenize_reference,
+)
+from vllm_emssd.integration.serving import (
+    ADD_REQUEST_HOOK,
+    INPUT_PROCESSOR_HOOK,
+    install_serving_hooks,
+    serve_engine,
 )
 
 VOCABULARY, LENGTH = 300, 20
@@ -97,15 +105,102 @@ def processor_of(asked: dict[str, Any] | None) -> Any:
     )
 
 
-def process(params: SamplingParams, asked: dict[str, Any] | None) -> Any:
-    """Through the hook: the request's own parameters."""
+class Processor:
+    """Stands in for vLLM's InputProcessor."""
 
-    def stock(self: Any, request_id: str, prompt: Any, params: Any, tasks: Any) -> Any:
-        assert (request_id, prompt, tasks) == ("id", "prompt", "tasks")
+    def __init__(self, vllm_config: Any, renderer: Any) -> None:
+        self.vllm_config = vllm_config
+        self.model_config, self.tokenizer = MODEL, ByteTokenizer()
+        self.renderer = renderer
+        self.kept = self.process_inputs  # as vLLM keeps it, for process_inputs_async
+
+    def process_inputs(self, request_id: str, prompt: Any, params: Any) -> Any:
+        assert (request_id, prompt) == ("id", "prompt")
         return SimpleNamespace(sampling_params=params.clone())
 
-    hook = PROCESS_INPUTS_HOOK.make(stock)
-    return hook(processor_of(asked), "id", "prompt", params, "tasks").sampling_params
+
+@pytest.fixture(autouse=True)
+def metrics(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is shown on /metrics: of these engines nothing is to be."""
+    shown: list[Any] = []
+    monkeypatch.setattr(serving, "show_on_metrics", lambda *args: shown.append(args))
+    return shown
+
+
+def processor_through_hook(asked: dict[str, Any] | None) -> Any:
+    hooked = type("Hooked", (Processor,), {})
+    hooked.__init__ = INPUT_PROCESSOR_HOOK.make(Processor.__init__)
+    config = processor_of(asked).vllm_config
+    config.speculative_config = SimpleNamespace()
+    if asked is not None:
+        attach_tag(config.speculative_config)
+    return hooked(config, renderer=SimpleNamespace(_executor=ThreadPoolExecutor(1)))
+
+
+def process(params: SamplingParams, asked: dict[str, Any] | None) -> Any:
+    """Through the hook: the request's own parameters."""
+    processor = processor_through_hook(asked)
+    assert processor.kept == processor.process_inputs
+    return processor.kept("id", "prompt", params).sampling_params
+
+
+def test_engine_with_emssd_is_shown_once_and_another_is_not_touched(
+    metrics: list[Any],
+) -> None:
+    ours = processor_through_hook({})
+    assert metrics == [(ours, ours.vllm_config)]
+    stock = processor_through_hook(None)
+    assert len(metrics) == 1
+    assert "process_inputs" not in vars(stock)
+
+
+def add_request(params: SamplingParams, asked: dict[str, Any] | None) -> Any:
+    """Through the hook: the parameters that vLLM's own method gets; and the threads in
+    which texts were tokenized."""
+    threads: list[int] = []
+    processor = processor_through_hook(asked)
+    encode = processor.tokenizer.encode
+
+    def encode_seen(text: str, **kwargs: Any) -> list[int]:
+        threads.append(threading.get_ident())
+        return encode(text, **kwargs)
+
+    processor.tokenizer.encode = encode_seen
+    engine = SimpleNamespace(
+        input_processor=processor, vllm_config=processor.vllm_config
+    )
+
+    async def stock(self: Any, request_id: str, prompt: Any, params: Any) -> Any:
+        assert (self, request_id, prompt) == (engine, "id", "prompt")
+        return params
+
+    hook = ADD_REQUEST_HOOK.make(stock)
+    sent = asyncio.run(hook(engine, "id", "prompt", params))
+    return sent, threads
+
+
+def test_text_is_tokenized_off_the_event_loop() -> None:
+    params = params_of("ab")
+    sent, threads = add_request(params, {})
+    assert sent.extra_args == {"emssd_reference": [97, 98], "other": 1}
+    assert params.extra_args == {"emssd_reference": "ab", "other": 1}
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
+@pytest.mark.parametrize(
+    ("reference", "asked"), [([97], {}), ("ab", None), (None, {}), (7, {})]
+)
+def test_any_other_request_is_added_as_it_is(reference: Any, asked: Any) -> None:
+    params = params_of(reference)
+    sent, threads = add_request(params, asked)
+    assert sent is params
+    assert threads == []
+
+
+def test_text_that_is_too_long_is_refused_before_the_engine_sees_it() -> None:
+    with pytest.raises(VLLMValidationError, match="21 tokens"):
+        add_request(params_of("x" * (LENGTH + 1)), {})
 
 
 def test_request_carries_token_ids_and_the_users_parameters_stay() -> None:
@@ -148,11 +243,12 @@ def test_prediction_is_nothing_where_vllm_does_not_hand_it_on(
 def test_registry_takes_the_place_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vLLM has patch 0009."""
     registered: list[Any] = []
-    assert hooks.is_needed(PROCESS_INPUTS_HOOK)
+    replaced = (INPUT_PROCESSOR_HOOK, ADD_REQUEST_HOOK)
+    assert all(map(hooks.is_needed, replaced))
     monkeypatch.setattr(compat, "sampling_params_registrar", lambda: registered.append)
-    assert not hooks.is_needed(PROCESS_INPUTS_HOOK)
-    register_references()
-    assert registered == [tokenize_reference]
+    assert not any(map(hooks.is_needed, replaced))
+    install_serving_hooks()
+    assert registered == [serve_engine]
 
 
 def test_prediction_is_not_hooked_once_vllm_hands_it_on(

@@ -9,15 +9,16 @@ import tomllib
 from dataclasses import fields
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from prometheus_client import CollectorRegistry
 
 import vllm_emssd
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import prometheus
+from vllm_emssd.integration.engine_tag import attach_tag
 from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
 
 PACKAGE = Path(vllm_emssd.__file__).parent
@@ -97,15 +98,21 @@ def test_counters_are_readable_by_their_user_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(prometheus, "_collector", None)
-    monkeypatch.setattr(prometheus, "REGISTRY", CollectorRegistry())
-    for variable in (prometheus.DIRECTORY_VARIABLE, prometheus.RAY_VARIABLES):
-        monkeypatch.setenv(variable, "")  # and back to what it was afterwards
-    prometheus.publish_counters_on_metrics("model")
+    spec_config = SimpleNamespace()
+    attach_tag(spec_config)
+    config = SimpleNamespace(
+        speculative_config=spec_config,
+        model_config=SimpleNamespace(served_model_name="model"),
+        parallel_config=SimpleNamespace(rank=0, data_parallel_index=0),
+    )
+    owner = type("FrontEnd", (), {})()
+    prometheus.show_on_metrics(owner, config)
     [directory] = tmp_path.iterdir()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert prometheus.open_shared_counters(0) is not None
+    assert prometheus.open_shared_counters(config) is not None
     assert [path.name for path in directory.iterdir()] == ["0.counters"]
+    del owner
+    assert not directory.exists()
 
 
 def needed_by(distribution: str) -> set[str]:

@@ -30,13 +30,13 @@ from vllm_emssd.integration.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
 )
+from vllm_emssd.integration.engine_tag import attach_tag
 from vllm_emssd.integration.model_limits import (
     refuse_drafter,
     refuse_recurrent_state,
     refuse_target,
 )
-from vllm_emssd.integration.prometheus import publish_counters_on_metrics
-from vllm_emssd.integration.references import REFERENCE_HOOKS, register_references
+from vllm_emssd.integration.serving import install_serving_hooks
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
 from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_options
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.sampling_params import SamplingParams
 
 logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
 
@@ -60,9 +59,6 @@ _OTHER_VOCABULARY = (
     '"method": "emssd" needs a draft model with the target\'s tokenizer: choose '
     "another 'model', or remove it to copy from the text (llma)."
 )
-
-# An attribute of our own on vLLM's config, which tells it from stock's.
-_MARK = "is_made_by_emssd"
 
 # Filled in by vLLM itself, not by users.
 _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
@@ -130,34 +126,6 @@ def use_fixed_cpu_worker(
         parallel_config.worker_cls = FIXED_CPU_WORKER
 
 
-def is_ours(spec_config: SpeculativeConfig) -> bool:
-    """True for the vLLM config made for "emssd"."""
-    return _MARK in vars(spec_config)
-
-
-def _make_validation_hook(stock: Callable[..., None]) -> Callable[..., None]:
-    def _validate_spec_decode(
-        self: SamplingParams, speculative_config: SpeculativeConfig | None
-    ) -> None:
-        if speculative_config is None or not is_ours(speculative_config):
-            stock(self, speculative_config)
-
-    return _validate_spec_decode
-
-
-VALIDATION_HOOK = hooks.Hook(
-    target="vllm.sampling_params:SamplingParams._validate_spec_decode",
-    why="stock refuses min_p and logit_bias with speculation; emssd honours both",
-    signature="self, speculative_config",
-    upstream="min_p and logit_bias in the rejection sampler",
-    remove_when="stock's V1 rejection sampler applies min_p and logit_bias",
-    make=_make_validation_hook,
-    when="in the front end, from the first emssd on",
-    patch="0003-min-p-and-logit-bias-with-drafts",
-    is_upstream=compat.accepts_min_p_and_logit_bias,
-)
-
-
 def _asked(args: EngineArgs) -> dict[str, Any]:
     """The user's options, --spec-* flags merged in as vLLM does."""
     given = args.speculative_config
@@ -202,15 +170,14 @@ def _create_ours(
     )
     if config.uses_draft_model:
         refuse_drafter(spec_config)
-    setattr(spec_config, _MARK, True)
+    attach_tag(spec_config)
     # An unpadded batch of stock's own would turn async scheduling off.
     if config.uses_draft_model:
         spec_config.disable_padded_drafter_batch = not may_be_async
     if model:
         check_draft_tokenizer(model, stock_part.get("revision"), model_config)
 
-    hooks.install([VALIDATION_HOOK, *REFERENCE_HOOKS])
-    register_references()
+    install_serving_hooks()
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
     if not may_be_async:
@@ -220,7 +187,6 @@ def _create_ours(
         ADDITIONAL_CONFIG_KEY: config.model_dump(),
         LOG_STATS_KEY: not args.disable_log_stats,
     }
-    publish_counters_on_metrics(_served_model_name(args))
     logger.info("vllm-emssd %s is on: %s", __version__, config)
     _say_where_copies_run(config)
     return spec_config
@@ -373,10 +339,3 @@ def _refuse_other_draft_ranks(
             f"--tensor-parallel-size {size}: vLLM's V1 runner splits the draft model "
             "over all workers of the target. Remove it, or make both the same."
         )
-
-
-def _served_model_name(args: EngineArgs) -> str:
-    name = args.served_model_name
-    if isinstance(name, list):
-        name = name[0] if name else None
-    return name or args.model

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import CPU_FIXES
 from vllm_emssd.integration.cpu_kernels import KERNELS_HOOK
-from vllm_emssd.integration.frontend import FRONTEND_HOOK, VALIDATION_HOOK
+from vllm_emssd.integration.frontend import FRONTEND_HOOK
 from vllm_emssd.integration.hooks import Hook, State
-from vllm_emssd.integration.references import REFERENCE_HOOKS
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK
+from vllm_emssd.integration.serving import SERVING_HOOKS
 from vllm_emssd.integration.worker import CPU_RUNNER_HOOK, CPU_RUNNER_V2_HOOK
 
 # After the worker, whose module must come before vLLM's V2 runner on a CPU.
@@ -22,8 +22,7 @@ from vllm_emssd.integration.speculator_hook import INIT_SPECULATOR_HOOK  # isort
 
 INVENTORY: tuple[Hook, ...] = (
     FRONTEND_HOOK,
-    VALIDATION_HOOK,
-    *REFERENCE_HOOKS,
+    *SERVING_HOOKS,
     CPU_RUNNER_HOOK,
     CPU_RUNNER_V2_HOOK,
     LOGITSPROCS_HOOK,

@@ -20,7 +20,6 @@ from vllm_emssd.integration import compat, hooks
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
-    from vllm.v1.engine import EngineCoreRequest
 
 logger = init_logger("vllm.emssd.references")
 
@@ -53,12 +52,11 @@ def reference_token_ids(
         token_ids = list(tokenizer.encode(text, add_special_tokens=False))
     elif isinstance(reference, list | tuple):
         token_ids = list(reference)
-        for token_id in token_ids:
-            if type(token_id) is not int:
-                raise _error(
-                    "must be text or a list of token ids, found "
-                    f"{type(token_id).__name__} in the list"
-                )
+        for kind in set(map(type, token_ids)) - {int}:
+            raise _error(
+                "must be text or a list of token ids, found "
+                f"{kind.__name__} in the list"
+            )
     else:
         raise _error(
             f"must be text or a list of token ids, got {type(reference).__name__}"
@@ -96,18 +94,12 @@ def reference_of(params: SamplingParams | None, vocab_size: int) -> np.ndarray |
 # ---------------------------------------------------------------- in the front end
 
 
-def _make_process_inputs(
-    stock: Callable[..., EngineCoreRequest],
-) -> Callable[..., EngineCoreRequest]:
-    def process_inputs(
-        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> EngineCoreRequest:
-        request = stock(self, request_id, prompt, params, *args, **kwargs)
-        if request.sampling_params is not None:
-            tokenize_reference(self, request.sampling_params)
-        return request
-
-    return process_inputs
+def has_text_reference(params: Any) -> bool:
+    """Whether these parameters hold a text that is to be tokenized."""
+    extra_args = getattr(params, "extra_args", None) or {}
+    return any(
+        isinstance(extra_args.get(key), str) for key in (REFERENCE_KEY, PREDICTION_KEY)
+    )
 
 
 def tokenize_reference(processor: Any, params: SamplingParams) -> None:
@@ -144,23 +136,6 @@ def _checked(processor: Any, reference: Any, config: EmssdConfig) -> list[int]:
         )
         return []
     return token_ids
-
-
-PROCESS_INPUTS_HOOK = hooks.Hook(
-    target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-    why="a reference is checked, and its text tokenized, where errors reach the client",
-    signature=(
-        "self, request_id, prompt, params, supported_tasks, arrival_time, "
-        "lora_request, tokenization_kwargs, trace_headers, priority, "
-        "data_parallel_rank, resumable, session_id, kv_hints"
-    ),
-    upstream="a hook for plugins to validate extra_args",
-    remove_when="vLLM lets a plugin process SamplingParams.extra_args",
-    make=_make_process_inputs,
-    when="in the front end, from the first emssd on; requests with a reference only",
-    patch="0009-sampling-params-processors",
-    is_upstream=lambda _: compat.sampling_params_registrar() is not None,
-)
 
 
 def prediction_of(request: Any) -> Any:
@@ -207,15 +182,7 @@ PREDICTION_HOOK = hooks.Hook(
     upstream="predicted outputs in the OpenAI server",
     remove_when="vLLM hands prediction on in SamplingParams",
     make=_make_to_sampling_params,
-    when="in the front end, from the first emssd on; requests with prediction only",
+    when="in processes that a config for emssd reaches; requests with prediction only",
     patch="0010-prediction-in-extra-args",
     is_upstream=compat.hands_prediction_on,
 )
-
-REFERENCE_HOOKS = (PROCESS_INPUTS_HOOK, PREDICTION_HOOK)
-
-
-def register_references() -> None:
-    """What takes the place of `PROCESS_INPUTS_HOOK` in a vLLM that needs none."""
-    if (register := compat.sampling_params_registrar()) is not None:
-        register(tokenize_reference)

@@ -31,7 +31,7 @@ from vllm_emssd.integration.kv_cache import (
     specs_for_drafting,
 )
 from vllm_emssd.integration.paged_drafter import PagedDrafter
-from vllm_emssd.integration.prometheus import open_shared_counters
+from vllm_emssd.integration.publisher import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.references import reference_of
 from vllm_emssd.integration.rejection_sampler import (
@@ -40,7 +40,6 @@ from vllm_emssd.integration.rejection_sampler import (
 )
 from vllm_emssd.integration.row_rounding import RoundedRowsMixin
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
-from vllm_emssd.integration.stats_log import LOG_STATS_KEY, StatsLog
 from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.integration.thinking_budget import ThinkingBudgets
 from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_async_v1
@@ -88,18 +87,8 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self._step_costs = None
         self._drafting_policy = None
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
-        is_publisher = self.parallel_config.rank == 0
-        self._shared_counters = (
-            open_shared_counters(self.parallel_config.data_parallel_index)
-            if is_publisher
-            else None
-        )
+        self._publisher = Publisher(self.counters, vllm_config)
         self._failures = StepFailures(self.counters, self.parallel_config)
-        self._stats_log = (
-            StatsLog(self.counters, self.parallel_config.data_parallel_index)
-            if is_publisher and vllm_config.additional_config.get(LOG_STATS_KEY)
-            else None
-        )
 
     # ------------------------------------------------------------ start-up
 
@@ -239,10 +228,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             self.num_real_drafts.update(dict.fromkeys(self.input_batch.req_ids, 0))
         else:
             drafts = self._propose(scheduler_output, sampled_token_ids)
-        if self._shared_counters is not None:
-            self._shared_counters.publish(self.counters)
-        if self._stats_log is not None:
-            self._stats_log.step_done()
+        self._publisher.step_done()
         if self._step_costs is not None:
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
             self._step_costs.step_done(learns_prices=not rests or has_verified)

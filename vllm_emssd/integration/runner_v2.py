@@ -29,7 +29,7 @@ from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.kv_cache import refuse_states, specs_for_drafting
-from vllm_emssd.integration.prometheus import open_shared_counters
+from vllm_emssd.integration.publisher import Publisher
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.rejection_sampler_v2 import UnpadRejectionSamplerV2
@@ -99,12 +99,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._ranks = Ranks(self.device)
         self.step_timing = self._target_timing = TargetTiming()
         self._step_costs: StepCostMeter | None = None  # with automatic lengths
-        parallel_config = vllm_config.parallel_config
-        self._shared_counters = (
-            open_shared_counters(parallel_config.data_parallel_index)
-            if parallel_config.rank == 0
-            else None
-        )
+        self._publisher: Publisher | None = None  # once the warm-up is over
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -161,7 +156,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
                 may_trim=self.speculator.draft_logits is None,
             )
             self.speculator.set_policy(self._ranks.agreed(policy))
-        self.speculator.reset_counters()
+        self.speculator.counters.reset()
+        self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
     def _measure_costs(self) -> StepCostMeter:
         device, target = self.device, self._target_timing
@@ -232,8 +228,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             if output is not None:
                 output.copy_event.synchronize()
                 self.speculator.record_verdict(output.num_sampled_tokens_np)
-        if self._shared_counters is not None:
-            self._shared_counters.publish(self.speculator.counters)
+        if self._publisher is not None:
+            self._publisher.step_done()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Ragged drafts for the scheduler, which mostly counts them: without a grammar
