@@ -135,8 +135,9 @@ class LateDraftCursor:
         self._now = {}
 
     def record_verified(self, req_id: str, num_accepted_tokens: int) -> None:
-        """The oldest unheard verdict, for a request that sampled in its step."""
-        turn = self._unheard[0].get(req_id)
+        """The oldest unheard verdict, for a request that sampled in its step. Recorded
+        twice it counts once."""
+        turn = self._unheard[0].pop(req_id, None)
         if turn is None or self._requests.get(req_id) is not turn.request:
             return  # recorded already, or released since
         turn.request.num_unheard -= 1

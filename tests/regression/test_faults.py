@@ -24,6 +24,7 @@ from tests.engine import (
     running,
     stats,
 )
+from tests.planted_failures import break_parts
 from tests.regression.runs import batch_prompts, run
 from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.integration.memory_advice import memory_advice
@@ -50,36 +51,6 @@ def accepted_share(llm: Any, generate: Callable[[], list[list[int]]]) -> float:
     after = stats(llm)
     accepted = after["num_accepted_tokens"] - before["num_accepted_tokens"]
     return accepted / (after["num_draft_tokens"] - before["num_draft_tokens"])
-
-
-class FailsAtTimes:
-    """Wraps a function: every `every`-th call raises, half of them after the work."""
-
-    def __init__(self, function: Callable[..., Any], every: int) -> None:
-        self._function, self._every = function, every
-        self.num_calls = self.num_failures = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.num_calls += 1
-        fails = self.num_calls % self._every == 0
-        if fails and self.num_failures % 2:
-            self.num_failures += 1
-            raise ZeroDivisionError("planned, before")
-        result = self._function(*args, **kwargs)
-        if fails:
-            self.num_failures += 1
-            raise ZeroDivisionError("planned, after")
-        return result
-
-
-def break_parts(
-    monkeypatch: pytest.MonkeyPatch, *parts: tuple[object, str, int]
-) -> list[FailsAtTimes]:
-    broken = []
-    for owner, name, every in parts:
-        broken.append(FailsAtTimes(getattr(owner, name), every))
-        monkeypatch.setattr(owner, name, broken[-1])
-    return broken
 
 
 @pytest.mark.parametrize("proposer", ["draft_model", "llma"])

@@ -14,12 +14,14 @@ if __name__ == "__main__":
     interpreter.install()
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.engine import (
     DRAFT_MODEL,
@@ -35,6 +37,7 @@ from tests.engine import (
     stop_counting_others,
     vllm_counters,
 )
+from tests.planted_failures import break_parts
 from tests.v2.padded_forwards import pad_forwards
 from vllm_emssd.draft_length import CostTable, DraftOpportunity, FixedDraftLength
 
@@ -228,7 +231,54 @@ def padded(llm: Any, name: str) -> dict[str, Any]:
     return seen | {"num_replays": [g.num_replays for g in graphs]}
 
 
+class LoggedStats:
+    """The lines of the log that tell what was counted, one a step."""
+
+    def __enter__(self) -> list[str]:
+        from vllm_emssd.integration import stats_log
+
+        self._patch, lines = pytest.MonkeyPatch(), []
+        self._patch.setattr(stats_log, "INTERVAL_SECONDS", 0.0)
+        logger = logging.getLogger("vllm.emssd.stats")
+        self._patch.setattr(logger, "info", lambda text, *args: lines.append(args[1]))
+        return lines
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.undo()
+
+
+def failing(llm: Any) -> dict[str, Any]:
+    """Healthy, with parts that raise now and then, and healthy again."""
+    speculator = model_runner(llm).speculator
+    with LoggedStats() as lines:
+        seen = {"healthy": one_pass(llm)}
+        seen["healthy"]["counts"] = stats(llm)
+    seen["healthy"]["lines"] = lines
+    with pytest.MonkeyPatch.context() as patch:
+        broken = break_parts(
+            patch,
+            (speculator._proposer, "draft", 5),
+            (speculator._proposer, "record_verified", 7),
+            (speculator._drafter, "forward", 11),
+        )
+        seen["failing"] = one_pass(llm)
+    seen["failing"]["num_failures"] = [part.num_failures for part in broken]
+    return seen | {"healed": one_pass(llm)}
+
+
+def endless(llm: Any) -> dict[str, int]:
+    """An answer that no limit but the context's ends."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=2**63)
+    (output,) = llm.generate(texts()[:1], params, use_tqdm=False)
+    num_tokens = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+    return {"num_tokens": num_tokens}
+
+
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
+    if name.startswith("failing"):
+        return failing(llm)
     if name.startswith("padded"):
         return padded(llm, name)
     if name in ("auto", "auto tight"):
@@ -245,6 +295,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
+    if name in ("exact rows", "async"):
+        seen["endless"] = endless(llm)
     if name in ("cached", "async cached"):
         seen["again"] = one_pass(llm)  # on cached prefixes
     elif name not in ("stock", "tight", "async tight"):
@@ -277,6 +329,9 @@ def run_all(path: Path, only: list[str]) -> None:
         "padded": (EngineConfig(EMSSD, **SMALL), False),
         "padded itself": (EngineConfig(ITSELF, **SMALL), False),
         "padded auto": (EngineConfig(EMSSD | AUTO, **SMALL), False),
+        "failing exact": (EngineConfig(EMSSD, **SMALL), True),
+        "failing late": (EngineConfig(EMSSD, **SMALL), False),
+        "failing async": (EngineConfig(EMSSD, **asynchronous(SMALL)), True),
         "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
         "auto tight": (EngineConfig(EMSSD | AUTO, **TIGHT), False),
         "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),

@@ -22,6 +22,7 @@ VARIANTS = ("exact rows", "no copy")
 ASYNC = ("async", "async cached", "async tight")
 OURS = (*VARIANTS, "cached", "tight", *ASYNC)
 AUTO = ("auto", "auto tight", "auto itself")
+FAILING = ("failing exact", "failing late", "failing async")
 PRICES = ("free", "drawn", "measured")
 TIMEOUT = 480  # seconds for all engines: 160 where nothing slows the machine
 
@@ -117,6 +118,35 @@ def test_padded_samples_of_the_target_itself_are_accepted() -> None:
     counts = seen("padded itself", "sampled")["counts"]
     assert counts["num_draft_tokens"] > 0
     assert counts["num_accepted_tokens"] >= 0.98 * counts["num_draft_tokens"]
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_failing_proposer_costs_drafts_only(name: str) -> None:
+    failing, healthy, healed = (
+        seen(name, what) for what in ("failing", "healthy", "healed")
+    )
+    assert failing["token_ids"] == seen("plain")["token_ids"]
+    assert min(failing["num_failures"]) >= 2
+    counts = failing["counts"]
+    assert counts["num_failed_proposals"] == sum(failing["num_failures"])
+    assert 0 < counts["num_accepted_tokens"] < healthy["counts"]["num_accepted_tokens"]
+    assert healed["token_ids"] == seen("plain")["token_ids"]
+    assert healed["gained"] == healthy["gained"]
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_the_log_tells_what_was_counted(name: str) -> None:
+    healthy = seen(name, "healthy")
+    drafted = [re.search(r"Drafted: (\d+) tokens", line) for line in healthy["lines"]]
+    assert (
+        sum(int(found[1]) for found in drafted)
+        == (healthy["counts"]["num_draft_tokens"])
+    )
+
+
+@pytest.mark.parametrize("name", ["exact rows", "async"])
+def test_any_max_tokens_is_served(name: str) -> None:
+    assert seen(name, "endless")["num_tokens"] == SMALL["max_model_len"]
 
 
 @pytest.mark.parametrize("name", ["cached", "async cached"])

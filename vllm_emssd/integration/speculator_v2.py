@@ -50,6 +50,7 @@ from vllm_emssd.integration.paged_drafter_v2 import (
 from vllm_emssd.integration.placeholder_drafts import with_drafts_made
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.recorded_forwards_v2 import MOST_FIRST_ROWS
+from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.integration.steps_v2 import (
     UnheardSteps,
     known_tokens,
@@ -92,6 +93,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self.next_graphs: SpeculatorCudaGraphManager | None = None
         self._sits_out_dummy_runs = False
         self.counters = Counters()
+        self._failures = StepFailures(self.counters, vllm_config.parallel_config)
         self.policy: DraftLengthPolicy = FixedDraftLength()
         self.draft_lens: dict[str, int] = {}  # of the last batch, for the scheduler
         # Of the step's drafts, how many of each request under a grammar obey it.
@@ -172,10 +174,6 @@ class UnpadSpeculator(StandaloneARSpeculator):
             yield self._drafter
         finally:
             self._sits_out_dummy_runs = False
-
-    def reset_counters(self) -> None:
-        self.counters = Counters()
-        self.set_policy(self.policy)
 
     def _draft_group(self, kv_cache_config: KVCacheConfig) -> int:
         gids = [
@@ -294,7 +292,11 @@ class UnpadSpeculator(StandaloneARSpeculator):
         else:
             accepted, most_accepted = self._reckon(step, num_known)
         batch = self._draft_batch(input_batch, step, num_known, accepted, most_accepted)
-        drafts = self._proposer.draft(batch)
+        try:
+            drafts = self._proposer.draft(batch)
+        except Exception as error:
+            self._failures.take(error)
+            drafts = DeviceDrafts.none(batch.num_reqs)
         if isinstance(self._cursor, LateDraftCursor):
             self._cursor.end_step()
         return self._to_columns(step.req_ids, drafts)
@@ -315,9 +317,15 @@ class UnpadSpeculator(StandaloneARSpeculator):
             return
         step, is_wanted = self._unheard.pop()
         for i in np.flatnonzero(step.is_sampling & is_wanted):
-            self._proposer.record_verified(
-                step.req_ids[i], int(step.num_draft_tokens[i]), int(num_sampled[i]) - 1
-            )
+            req_id, num_accepted = step.req_ids[i], int(num_sampled[i]) - 1
+            try:
+                self._proposer.record_verified(
+                    req_id, int(step.num_draft_tokens[i]), num_accepted
+                )
+            except Exception as error:
+                self._failures.take(error)
+                # Does nothing where it was done before the error.
+                self._cursor.record_verified(req_id, num_accepted)
         if isinstance(self._cursor, LateDraftCursor):
             self._cursor.settle()
         step.count(num_sampled, self.num_speculative_steps, self.counters, is_wanted)

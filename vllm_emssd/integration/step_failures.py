@@ -2,8 +2,10 @@
 
 Drafts are only ever an offer: without them the target decodes as it always does. The
 draft cursor moves only once the drafter was fed, so nothing is lost but time. With
-several ranks that is not so: the others may be in the middle of a collective that this
-one left, and would wait for ever. There the error stops the engine.
+several tensor-parallel ranks that is not so: the others may be in the middle of a
+collective that this one left, and would wait for ever. There the error stops the
+engine. Data-parallel engines never wait for each other: those of mixture-of-experts
+targets, which would, are refused at the start.
 """
 
 from __future__ import annotations
@@ -19,13 +21,11 @@ logger = init_logger("vllm.emssd.step_failures")
 
 
 class StepFailures:
-    """Counts failed proposals and logs the first; of several ranks it is fatal."""
+    """Counts failed proposals and logs the first; with several ranks it is fatal."""
 
     def __init__(self, counters: Counters, parallel_config: ParallelConfig) -> None:
         self._counters = counters
-        self._is_alone = (
-            parallel_config.world_size == 1 and parallel_config.data_parallel_size == 1
-        )
+        self._is_alone = parallel_config.world_size == 1
         # vLLM's multiprocessing executor only logs what a rank other than the first
         # raises, and that rank goes on; it does notice a process that ends.
         self._must_end_process = (
