@@ -71,8 +71,17 @@ def test_edges(proposer: str, plain: tuple[list[list[int]], list[list[int]]]) ->
         for i in survivors:
             assert kept[str(i)] == whole[i]
 
+        _any_max_tokens_is_served(llm)
         _refused_prompts(llm)
         _nothing_is_kept_of_finished_requests(llm)
+
+
+def _any_max_tokens_is_served(llm: Any) -> None:
+    """Beyond what a runner's integers hold; the context ends the answer."""
+    tokens = llm.get_tokenizer().encode(LONG)[: MAX_MODEL_LEN - 40]
+    for max_tokens in (2**31, 2**63, 2**64 - 1):
+        (answer,) = greedy(llm, [{"prompt_token_ids": tokens}], max_tokens=max_tokens)
+        assert len(answer) == 40
 
 
 def _refused_prompts(llm: Any) -> None:

@@ -15,11 +15,25 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 from vllm_emssd.integration.placeholder_drafts import drop_placeholder_drafts
 
 
+def bound_max_tokens(request: Request, max_model_len: int) -> None:
+    """No answer is longer than the model's context, and model runners keep the limit in
+    integers of fixed width, which a larger one would overflow."""
+    params = request.sampling_params
+    if params is not None:
+        params.max_tokens = min(request.max_tokens, max_model_len)
+        request.max_tokens = params.max_tokens
+
+
 class UnpadScheduler(Scheduler):
+    def add_request(self, request: Request) -> None:
+        bound_max_tokens(request, self.max_model_len)
+        super().add_request(request)
+
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         drop_placeholder_drafts(scheduler_output)
         super()._update_after_schedule(scheduler_output)
@@ -27,6 +41,10 @@ class UnpadScheduler(Scheduler):
 
 class UnpadAsyncScheduler(AsyncScheduler):
     """For vLLM's V2 runner, where resumed requests are scheduled as new ones."""
+
+    def add_request(self, request: Request) -> None:
+        bound_max_tokens(request, self.max_model_len)
+        super().add_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
