@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Start Ray on this machine, join another machine's, or serve over it.
 
-Each command runs in the foreground until it is stopped (Ctrl-C, SIGTERM) or what it
-started ends, and then stops all it started, by process id; other Ray clusters of the
-machine are left alone. Token authentication is on, as whoever reaches Ray's ports could
-run code otherwise: all machines need the same token file.
+Each command runs in the foreground until it is stopped (Ctrl-C, SIGTERM, its terminal
+closed) or what it started ends, and then stops all it started, by process id; other Ray
+clusters of the machine are left alone. Token authentication is on, as whoever reaches
+Ray's ports could run code otherwise: all machines need the same token file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import re
@@ -33,11 +34,14 @@ STOP_SECONDS = 20
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"  # Ray's own default
 BIN = Path(sys.executable).parent
 SWEEP_SECONDS = 3
+NEW_SECONDS = 60  # of a segment of shared memory
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def say(text: str) -> None:
-    print(f"[launch_ray] {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its terminal may be closed
+        print(f"[launch_ray] {text}", file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
@@ -164,40 +168,70 @@ def stop_all(signal_first: list[subprocess.Popen[bytes]]) -> None:
         left += [p for p in psutil.Process().children(recursive=True) if p not in left]
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class SharedMemory:
     """Segments that vLLM's workers here have open.
 
     vLLM's executor kills its Ray workers, which so leave theirs behind: once nobody has
-    one of them open any more, it is removed.
+    one of them open any more, it is removed. What a process has open is a long list, so
+    it is read of processes started from here when a segment is new, and of all others
+    when those that had it open are gone.
     """
 
     FOLDER = Path("/dev/shm")
-    NAMES = re.compile(r"/dev/shm/(psm_\w+|\S+-cpushm_\d+)$", re.MULTILINE)
+    NAMES = re.compile(r"psm_\w+|\S+-cpushm_\d+")
 
     def __init__(self) -> None:
-        self._ours: set[str] = set()
+        self._holders: dict[str, set[int]] = {}  # of our segments: who has them open
+        self._first_seen: dict[str, float] = {}  # all segments there are
         self._swept = time.monotonic()
 
     def sweep(self) -> None:
-        self._swept = time.monotonic()
-        ours = [p.pid for p in psutil.Process().children(recursive=True)]
-        self._ours |= self._opened_by(ours)
-        for name in self._ours - self._opened_by(psutil.pids()):
-            (self.FOLDER / name).unlink(missing_ok=True)
-            self._ours.discard(name)
+        now = self._swept = time.monotonic()
+        names = {p.name for p in self.FOLDER.iterdir() if self.NAMES.fullmatch(p.name)}
+        self._first_seen = {name: self._first_seen.get(name, now) for name in names}
+        self._holders = {n: pids for n, pids in self._holders.items() if n in names}
+        self._look_for_ours(now)
+        for name, pids in list(self._holders.items()):
+            alive = set(filter(is_alive, pids))
+            if not alive:
+                alive = self._who_has_open({name}, psutil.pids()).get(name, set())
+            self._holders[name] = alive
+            if not alive:
+                (self.FOLDER / name).unlink(missing_ok=True)
+                del self._holders[name]
 
     def sweep_now_and_then(self) -> None:
         if time.monotonic() > self._swept + SWEEP_SECONDS:
             self.sweep()
 
-    def _opened_by(self, pids: list[int]) -> set[str]:
-        found: set[str] = set()
+    def _look_for_ours(self, now: float) -> None:
+        """Among segments so new that a process may still be about to open them."""
+        new = {
+            name
+            for name, first_seen in self._first_seen.items()
+            if name not in self._holders and now - first_seen < NEW_SECONDS
+        }
+        if new:
+            pids = [p.pid for p in psutil.Process().children(recursive=True)]
+            self._holders |= self._who_has_open(new, pids)
+
+    def _who_has_open(self, names: set[str], pids: list[int]) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
         for pid in pids:
             try:
                 text = Path(f"/proc/{pid}/maps").read_text(errors="replace")
             except OSError:
                 continue  # it has ended, or is another user's
-            found.update(self.NAMES.findall(text))
+            for path in set(re.findall(rf"{self.FOLDER}/(\S+)$", text, re.MULTILINE)):
+                if path in names:
+                    found.setdefault(path, set()).add(pid)
         return found
 
 
@@ -265,8 +299,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         say(f"process {ended.pid} ended with exit code {ended.returncode}")
         return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for stop in STOP_SIGNALS:
+            signal.signal(stop, signal.SIG_IGN)
         memory.sweep()
         stop_all(started[::-1])
         memory.sweep()
@@ -284,8 +318,11 @@ def main() -> int:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for stop in (signal.SIGTERM, signal.SIGINT):  # a shell's background jobs ignore it
-        signal.signal(stop, interrupt)
+    for stop in STOP_SIGNALS:
+        # Under nohup a closed terminal is not to stop it. SIGINT is ignored in a
+        # shell's background jobs, which must end all the same.
+        if stop != signal.SIGHUP or signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, interrupt)
     try:
         return run(args, rest)
     except KeyboardInterrupt:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.metadata import entry_points
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.engines import REPO
+from scripts import launch_ray
+from scripts.launch_ray import SharedMemory
+from tests.distributed.engines import REPO, RayCluster
+from tests.distributed.processes import Tree, wait_for
 from tests.distributed.ray_on_cpu import emssd_test_platform
+from vllm_emssd.bench.server_process import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -41,6 +50,97 @@ def test_joining_without_the_token(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"{token} is missing: copy it from the head's machine" in done.stderr
     assert not token.exists()
+
+
+def head(folder: Path, *before: str) -> Tree:
+    """A head of its own, ready."""
+    command = [*before, sys.executable, str(REPO / "scripts" / "launch_ray.py"), "head"]
+    command += ["--ray-port", str(free_port()), "--address", "127.0.0.1"]
+    command += ["--num-cpus", "1", "--token-file", str(folder / "token")]
+    tree = Tree(command, folder / "log", RayCluster.own_environment())
+    assert wait_for(lambda: "ready; the head is" in tree.text, 120), tree.text
+    return tree
+
+
+def test_a_closed_terminal_stops_all(tmp_path: Path) -> None:
+    tree = head(tmp_path)
+    assert len(tree.members()) > 5
+    tree.process.send_signal(signal.SIGHUP)
+    assert tree.wait(60) == 0
+    assert tree.leftovers(5) == []
+
+
+def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
+    tree = head(tmp_path, "nohup")
+    tree.process.send_signal(signal.SIGHUP)
+    time.sleep(3)
+    assert tree.process.poll() is None
+    tree.process.terminate()
+    assert tree.wait(60) == 0
+    assert tree.leftovers(5) == []
+
+
+HOLDS_A_SEGMENT = """
+import sys
+from multiprocessing import resource_tracker, shared_memory
+segment = shared_memory.SharedMemory(create=True, size=1)
+resource_tracker.unregister(segment._name, "shared_memory")
+print(segment.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def hold_a_segment() -> tuple[subprocess.Popen[str], Path]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_A_SEGMENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    return holder, SharedMemory.FOLDER / holder.stdout.readline().strip()
+
+
+def test_segments_of_killed_workers_are_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is read of any process while all stays as it is."""
+    memory = SharedMemory()
+    holder, path = hold_a_segment()
+    memory.sweep()
+    used_by_another = mmap.mmap(os.open(path, os.O_RDWR), 1)
+    read: list[list[int]] = []
+    who_has_open = memory._who_has_open
+    monkeypatch.setattr(
+        memory,
+        "_who_has_open",
+        lambda names, pids: read.append(pids) or who_has_open(names, pids),
+    )
+    monkeypatch.setattr(launch_ray, "NEW_SECONDS", 0)
+    memory.sweep()
+    assert path.exists()
+    assert read == []
+    holder.kill()  # not waited for: dead, and still a child
+    assert wait_for(lambda: not launch_ray.is_alive(holder.pid), 10)
+    memory.sweep()
+    assert path.exists()
+    used_by_another.close()
+    # This process has it open no more, but is alive; ask again as if it had ended.
+    memory._holders[path.name] = {holder.pid}
+    memory.sweep()
+    assert not path.exists()
+    holder.wait()
+
+
+def test_segments_of_others_stay() -> None:
+    """Of a process that was not started from here, as this one."""
+    segment = shared_memory.SharedMemory(create=True, size=1)
+    segment.close()
+    memory = SharedMemory()
+    memory.sweep()
+    memory.sweep()
+    assert (SharedMemory.FOLDER / segment.name).exists()
+    segment.unlink()
 
 
 def test_the_test_platform_is_off_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
