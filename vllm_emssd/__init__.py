@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 def register() -> None:
     """Install the front-end hook (idempotent).
 
-    A vLLM it does not fit must go on serving who never asked for emssd: then the
-    method stays unknown, and a warning says why.
+    A vLLM that it does not fit must keep serving users who did not enable emssd: then
+    the method stays unknown, and a warning says why.
     """
     try:
+        from vllm_emssd.integration.compat import check_vllm_version
+
+        check_vllm_version()
         from vllm_emssd.integration.frontend import install_frontend_hook
 
         install_frontend_hook()

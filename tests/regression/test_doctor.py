@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
+import vllm_emssd
 from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
-from vllm_emssd.integration import checkup, compat
-from vllm_emssd.integration.checkup import Finding, State
+from vllm_emssd.integration import checkup, compat, hooks
+from vllm_emssd.integration.finding import Finding, State
 from vllm_emssd.integration.inventory import INVENTORY, describe, hook_rows
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Finding]:
-    return {finding.about: finding for finding in checkup.findings()}
+    return {finding.about: finding for finding in doctor.findings()}
 
 
 def test_this_environment_can_serve(found: dict[str, Finding]) -> None:
@@ -51,6 +52,70 @@ def test_a_disabled_plugin_ends_with_1() -> None:
     assert "wrong  plugin: vLLM does not know" in done.stdout
     assert "wrong  plugin, new process: vLLM does not know" in done.stdout
     assert "unset it, or add emssd" in done.stdout
+
+
+BROKEN = {
+    "torch": "raise OSError('libc10.so: cannot open shared object file')",
+    "vllm": "import nonesuch",
+    "vllm.plugins": "raise RuntimeError('Failed to import transformers')",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_installation_is_a_row(name: str, tmp_path: Path) -> None:
+    module = tmp_path / name.replace(".", "/")
+    module.mkdir(parents=True)
+    for package in (tmp_path / "vllm", module):
+        if package.is_dir():
+            (package / "__init__.py").write_text("__version__ = '0.32.0'")
+    (module / "__init__.py").write_text(BROKEN[name])
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run_doctor(PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
+    assert len(rows) == 1
+    assert rows[0].startswith(f"wrong  {name.split('.')[0]}: ")
+
+
+def test_no_vllm_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "wrong  vllm: is not installed" in out
+    assert "pip install 'vllm-emssd[vllm]'" in out
+
+
+def test_a_check_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_device() -> Finding:
+        raise OSError("no driver")
+
+    monkeypatch.setattr(checkup, "check_device", check_device)
+    [finding] = [f for f in checkup.findings() if f.about == "check device"]
+    assert finding.state is State.WRONG
+    assert "no driver" in finding.found
+
+
+@pytest.mark.parametrize("version", ["dev", "0.1.dev1+g1234567"])
+def test_a_version_that_says_nothing(version: str) -> None:
+    with pytest.raises(RuntimeError, match="VLLM_VERSION_OVERRIDE"):
+        compat.check_vllm_version(version)
+
+
+def test_an_unsupported_vllm_leaves_the_plugin_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(compat.vllm, "__version__", "0.31.0")
+    monkeypatch.setattr(
+        "logging.Logger.warning", lambda log, text, *args: warnings.append(text % args)
+    )
+    with without(INVENTORY):
+        vllm_emssd.register()
+        assert not hooks.is_installed(INVENTORY[0])
+    assert 'pip install "vllm==0.32.*"' in warnings[-1]
 
 
 @pytest.mark.parametrize(

@@ -223,3 +223,14 @@ def test_sigterm_ends_a_bench_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) ->
         cli.main(["bench", "--model", "TARGET"])
     assert ended == [True]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_default_models_of_an_installed_package(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bench, "SHIPPED_MODELS", tmp_path)
+    assert cli.main(["bench", "--quick"]) == 1
+    said = capsys.readouterr().err
+    assert "--model and --draft-model" in said

@@ -89,6 +89,94 @@ def test_finds_the_libraries_of_an_environment(
     assert cpu_settings.find_preloads(str(tmp_path))[0] == library
 
 
+def test_a_path_that_ld_preload_cannot_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    library = tmp_path / "an environment" / "lib" / "libiomp5.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    found = cpu_settings.find_preloads(str(tmp_path / "an environment"))
+    assert library not in found
+
+
+def cgroup(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("own", "place", "files", "quota"),
+    [
+        ("0::/", "", {"cpu__max": "200000 100000\n"}, 2.0),
+        ("0::/", "", {"cpu__max": "max 100000\n"}, None),
+        ("0::/a/b", "a", {"cpu__max": "150000 100000\n"}, 1.5),  # of a parent
+        ("0::/not/seen/from/inside", "", {"cpu__max": "50000 100000\n"}, 0.5),
+        (
+            "4:memory:/m\n3:cpu,cpuacct:/docker/x\n0::/",
+            "cpu/docker/x",
+            {"cpu__cfs_quota_us": "300000", "cpu__cfs_period_us": "100000"},
+            3.0,
+        ),
+        (
+            "3:cpu,cpuacct:/",
+            "cpu",
+            {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"},
+            None,
+        ),
+        ("3:cpuset:/", "cpuset", {"cpu__max": "1 1"}, None),
+    ],
+)
+def test_quota_of_a_container(
+    own: str, place: str, files: dict[str, str], quota: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "own").write_text(own + "\n")
+    cgroup(tmp_path / "groups" / place, **files)
+    assert cpu_settings.cpu_quota(tmp_path / "groups", tmp_path / "own") == quota
+
+
+def test_the_lowest_of_nested_quotas(tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/a/b\n")
+    cgroup(tmp_path / "groups" / "a", cpu__max="200000 100000")
+    cgroup(tmp_path / "groups" / "a" / "b", cpu__max="400000 100000")
+    assert cpu_settings.cpu_quota(tmp_path / "groups", tmp_path / "own") == 2.0
+
+
+def test_a_system_without_control_groups(tmp_path: Path) -> None:
+    assert cpu_settings.cpu_quota(tmp_path, tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"), [(None, 64), (2.5, 2), (0.5, 1), (100.0, 64)]
+)
+def test_cpus_are_those_whose_time_is_ours(
+    quota: float | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(cpu_settings, "cpu_quota", lambda: quota)
+    assert cpu_settings.num_cpus() == count
+
+
+def test_under_a_quota_threads_are_counted_by_it() -> None:
+    """vLLM would bind one to each CPU of the machine."""
+    added = cpu_settings.cpu_settings({}, 16, has_quota=True)
+    assert added["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert added["OMP_NUM_THREADS"] == "16"
+
+
+def test_lines_for_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_settings, "find_preloads", lambda: [Path("/it's/libiomp5")])
+    monkeypatch.setattr(cpu_settings, "num_cpus", lambda: 2)
+    monkeypatch.setattr(cpu_settings, "cpu_quota", lambda: None)
+    lines = cpu_settings.exports({"OMP_NUM_THREADS": "1"}).splitlines()
+    assert lines == [
+        """export LD_PRELOAD='/it'"'"'s/libiomp5'""",
+        "export VLLM_CPU_OMP_THREADS_BIND=nobind",
+        "export THP_MEM_ALLOC_ENABLE=1",
+    ]
+
+
 class BecameVllmError(Exception):
     """Raised in place of an exec, which does not return."""
 

@@ -124,7 +124,13 @@ def _existing(name: str) -> Path:
 
 
 def _completion(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
-    return read_jsonl(_existing(str(SHIPPED_MODELS / "prompts.jsonl")))
+    path = SHIPPED_MODELS / "prompts.jsonl"
+    if not path.exists():
+        raise ValueError(
+            "workload 'completion' is in the repository only, and this is an installed "
+            "package; choose another, e.g. prose"
+        )
+    return read_jsonl(path)
 
 
 def _prose(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:

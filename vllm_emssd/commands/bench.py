@@ -150,9 +150,13 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine, alike for every method")
-    group.add_argument("--model", default=str(SHIPPED_MODELS / "target"))
     group.add_argument(
-        "--draft-model", help="default: the shipped one, beside its target"
+        "--model",
+        default=str(SHIPPED_MODELS / "target"),
+        help="default: the one of the repository's models/",
+    )
+    group.add_argument(
+        "--draft-model", help="default: the one of models/, beside its target"
     )
     group.add_argument("--tokenizer")
     group.add_argument(
@@ -178,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     try:
+        _check_model(args.model)
         with _sigterm_ends_as_ctrl_c():
             measured = _time_proposers(args) if args.proposer_time else _compare(args)
     except (ValueError, EngineError) as error:
@@ -187,6 +192,14 @@ def run(args: argparse.Namespace) -> int:
         said = {"arguments": vars(args) | {"output": str(args.output)}}
         write_result(args.output, {"provenance": provenance()} | said | measured)
     return 0
+
+
+def _check_model(model: str) -> None:
+    if model == str(SHIPPED_MODELS / "target") and not Path(model).is_dir():
+        raise ValueError(
+            "the default models are in the repository only, and this is an installed "
+            "package; name others with --model and --draft-model"
+        )
 
 
 @contextmanager

@@ -9,26 +9,25 @@ from __future__ import annotations
 import importlib.metadata
 import multiprocessing
 import os
-import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 import vllm
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
-from vllm_emssd import __version__
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.compat import SUPPORTED_VLLM, check_vllm_version
 from vllm_emssd.integration.cpu_settings import (
     FEW_CPUS,
+    cpu_quota,
     find_preloads,
     missing_preloads,
     num_cpus,
 )
+from vllm_emssd.integration.finding import Finding, State, did_not_work
 from vllm_emssd.integration.frontend import FRONTEND_HOOK
 from vllm_emssd.integration.inventory import INVENTORY
 
@@ -36,34 +35,29 @@ PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "emssd"
 _SPAWN_SECONDS = 300
 
 
-class State(StrEnum):
-    OK = "ok"
-    SLOW = "slow"  # serves, but slower than it could
-    WRONG = "wrong"  # does not serve with emssd
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    about: str
-    state: State
-    found: str
-    fix: str = ""  # what to change, where the state is not OK
+Check = Callable[[], "Finding | Iterator[Finding]"]
 
 
 def findings() -> Iterator[Finding]:
-    """All checks, one after the other."""
-    yield Finding("vllm-emssd", State.OK, __version__)
-    yield Finding("python", State.OK, platform.python_version())
-    yield Finding("torch", State.OK, torch.__version__)
-    yield check_version()
-    yield check_distribution_name()
-    yield check_device()
+    """All checks, one after the other; one that fails is a finding itself."""
+    for check in _checks():
+        try:
+            found = check()
+            yield from [found] if isinstance(found, Finding) else found
+        except Exception as error:
+            yield did_not_work(check.__name__.replace("_", " "), error)
+
+
+def _checks() -> Iterator[Check]:
+    yield check_version
+    yield check_distribution_name
+    yield check_device
     if current_platform.is_cpu():
-        yield check_preloads()
-        yield check_threads()
-    yield check_plugin_here()
-    yield check_plugin_in_spawned_process()
-    yield from check_hooks()
+        yield check_preloads
+        yield check_threads
+    yield check_plugin_here
+    yield check_plugin_in_spawned_process
+    yield check_hooks
 
 
 def check_version() -> Finding:
@@ -118,7 +112,9 @@ def check_preloads() -> Finding:
     fixes = []
     if paths:
         fixes.append(f"vllm-emssd serve does it: LD_PRELOAD={':'.join(paths)}")
-    if "libiomp5" in to_install:
+    if "libiomp5" in to_install and " " in sys.prefix:
+        fixes.append(f"LD_PRELOAD takes no spaces: move the environment {sys.prefix!r}")
+    elif "libiomp5" in to_install:
         fixes.append("pip install intel-openmp (x86)")
     if "libtcmalloc" in to_install:
         fixes.append("apt-get install libtcmalloc-minimal4")
@@ -135,11 +131,17 @@ def check_threads() -> Finding:
     threads = os.environ.get("OMP_NUM_THREADS", "unset")
     found = f"VLLM_CPU_OMP_THREADS_BIND={bind}, OMP_NUM_THREADS={threads}"
     cpus = num_cpus()
-    if bind == "auto" and cpus <= FEW_CPUS:
+    is_limited = cpu_quota() is not None
+    if bind == "auto" and (cpus <= FEW_CPUS or is_limited):
+        why = (
+            f"as many threads as the machine has CPUs, on time for {cpus}"
+            if is_limited
+            else f"one of {cpus} CPUs is kept from the model"
+        )
         return Finding(
             "threads",
             State.SLOW,
-            f"{found}: one of {cpus} CPUs is kept from the model",
+            f"{found}: {why}",
             "vllm-emssd serve does it: VLLM_CPU_OMP_THREADS_BIND=nobind "
             f"OMP_NUM_THREADS={cpus}",
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import vllm
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 PRIMITIVE_CACHE_SIZE = "ONEDNN_PRIMITIVE_CACHE_SIZE"  # patch 0011
@@ -22,7 +22,17 @@ PRIMITIVE_CACHE_SIZE = "ONEDNN_PRIMITIVE_CACHE_SIZE"  # patch 0011
 def check_vllm_version(version: str | None = None) -> None:
     """Raise RuntimeError where the running vLLM is outside the supported range."""
     version = version or vllm.__version__
-    if not SUPPORTED_VLLM.contains(Version(version).base_version):
+    try:
+        base_version = Version(version).base_version
+    except InvalidVersion:
+        base_version = "0.1"
+    if base_version == "0.1":  # what a build from source is called without git's tags
+        raise RuntimeError(
+            f'"method": "emssd" works with vLLM {SUPPORTED_VLLM}, and this one calls '
+            f"itself {version!r}. Build it again with its version, e.g. "
+            "VLLM_VERSION_OVERRIDE=0.32.0 pip install ."
+        )
+    if not SUPPORTED_VLLM.contains(base_version):
         raise RuntimeError(
             f'"method": "emssd" works with vLLM {SUPPORTED_VLLM}, found {version}. '
             'Install a vLLM in that range, e.g. pip install "vllm==0.32.*", '
@@ -39,7 +49,7 @@ def method_registrar() -> Callable[[str, Callable[..., Any]], None] | None:
     return register_speculative_method
 
 
-def sampling_params_registrar() -> Callable[[Callable[..., None]], None] | None:
+def sampling_params_registrar() -> Callable[[Callable[..., Any]], None] | None:
     """Patch 0009: by which plugins check and change requests' sampling parameters."""
     try:
         from vllm.v1.engine.input_processor import register_sampling_params_processor
