@@ -19,12 +19,14 @@ K = 5
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("bench") / "result.json"
+    folder = tmp_path_factory.mktemp("bench")
+    path, rounds_path = folder / "result.json", folder / "rounds.json"
     command = [sys.executable, "-m", "vllm_emssd", "bench", "--quick"]
     command += ["--methods", *METHODS, "--batches", *map(str, BATCHES)]
     command += ["--max-tokens", str(MAX_TOKENS), "--rounds", "1"]
     command += ["--workload", "mixed", "--max-prompt-tokens", "256"]
     command += ["--kv-cache-mib", "64", "--output", str(path)]
+    command += ["--save-rounds", str(rounds_path)]
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         command,
@@ -34,11 +36,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(path.read_text())
+    every_round = json.loads(rounds_path.read_text())
+    return json.loads(path.read_text()) | {"every_round": every_round}
 
 
 def rounds(result: dict[str, Any], method: str) -> list[tuple[int, dict[str, Any]]]:
-    return [(batch, result["rounds"][str(batch)][method][0]) for batch in BATCHES]
+    every_round = result["every_round"]["rounds"]
+    return [(batch, every_round[str(batch)][method][0]) for batch in BATCHES]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +87,11 @@ def test_result_says_where_it_comes_from(result: dict[str, Any]) -> None:
     assert result["provenance"]["vllm"]
     assert "--quick" in result["provenance"]["command"]
     assert result["arguments"]["rounds"] == 1
-    assert result["workload"]["max_tokens"] == [MAX_TOKENS] * max(BATCHES)
-    assert len(result["workload"]["num_prompt_tokens"]) == max(BATCHES)
+    assert result["workload"]["max_tokens"]["least"] == MAX_TOKENS
+    assert result["workload"]["num_requests"] == max(BATCHES)
+    workload = result["every_round"]["workload"]
+    assert workload["max_tokens"] == [MAX_TOKENS] * max(BATCHES)
+    assert len(workload["num_prompt_tokens"]) == max(BATCHES)
+    assert "rounds" not in result
     assert [r["batch"] for r in result["results"]] == list(BATCHES)
     assert "llma/plain" in result["geometric_means"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -20,7 +21,13 @@ from vllm_emssd.bench.engine_process import EngineOptions
 from vllm_emssd.bench.harness import Measurement
 from vllm_emssd.bench.methods import Method, MethodOptions
 from vllm_emssd.bench.over_http import KEPT, load_command, summaries, write_prompts
-from vllm_emssd.bench.plots import FIGURES, draw_acceptance, draw_rows, draw_speed_up
+from vllm_emssd.bench.plots import (
+    FIGURES,
+    draw_acceptance,
+    draw_rows,
+    draw_speed_up,
+    label_of,
+)
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.report import (
     print_http_results,
@@ -63,10 +70,6 @@ def result(in_one_engine: bool = False) -> dict[str, object]:
         "provenance": provenance(),
         "workload": {"name": "copy"},
         "results": compare_all(measured, [9], k=5, in_one_engine=in_one_engine),
-        "rounds": {
-            batch: {name: [r.as_dict() for r in done] for name, done in methods.items()}
-            for batch, methods in measured.rounds.items()
-        },
     }
 
 
@@ -105,6 +108,53 @@ def test_what_is_drawn() -> None:
     assert [bar.get_height() for bar in target] == [10 / 2, 13 / 5]
 
 
+def test_figures_say_whose_method_it_is() -> None:
+    names = ("stock", "ngram-longest", "llma", "k3", "mine")
+    assert [label_of(name) for name in names] == [
+        "vLLM draft_model",
+        "vLLM ngram, longest match",
+        "emssd llma",
+        "emssd fixed 3",
+        "mine",
+    ]
+
+
+def test_result_file_is_small_and_whole(tmp_path: Path) -> None:
+    """A method's medians are one line; what is read back is what was written, but for
+    digits that no measurement has."""
+    path = tmp_path / "folder" / "result.json"
+    made = result()
+    write_result(path, made | {"nothing": math.nan, "third": 1 / 3})
+    lines = path.read_text().splitlines()
+    assert sum('"tokens_per_s"' in line for line in lines) == len(made["results"]) * 2
+    read = json.loads(path.read_text())
+    assert read.pop("nothing") is None
+    assert read.pop("third") == 0.33333
+    assert read["provenance"]["commit"] == made["provenance"]["commit"]
+    first, second = read["results"]
+    assert first["methods"]["llma"]["accepted_histogram"] == {"1": 3}
+    assert second["methods"]["llma"]["num_rounds"] == 3
+    assert second["ratios"]["llma/plain"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_bench_writes_rounds_only_if_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"results": [], "raw": {"rounds": {"1": "all of them"}}}
+    monkeypatch.setattr(bench, "_compare", lambda args: dict(found))
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    assert cli.main(["bench", "--output", str(small)]) == 0
+    assert "rounds" not in json.loads(small.read_text())
+    assert list(tmp_path.iterdir()) == [small]
+    command = ["bench", "--save-rounds", str(large), "--temperature", "0.5"]
+    assert cli.main(command) == 0
+    written = json.loads(large.read_text())
+    assert written["rounds"] == found["raw"]["rounds"]
+    assert written["provenance"]["machine"]
+    assert written["arguments"]["temperature"] == 0.5
+    assert "draft_model" not in written["arguments"]
+
+
 def test_printing_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     print_results(result()["results"])  # type: ignore[arg-type]
     printed = capsys.readouterr().out
@@ -120,6 +170,7 @@ def test_provenance_names_what_ran() -> None:
     assert made["vllm"].startswith("0.")
     assert made["commit"]
     assert made["command"]
+    assert "/" not in (made["environment"]["LD_PRELOAD"] or "")
     assert "cores" in made["machine"]
 
 
@@ -166,7 +217,8 @@ def test_load_of_mixed_sampling_is_refused(tmp_path: Path) -> None:
 def test_http_summaries(capsys: pytest.CaptureFixture[str]) -> None:
     rounds = {4: {"plain": [dict.fromkeys(KEPT, value) for value in (1.0, 9.0, 2.0)]}}
     found = summaries(rounds)
-    assert found == [{"concurrency": 4, "methods": {"plain": dict.fromkeys(KEPT, 2.0)}}]
+    plain = dict.fromkeys(KEPT, 2.0) | {"num_rounds": 3}
+    assert found == [{"concurrency": 4, "methods": {"plain": plain}, "ratios": {}}]
     print_http_results(found)
     assert "TTFT" in capsys.readouterr().out
 

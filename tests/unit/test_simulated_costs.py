@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.made_traces import straight_costs
 from vllm_emssd.bench.costs import load_costs, shipped_costs
+from vllm_emssd.bench.learned_costs import costs_of_result
 from vllm_emssd.bench.roofline import (
     H100,
     LLAMA_70B,
@@ -70,6 +71,66 @@ def test_fixed_cost_by_requests() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match="h100-llama-70b-1b"):
         load_costs("h1000")
+
+
+def bench_result() -> dict[str, Any]:
+    """Steps of 3 ms besides the forwards, and one more with drafts."""
+
+    def method(step_ms: dict[str, float], draft_forwards: int) -> dict[str, Any]:
+        return {
+            "num_steps": 10,
+            "draft_forwards": draft_forwards,
+            "draft_rows": 4 * draft_forwards,
+            "step_ms": step_ms,
+        }
+
+    plain = {"target": 9.0, "draft model": 0.0, "drafting, rest": 0.0, "rest": 3.0}
+    auto = {"target": 9.0, "draft model": 7.0, "drafting, rest": 2.0, "rest": 3.0}
+    names = ("machine", "command", "commit", "vllm", "torch")
+    return {
+        "provenance": dict.fromkeys(names, "here"),
+        "arguments": {"model": "TARGET", "draft_model": "DRAFT"},
+        "results": [
+            {
+                "batch": batch,
+                "methods": {"plain": method(plain, 0), "auto": method(auto, 20)},
+            }
+            for batch in (8, 1)
+        ],
+        "costs": {"target": [[1, 9.0], [8, 9.5]], "draft": [[1, 1.0], [7, 7.0]]},
+    }
+
+
+def test_costs_are_learned_from_medians() -> None:
+    """Two draft forwards a step of four rows, 4 ms each, are not part of the rest."""
+    costs = costs_of_result(bench_result())
+    assert costs.fixed == [(1, 3.0), (8, 3.0)]
+    assert costs.speculation_ms == pytest.approx(7 + 2 + 3 - 2 * 4 - 3)
+    assert costs.target.points == [(1, 9.0), (8, 9.5)]
+    assert (costs.target.model, costs.draft.model) == ("TARGET", "DRAFT")
+    assert costs.provenance["machine"] == "here"
+
+
+@pytest.mark.parametrize("missing", ["costs", "plain"])
+def test_costs_need_plain_and_auto(missing: str) -> None:
+    result = bench_result()
+    if missing == "costs":
+        result["costs"] = {}
+    else:
+        del result["results"][0]["methods"]["plain"]
+    with pytest.raises(ValueError, match="methods plain and auto"):
+        costs_of_result(result)
+
+
+def test_kept_result_has_the_costs_that_were_shipped() -> None:
+    """`cpu-2core-epyc` names the file it was learned from."""
+    root = Path(__file__).parents[2]
+    shipped = load_costs("cpu-2core-epyc")
+    source = root / shipped.provenance["command"].split()[-1]
+    learned = costs_of_result(json.loads(source.read_text()))
+    assert [n for n, _ in learned.fixed] == [n for n, _ in shipped.fixed]
+    for (_, ours), (_, theirs) in zip(learned.fixed, shipped.fixed, strict=True):
+        assert ours == pytest.approx(theirs, abs=0.002)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ def test_named_workloads(name: str) -> None:
     assert min(stated["num_prompt_tokens"]) > 8
     assert stated["max_tokens"] == [32] * 24
     assert len(set(stated["sources"])) > 12
+    shortest = min(stated["num_prompt_tokens"])
+    assert first.summary()["num_prompt_tokens"]["least"] == shortest
+    assert first.summary()["num_requests"] == 24
+    assert all(s in stated["sampling"] for s in first.summary()["sampling"])
 
 
 def test_a_renamed_file_changes_one_name() -> None:

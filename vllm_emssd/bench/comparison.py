@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -169,8 +170,9 @@ def vanilla(
 
 
 def _summary(rounds: list[Round]) -> dict[str, Any]:
-    """Medians over the rounds."""
+    """Medians over the rounds; the histogram is of all rounds together."""
     dicts = [r.as_dict() for r in rounds]
+    accepted = sum((Counter(d["accepted_histogram"]) for d in dicts), Counter())
 
     def middle(of: Callable[[dict[str, Any]], float]) -> float:
         return float(median(map(of, dicts)))
@@ -179,6 +181,7 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
         "tokens_per_s": 1 / median(r.s_per_token for r in rounds),
         "seconds": median(r.seconds for r in rounds),
         "spread": spread([r.s_per_token for r in rounds]),
+        "num_rounds": len(rounds),
         **{
             name: middle(lambda d, name=name: d[name])  # type: ignore[misc]
             for name in (
@@ -187,6 +190,7 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
                 "num_draft_tokens",
                 "num_accepted_tokens",
                 "accepted_per_request_step",
+                "accepted_per_verified_row",
                 "target_rows",
                 "target_rows_decode",
                 "draft_rows",
@@ -198,6 +202,7 @@ def _summary(rounds: list[Round]) -> dict[str, Any]:
             part: middle(lambda d, of=of: of(d) / d["num_steps"])  # type: ignore[misc]
             for part, of in STEP_PARTS.items()
         },
+        "accepted_histogram": dict(sorted(accepted.items(), key=lambda n: int(n[0]))),
     }
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -94,6 +94,25 @@ class Measurement:
         """The same batch sizes and methods, measured again."""
         _add(self.rounds, other.rounds)
         _add(self.forwards, other.forwards)
+
+    def as_dict(self) -> dict[int, dict[str, list[dict[str, Any]]]]:
+        """Every round: by batch size, then by method."""
+        return {
+            batch: {
+                name: [r.as_dict() for r in done] for name, done in by_method.items()
+            }
+            for batch, by_method in self.rounds.items()
+        }
+
+    def last_costs(self) -> dict[str, Any]:
+        """What forwards cost by the engine's own tables in the end; empty where no
+        method has automatic lengths."""
+        found: dict[str, Any] = {}
+        for by_method in self.rounds.values():
+            for done in by_method.values():
+                for one in done:
+                    found = one.emssd_costs or found
+        return found
 
 
 def _add(

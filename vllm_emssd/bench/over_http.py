@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vllm_emssd.bench.comparison import ratios
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions
 from vllm_emssd.bench.harness import Plan, in_turns, progress_bars, start_each
 from vllm_emssd.bench.request import Request, Tokenizer
@@ -146,14 +147,21 @@ def _load(
 
 
 def summaries(rounds: HttpRounds) -> list[dict[str, Any]]:
-    """Medians by concurrency and method."""
+    """Medians by concurrency and method, and how many times as fast as another."""
     return [
         {
             "concurrency": concurrency,
             "methods": {
                 name: {key: median(one[key] for one in done) for key in KEPT}
+                | {"num_rounds": len(done)}
                 for name, done in by_method.items()
             },
+            "ratios": ratios(
+                {
+                    name: [1 / one["output_throughput"] for one in done]
+                    for name, done in by_method.items()
+                }
+            ),
         }
         for concurrency, by_method in rounds.items()
     ]

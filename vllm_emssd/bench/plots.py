@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vllm_emssd.bench.methods import DESCRIPTIONS, FIXED_LENGTH
+
 Result = dict[str, Any]
 SIZE = (7.5, 4.5)  # inches
-STYLES = ("o-", "s-", "^-", "v-", "D-", "P-", "X-", "*-", "<-", ">-", "h-")
+MARKERS = "os^vDPX*<>h"
+VLLM: dict[str, str] = {  # methods of vLLM's own, drawn in grey
+    "stock": "draft_model",
+    "ngram": "ngram",
+    "ngram-longest": "ngram, longest match",
+    "suffix": "suffix",
+}
 
 
 def draw_all(result: Result, folder: Path, prefix: str) -> list[Path]:
@@ -46,7 +53,7 @@ def draw_speed_up(axes: Axes, result: Result) -> None:
     positions = range(len(batches))
     axes.axhline(1.0, color="black", linewidth=1, label="plain")
     names = [name for name in _methods(result) if name != "plain"]
-    for name, style in zip(names, STYLES * len(names), strict=False):
+    for name, marker in zip(names, MARKERS * len(names), strict=False):
         title = f"{name}/plain"
         if title not in results[0]["ratios"]:
             continue
@@ -56,13 +63,30 @@ def draw_speed_up(axes: Axes, result: Result) -> None:
             [r["ratio"] - r["low"] for r in ratios],
             [r["high"] - r["ratio"] for r in ratios],
         ]
-        axes.errorbar(positions, middle, errors, fmt=style, capsize=3, label=name)
+        style = _style(name) | {"marker": marker, "label": label_of(name)}
+        axes.errorbar(positions, middle, errors, capsize=3, **style)
     _draw_vanilla(axes, results)
     axes.set_xticks(positions, [str(batch) for batch in batches])
-    axes.set_xlabel("batch size")
+    axes.set_xlabel("requests at once")
     axes.set_ylabel("speed over plain decoding")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
+
+
+def label_of(method: str) -> str:
+    """Says whose method it is; a user's own keeps its name."""
+    if method in VLLM:
+        return f"vLLM {VLLM[method]}"
+    if length := FIXED_LENGTH.fullmatch(method):
+        return f"emssd fixed {length[1]}"
+    return f"emssd {method}" if method in DESCRIPTIONS else method
+
+
+def _style(method: str) -> dict[str, Any]:
+    if method in VLLM:
+        return {"color": "grey", "linestyle": "--"}
+    is_one_length = FIXED_LENGTH.fullmatch(method)
+    return {"linestyle": "-", "linewidth": 0.8 if is_one_length else 2.0}
 
 
 def _draw_vanilla(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
@@ -94,12 +118,10 @@ def draw_rows(axes: Axes, result: Result) -> None:
 
 def draw_acceptance(axes: Axes, result: Result) -> None:
     """Share of request-steps by accepted drafts, at the largest batch."""
-    batch = str(result["results"][-1]["batch"])
-    by_method = result["rounds"].get(batch) or result["rounds"][int(batch)]
     drawn = {
         name: histogram
-        for name, rounds in by_method.items()
-        if (histogram := _histogram(rounds)).keys() - {0}
+        for name, method in result["results"][-1]["methods"].items()
+        if (histogram := _histogram(method)).keys() - {0}
     }
     width = 0.8 / max(len(drawn), 1)
     for i, (name, histogram) in enumerate(drawn.items()):
@@ -109,7 +131,7 @@ def draw_acceptance(axes: Axes, result: Result) -> None:
             [n + (i - (len(drawn) - 1) / 2) * width for n in accepted],
             [histogram[n] / total for n in accepted],
             width,
-            label=name,
+            label=label_of(name),
         )
     axes.set_xlabel(f"accepted drafts, {_batch(result)}")
     axes.set_ylabel("share of request-steps")
@@ -117,11 +139,8 @@ def draw_acceptance(axes: Axes, result: Result) -> None:
         axes.legend(fontsize=8)
 
 
-def _histogram(rounds: Sequence[dict[str, Any]]) -> Counter[int]:
-    total: Counter[int] = Counter()
-    for one in rounds:
-        total.update({int(n): c for n, c in one["accepted_histogram"].items()})
-    return total
+def _histogram(method: dict[str, Any]) -> dict[int, int]:
+    return {int(n): count for n, count in method["accepted_histogram"].items()}
 
 
 def draw_step_time(axes: Axes, result: Result) -> None:

@@ -40,8 +40,15 @@ def provenance() -> dict[str, Any]:
             torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
         ],
         "load_average": os.getloadavg(),
-        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "environment": environment(),
     }
+
+
+def environment() -> dict[str, str | None]:
+    """Of preloaded libraries the names alone, not where this machine keeps them."""
+    found = {name: os.environ.get(name) for name in ENVIRONMENT}
+    preloads = (found["LD_PRELOAD"] or "").split(":")
+    return found | {"LD_PRELOAD": ":".join(Path(p).name for p in preloads) or None}
 
 
 def commit(folder: Path) -> str:

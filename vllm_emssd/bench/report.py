@@ -15,6 +15,8 @@ from vllm_emssd.bench.comparison import geometric_means
 from vllm_emssd.bench.over_http import LATENCIES
 
 WIDTH = 160
+LINE = 800  # characters: a method and its medians
+DIGITS = 5
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:
@@ -61,8 +63,23 @@ def print_proposer_times(times: Sequence[dict[str, Any]]) -> None:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
+    """JSON for people: what fits a line is on one, floats have five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(result), indent=1) + "\n")
+    path.write_text(_lines(_plain(result)) + "\n")
+
+
+def _lines(value: Any, depth: int = 0) -> str:
+    on_one_line = json.dumps(value)
+    if not isinstance(value, dict | list) or len(on_one_line) <= LINE:
+        return on_one_line
+    indent = " " * (depth + 1)
+    if isinstance(value, dict):
+        items = [f"{json.dumps(k)}: {_lines(v, depth + 1)}" for k, v in value.items()]
+    else:
+        items = [_lines(item, depth + 1) for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    body = f",\n{indent}".join(items)
+    return f"{opening}\n{indent}{body}\n{indent[1:]}{closing}"
 
 
 def _speed(result: dict[str, Any], name: str) -> str:
@@ -185,10 +202,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan."""
+def _plain(value: Any) -> Any:
+    """As JSON has it: string keys, lists, no nan. Floats are rounded."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vllm_emssd.bench import copying, corpus
@@ -55,8 +56,21 @@ class Workload:
     name: str
     requests: list[Request]
 
+    def summary(self) -> dict[str, Any]:
+        """What a result file states of it. Lengths in tokens."""
+        return {
+            "name": self.name,
+            "num_requests": len(self.requests),
+            "num_prompt_tokens": _range(
+                [len(r.prompt_token_ids) for r in self.requests]
+            ),
+            "max_tokens": _range([r.max_tokens for r in self.requests]),
+            "last_arrival_ms": max(r.arrival_ms for r in self.requests),
+            "sampling": _distinct(r.sampling for r in self.requests),
+        }
+
     def as_dict(self) -> dict[str, Any]:
-        """What a result file states of it."""
+        """The same of each request, beside the rounds."""
         return {
             "name": self.name,
             "num_prompt_tokens": [len(r.prompt_token_ids) for r in self.requests],
@@ -65,6 +79,18 @@ class Workload:
             "arrival_ms": [r.arrival_ms for r in self.requests],
             "sources": [r.source for r in self.requests],
         }
+
+
+def _range(values: Sequence[int]) -> dict[str, float]:
+    return {"least": min(values), "median": median(values), "most": max(values)}
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def load_workload(

@@ -52,7 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"workloads:\n{_listing(workloads.DESCRIPTIONS)}"
     )
     parser.add_argument("--quick", action="store_true", help="a few minutes")
-    parser.add_argument("--output", type=Path, help="JSON file for everything measured")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file: medians, intervals, where from"
+    )
+    parser.add_argument(
+        "--save-rounds",
+        type=Path,
+        metavar="FILE",
+        help="JSON file for every single round, which is large",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--http",
@@ -188,9 +196,12 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, EngineError) as error:
         print(f"vllm-emssd bench: {error}", file=sys.stderr)
         return 1
+    rounds = measured.pop("raw", {})
+    said = {"provenance": provenance(), "arguments": arguments_of(args)}
     if args.output:
-        said = {"arguments": vars(args) | {"output": str(args.output)}}
-        write_result(args.output, {"provenance": provenance()} | said | measured)
+        write_result(args.output, said | measured)
+    if args.save_rounds:
+        write_result(args.save_rounds, said | rounds)
     return 0
 
 
@@ -200,6 +211,15 @@ def _check_model(model: str) -> None:
             "the default models are in the repository only, and this is an installed "
             "package; name others with --model and --draft-model"
         )
+
+
+def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given or have a default."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if value is not None and value is not False
+    }
 
 
 @contextmanager
@@ -226,16 +246,18 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         args.workload, tokenizer, workload_options(args), plan.most_requests()
     )
     options = engine_options_of(args, workload)
-    said = {"max_model_len": options.max_model_len, "workload": workload.as_dict()}
+    said = {"max_model_len": options.max_model_len, "workload": workload.summary()}
     if args.http:
         rounds = measure_over_http(plan, options, workload.requests, tokenizer)
         results = over_http.summaries(rounds)
         print_http_results(results)
-        return said | {"results": results, "rounds": rounds}
+        raw = {"workload": workload.as_dict(), "rounds": rounds}
+        return said | {"results": results, "raw": raw}
     measured = measure(plan, options, workload.requests)
     found = result_of(args, workload, measured)
     print_results(found["results"])
-    return said | found
+    raw = {"workload": workload.as_dict(), "rounds": measured.as_dict()}
+    return said | found | {"raw": raw}
 
 
 def method_options(args: argparse.Namespace) -> MethodOptions:
@@ -350,12 +372,7 @@ def result_of(
     return {
         "results": results,
         "geometric_means": geometric_means(results),
-        "rounds": {
-            batch: {
-                name: [r.as_dict() for r in done] for name, done in by_method.items()
-            }
-            for batch, by_method in measured.rounds.items()
-        },
+        "costs": measured.last_costs(),
     }
 
 
