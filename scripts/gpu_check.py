@@ -22,6 +22,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from vllm_emssd.bench.provenance import provenance
+from vllm_emssd.bench.report import write_result
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "docs/results"
@@ -118,8 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 def write_tests(output: Path, started: str, tests: list[dict[str, Any]]) -> int:
     """Returns how many failed."""
     result = {"provenance": provenance(), "started": started, "tests": tests}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(output, result)
     num_failed = sum(test["outcome"] == "failed" for test in tests)
     print(f"{len(tests)} tests, {num_failed} failed; wrote {output}")
     return num_failed if tests else 1
