@@ -109,10 +109,11 @@ def test_what_is_drawn() -> None:
 
 
 def test_figures_say_whose_method_it_is() -> None:
-    names = ("stock", "ngram-longest", "llma", "k3", "mine")
+    names = ("stock", "stock-k3", "ngram-longest", "llma", "k3", "mine")
     assert [label_of(name) for name in names] == [
         "vLLM draft_model",
-        "vLLM ngram, longest match",
+        "vLLM draft_model, k3",
+        "vLLM ngram, longest",
         "emssd llma",
         "emssd fixed 3",
         "mine",

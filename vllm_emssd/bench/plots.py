@@ -14,12 +14,8 @@ from vllm_emssd.bench.methods import DESCRIPTIONS, FIXED_LENGTH
 Result = dict[str, Any]
 SIZE = (7.5, 4.5)  # inches
 MARKERS = "os^vDPX*<>h"
-VLLM: dict[str, str] = {  # methods of vLLM's own, drawn in grey
-    "stock": "draft_model",
-    "ngram": "ngram",
-    "ngram-longest": "ngram, longest match",
-    "suffix": "suffix",
-}
+# Methods of vLLM's own, drawn in grey; a name may go on, as in ngram-longest, stock-k3.
+VLLM = {"stock": "draft_model", "ngram": "ngram", "suffix": "suffix"}
 
 
 def draw_all(result: Result, folder: Path, prefix: str) -> list[Path]:
@@ -39,7 +35,10 @@ def draw_all(result: Result, folder: Path, prefix: str) -> list[Path]:
 def _caption(result: Result) -> str:
     made = result["provenance"]
     workload = result["workload"]["name"]
-    return f"{workload}; {made['machine']}; vLLM {made['vllm']}; {made['commit']}"
+    said = [workload, made["machine"], f"vLLM {made['vllm']}", made["commit"]]
+    if "stock" in _methods(result) and "arguments" in result:
+        said.append(f"K = {result['arguments']['num_speculative_tokens']}")
+    return "; ".join(said)
 
 
 def _methods(result: Result) -> list[str]:
@@ -75,15 +74,16 @@ def draw_speed_up(axes: Axes, result: Result) -> None:
 
 def label_of(method: str) -> str:
     """Says whose method it is; a user's own keeps its name."""
-    if method in VLLM:
-        return f"vLLM {VLLM[method]}"
+    name, _, variant = method.partition("-")
+    if name in VLLM:
+        return f"vLLM {VLLM[name]}" + (f", {variant}" if variant else "")
     if length := FIXED_LENGTH.fullmatch(method):
         return f"emssd fixed {length[1]}"
     return f"emssd {method}" if method in DESCRIPTIONS else method
 
 
 def _style(method: str) -> dict[str, Any]:
-    if method in VLLM:
+    if method.partition("-")[0] in VLLM:
         return {"color": "grey", "linestyle": "--"}
     is_one_length = FIXED_LENGTH.fullmatch(method)
     return {"linestyle": "-", "linewidth": 0.8 if is_one_length else 2.0}
