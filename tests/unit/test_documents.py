@@ -119,7 +119,8 @@ def test_readme_tells_losses_too() -> None:
 
 def test_readme_base_of_stock_is_stated() -> None:
     """Its table says that draft_model ran with K = 5 only."""
-    assert "`draft_model` ran with K = 5 only" in " ".join(README.read_text().split())
+    text = " ".join(README.read_text().split())
+    assert "`stock` is `draft_model` with K = 5, the only K" in text
     for row in readme_rows():
         file = re.search(r"results/([\w.-]+)\)", row[5])
         assert file
