@@ -53,6 +53,11 @@ def _thinking(**parameters: Any) -> list[SamplingParams]:
     ]
 
 
+def _limited(max_draft_tokens: int) -> SamplingParams:
+    extra_args = {"emssd_max_draft_tokens": max_draft_tokens}
+    return _greedy(ignore_eos=True, extra_args=extra_args)
+
+
 CASES: dict[str, SamplingParams | list[SamplingParams]] = {
     "ignore_eos": _greedy(ignore_eos=True),
     "eos": _greedy(max_tokens=96),
@@ -118,6 +123,8 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
     ),
     "thinking_token_budget": _thinking(),
     "thinking_token_budget, seed": _thinking(temperature=0.9, seed=4),
+    "no drafts": _limited(0),
+    "at most one draft": _limited(1),
     "mixed batch": [
         _greedy(ignore_eos=True),
         _greedy(max_tokens=3),
@@ -135,6 +142,7 @@ NONE = _greedy(ignore_eos=True)
 STOCK_CASES = ("ignore_eos", "eos", "stop strings", "penalties", "bad_words", "json")
 # Nothing to draft, or a grammar too narrow for a drafter that does not know it.
 FEW_DRAFTS = (
+    "no drafts",
     "one token",
     "two tokens",
     "choice",
@@ -274,6 +282,17 @@ def test_drafts_are_accepted_as_by_stock(case: str) -> None:
 def test_copies_are_accepted(name: str) -> None:
     accepting = [c for c, seen in results(name).items() if seen.num_accepted_tokens]
     assert len(accepting) >= len(CASES) // 2
+
+
+@pytest.mark.parametrize("name", ["draft_model", "llma", "mixed"])
+def test_requests_may_limit_their_drafts(name: str) -> None:
+    seen = results(name)
+    assert seen["no drafts"].num_draft_tokens == 0
+    one = seen["at most one draft"]
+    num_tokens = sum(map(len, one.token_ids))
+    assert 0 < one.num_draft_tokens <= num_tokens - one.num_accepted_tokens
+    assert one.num_accepted_tokens > 0
+    assert seen["no drafts, beside"].num_draft_tokens > 0
 
 
 def stops_at_min_tokens() -> tuple[list[str], list[SamplingParams], list[list[int]]]:

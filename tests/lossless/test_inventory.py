@@ -77,7 +77,7 @@ SAMPLING: dict[str, list[str] | NoMatter] = {
     "structured_outputs": ["json", "regex", "choice", "grammar", "seed, grammar"],
     "logit_bias": ["logit_bias"],
     "allowed_token_ids": ["allowed_token_ids"],
-    "extra_args": NoMatter("only plugins and connectors read it"),
+    "extra_args": ["no drafts", "at most one draft"],
     "bad_words": ["bad_words"],
     "_bad_words_token_ids": FOLLOWS,
     "skip_reading_prefix_cache": ["no prefix cache"],

@@ -83,6 +83,7 @@ def run_all(path: Path) -> None:
                             [sorted(at.items()) for at in positions]
                             for positions in out.logprobs
                         ],
+                        "num_draft_tokens": out.num_draft_tokens,
                         "num_accepted_tokens": out.num_accepted_tokens,
                     }
     path.write_text(json.dumps(seen))

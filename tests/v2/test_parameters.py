@@ -55,3 +55,8 @@ def test_drafts_are_accepted() -> None:
             if results()[f"{name}: {case}, all"]["num_accepted_tokens"]
         ]
         assert len(accepting) >= len(V2_CASES) - 3
+
+
+def test_requests_may_limit_their_drafts() -> None:
+    assert results()["fixed: no drafts, all"]["num_draft_tokens"] == 0
+    assert results()["fixed: no drafts, beside"]["num_draft_tokens"] > 0

@@ -38,6 +38,7 @@ from vllm_emssd.integration.rejection_sampler import (
     UnpadRejectionSampler,
     UnpadSampler,
 )
+from vllm_emssd.integration.request_limits import RequestLimits
 from vllm_emssd.integration.row_rounding import RoundedRowsMixin
 from vllm_emssd.integration.sampling_v1 import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.step_failures import StepFailures
@@ -86,6 +87,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self.paged_drafter: PagedDrafter | None = None
         self._step_costs = None
         self._drafting_policy = None
+        self._request_limits = RequestLimits()
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         self._publisher = Publisher(self.counters, vllm_config)
         self._failures = StepFailures(self.counters, self.parallel_config)
@@ -171,6 +173,8 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
                 self.paged_drafter.draft_probs.pop(req_id, None)
         if self._cursor is not None:
             self._take_in_blocks(self._cursor, scheduler_output)
+        self._request_limits.release(scheduler_output.finished_req_ids)
+        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._take_in_references(scheduler_output)
         return super()._update_states(scheduler_output)
 
@@ -341,6 +345,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         most = np.clip(room, 0, self.num_spec_tokens)
         most[wanted <= 0] = 0  # this step was their last
         most[self._requests_of_custom_logitsprocs()] = 0
+        self._request_limits.apply(most, self.input_batch.req_id_to_index)
         return most
 
     def _num_wanted_tokens(self, num_tokens: np.ndarray) -> np.ndarray:

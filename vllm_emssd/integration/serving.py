@@ -1,8 +1,9 @@
 """The process that serves an emssd engine: what it does beside vLLM's own front end.
 
-It accepts requests that stock refuses with speculation, turns references into token
-ids, and shows the engine's counters on `/metrics`. The hooks are installed wherever a
-config for emssd is made or unpickled, and act only for engines that have one.
+It accepts requests that stock refuses with speculation, checks their limits of drafts,
+turns references into token ids, and shows the engine's counters on `/metrics`. The
+hooks are installed wherever a config for emssd is made or unpickled, and act only for
+engines that have one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vllm_emssd.integration.references import (
     has_text_reference,
     tokenize_reference,
 )
+from vllm_emssd.integration.request_limits import check_request_limit
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -59,7 +61,12 @@ def serve_engine(processor: Any) -> Callable[[SamplingParams], None] | None:
     if tag_of(config.speculative_config) is None:
         return None
     show_on_metrics(processor, config)
-    return partial(tokenize_reference, processor)
+
+    def process_params(params: SamplingParams) -> None:
+        check_request_limit(params)
+        tokenize_reference(processor, params)
+
+    return process_params
 
 
 def _make_init(stock: Callable[..., None]) -> Callable[..., None]:

@@ -50,6 +50,7 @@ from vllm_emssd.integration.paged_drafter_v2 import (
 from vllm_emssd.integration.placeholder_drafts import with_drafts_made
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.recorded_forwards_v2 import MOST_FIRST_ROWS
+from vllm_emssd.integration.request_limits import RequestLimits
 from vllm_emssd.integration.step_failures import StepFailures
 from vllm_emssd.integration.steps_v2 import (
     UnheardSteps,
@@ -101,6 +102,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._num_made: dict[str, int] = {}  # drafts that wait to be verified
         self._req_states = req_states
         self._constrained: set[str] = set()  # requests under a grammar
+        self._request_limits = RequestLimits()
         self._unheard = UnheardSteps()
         self._cursor: DraftCursor | LateDraftCursor  # both made with the KV cache
         self._proposer: DraftModelProposer
@@ -199,6 +201,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             for new in scheduler_output.scheduled_new_reqs
         ]
         self._unheard.admit(request.req_id for request in admitted)
+        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._constrained.update(
             new.req_id
             for new in scheduler_output.scheduled_new_reqs
@@ -221,6 +224,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._proposer.release(req_ids)
         self._unheard.release(req_ids)
         self._constrained.difference_update(req_ids)
+        self._request_limits.release(req_ids)
 
     def preempt(self, req_ids: Iterable[str]) -> None:
         """Forget drafts that will not be verified, and blocks that were taken away."""
@@ -373,6 +377,12 @@ class UnpadSpeculator(StandaloneARSpeculator):
         max_moved_by = most_accepted - accepted
         on_device = self._batch_on_device(input_batch, step, num_tokens, max_moved_by)
         self._drafter.start_step(on_device)
+        max_draft_tokens = self._max_draft_tokens(
+            num_tokens + max_moved_by, states.max_seq_len[idx_mapping_np]
+        )
+        if self._request_limits:
+            rows = {req_id: row for row, req_id in enumerate(step.req_ids)}
+            self._request_limits.apply(max_draft_tokens, rows)
         return DraftBatch(
             req_ids=step.req_ids,
             token_ids=KnownTokens(states.all_token_ids.gpu, on_device),
@@ -381,9 +391,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             num_scheduled_tokens=step.num_scheduled_tokens,
             num_prefilled_tokens=num_prefilled,
             is_sampling=step.is_sampling,
-            max_draft_tokens=self._max_draft_tokens(
-                num_tokens + max_moved_by, states.max_seq_len[idx_mapping_np]
-            ),
+            max_draft_tokens=max_draft_tokens,
         )
 
     def _batch_on_device(

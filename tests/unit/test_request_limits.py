@@ -1,0 +1,48 @@
+"""A request's own limit of drafts, checked in the front end and kept in the worker."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_emssd.integration.request_limits import RequestLimits, check_request_limit
+
+WRONG = [-1, True, 1.0, "2", None, [1]]
+
+
+def params_of(limit: Any) -> SamplingParams:
+    return SamplingParams(extra_args={"emssd_max_draft_tokens": limit})
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2**40])
+def test_accepted(limit: int) -> None:
+    check_request_limit(params_of(limit))
+    check_request_limit(SamplingParams())
+
+
+@pytest.mark.parametrize("limit", WRONG)
+def test_refused(limit: Any) -> None:
+    with pytest.raises(VLLMValidationError, match="emssd_max_draft_tokens must be an"):
+        check_request_limit(params_of(limit))
+
+
+def test_lowers_only_the_requests_that_have_one() -> None:
+    limits = RequestLimits()
+    given = {"a": 2, "b": 0, "c": 2**40, "odd": "x", "gone": 1}
+    limits.admit(
+        SimpleNamespace(req_id=req_id, sampling_params=params_of(limit))
+        for req_id, limit in given.items()
+    )
+    limits.admit([SimpleNamespace(req_id="pooling", sampling_params=None)])
+    limits.release(["gone", "never came"])
+    rows = {"free": 0, "a": 1, "b": 2, "c": 3, "odd": 4, "gone": 5}
+    most = np.full(len(rows), 5)
+    limits.apply(most, rows)
+    assert most.tolist() == [5, 2, 0, 5, 5, 5]
+    limits.release(["a", "b", "c"])
+    assert not limits
