@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": root},
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -50,7 +49,6 @@ def _run_all() -> dict[str, Any]:
         subprocess.run(
             [sys.executable, "-m", "tests.v2.runs", str(path)],
             cwd=REPO,
-            env=os.environ | {"PYTHONPATH": str(REPO)},
             check=True,
             timeout=TIMEOUT,
         )
