@@ -9,14 +9,11 @@ answer is tested beside it.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,15 +29,12 @@ if HAS_TRITON or not current_platform.is_cpu():
     pytest.skip("only the CPU build replaces its kernels", allow_module_level=True)
 
 from vllm.triton_utils import dispatcher
-from vllm.utils import cpu_triton_utils
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode import utils as spec_decode
 from vllm.v1.worker import block_table, mamba_utils
 
-from tests.module_at import module_at
-from tests.without_hooks import without
 from vllm_emssd.integration import cpu_fixes, hooks, scheduler
 
 UNTOUCHED = -9  # what a kernel must leave alone
@@ -48,7 +42,6 @@ PAD_SLOT_ID = -1
 PLACEHOLDER = -1
 RAGGED_COUNTS = [[3, 0, 1, 2, 0], [0, 0, 4], [1], [5], [0], [2, 2, 2]]
 ragged = pytest.mark.parametrize("counts", RAGGED_COUNTS, ids=str)
-PATCH = Path(__file__).parents[2] / "patches/vllm-0.32/0001-cpu-expand-kernel.patch"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,51 +152,6 @@ def test_our_expand(counts: list[int], dtype: torch.dtype) -> None:
 def test_our_expand_is_what_sampling_calls() -> None:
     expand = rejection_sampler.expand_batch_to_tokens
     check_expand(expand, [3, 0, 1], torch.float32)
-
-
-def test_fix_is_left_out_once_stock_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mended(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return cpu_fixes.expand_batch_to_tokens(*args, **kwargs)
-
-    with without(cpu_fixes.CPU_FIXES), monkeypatch.context() as context:
-        context.setattr(rejection_sampler, "expand_batch_to_tokens", mended)
-        # As in a worker, whose kernels are registered: the function itself is asked.
-        context.setattr(dispatcher, "_registry", {"registered": object()})
-        assert not hooks.is_needed(cpu_fixes.CPU_FIXES[0])
-        cpu_fixes.install_cpu_fixes()
-        assert rejection_sampler.expand_batch_to_tokens is mended
-        assert not hooks.is_installed(cpu_fixes.CPU_FIXES[0])
-
-
-@pytest.fixture(scope="module")
-def patched(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The installed module with the patch that we offer upstream."""
-    if shutil.which("patch") is None:
-        pytest.skip("patch(1) is not installed")
-    root = tmp_path_factory.mktemp("patched")
-    copy = root / "vllm/utils/cpu_triton_utils.py"
-    copy.parent.mkdir(parents=True)
-    shutil.copy(cpu_triton_utils.__file__, copy)
-    command = ["patch", "-p1", "--fuzz=0", "--input", str(PATCH)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return module_at(copy, "patched_cpu_triton_utils")
-
-
-@ragged
-@pytest.mark.parametrize("dtype", EXPAND_DTYPES, ids=str)
-def test_patched_expand(
-    patched: ModuleType, counts: list[int], dtype: torch.dtype
-) -> None:
-    check_expand(expand_with(patched._expand_kernel_impl), counts, dtype)
-
-
-def test_patched_expand_leaves_the_rest_of_a_longer_buffer(patched: ModuleType) -> None:
-    output = torch.full((5,), float(UNTOUCHED))
-    values = torch.tensor([0.5, 0.7])
-    patched._expand_kernel_impl(output, values, cumulative([2, 1]), 0, 1)
-    expected = torch.tensor([0.5, 0.5, 0.7, UNTOUCHED, UNTOUCHED])
-    torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
 # ----- rejection kernels, one step at a time -----

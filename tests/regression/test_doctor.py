@@ -189,20 +189,6 @@ def test_a_hook_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected (self, other)" in finding.fix
 
 
-def test_a_hook_that_vllm_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
-    unneeded = dataclasses.replace(
-        INVENTORY[0],
-        target="vllm.engine.arg_utils:gone",
-        is_upstream=lambda original: original is None,
-    )
-    monkeypatch.setattr(checkup, "INVENTORY", (unneeded,))
-    [finding] = checkup.check_hooks()
-    assert finding.state is State.OK
-    assert "is not needed" in finding.found
-
-
 @pytest.mark.parametrize(
     ("preload", "state", "advice"),
     [

@@ -43,17 +43,8 @@ def hook_of(
     path: str = "add",
     signature: str = "x, y",
     make: Callable[[Any], Any] = lambda stock: lambda x, y=0: stock(x, y) + 100,
-    is_upstream: Callable[[Any], bool] = lambda original: False,
 ) -> Hook:
-    return Hook(
-        f"{MODULE}:{path}",
-        "why",
-        signature,
-        "upstream",
-        "remove when",
-        make,
-        is_upstream=is_upstream,
-    )
+    return Hook(f"{MODULE}:{path}", "why", signature, "upstream", "remove when", make)
 
 
 RUN_HOOK = hook_of(
@@ -176,43 +167,12 @@ def test_installed_leaves_hooks_that_were_there(stub: types.ModuleType) -> None:
     assert stub.Runner.run is run
 
 
-# ------------------------------------------- a vLLM that has the change already
-
-
-def test_what_upstream_has_is_left_out(stub: types.ModuleType) -> None:
-    run = stub.Runner.run
-    unneeded = hook_of(is_upstream=lambda original: True)
-    hooks.install([unneeded, RUN_HOOK])
-    assert stub.add is add
-    assert not hooks.is_installed(unneeded)
-    assert stub.Runner.run is not run
-    hooks.undo([unneeded, RUN_HOOK])
-    assert stub.Runner.run is run
-
-
-def test_what_upstream_has_may_be_missing_or_changed(stub: types.ModuleType) -> None:
-    changed = hook_of("add", "x, y, z", is_upstream=lambda original: True)
-    missing = hook_of("subtract", is_upstream=lambda original: original is None)
-    hooks.install([changed, missing])
-    assert stub.add is add
-
-
-def test_upstream_is_asked_about_the_original(stub: types.ModuleType) -> None:
-    """Not about what took its place, so that installing twice stays once."""
-    asked = []
-    hook = hook_of(is_upstream=lambda original: bool(asked.append(original)))
-    hooks.install([hook])
-    hooks.install([hook])
-    assert asked == [add, add]
-
-
 def test_states(stub: types.ModuleType) -> None:
     hook = hook_of()
     assert hooks.state_of(hook) == ("ready", "")
     hooks.install([hook])
     assert hooks.state_of(hook) == ("in place", "")
     hooks.undo([hook])
-    assert hooks.state_of(hook_of(is_upstream=lambda _: True)) == ("upstream", "")
     for drifted in (DRIFTED_HOOK, MISSING_HOOK):
         state, detail = hooks.state_of(drifted)
         assert state == "changed"

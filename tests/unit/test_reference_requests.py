@@ -14,23 +14,18 @@ from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from tests.without_hooks import without
 from vllm_emssd.config import parse_speculative_config
-from vllm_emssd.integration import compat, hooks, serving
+from vllm_emssd.integration import serving
 from vllm_emssd.integration.engine_tag import attach_tag
 from vllm_emssd.integration.references import (
     MAX_BYTES_PER_TOKEN,
-    PREDICTION_HOOK,
     prediction_of,
     reference_of,
     reference_token_ids,
-    tokenize_reference,
 )
 from vllm_emssd.integration.serving import (
     ADD_REQUEST_HOOK,
     INPUT_PROCESSOR_HOOK,
-    install_serving_hooks,
-    serve_engine,
 )
 
 VOCABULARY, LENGTH = 300, 20
@@ -211,62 +206,6 @@ def test_request_carries_token_ids_and_the_users_parameters_stay() -> None:
     found = reference_of(sent, VOCABULARY)
     assert found is not None
     assert found.tolist() == [97, 98]
-
-
-@pytest.mark.parametrize(
-    ("extra_args", "sent"),
-    [
-        ({"prediction": "ab"}, {"emssd_reference": [97, 98]}),
-        ({"prediction": "ab", "emssd_reference": "c"}, {"emssd_reference": [99]}),
-        ({"other": 1}, {"other": 1}),
-        (None, None),
-    ],
-)
-def test_prediction_that_vllm_hands_on_is_a_reference(
-    monkeypatch: pytest.MonkeyPatch, extra_args: Any, sent: Any
-) -> None:
-    monkeypatch.setattr(hooks, "is_installed", lambda hook: hook is not PREDICTION_HOOK)
-    params = SamplingParams(extra_args=extra_args)
-    tokenize_reference(processor_of({}), params)
-    assert params.extra_args == sent
-
-
-def test_prediction_is_nothing_where_vllm_does_not_hand_it_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(hooks, "is_installed", lambda hook: True)
-    params = SamplingParams(extra_args={"prediction": 7})
-    tokenize_reference(processor_of({}), params)
-    assert params.extra_args == {"prediction": 7}
-
-
-def test_registry_takes_the_place_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where vLLM has patch 0009."""
-    registered: list[Any] = []
-    replaced = (INPUT_PROCESSOR_HOOK, ADD_REQUEST_HOOK)
-    assert all(map(hooks.is_needed, replaced))
-    monkeypatch.setattr(compat, "sampling_params_registrar", lambda: registered.append)
-    assert not any(map(hooks.is_needed, replaced))
-    install_serving_hooks()
-    assert registered == [serve_engine]
-
-
-def test_prediction_is_not_hooked_once_vllm_hands_it_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where vLLM has patch 0010; a field alone is not enough."""
-
-    def handed_on(self: Any, max_tokens: int, defaults: Any) -> SamplingParams:
-        text = self.model_extra["prediction"]["content"]
-        return SamplingParams(extra_args={"prediction": text})
-
-    owner, name = PREDICTION_HOOK.owner_and_name
-    with without([PREDICTION_HOOK]), monkeypatch.context() as context:
-        assert hooks.is_needed(PREDICTION_HOOK)
-        context.setattr(owner, name, handed_on)
-        assert not hooks.is_needed(PREDICTION_HOOK)
-        context.setattr(owner, name, lambda *args: SamplingParams())
-        assert hooks.is_needed(PREDICTION_HOOK)
 
 
 def test_proposer_that_does_not_copy_is_sent_nothing() -> None:

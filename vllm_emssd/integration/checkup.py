@@ -198,5 +198,4 @@ def check_hooks() -> Iterator[Finding]:
         if state == "changed":
             yield Finding("hook", State.WRONG, hook.target, difference)
         else:
-            found = "is not needed" if state == "upstream" else "fits"
-            yield Finding("hook", State.OK, f"{hook.target} {found}")
+            yield Finding("hook", State.OK, f"{hook.target} fits")

@@ -1,7 +1,7 @@
 """Repairs of vLLM's CPU kernels that sampled speculation needs to be exact.
 
 In place in every emssd worker on a CPU; for stock speculation on request, by
-`EMSSD_CPU_FIXES=1`. A fix whose upstream code turns out right is left out.
+`EMSSD_CPU_FIXES=1`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.hooks import Hook
 
 
@@ -49,7 +49,6 @@ CPU_FIXES = [
         make=_make,
         when="in an emssd worker on a CPU; for stock with EMSSD_CPU_FIXES=1",
         patch="0001-cpu-expand-kernel",
-        is_upstream=compat.expands_floats,
     )
 ]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from vllm_emssd.integration import compat
 from vllm_emssd.integration.hooks import Hook
 
 MOST_ROW_COUNTS = 256
@@ -33,18 +32,9 @@ KERNELS_HOOK = Hook(
     target="vllm._custom_ops:create_onednn_mm",
     why="linear layers keep the kernels of 32 row counts; ragged batches have more",
     signature="weight, primitive_cache_size",
-    upstream="a constant for the number of row counts, which plugins may raise",
-    remove_when="dispatch_cpu_unquantized_gemm names no number",
+    upstream="create_onednn_mm's default of 128 row counts, not 32",
+    remove_when="linear layers keep the kernels of all row counts they meet",
     make=_make,
     when="while an emssd worker on a CPU loads its models",
     patch="0011-onednn-primitive-cache-size",
-    is_upstream=compat.names_its_primitive_cache,
 )
-
-
-def keep_more_kernels() -> None:
-    """For a vLLM that does without the hook."""
-    from vllm.model_executor.layers import utils
-
-    if compat.names_its_primitive_cache():
-        setattr(utils, compat.PRIMITIVE_CACHE_SIZE, MOST_ROW_COUNTS)

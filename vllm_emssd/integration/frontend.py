@@ -24,7 +24,7 @@ from vllm_emssd.config import (
     EmssdConfig,
     parse_speculative_config,
 )
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.compat import check_vllm_version
 from vllm_emssd.integration.draft_checks import (
     check_draft_tokenizer,
@@ -65,22 +65,8 @@ _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
 
 
 def install_frontend_hook() -> None:
-    """Teach vLLM the method: by its own registry where it has one, else by the hook."""
-    if (register := compat.method_registrar()) is not None:
-        register(METHOD, _create_by_registry)
+    """Teach vLLM the method."""
     hooks.install([FRONTEND_HOOK])
-
-
-def _create_by_registry(
-    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
-) -> SpeculativeConfig:
-    stock = type(args).create_speculative_config
-    return _create_ours(stock, args, _asked(args), model_config, parallel_config)
-
-
-def _registry_suffices(original: Any) -> bool:
-    has_registry = compat.method_registrar() is not None
-    return has_registry and os.environ.get(CPU_FIXES_SWITCH) != "1"
 
 
 def _make_hook(
@@ -107,12 +93,11 @@ FRONTEND_HOOK = hooks.Hook(
     target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
     why="vLLM's speculative methods are a closed list",
     signature="self, target_model_config, target_parallel_config",
-    upstream="a registry for speculative methods",
-    remove_when="vLLM lets a plugin register a speculative method",
+    upstream="options for custom_class, then its worker and scheduler class",
+    remove_when="a plugin's custom_class brings its options, worker and scheduler",
     make=_make_hook,
     when="always; passes every other method through",
-    patch="0002-speculative-method-registry",
-    is_upstream=_registry_suffices,
+    patch="0002-custom-class-options",
 )
 
 

@@ -1,10 +1,9 @@
 """Replacing a name of vLLM's, where it offers no extension point.
 
 Every replacement in the plugin is a `Hook` (all are listed in `inventory.py`): what is
-replaced, why, the signature it was written against, and what would remove it. A hook
-that this vLLM does not need (see `patches/`) is left out; a changed signature stops the
-start; a set of hooks is installed wholly or not at all; installing twice is installing
-once; undo restores the original object.
+replaced, why, the signature it was written against, and what would remove it. A changed
+signature stops the start; a set of hooks is installed wholly or not at all; installing
+twice is installing once; undo restores the original object.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ class Hook:
     remove_when: str
     make: Callable[[Any], Any]  # original -> replacement
     when: str = ""  # it is in place
-    patch: str = ""  # the change offered to vLLM, a file name of patches/vllm-*/
-    # Whether this vLLM does without the hook, told from the original (None: missing).
-    is_upstream: Callable[[Any], bool] = lambda original: False
+    patch: str = ""  # the change offered to vLLM, a file name of patches/
 
     @property
     def owner_and_name(self) -> tuple[Any, str]:
@@ -69,28 +66,17 @@ def check(hook: Hook) -> None:
         )
 
 
-def is_needed(hook: Hook) -> bool:
-    """False where this vLLM does by itself what the hook is for."""
-    try:
-        original = hook.original()
-    except (ImportError, AttributeError):
-        original = None
-    return not hook.is_upstream(original)
-
-
-State = Literal["in place", "ready", "upstream", "changed"]
+State = Literal["in place", "ready", "changed"]
 
 
 def state_of(hook: Hook) -> tuple[State, str]:
     """How a hook stands in this process, and for a changed one the difference.
 
-    "in place"; "ready" to be installed, the signature is as expected; not needed, since
-    "upstream" has it; or "changed", so that it cannot be installed.
+    "in place"; "ready" to be installed, the signature is as expected; or "changed", so
+    that it cannot be installed.
     """
     if is_installed(hook):
         return "in place", ""
-    if not is_needed(hook):
-        return "upstream", ""
     try:
         check(hook)
     except RuntimeError as error:
@@ -99,13 +85,14 @@ def state_of(hook: Hook) -> tuple[State, str]:
 
 
 def install(hooks: Sequence[Hook]) -> None:
-    """Install all hooks that this vLLM needs or, where one does not fit, none.
-    Idempotent."""
-    needed = [hook for hook in hooks if is_needed(hook)]
-    for hook in needed:
+    """Install all hooks or, where one does not fit this vLLM, none. Idempotent.
+
+    Raises: RuntimeError naming the target, what differs and the versions that fit.
+    """
+    for hook in hooks:
         check(hook)
     replacements = []
-    for hook in needed:
+    for hook in hooks:
         if hook.target not in _originals:
             owner, name = hook.owner_and_name
             original = getattr(owner, name)

@@ -34,7 +34,6 @@ INVENTORY: tuple[Hook, ...] = (
 STATE_MEANS: dict[State, str] = {
     "in place": "in place in this process",
     "ready": "not in place here; the signature is as expected",
-    "upstream": "not needed: this vLLM has the change",
     "changed": "does not fit this vLLM",
 }
 
@@ -80,12 +79,13 @@ def hook_rows(inventory: Sequence[Hook] = INVENTORY) -> list[HookRow]:
 def describe(row: HookRow) -> str:
     """A row as a few lines of text."""
     lines = [f"{row.target}", f"    state:       {STATE_MEANS[row.state]}"]
+    patch = f" (patches/{row.patch}.patch)" if row.patch else ""
     if row.detail:
         lines.append(f"                 {row.detail}")
     lines += [
         f"    in place:    {row.when}",
         f"    why:         {row.why}",
-        f"    upstream:    {row.upstream} (patches/vllm-*/{row.patch}.patch)",
+        f"    upstream:    {row.upstream}{patch}",
         f"    remove when: {row.remove_when}",
     ]
     return "\n".join(lines)

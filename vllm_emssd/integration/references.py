@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.emssd.references")
 
 REFERENCE_KEY = "emssd_reference"
-PREDICTION_KEY = "prediction"  # where a vLLM with patch 0010 hands it on
 MAX_BYTES_PER_TOKEN = 32  # of a reference's text, before it is tokenized
 
 
@@ -97,9 +96,7 @@ def reference_of(params: SamplingParams | None, vocab_size: int) -> np.ndarray |
 def has_text_reference(params: Any) -> bool:
     """Whether these parameters hold a text that is to be tokenized."""
     extra_args = getattr(params, "extra_args", None) or {}
-    return any(
-        isinstance(extra_args.get(key), str) for key in (REFERENCE_KEY, PREDICTION_KEY)
-    )
+    return isinstance(extra_args.get(REFERENCE_KEY), str)
 
 
 def tokenize_reference(processor: Any, params: SamplingParams) -> None:
@@ -112,9 +109,6 @@ def tokenize_reference(processor: Any, params: SamplingParams) -> None:
     """
     extra_args = dict(params.extra_args or {})
     reference = extra_args.get(REFERENCE_KEY)
-    if not hooks.is_installed(PREDICTION_HOOK):  # vLLM hands it on
-        prediction = extra_args.pop(PREDICTION_KEY, None)
-        reference = prediction if reference is None else reference
     if reference is None:
         return
     config = EmssdConfig.carried_by(processor.vllm_config.additional_config)
@@ -183,6 +177,4 @@ PREDICTION_HOOK = hooks.Hook(
     remove_when="vLLM hands prediction on in SamplingParams",
     make=_make_to_sampling_params,
     when="in processes that a config for emssd reaches; requests with prediction only",
-    patch="0010-prediction-in-extra-args",
-    is_upstream=compat.hands_prediction_on,
 )

@@ -27,8 +27,6 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_emssd.integration.compat import applies_with_drafts
-
 
 class UnpadSampler(Sampler):
     """The plain sampler, which also samples the row behind each request's drafts."""
@@ -222,12 +220,9 @@ class UnpadRejectionSampler(RejectionSampler):
         metadata: SpecDecodeMetadata,
     ) -> torch.Tensor:
         processors = sampling_metadata.logitsprocs
-        if not applies_with_drafts(LogitBiasLogitsProcessor):
-            add_logit_bias(logits, processors, metadata.num_draft_tokens)
+        add_logit_bias(logits, processors, metadata.num_draft_tokens)
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
-        if not (
-            sampling_metadata.all_greedy or applies_with_drafts(MinPLogitsProcessor)
-        ):
+        if not sampling_metadata.all_greedy:
             mask_below_min_p(
                 logits,
                 processors,

@@ -33,10 +33,7 @@ from vllm_emssd.integration.publisher import Publisher
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.rejection_sampler_v2 import UnpadRejectionSamplerV2
-from vllm_emssd.integration.speculator_hook import (
-    INIT_SPECULATOR_HOOK,
-    register_speculator,
-)
+from vllm_emssd.integration.speculator_hook import INIT_SPECULATOR_HOOK
 from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
 from vllm_emssd.integration.step_costs import (
     CONTEXT,
@@ -90,7 +87,6 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
         refuse_options(self.emssd_config)
         refuse_deployment(vllm_config, self.emssd_config)
-        register_speculator()
         with hooks.installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._is_async = vllm_config.scheduler_config.async_scheduling

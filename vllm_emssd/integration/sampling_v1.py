@@ -16,19 +16,17 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import (
     BUILTIN_LOGITS_PROCESSORS,
     AdapterLogitsProcessor,
     LogitsProcessors,
-    build_logitsprocs,
 )
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.scorer import VerifiedRows
 
@@ -58,8 +56,6 @@ LOGITSPROCS_HOOK = hooks.Hook(
     remove_when="stock builds all processors with speculation on",
     make=_make_logitsprocs_hook,
     when="while an emssd worker makes its runner",
-    patch="0004-overridable-logits-processors",
-    is_upstream=compat.runner_builds_logitsprocs_in_a_method,
 )
 
 
@@ -79,14 +75,6 @@ class UnpadSamplingMixin(GPUModelRunner):
     emssd_config: EmssdConfig
     paged_drafter: PagedDrafter | None
     num_real_drafts: dict[str, int]  # of each request's drafts, filler not counted
-
-    def _build_logitsprocs(self, custom_logitsprocs: Any) -> LogitsProcessors:
-        """Called by a vLLM that needs no `LOGITSPROCS_HOOK`."""
-        plain = copy.copy(self.vllm_config)
-        plain.speculative_config = None
-        return build_logitsprocs(
-            plain, self.device, PIN_MEMORY, self.is_pooling_model, custom_logitsprocs
-        )
 
     def _sample(
         self,

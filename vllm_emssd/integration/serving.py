@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.engine_tag import tag_of
 from vllm_emssd.integration.prometheus import show_on_metrics
 from vllm_emssd.integration.references import (
@@ -49,7 +49,6 @@ VALIDATION_HOOK = hooks.Hook(
     make=_make_validation_hook,
     when="in processes that a config for emssd reaches; passes other methods through",
     patch="0003-min-p-and-logit-bias-with-drafts",
-    is_upstream=compat.accepts_min_p_and_logit_bias,
 )
 
 
@@ -97,10 +96,6 @@ def _process_inputs(
     return request
 
 
-def _plugins_process_params(original: Any) -> bool:
-    return compat.sampling_params_registrar() is not None
-
-
 INPUT_PROCESSOR_HOOK = hooks.Hook(
     target="vllm.v1.engine.input_processor:InputProcessor.__init__",
     why=(
@@ -113,7 +108,6 @@ INPUT_PROCESSOR_HOOK = hooks.Hook(
     make=_make_init,
     when="in processes that a config for emssd reaches; acts on engines of emssd only",
     patch="0009-sampling-params-processors",
-    is_upstream=_plugins_process_params,
 )
 
 
@@ -149,7 +143,6 @@ ADD_REQUEST_HOOK = hooks.Hook(
     make=_make_add_request,
     when="likewise; acts on requests with a text reference only",
     patch="0009-sampling-params-processors",
-    is_upstream=_plugins_process_params,
 )
 
 SERVING_HOOKS = (
@@ -163,5 +156,3 @@ SERVING_HOOKS = (
 def install_serving_hooks() -> None:
     """Idempotent. Raises RuntimeError where one does not fit this vLLM."""
     hooks.install(SERVING_HOOKS)
-    if (register := compat.sampling_params_registrar()) is not None:
-        register(serve_engine)

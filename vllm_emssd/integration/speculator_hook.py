@@ -6,8 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
 
 INIT_SPECULATOR_HOOK = hooks.Hook(
@@ -19,26 +18,10 @@ INIT_SPECULATOR_HOOK = hooks.Hook(
     make=lambda stock: _make_speculator,
     when="while an emssd worker makes its V2 runner",
     patch="0007-speculator-registry",
-    is_upstream=lambda _: compat.speculator_registrar() is not None,
 )
-
-
-def register_speculator() -> None:
-    """What takes the place of `INIT_SPECULATOR_HOOK` in a vLLM that needs none."""
-    if (register := compat.speculator_registrar()) is not None:
-        register(_speculator_of)
 
 
 def _make_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> UnpadSpeculator:
     return UnpadSpeculator(vllm_config, device, req_states=req_states)
-
-
-def _speculator_of(
-    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
-) -> UnpadSpeculator | None:
-    """None for who did not ask for emssd."""
-    if EmssdConfig.carried_by(vllm_config.additional_config) is None:
-        return None
-    return _make_speculator(vllm_config, device, req_states)

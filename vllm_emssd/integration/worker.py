@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_emssd.integration import compat, hooks
+from vllm_emssd.integration import hooks
 from vllm_emssd.integration.cpu_fixes import install_cpu_fixes
-from vllm_emssd.integration.cpu_kernels import KERNELS_HOOK, keep_more_kernels
+from vllm_emssd.integration.cpu_kernels import KERNELS_HOOK
 from vllm_emssd.integration.runner_v1 import UnpadCPUModelRunner
 from vllm_emssd.integration.shared_memory import remove_names
 from vllm_emssd.integration.worker_mixins import EmssdWorkerMixin
@@ -23,7 +22,6 @@ CPU_RUNNER_HOOK = hooks.Hook(
     make=lambda stock: UnpadCPUModelRunner,
     when="while an emssd worker makes its device ready",
     patch="0005-overridable-cpu-model-runner",
-    is_upstream=compat.cpu_worker_makes_runner_in_a_method,
 )
 
 
@@ -42,7 +40,6 @@ CPU_RUNNER_V2_HOOK = hooks.Hook(
     make=_make_cpu_runner_v2,
     when="while an emssd worker makes its device ready for the V2 runner",
     patch="0005-overridable-cpu-model-runner",
-    is_upstream=compat.cpu_worker_makes_runner_in_a_method,
 )
 
 
@@ -62,12 +59,5 @@ class UnpadCPUWorker(EmssdWorkerMixin, FixedCPUWorker):
         remove_names()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        keep_more_kernels()
         with hooks.installed([KERNELS_HOOK]):
             super().load_model(*args, **kwargs)
-
-    def _make_model_runner(self) -> CPUModelRunner:
-        """Called by a vLLM that needs neither hook."""
-        if self.use_v2_model_runner:
-            return _make_cpu_runner_v2(None)(self.vllm_config, self.device)
-        return UnpadCPUModelRunner(self.vllm_config, self.device)
