@@ -225,7 +225,7 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
             return name
 
     done = Fed()._run_batch(requests(1, 2, 3, 4), most, is_continuous)
-    assert done == num_tokens
+    assert sum(map(len, done)) == num_tokens
     assert counting.concurrency == seen
     assert len(counting.aborted) == num_aborted
 

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from vllm_emssd.bench.methods import Method, Setting
@@ -30,6 +32,7 @@ class EngineOptions:
     kv_cache_mib: int = 512
     fix_cpu_sampling: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # more of `vllm.LLM`'s
+    logs: Path | None = None  # folder that gets what each engine prints
 
 
 class EngineError(RuntimeError):
@@ -98,6 +101,8 @@ class EngineProcess:
 
 
 def _serve(method: Method, options: EngineOptions, pipe: Connection) -> None:
+    if options.logs is not None:
+        _print_into(options.logs / f"{method.name}.log")
     try:
         engine = _Engine(method, options)
         pipe.send("ready")
@@ -107,6 +112,14 @@ def _serve(method: Method, options: EngineOptions, pipe: Connection) -> None:
         return
     except Exception:
         pipe.send(traceback.format_exc())
+
+
+def _print_into(log: Path) -> None:
+    """Sends all that this process prints, compiled code too, to a file."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 class _Engine:
@@ -158,8 +171,9 @@ class _Engine:
         stats, preemptions = self._emssd_stats(), self._num_preemptions()
         start = time.perf_counter()
         for batch in batches:
-            done.num_tokens += self._run_batch(batch, max_concurrency, is_continuous)
+            done.outputs += self._run_batch(batch, max_concurrency, is_continuous)
         done.seconds = time.perf_counter() - start
+        done.num_tokens = sum(map(len, done.outputs))
         done.num_preemptions = self._num_preemptions() - preemptions
         now = self._emssd_stats()
         done.emssd_stats = {name: now[name] - stats[name] for name in now}
@@ -169,10 +183,11 @@ class _Engine:
 
     def _run_batch(
         self, batch: list[Request], max_concurrency: int, is_continuous: bool
-    ) -> int:
-        """Returns how many tokens came out."""
-        engine, num_tokens = self._llm.llm_engine, 0
-        running: dict[str, int] = {}  # tokens that came out
+    ) -> list[list[int]]:
+        """The tokens of each request, in the order in which they started."""
+        engine = self._llm.llm_engine
+        outputs: dict[str, Sequence[int]] = {}
+        running: set[str] = set()
         waiting = sorted(batch, key=lambda request: request.arrival_ms)
         start = time.perf_counter()
         while waiting or engine.has_unfinished_requests():
@@ -182,26 +197,29 @@ class _Engine:
                 and waiting[0].arrival_ms <= elapsed_ms
                 and len(running) < max_concurrency
             ):
-                running[self._add(waiting.pop(0))] = 0
+                name = self._add(waiting.pop(0))
+                running.add(name)
+                outputs[name] = []
             if is_continuous and not waiting:
                 break
             if not engine.has_unfinished_requests():
                 time.sleep((waiting[0].arrival_ms - elapsed_ms) / 1e3)
                 continue
             for output in engine.step():
-                num_out = len(output.outputs[0].token_ids)  # type: ignore[union-attr]
-                running[output.request_id] = num_out
+                tokens = output.outputs[0].token_ids  # type: ignore[union-attr]
+                outputs[output.request_id] = tokens
                 if output.finished:
-                    num_tokens += running.pop(output.request_id)
-        num_tokens += sum(running.values())
+                    running.discard(output.request_id)
         engine.abort_request(list(running))
-        return num_tokens
+        return [list(tokens) for tokens in outputs.values()]
 
     def _add(self, request: Request) -> str:
         from vllm import SamplingParams
 
         params = SamplingParams(
-            max_tokens=request.max_tokens, ignore_eos=True, **request.sampling
+            max_tokens=request.max_tokens,
+            ignore_eos=not request.stops_at_eos,
+            **request.sampling,
         )
         index = self._stopwatch.request_index
         self._num_requests += 1

@@ -33,6 +33,7 @@ class Prompt:
     sampling: dict[str, Any] = field(default_factory=dict)
     arrival_ms: float | None = None
     source: str = ""
+    stops_at_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Request:
     sampling: dict[str, Any]  # keys of SAMPLING_KEYS
     arrival_ms: float = 0.0
     source: str = ""
+    stops_at_eos: bool = False  # else it goes on to max_tokens
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
