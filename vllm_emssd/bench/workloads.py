@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm_emssd.bench import copying, corpus
+from vllm_emssd.bench import chats, copying, corpus
+from vllm_emssd.bench.chats import Builder
 from vllm_emssd.bench.prompt_files import read_jsonl
 from vllm_emssd.bench.public_sets import (
     PUBLIC_SETS,
@@ -30,15 +31,16 @@ DESCRIPTIONS: dict[str, str] = {
     "mixed": "copy, completion and prose in turns",
     "half-copy": "copy and completion in turns",
     "half-copy-random": "copy, greedy, and prose at temperature 0.7, in turns",
+    "question": "open questions to a chat model; answers end where the model ends them",
+    "summary": "passages of this project's documents and Python's manual, to sum up",
+    "edit": "passages and functions, to be returned with a small change",
+    "chats": "question, edit and summary in turns",
     "half-random": "completion, greedy, and prose at temperature 1, in turns",
     **{name: known.description for name, known in PUBLIC_SETS.items()},
     "hf:OWNER/NAME:SPLIT:COLUMN": "a data set of Hugging Face's",
     "sharegpt:FILE.json": "a ShareGPT file",
     "FILE.jsonl": "a line a request: prompt (or turns), max_tokens, temperature, ...",
 }
-
-
-Builder = Callable[[Tokenizer, int], list[Prompt]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def requests_of(
                 else prompt.arrival_ms
             ),
             prompt.source,
+            prompt.stops_at_eos,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -185,7 +188,14 @@ def _at_temperature(temperature: float, kind: Builder) -> Builder:
     return build
 
 
+CHATS: dict[str, Builder] = {
+    "question": chats.in_chat_format(chats.questions),
+    "edit": chats.in_chat_format(chats.edits),
+    "summary": chats.in_chat_format(chats.summaries),
+}
 BUILDERS: dict[str, Builder] = {
+    **CHATS,
+    "chats": _in_turns(*CHATS.values()),
     "copy": copying.copying_prompts,
     "copy-rename": copying.renamed_files,
     "copy-quote": copying.quotations,
