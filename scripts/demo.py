@@ -1,369 +1,334 @@
 #!/usr/bin/env python3
-"""Compare plain decoding, stock draft-model speculation, and emssd fixed and automatic.
+"""Serve chats, edits and summaries with and without emssd, and compare.
 
-Starts `vllm serve` four times, one after the other, with the same flags, sends
-each the same concurrent prompts through the OpenAI client and shows tokens/s,
-acceptance, draft rows, and whether the greedy outputs are the same tokens.
-Exits with 1 if they are not, or if a server failed.
+The chat model is SmolLM2-135M-Instruct from the package index, with the draft model
+of this repository; without a network, the small pair that is shipped. All engines stay
+up and take turns, so that whatever else the machine does falls on all of them. Prints
+a table, draws a figure and checks that all give the tokens of plain decoding.
+Exits with 1 if they do not, or if an engine failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import math
 import os
 import shlex
 import signal
-import statistics
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
-from itertools import combinations
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-import httpx
-import openai
-import torch
-from rich import box, progress
+from fetch_smollm2 import FetchError, fetch_pair
+from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import AutoTokenizer
 
+from vllm_emssd.bench.comparison import compare_all
+from vllm_emssd.bench.engine_process import EngineError, EngineOptions
+from vllm_emssd.bench.harness import Measurement, Plan, measure
 from vllm_emssd.bench.methods import Method
-from vllm_emssd.bench.provenance import commit, processor
-from vllm_emssd.bench.server_process import (
-    ServerError,
-    ServerProcess,
-    free_port,
-    server_process,
-    vllm_command,
+from vllm_emssd.bench.plots import SIZE, draw_speed_up
+from vllm_emssd.bench.provenance import provenance
+from vllm_emssd.bench.request import Request
+from vllm_emssd.bench.round import Round
+from vllm_emssd.bench.workloads import CHATS, WorkloadOptions, load_workload
+from vllm_emssd.commands.bench import shared_gpu
+from vllm_emssd.integration.cpu_settings import (
+    cpu_settings,
+    has_nvidia_gpu,
+    num_cpus,
 )
-from vllm_emssd.integration.cpu_settings import find_preloads, num_cpus
 
-REPO = Path(__file__).resolve().parent.parent
+MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
-MAX_TOKENS = 128
-SERVER_FLAGS = shlex.split(
-    "--served-model-name target --dtype float32 --enforce-eager --max-model-len 2048 "
-    f"--no-enable-prefix-caching --max-num-seqs {NUM_PROMPTS} "
-    f"--kv-cache-memory-bytes {512 << 20} --host 127.0.0.1"
-)
-START_SECONDS, REQUEST_SECONDS = 180, 180
-LOG_TAIL_LINES = 40
+MAX_PROMPT_TOKENS = 320
+KV_CACHE_MIB = 512
+MAX_MODEL_LEN = 512
+COPIES = {"check_length": 2, "copy_length": 7}
 
+Result = dict[str, Any]  # of one number of requests at once
 console = Console()
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    seconds: float
-    outputs: list[tuple[int, ...]]
+class Prompts:
+    """What is asked, and of which kind each is."""
 
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One method's rounds, the first a warm-up, and the counts of the timed ones."""
-
-    method: str
-    rounds: list[Round]
-    counts: Counter[str]
-
-    @property
-    def speeds(self) -> list[float]:
-        return [sum(map(len, r.outputs)) / r.seconds for r in self.rounds[1:]]
-
-    @property
-    def speed(self) -> float:
-        return statistics.median(self.speeds)
-
-    @property
-    def acceptance_length(self) -> float | None:
-        drafts = self.counts["vllm:spec_decode_num_drafts_total"]
-        accepted = self.counts["vllm:spec_decode_num_accepted_tokens_total"]
-        return 1 + accepted / drafts if drafts else None
-
-    def same_outputs(self, plain: Result) -> list[bool]:
-        """By prompt: did every round, warm-up too, give plain's first tokens?"""
-        by_prompt = zip(*(r.outputs for r in self.rounds), strict=True)
-        expected = plain.rounds[0].outputs
-        return [
-            set(tokens) == {right}
-            for tokens, right in zip(by_prompt, expected, strict=True)
-        ]
+    kinds: list[str]
+    requests: list[Request]
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/demo", description=__doc__.splitlines()[0]
     )
-    models, add = REPO / "models", parser.add_argument
-    add("--model", default=str(models / "target"))
-    add("--draft-model", default=str(models / "draft"))
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer methods, rounds and tokens")
+    add("--shipped", action="store_true", help="the shipped pair, no chat model")
+    add("--model", help="a chat model of your own; needs --draft-model")
+    add("--draft-model", help="with the same tokenizer")
+    add("--batches", type=int, nargs="+", help="chats at once (default: 1 8 24)")
+    add("--rounds", type=int, help="timed, of each method and number of chats")
     add(
-        "--prompts", default=str(models / "prompts.jsonl"), help='{"prompt": ...} lines'
+        "--dtype",
+        default="float32",
+        help="default: float32, in which equal methods give equal tokens; bfloat16 "
+        "rounds differently with the number of rows, and near-ties may differ",
     )
-    add("--num-speculative-tokens", type=int, default=5)
-    add("--rounds", type=int, default=3, help="timed rounds a method")
-    add("--keep", action="store_true", help="leave the emssd server up at the end")
+    add("--figure", type=Path, default=Path("demo.png"), help="where to draw it")
     options = parser.parse_args()
-    for path in (options.model, options.draft_model, options.prompts):
-        if Path(path).is_absolute() and not Path(path).exists():
-            parser.error(f"{path} does not exist")
+    if (options.model is None) != (options.draft_model is None):
+        parser.error("--model and --draft-model go together")
+    options.batches = options.batches or ([8, 24] if options.quick else [1, 8, 24])
+    options.rounds = options.rounds or (2 if options.quick else 3)
+    if min(options.batches) < 1 or max(options.batches) > NUM_PROMPTS:
+        parser.error(f"--batches must be from 1 to {NUM_PROMPTS}")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
 
 
-def list_methods(options: argparse.Namespace) -> list[Method]:
-    draft = {
-        "model": options.draft_model,
-        "num_speculative_tokens": options.num_speculative_tokens,
+def choose_pair(options: argparse.Namespace) -> tuple[Path | str, Path | str]:
+    if options.model is not None:
+        return options.model, options.draft_model
+    if not options.shipped:
+        try:
+            return fetch_pair(say=lambda text: console.print(text, highlight=False))
+        except FetchError as error:
+            console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+            console.print("Going on with the small pair that is in the repository.")
+    return MODELS / "target", MODELS / "draft"
+
+
+def read_prompts(tokenizer: Any, max_tokens: int) -> Prompts:
+    """24, the kinds in turns; completions where the model has no chat template."""
+    workload, kinds = "chats", [*CHATS]
+    if tokenizer.chat_template is None:
+        workload, kinds = "completion", ["completion"]
+    options = WorkloadOptions(max_tokens, MAX_PROMPT_TOKENS)
+    requests = load_workload(workload, tokenizer, options, NUM_PROMPTS).requests
+    return Prompts(kinds * (NUM_PROMPTS // len(kinds)), requests)
+
+
+def list_methods(draft_model: Path | str, quick: bool) -> list[Method]:
+    model = {"model": str(draft_model)}
+    stock = model | {"method": "draft_model"}
+    auto = model | {"method": "emssd", "num_speculative_tokens": 8}
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": COPIES["copy_length"],
+        "prompt_lookup_min": COPIES["check_length"],
+        "prompt_lookup_max": COPIES["check_length"],
     }
     return [
         Method("plain", None),
-        Method("stock", {"method": "draft_model", **draft}),
-        Method("emssd-fixed", {"method": "emssd", "draft_length": "fixed", **draft}),
-        Method("emssd", {"method": "emssd", **draft}),
+        *(
+            Method(f"stock K={k}", stock | {"num_speculative_tokens": k})
+            for k in ((2, 5) if quick else (1, 3, 5))
+        ),
+        Method("stock ngram", ngram),
+        Method("emssd auto", auto),
+        Method("emssd mixed", auto | COPIES | {"proposer": "mixed"}),
     ]
 
 
-def read_prompts(path: str) -> list[str]:
-    lines = Path(path).read_text().splitlines()[:NUM_PROMPTS]
-    return [json.loads(line)["prompt"] for line in lines]
-
-
-def server_environment(method: Method) -> dict[str, str]:
-    """Ours, and on the CPU threads and preloads that are alike for all methods."""
-    env = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
-    if (method.speculative_config or {}).get("method") == "emssd":
-        # vLLM prefers its V2 runner on a GPU; every machine shows the same one here.
-        env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    if not torch.cuda.is_available():
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        env["OMP_NUM_THREADS"] = str(num_cpus())
-        env["LD_PRELOAD"] = ":".join(map(str, find_preloads()))
-    return env
-
-
-def serving(
-    method: Method, model: str, log: Path, flags: Sequence[str] = SERVER_FLAGS
-) -> AbstractContextManager[ServerProcess]:
-    """`vllm serve` of one method."""
-    port = free_port()
-    command = [vllm_command(), "serve", model, *flags, "--port", str(port)]
-    if method.speculative_config:
-        command += ["--speculative-config", json.dumps(method.speculative_config)]
-    env = server_environment(method)
-    return server_process(method.name, command, port, log, env, START_SECONDS)
-
-
-def open_client(server: ServerProcess) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url=f"{server.base_url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=REQUEST_SECONDS,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
-    )
-
-
-def read_counts(server: ServerProcess) -> Counter[str]:
-    """All counts of drafting."""
-    return Counter(
-        {
-            name: int(value)
-            for name, value in server.metrics().items()
-            if name.startswith(("vllm:spec_decode_", "vllm_emssd:"))
-        }
-    )
-
-
-async def run_rounds(
-    server: ServerProcess,
-    prompts: list[str],
-    num_rounds: int,
-    on_done: Callable[[], None],
-) -> list[Round]:
-    async with open_client(server) as client:
-
-        async def complete(prompt: str) -> tuple[int, ...]:
-            answer = await client.completions.create(
-                model="target",
-                prompt=prompt,
-                temperature=0,
-                max_tokens=MAX_TOKENS,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-            on_done()
-            return tuple(answer.choices[0].model_extra["token_ids"])
-
-        rounds = []
-        for _ in range(num_rounds):
-            start = time.perf_counter()
-            outputs = await asyncio.gather(*map(complete, prompts))
-            rounds.append(Round(time.perf_counter() - start, outputs))
-        return rounds
-
-
-def measure(
-    server: ServerProcess,
-    method: Method,
-    prompts: list[str],
-    num_rounds: int,
-    on_done: Callable[[], None],
-) -> Result:
-    try:
-        warm_up = asyncio.run(run_rounds(server, prompts, 1, lambda: None))
-        before = read_counts(server)
-        timed = asyncio.run(run_rounds(server, prompts, num_rounds, on_done))
-        counts = read_counts(server)
-    except (openai.APIError, httpx.HTTPError) as error:
-        raise ServerError(server, f"failed: {error!r}") from error
-    counts.subtract(before)
-    return Result(method.name, warm_up + timed, counts)
-
-
-def make_table(results: list[Result]) -> Table:
-    plain, stock, fixed, _ = results
-    padded_rows = fixed.counts["vllm_emssd:num_padded_draft_rows_total"]
-    draft_rows = {"plain": "-", "stock": f"{padded_rows:,} *"}
+def make_table(measured: Measurement, results: list[Result], prompts: Prompts) -> Table:
+    kinds = list(dict.fromkeys(prompts.kinds))
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("\nmethod", no_wrap=True)
-    for title in (
-        "tokens/s\n(range)",
-        "over\nplain",
-        "over\nstock",
-        "acceptance\nlength",
-        "draft\nrows",
-        "same as\nplain",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("\n\nmethod", no_wrap=True)
     for result in results:
-        speeds, length = result.speeds, result.acceptance_length
-        same = result.same_outputs(plain)
+        title = f"tokens/s\n(over plain)\n{result['batch']} at once"
+        table.add_column(title, justify="right", no_wrap=True)
+    for kind in kinds:
+        table.add_column(f"tokens\na step,\n{kind}", justify="right", no_wrap=True)
+    for title in ("rows a token\n\ntarget+draft", "same as\nplain's\noutputs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, of_method in measured.rounds[results[-1]["batch"]].items():
+        last = of_method[-1]
+        rows = (last.target_rows / last.num_tokens, last.draft_rows / last.num_tokens)
+        same = NUM_PROMPTS - len(list(differences(measured, name)))
         table.add_row(
-            result.method,
-            f"{result.speed:.0f} ({min(speeds):.0f}-{max(speeds):.0f})",
-            format_ratio(result, plain),
-            format_ratio(result, stock),
-            f"{length:.2f}" if length else "-",
-            draft_rows.get(result.method)
-            or f"{result.counts['vllm_emssd:num_draft_rows_total']:,}",
-            f"{'yes' if all(same) else '[red]no[/]'}, {sum(same)}/{len(same)}",
+            name,
+            *(format_speed(result, name) for result in results),
+            *(f"{tokens_a_step(last, prompts, kind):.2f}" for kind in kinds),
+            f"{rows[0]:.2f}+{rows[1]:.2f}",
+            f"[{'green' if same == NUM_PROMPTS else 'red'}]{same} of {NUM_PROMPTS}[/]",
         )
     return table
 
 
-def format_ratio(result: Result, other: Result) -> str:
-    ratio = result.speed / other.speed
-    colour = "red" if ratio < 1 else "green"
-    return "-" if result is other else f"[{colour}]{ratio:.2f}x[/]"
+def format_speed(result: Result, name: str) -> str:
+    speed = f"{result['methods'][name]['tokens_per_s']:.0f}"
+    if name == "plain":
+        return f"{speed} (1.00)"
+    ratio = result["ratios"][f"{name}/plain"]["ratio"]
+    return f"{speed} ([{'red' if ratio < 1 else 'green'}]{ratio:.2f}[/])"
 
 
-def losses(results: list[Result]) -> Iterator[str]:
-    """A sentence for each method that is slower than one before it."""
-    for other, result in combinations(results, 2):
-        if result.speed < other.speed:
+def tokens_a_step(done: Round, prompts: Prompts, kind: str) -> float:
+    """Of requests of one kind, after their first token."""
+    sampled = [
+        entry.num_sampled
+        for entry in done.decode_steps()
+        if prompts.kinds[entry.request] == kind
+    ]
+    return sum(sampled) / len(sampled) if sampled else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    prompt: int
+    position: int  # of the first token that differs
+    tokens: tuple[int | None, int | None]  # plain's and the method's there
+
+
+def differences(measured: Measurement, name: str) -> Iterator[Difference]:
+    """By prompt, the first round of any batch size that is not as plain's first."""
+    wanted: dict[int, list[int]] = {}
+    for rounds in measured.rounds.values():
+        for prompt, tokens in enumerate(rounds["plain"][0].outputs):
+            wanted.setdefault(prompt, tokens)
+    found: set[int] = set()
+    for rounds in measured.rounds.values():
+        for done in rounds[name]:
+            for prompt, tokens in enumerate(done.outputs):
+                if tokens != wanted[prompt] and prompt not in found:
+                    found.add(prompt)
+                    yield _difference(prompt, wanted[prompt], tokens)
+
+
+def _difference(prompt: int, wanted: list[int], tokens: list[int]) -> Difference:
+    pairs = zip_longest(wanted, tokens)
+    position, both = next((i, pair) for i, pair in enumerate(pairs) if len({*pair}) > 1)
+    return Difference(prompt, position, both)
+
+
+def describe_differences(
+    measured: Measurement, names: Iterable[str], tokenizer: Any, dtype: str
+) -> Iterator[str]:
+    for name in names:
+        found = list(differences(measured, name))
+        if not found:
+            continue
+        first = found[0]
+        plain, own = (
+            "the end" if token is None else repr(tokenizer.decode([token]))
+            for token in first.tokens
+        )
+        yield (
+            f"{name}: {len(found)} of {NUM_PROMPTS} outputs are not plain's; the first "
+            f"is of prompt {first.prompt + 1}, from token {first.position + 1} on: "
+            f"{own} where plain has {plain}."
+        )
+        if dtype != "float32":
             yield (
-                f"{result.method} is slower than {other.method} here, by "
-                f"{1 - result.speed / other.speed:.1%} "
-                f"({result.speed:.0f} against {other.speed:.0f} tokens/s)."
+                f"In {dtype} a near-tie may go another way where rows are computed in "
+                "other numbers, without emssd too; --dtype float32 tells."
             )
 
 
-def report(results: list[Result], logs: Path) -> None:
-    console.print(make_table(results))
-    console.print(
-        "* not measured, vLLM does not count them: what a padded drafter would have "
-        "been fed in emssd-fixed's steps",
-        soft_wrap=True,
-    )
-    for sentence in losses(results):
-        console.print(f"[red]{sentence}[/]")
-    console.print(escape(describe_run()), highlight=False, soft_wrap=True)
-    console.print(f"server logs: {logs}", highlight=False, soft_wrap=True)
+def losses(results: list[Result]) -> Iterator[str]:
+    """A sentence for each case in which emssd is slower than another method."""
+    for result in results:
+        speeds = {name: m["tokens_per_s"] for name, m in result["methods"].items()}
+        others = [name for name in speeds if not name.startswith("emssd")]
+        best = max(others, key=speeds.__getitem__)
+        for name in speeds.keys() - others:
+            if speeds[name] < speeds[best]:
+                yield (
+                    f"{name} is slower than {best} at {result['batch']} at once, by "
+                    f"{1 - speeds[name] / speeds[best]:.1%}."
+                )
 
 
-def describe_run() -> str:
-    """What a reader needs to repeat the numbers, in one line."""
-    versions = [f"{name} {version(name)}" for name in ("vllm", "torch", "vllm-emssd")]
-    if found := commit(REPO):
-        versions.append(f"commit {found}")
+def draw(results: list[Result], caption: str, path: Path) -> None:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    draw_speed_up(axes, {"results": results})
+    axes.set_title("chats, edits and summaries")
+    axes.set_xlabel("requests at once")
+    figure.text(0.01, 0.005, caption, fontsize=6, color="grey")
+    figure.savefig(path, dpi=150)
+
+
+def describe_run(model: Path | str, dtype: str) -> str:
+    """What a reader needs to repeat the numbers."""
+    made = provenance()
+    machine = made["gpus"][0] if made["gpus"] else made["machine"]
+    versions = f"vLLM {made['vllm']}, torch {made['torch']}, commit {made['commit']}"
     command = shlex.join(["scripts/demo", *sys.argv[1:]])
-    return "; ".join([describe_machine(), ", ".join(versions), command])
-
-
-def describe_machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    loaded = ", ".join(path.name for path in find_preloads()) or "nothing"
-    return f"{processor()}, {num_cpus()} CPUs, {loaded} preloaded"
-
-
-def keep_serving(server: ServerProcess) -> None:
-    request = {"model": "target", "prompt": "import ", "max_tokens": 64}
-    data = shlex.quote(json.dumps(request))
-    url = f"{server.base_url}/v1/completions"
-    print("\nThe emssd server stays up until Ctrl-C. Try it:")
-    print(f"curl -s {url} -H 'Content-Type: application/json' -d {data}", flush=True)
-    with suppress(KeyboardInterrupt):
-        server.process.wait()
-        raise ServerError(server, "ended by itself")
-
-
-def describe_failure(error: ServerError) -> str:
-    server = error.server
-    return (
-        f"{server.end_of_log(LOG_TAIL_LINES)}\n\n"
-        f"the {server.name} server {error.what}; the whole log: {server.log}"
-    )
+    return f"{Path(model).name}, {dtype}; {machine}; {versions}; {command}"
 
 
 def run(options: argparse.Namespace) -> int:
-    prompts = read_prompts(options.prompts)
+    model, draft_model = choose_pair(options)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = read_prompts(tokenizer, 64 if options.quick else 96)
+    methods = list_methods(draft_model, options.quick)
     logs = Path(tempfile.mkdtemp(prefix="emssd-demo-"))
-    results: list[Result] = []
-    bars = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        console=console,
-        refresh_per_second=2,  # drawing takes time from the server
+    console.print(f"comparing {len(methods)} methods; vLLM's logs: {logs}")
+    plan = Plan(methods, options.batches, options.rounds, starts_together=True)
+    measured = measure(
+        plan, engine_options(str(model), options, logs, len(methods)), prompts.requests
     )
-    with ExitStack() as running:
-        with bars:
-            for method in list_methods(options):
-                running.close()  # one server at a time has the whole machine
-                bar = bars.add_task(method.name, total=options.rounds * len(prompts))
-                log = logs / f"{method.name}.log"
-                server = running.enter_context(serving(method, options.model, log))
-                on_done = partial(bars.advance, bar)
-                result = measure(server, method, prompts, options.rounds, on_done)
-                results.append(result)
-                bars.stop_task(bar)
-        report(results, logs)
-        if options.keep:
-            keep_serving(server)
-    plain = results[0]
-    return 0 if all(all(r.same_outputs(plain)) for r in results) else 1
+    lengths = [len(request.prompt_token_ids) for request in prompts.requests]
+    results = compare_all(measured, lengths, k=0)
+    names = [method.name for method in methods]
+    console.print(make_table(measured, results, prompts))
+    wrong = list(describe_differences(measured, names, tokenizer, options.dtype))
+    for sentence in [*wrong, *losses(results)]:
+        console.print(f"[red]{escape(sentence)}[/]", highlight=False)
+    said = describe_run(model, options.dtype)
+    draw(results, said, options.figure)
+    console.print(escape(said), highlight=False, soft_wrap=True)
+    console.print(
+        f"figure: {options.figure}; vLLM's logs: {logs}\n"
+        f"serve it: {escape(serve_command(str(model), methods[-2]))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if wrong else 0
+
+
+def engine_options(
+    model: str, options: argparse.Namespace, logs: Path, num_engines: int
+) -> EngineOptions:
+    """Prompts are cached, as vLLM does by default: the rounds time decoding."""
+    return EngineOptions(
+        model=model,
+        tokenizer=model,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max(options.batches),
+        dtype=options.dtype,
+        kv_cache_mib=KV_CACHE_MIB,
+        options={"enable_prefix_caching": True} | shared_gpu(num_engines),
+        logs=logs,
+    )
+
+
+def serve_command(model: str, method: Method) -> str:
+    config = json.dumps(method.speculative_config)
+    return shlex.join(["vllm", "serve", model, "--speculative-config", config])
 
 
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    if not has_nvidia_gpu():
+        os.environ |= cpu_settings(os.environ, num_cpus())  # for the engines
     try:
         return run(parse_options())
-    except ServerError as error:
-        text = describe_failure(error)
-        console.print(escape(text), style="red", highlight=False, soft_wrap=True)
+    except EngineError as error:
+        console.print(escape(str(error)), style="red", highlight=False)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,0 +1,125 @@
+"""What the demo says of its rounds: speeds, losses, and outputs that differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+from tests.module_at import module_at
+from vllm_emssd.bench.comparison import compare_all
+from vllm_emssd.bench.harness import Measurement
+from vllm_emssd.bench.request import Request
+from vllm_emssd.bench.round import RequestStep, Round
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = module_at(SCRIPTS / "demo.py", "demo")
+    monkeypatch.setattr(script, "NUM_PROMPTS", 2)
+    return script
+
+
+class Words:
+    def decode(self, tokens: list[int]) -> str:
+        return f"word{tokens[0]}"
+
+
+def made_round(seconds: float, outputs: list[list[int]], sampled: int) -> Round:
+    """Each of two requests: a first token, then one step of `sampled` tokens."""
+    steps = [
+        [RequestStep(0, 4, 0, 1), RequestStep(1, 4, 0, 1)],
+        [RequestStep(0, 2, 1, sampled), RequestStep(1, 2, 1, 1)],
+    ]
+    return Round(
+        seconds=seconds,
+        num_tokens=sum(map(len, outputs)),
+        outputs=outputs,
+        steps=steps,
+        target_forwards=[(8, 1.0), (4, 1.0)],
+        draft_forwards=[(2, 1.0)],
+    )
+
+
+@pytest.fixture
+def measured() -> Measurement:
+    """At two at once `emssd auto` is twice as fast as plain, at one half as fast, and
+    there its second output goes another way."""
+    right, wrong = [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 9, 6]]
+    return Measurement(
+        rounds={
+            1: {
+                "plain": [made_round(1.0, right, 1)] * 2,
+                "emssd auto": [made_round(2.0, right, 2), made_round(2.0, wrong, 2)],
+            },
+            2: {
+                "plain": [made_round(1.0, right, 1)] * 2,
+                "emssd auto": [made_round(0.5, right, 2)] * 2,
+            },
+        },
+        forwards={1: {}, 2: {}},
+    )
+
+
+def test_table_tells_speeds_acceptance_rows_and_sameness(
+    demo: ModuleType, measured: Measurement
+) -> None:
+    requests = [Request([1], 3, {}), Request([1], 3, {})]
+    prompts = demo.Prompts(["question", "edit"], requests)
+    results = compare_all(measured, [1, 1], k=0)
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(demo.make_table(measured, results, prompts))
+    plain, ours = (
+        " ".join(line.split()) for line in capture.get().splitlines() if "of 2" in line
+    )
+    assert plain == "plain 6 (1.00) 6 (1.00) 1.00 1.00 2.00+0.33 2 of 2"
+    assert ours == "emssd auto 3 (0.50) 12 (2.00) 2.00 1.00 2.00+0.33 1 of 2"
+
+
+def test_loss_is_told(demo: ModuleType, measured: Measurement) -> None:
+    results = compare_all(measured, [1, 1], k=0)
+    assert list(demo.losses(results)) == [
+        "emssd auto is slower than plain at 1 at once, by 50.0%."
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "excuses"), [("float32", 0), ("bfloat16", 1)])
+def test_another_output_is_told(
+    demo: ModuleType, measured: Measurement, dtype: str, excuses: int
+) -> None:
+    names = ["plain", "emssd auto"]
+    said = list(demo.describe_differences(measured, names, Words(), dtype))
+    assert said[0] == (
+        "emssd auto: 1 of 2 outputs are not plain's; the first is of prompt 2, from "
+        "token 2 on: 'word9' where plain has 'word5'."
+    )
+    assert len(said) == 1 + excuses
+
+
+def test_an_output_that_ends_early_differs(
+    demo: ModuleType, measured: Measurement
+) -> None:
+    measured.rounds[2]["emssd auto"][0].outputs[0] = [1]
+    (early, _) = demo.differences(measured, "emssd auto")
+    assert (early.prompt, early.position, early.tokens) == (1, 1, (5, 9))
+
+
+def test_without_a_network_the_shipped_pair_is_shown(
+    demo: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(**_: object) -> None:
+        raise demo.FetchError("is this machine online?")
+
+    monkeypatch.setattr(demo, "fetch_pair", fail)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    model, draft_model = demo.choose_pair(demo.parse_options())
+    assert (model, draft_model) == (demo.MODELS / "target", demo.MODELS / "draft")
+    assert "is this machine online?" in capsys.readouterr().out
