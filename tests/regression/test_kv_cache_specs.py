@@ -12,6 +12,8 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
     RSWASpec,
@@ -19,7 +21,11 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tests.engine import TARGET
-from vllm_emssd.integration.kv_cache import refuse_states, specs_for_drafting
+from vllm_emssd.integration.kv_cache import (
+    draft_group,
+    keep_windows_whole,
+    refuse_states,
+)
 
 HEADS: dict[str, Any] = {"block_size": 32, "head_size": 64, "dtype": torch.float32}
 
@@ -36,41 +42,29 @@ def chunked() -> ChunkedLocalAttentionSpec:
     return ChunkedLocalAttentionSpec(attention_chunk_size=64, num_kv_heads=2, **HEADS)
 
 
-def vllm_config(**options: Any) -> Any:
-    return EngineArgs(TARGET, max_model_len=512, **options).create_engine_config()
+def rswa() -> RSWASpec:
+    return RSWASpec(rswa_window=64, num_kv_heads=2, **HEADS)
 
 
-def settled(
-    target: list[KVCacheSpec], draft: list[KVCacheSpec], **options: Any
-) -> tuple[dict[str, KVCacheSpec], dict[str, KVCacheSpec]]:
-    """Specs of target and drafter by layer, as given and as made for drafting; the
-    drafter's layers are in one group of full attention then."""
-    config = vllm_config(**options)
+def mamba(kind: str = "MAMBA2") -> MambaSpec:
+    return MambaSpec(
+        block_size=32,
+        shapes=((2, 2),),
+        dtypes=(torch.float32,),
+        mamba_type=MambaAttentionBackendEnum[kind],
+    )
+
+
+def layers(
+    target: list[KVCacheSpec], draft: list[KVCacheSpec]
+) -> dict[str, KVCacheSpec]:
     specs = {f"target.{i}": spec for i, spec in enumerate(target)}
-    specs |= {f"draft.{i}": spec for i, spec in enumerate(draft)}
-    theirs = {name for name in specs if name.startswith("draft")}
-    made = specs_for_drafting(config, specs, theirs)
-    groups = get_kv_cache_groups(config, dict(made))
-    (group,) = (g for g in groups if theirs & set(g.layer_names))
-    assert theirs <= set(group.layer_names)
-    assert all(isinstance(made[name], FullAttentionSpec) for name in theirs)
-    return specs, made
+    return specs | {f"draft.{i}": spec for i, spec in enumerate(draft)}
 
 
-@pytest.mark.parametrize("manager_is_off", [False, True])
-@pytest.mark.parametrize(
-    ("target", "draft"),
-    [
-        ([full()] * 2, [full()]),
-        ([full(4)] * 2, [full()]),
-        ([full(), sliding(64)], [full()]),  # layers of both kinds in equal parts
-    ],
-)
-def test_blocks_are_as_stock_where_the_drafter_is_in_one_group(
-    target: list[KVCacheSpec], draft: list[KVCacheSpec], manager_is_off: bool
-) -> None:
-    specs, made = settled(target, draft, disable_hybrid_kv_cache_manager=manager_is_off)
-    assert made == specs
+def test_full_attention_stays_as_it_is() -> None:
+    specs = layers([full(4)] * 2, [full()])
+    assert keep_windows_whole(specs) == specs
 
 
 @pytest.mark.parametrize(
@@ -78,52 +72,53 @@ def test_blocks_are_as_stock_where_the_drafter_is_in_one_group(
     [
         ([sliding(64)], [sliding(64)]),
         ([sliding(64)], [sliding(96)]),
+        ([full(), sliding(64)], [full()]),
         ([full(), sliding(64)], [full(), sliding(96)]),
         ([full(4), sliding(64, 4)], [full(), sliding(96)]),
         ([full(), chunked()], [full(), chunked()]),
-        # Layers of full attention are spread over groups as small as the windows'.
+        # Layers of full attention would be spread over groups as small as the window's.
         ([full()] * 4 + [sliding(64)], [full()] * 3),
     ],
 )
-def test_blocks_are_kept_for_all_positions_where_windows_part_the_drafter(
+def test_layers_of_a_drafter_share_blocks_whatever_the_windows(
     target: list[KVCacheSpec], draft: list[KVCacheSpec]
 ) -> None:
-    specs, made = settled(target, draft)
-    assert made != specs
-    assert made.keys() == specs.keys()
-    assert all(isinstance(spec, FullAttentionSpec) for spec in made.values())
+    specs = layers(target, draft)
+    whole = keep_windows_whole(specs)
+    assert whole.keys() == specs.keys()
     for name, spec in specs.items():
-        assert made[name].page_size_bytes == spec.page_size_bytes
-
-
-def mamba(kind: MambaAttentionBackendEnum) -> MambaSpec:
-    return MambaSpec(
-        block_size=32, shapes=((2, 2),), dtypes=(torch.float32,), mamba_type=kind
-    )
+        assert isinstance(whole[name], FullAttentionSpec)
+        assert whole[name].page_size_bytes == spec.page_size_bytes
+    vllm_config = EngineArgs(TARGET, max_model_len=512).create_engine_config()
+    groups = get_kv_cache_groups(vllm_config, whole)
+    theirs = {name for name in specs if name.startswith("draft")}
+    assert draft_group(KVCacheConfig(8, [], groups), theirs) == 0
 
 
 @pytest.mark.parametrize(
-    "draft",
+    ("groups", "found"),
     [
-        [RSWASpec(rswa_window=64, num_kv_heads=2, **HEADS)],
-        [full(), mamba(MambaAttentionBackendEnum.MAMBA2)],
-        [],
+        ([({"draft.0", "target.0"}, rswa())], "1 groups, of RSWASpec"),
+        ([({"draft.0"}, full()), ({"draft.1"}, full())], "2 groups"),
+        ([({"draft.0"}, full()), ({"draft.1"}, mamba())], "2 groups, of MambaSpec"),
+        ([({"target.0"}, full())], "0 groups"),
     ],
 )
-def test_other_drafters_are_refused(draft: list[KVCacheSpec]) -> None:
-    with pytest.raises(ValueError, match=r"one group of .*, found .* 'model', or rem"):
-        settled([full()], draft)
+def test_other_drafters_are_refused(
+    groups: list[tuple[set[str], KVCacheSpec]], found: str
+) -> None:
+    specs = [KVCacheGroupSpec(sorted(names), spec) for names, spec in groups]
+    with pytest.raises(ValueError, match=rf"found them in {found}\. Choose another"):
+        draft_group(KVCacheConfig(8, [], specs), {"draft.0", "draft.1"})
 
 
 @pytest.mark.parametrize("kind", ["MAMBA1", "LINEAR"])
 def test_states_that_vllm_does_not_take_back_are_refused(kind: str) -> None:
-    specs = {"layers.0": full(), "layers.1": mamba(MambaAttentionBackendEnum[kind])}
+    specs = {"layers.0": full(), "layers.1": mamba(kind)}
     with pytest.raises(ValueError, match=r"layers\.1.* Remove --speculative-config"):
         refuse_states(specs)
 
 
 @pytest.mark.parametrize("kind", ["MAMBA2", "GDN_ATTN", "SHORT_CONV"])
 def test_states_that_vllm_takes_back_are_taken(kind: str) -> None:
-    refuse_states(
-        {"layers.0": full(), "layers.1": mamba(MambaAttentionBackendEnum[kind])}
-    )
+    refuse_states({"layers.0": full(), "layers.1": mamba(kind)})

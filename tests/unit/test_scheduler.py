@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -98,41 +97,15 @@ def test_drafts_not_made_are_left_out(
     assert output == before
 
 
-def config_of(**options: Any) -> SimpleNamespace:
-    given = {"async_scheduling": False, "enable_chunked_prefill": True} | options
-    return SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=256),
-        scheduler_config=SimpleNamespace(
-            **({"max_num_scheduled_tokens": 128, "max_num_batched_tokens": 512} | given)
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "limit"),
-    [
-        ({}, 128),
-        ({"enable_chunked_prefill": False}, 512),
-        ({"enable_chunked_prefill": False, "max_num_scheduled_tokens": 256}, 256),
-        ({"enable_chunked_prefill": False, "max_num_scheduled_tokens": None}, None),
-    ],
-)
-def test_prompts_that_cannot_be_split_fit_in_a_step(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], limit: int | None
-) -> None:
-    """vLLM takes the limit of speculation from a number that it raises afterwards."""
-    monkeypatch.setattr(scheduler, "UnpadScheduler", lambda vllm_config: vllm_config)
-    made = scheduler.make_scheduler(vllm_config=config_of(**options))
-    assert made.scheduler_config.max_num_scheduled_tokens == limit
-
-
 @pytest.mark.parametrize("is_async", [False, True])
 def test_scheduler_is_chosen_when_it_is_made(
     monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     for name in ("UnpadScheduler", "UnpadAsyncScheduler"):
         monkeypatch.setattr(scheduler, name, lambda name=name, **given: (name, given))
-    config = config_of(async_scheduling=is_async)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=is_async)
+    )
     name, given = scheduler.make_scheduler(vllm_config=config, block_size=16)
     assert name == ("UnpadAsyncScheduler" if is_async else "UnpadScheduler")
     assert given == {"vllm_config": config, "block_size": 16}

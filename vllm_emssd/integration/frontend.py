@@ -33,8 +33,8 @@ from vllm_emssd.integration.draft_checks import (
 from vllm_emssd.integration.engine_tag import attach_tag
 from vllm_emssd.integration.model_limits import (
     refuse_drafter,
-    refuse_recurrent_state,
     refuse_target,
+    refuse_wrong_verification,
 )
 from vllm_emssd.integration.serving import install_serving_hooks
 from vllm_emssd.integration.stats_log import LOG_STATS_KEY
@@ -58,6 +58,11 @@ _OTHER_VOCABULARY = (
     "--speculative-config: 'model' has a vocabulary of another size than the target. "
     '"method": "emssd" needs a draft model with the target\'s tokenizer: choose '
     "another 'model', or remove it to copy from the text (llma)."
+)
+
+_NO_TEXT = (
+    "--speculative-config: 'model' does not generate text. Choose another 'model', or "
+    "remove it to copy from the text (llma)."
 )
 
 # Filled in by vLLM itself, not by users.
@@ -107,7 +112,7 @@ def use_fixed_cpu_worker(
     """Make stock speculation on a CPU exact, for users who set EMSSD_CPU_FIXES=1.
     Raises ValueError for a target that it cannot be exact for."""
     if current_platform.is_cpu() and parallel_config.worker_cls == "auto":
-        refuse_recurrent_state(model_config, "Speculation")
+        refuse_wrong_verification(model_config, "Speculation")
         parallel_config.worker_cls = FIXED_CPU_WORKER
 
 
@@ -202,6 +207,8 @@ def _run_stock(
     except ValueError as error:
         if "same vocabulary size" in str(error):
             raise ValueError(_OTHER_VOCABULARY) from error
+        if "--runner draft" in str(error):
+            raise ValueError(_NO_TEXT) from error
         raise
     finally:
         for name, value in saved.items():

@@ -15,7 +15,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -37,10 +36,6 @@ _ROLLED_BACK = {
     MambaAttentionBackendEnum.GDN_ATTN,
     MambaAttentionBackendEnum.SHORT_CONV,
 }
-_CHOOSE_ANOTHER = (
-    "Choose another 'model', or remove it from --speculative-config to copy from the "
-    "text (llma)."
-)
 
 
 def refuse_states(specs: Mapping[str, KVCacheSpec]) -> None:
@@ -54,54 +49,20 @@ def refuse_states(specs: Mapping[str, KVCacheSpec]) -> None:
             )
 
 
-def specs_for_drafting(
-    vllm_config: VllmConfig,
-    specs: dict[str, KVCacheSpec],
-    draft_layers: Collection[str],
-) -> dict[str, KVCacheSpec]:
-    """Specs with which the draft model's layers share one group of kept blocks.
+def keep_windows_whole(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """Specs of target and draft model with which the latter's layers can share a group.
 
-    Where sliding windows prevent it, blocks of all layers, the target's too, are kept
-    for all positions, as with vLLM's --disable-hybrid-kv-cache-manager; attention looks
-    at the same window as before. Raises ValueError where that is not enough.
+    Where any layer has a sliding window, blocks of all are kept for all positions, as
+    with vLLM's --disable-hybrid-kv-cache-manager; attention sees the same window as
+    before.
     """
-    if _are_kept_together(vllm_config, specs, draft_layers):
-        return specs
     whole = {name: _kept_whole(spec) for name, spec in specs.items()}
-    if whole == specs or not _are_kept_together(vllm_config, whole, draft_layers):
-        kinds = {type(specs[name]).__name__ for name in draft_layers if name in specs}
-        raise ValueError(
-            '"method": "emssd" needs a draft model whose layers share one group of '
-            "KV-cache blocks that are kept for all positions, found "
-            f"{', '.join(sorted(kinds)) or 'no attention'}. {_CHOOSE_ANOTHER}"
+    if whole != specs:
+        logger.warning(
+            "The KV cache of sliding-window layers is kept for all positions, since a "
+            "draft model's layers must share one group of blocks: fewer requests fit."
         )
-    logger.warning(
-        "The KV cache of sliding-window layers is kept for all positions, since a "
-        "draft model's layers must share one group of blocks. Fewer requests fit."
-    )
     return whole
-
-
-def _are_kept_together(
-    vllm_config: VllmConfig,
-    specs: dict[str, KVCacheSpec],
-    draft_layers: Collection[str],
-) -> bool:
-    try:
-        groups = get_kv_cache_groups(vllm_config, dict(specs))
-    except (ValueError, NotImplementedError):
-        return False  # groups that vLLM cannot make
-    theirs = [g for g in groups if not set(draft_layers).isdisjoint(g.layer_names)]
-    return len(theirs) == 1 and not _recycled(theirs[0].kv_cache_spec)
-
-
-def _recycled(spec: KVCacheSpec) -> set[str]:
-    """Kinds of layers in a group whose blocks are not kept for all positions."""
-    return {
-        type(one).__name__
-        for one in iter_layer_specs(spec)
-        if not isinstance(one, FullAttentionSpec) or isinstance(one, RSWASpec)
-    }
 
 
 def _kept_whole(spec: KVCacheSpec) -> KVCacheSpec:
@@ -119,13 +80,32 @@ def _kept_whole(spec: KVCacheSpec) -> KVCacheSpec:
     return spec
 
 
-def check_full_attention(kv_cache_config: KVCacheConfig, gid: int) -> None:
-    """Raise ValueError where the drafter's K/V does not stay in its blocks."""
-    if kinds := _recycled(kv_cache_config.kv_cache_groups[gid].kv_cache_spec):
+def draft_group(kv_cache_config: KVCacheConfig, draft_layers: Collection[str]) -> int:
+    """The KV-cache group of the draft model.
+
+    Raises ValueError where its layers are in several, or in one whose blocks are not
+    kept for all positions.
+    """
+    groups = {
+        gid: group.kv_cache_spec
+        for gid, group in enumerate(kv_cache_config.kv_cache_groups)
+        if not set(draft_layers).isdisjoint(group.layer_names)
+    }
+    kinds = {
+        type(one).__name__
+        for spec in groups.values()
+        for one in iter_layer_specs(spec)
+        if not isinstance(one, FullAttentionSpec) or isinstance(one, RSWASpec)
+    }
+    if len(groups) != 1 or kinds:
         raise ValueError(
-            '"method": "emssd" needs a draft model whose K/V is kept for all '
-            f"positions, found {', '.join(sorted(kinds))}. {_CHOOSE_ANOTHER}"
+            '"method": "emssd" needs a draft model whose layers share one group of '
+            "KV-cache blocks that are kept for all positions, found them in "
+            f"{len(groups)} groups{''.join(f', of {kind}' for kind in sorted(kinds))}. "
+            "Choose another 'model', or remove it from --speculative-config to copy "
+            "from the text (llma)."
         )
+    return next(iter(groups))
 
 
 def remake_metadata_builders(

@@ -29,32 +29,44 @@ def refuse_target(target: ModelConfig) -> None:
             '"method": "emssd" supports multimodal targets with text prompts only. Add '
             "--language-model-only."
         )
-    refuse_recurrent_state(target, '"method": "emssd"')
+    refuse_wrong_verification(target, '"method": "emssd"')
 
 
-def refuse_recurrent_state(target: ModelConfig, method: str) -> None:
-    """Raise ValueError for a target whose recurrent state (Mamba, linear attention,
-    short convolution) vLLM does not take back to the last accepted token: on a CPU any,
-    elsewhere that of models without attention.
+def refuse_wrong_verification(target: ModelConfig, method: str) -> None:
+    """Raise ValueError for a target whose drafts vLLM does not verify rightly.
+
+    Recurrent state (Mamba, linear attention, short convolution) is not taken back to
+    the last accepted token: of any model on a CPU, elsewhere of those without
+    attention. And on a CPU latent attention is wrong for several rows of a text.
 
     Args:
         method: which speculation, to begin the error with.
     """
     is_cpu = current_platform.is_cpu()
-    if not (target.is_attention_free or (target.is_hybrid and is_cpu)):
+    fix = f"{_REMOVE}, or serve this model on a GPU."
+    if target.is_attention_free or (target.is_hybrid and is_cpu):
+        why = (
+            "it has recurrent state, which vLLM does not take back there to the last "
+            "accepted token"
+        )
+        fix = f"{_REMOVE}." if target.is_attention_free else fix
+    elif target.use_mla and is_cpu:
+        why = (
+            "it has latent attention (MLA), which vLLM computes wrongly there for "
+            "several tokens at once"
+        )
+    else:
         return
-    fix = "." if target.is_attention_free else ", or serve this model on a GPU."
+    where = " on a CPU" if is_cpu else ""
     raise ValueError(
-        f"{method} does not support {target.architecture}{' on a CPU' * is_cpu}: it "
-        "has recurrent state, which vLLM does not take back there to the last accepted "
-        f"token, so answers would be wrong. {_REMOVE}{fix}"
+        f"{method} does not support {target.architecture}{where}: {why}, so answers "
+        f"would be wrong. {fix}"
     )
 
 
 def refuse_drafter(spec_config: SpeculativeConfig) -> None:
     """Raise ValueError for a model that cannot draft on its own."""
     draft = spec_config.draft_model_config
-    generates = draft.registry.is_text_generation_model(draft.architectures, draft)
     what = ""
     if spec_config.method != "draft_model":
         what = f'is one that vLLM drafts with by its method "{spec_config.method}" only'
@@ -62,8 +74,8 @@ def refuse_drafter(spec_config: SpeculativeConfig) -> None:
         what = "has recurrent state, which rejected drafts would spoil"
     elif draft.is_encoder_decoder:
         what = "is an encoder-decoder model"
-    elif not generates:
-        what = "does not generate text"
+    elif draft.use_mla and current_platform.is_cpu():
+        what = "has latent attention (MLA), which vLLM drafts wrongly with on a CPU"
     elif draft.uses_mrope:
         what = "has multimodal rotary positions, which vLLM does not draft with"
     if what:

@@ -25,10 +25,10 @@ from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.automatic_lengths_v1 import AutomaticLengthsMixin
 from vllm_emssd.integration.kv_cache import (
-    check_full_attention,
+    draft_group,
+    keep_windows_whole,
     refuse_states,
     remake_metadata_builders,
-    specs_for_drafting,
 )
 from vllm_emssd.integration.paged_drafter import PagedDrafter
 from vllm_emssd.integration.publisher import Publisher
@@ -97,14 +97,14 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         refuse_states(specs)
-        if not self.emssd_config.uses_draft_model:
-            return specs
-        draft_layers = self.drafter._draft_attn_layer_names
-        return specs_for_drafting(self.vllm_config, specs, draft_layers)
+        uses_draft_model = self.emssd_config.uses_draft_model
+        return keep_windows_whole(specs) if uses_draft_model else specs
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
+        if self.emssd_config.uses_draft_model:  # before vLLM asserts it
+            draft_group(kv_cache_config, self.drafter._draft_attn_layer_names)
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.vllm_config.reasoning_config is not None:
             self.input_batch.thinking_budget_state_holder = ThinkingBudgets(
@@ -145,7 +145,6 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         return MixedProposer(copying, drafting, most, weighs_copies)
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
-        check_full_attention(kv_cache_config, self.drafter.kv_cache_gid)
         remake_metadata_builders(self.drafter, self.vllm_config, self.device)
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
         self._cursor = DraftCursor(

@@ -28,7 +28,7 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
-from vllm_emssd.integration.kv_cache import refuse_states, specs_for_drafting
+from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
 from vllm_emssd.integration.publisher import Publisher
 from vllm_emssd.integration.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.ranks import Ranks
@@ -107,8 +107,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         refuse_states(specs)
-        draft_layers = self.speculator.draft_attn_layer_names
-        return specs_for_drafting(self.vllm_config, specs, draft_layers)
+        return keep_windows_whole(specs)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)

@@ -55,19 +55,6 @@ class UnpadAsyncScheduler(AsyncScheduler):
 def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """What vLLM takes for a scheduler class; whether scheduling is asynchronous is
     settled only after the class is named."""
-    _make_room_for_whole_prompts(vllm_config)
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_class = UnpadAsyncScheduler if is_async else UnpadScheduler
     return scheduler_class(*args, vllm_config=vllm_config, **kwargs)
-
-
-def _make_room_for_whole_prompts(vllm_config: VllmConfig) -> None:
-    """Where prompts cannot be split (latent attention on a CPU), vLLM raises
-    max_num_batched_tokens to the longest prompt only after it has taken the limit of
-    speculation from the lower number. Longer prompts would then wait for ever."""
-    config = vllm_config.scheduler_config
-    limit = config.max_num_scheduled_tokens
-    if config.enable_chunked_prefill or limit is None:
-        return
-    if limit < vllm_config.model_config.max_model_len:
-        config.max_num_scheduled_tokens = config.max_num_batched_tokens

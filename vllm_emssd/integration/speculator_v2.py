@@ -41,7 +41,7 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration.confidence import highest_probability
-from vllm_emssd.integration.kv_cache import check_full_attention
+from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.paged_drafter_v2 import (
     BatchOnDevice,
     KnownTokens,
@@ -117,8 +117,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         **kwargs: Any,
     ) -> None:
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
-        self._gid = self._draft_group(kv_cache_config)
-        check_full_attention(kv_cache_config, self._gid)
+        self._gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
         group = kv_cache_config.kv_cache_groups[self._gid]
         cursor = DraftCursor(
             kv_cache_config.num_blocks,
@@ -176,20 +175,6 @@ class UnpadSpeculator(StandaloneARSpeculator):
             yield self._drafter
         finally:
             self._sits_out_dummy_runs = False
-
-    def _draft_group(self, kv_cache_config: KVCacheConfig) -> int:
-        gids = [
-            gid
-            for gid, group in enumerate(kv_cache_config.kv_cache_groups)
-            if self.draft_attn_layer_names.intersection(group.layer_names)
-        ]
-        if len(gids) != 1:
-            raise ValueError(
-                '"method": "emssd" needs all layers of the draft model in one KV-cache '
-                f"group, found them in {len(gids)}. Choose another 'model', or use "
-                '"method": "draft_model".'
-            )
-        return gids[0]
 
     # ------------------------------------------------------------ before a step
 
