@@ -242,8 +242,8 @@ def losses(results: list[Result]) -> Iterator[str]:
         speeds = {name: m["tokens_per_s"] for name, m in result["methods"].items()}
         others = [name for name in speeds if not name.startswith("emssd")]
         best = max(others, key=speeds.__getitem__)
-        for name in speeds.keys() - others:
-            if speeds[name] < speeds[best]:
+        for name in speeds:
+            if name not in others and speeds[name] < speeds[best]:
                 yield (
                     f"{name} is slower than {best} at {result['batch']} at once, by "
                     f"{1 - speeds[name] / speeds[best]:.1%}."

@@ -39,7 +39,7 @@ def made_round(seconds: float, outputs: list[list[int]], sampled: int) -> Round:
     return Round(
         seconds=seconds,
         num_tokens=sum(map(len, outputs)),
-        outputs=outputs,
+        outputs=[*outputs],
         steps=steps,
         target_forwards=[(8, 1.0), (4, 1.0)],
         draft_forwards=[(2, 1.0)],
@@ -54,12 +54,12 @@ def measured() -> Measurement:
     return Measurement(
         rounds={
             1: {
-                "plain": [made_round(1.0, right, 1)] * 2,
+                "plain": [made_round(1.0, right, 1) for _ in range(2)],
                 "emssd auto": [made_round(2.0, right, 2), made_round(2.0, wrong, 2)],
             },
             2: {
-                "plain": [made_round(1.0, right, 1)] * 2,
-                "emssd auto": [made_round(0.5, right, 2)] * 2,
+                "plain": [made_round(1.0, right, 1) for _ in range(2)],
+                "emssd auto": [made_round(0.5, right, 2) for _ in range(2)],
             },
         },
         forwards={1: {}, 2: {}},
@@ -106,8 +106,8 @@ def test_an_output_that_ends_early_differs(
     demo: ModuleType, measured: Measurement
 ) -> None:
     measured.rounds[2]["emssd auto"][0].outputs[0] = [1]
-    (early, _) = demo.differences(measured, "emssd auto")
-    assert (early.prompt, early.position, early.tokens) == (1, 1, (5, 9))
+    _, early = demo.differences(measured, "emssd auto")
+    assert (early.prompt, early.position, early.tokens) == (0, 1, (2, None))
 
 
 def test_without_a_network_the_shipped_pair_is_shown(
