@@ -122,7 +122,11 @@ def read_prompts(tokenizer: Any, max_tokens: int) -> Prompts:
 def list_methods(draft_model: Path | str, quick: bool) -> list[Method]:
     model = {"model": str(draft_model)}
     stock = model | {"method": "draft_model"}
-    auto = model | {"method": "emssd", "num_speculative_tokens": 8}
+    auto = model | {
+        "method": "emssd",
+        "draft_length": "auto",
+        "num_speculative_tokens": 8,
+    }
     ngram = {
         "method": "ngram",
         "num_speculative_tokens": COPIES["copy_length"],
@@ -152,18 +156,24 @@ def make_table(measured: Measurement, results: list[Result], prompts: Prompts) -
         table.add_column(f"tokens\na step,\n{kind}", justify="right", no_wrap=True)
     for title in ("rows a token\n\ntarget+draft", "same as\nplain's\noutputs"):
         table.add_column(title, justify="right", no_wrap=True)
+    total = num_outputs(measured)
     for name, of_method in measured.rounds[results[-1]["batch"]].items():
         last = of_method[-1]
         rows = (last.target_rows / last.num_tokens, last.draft_rows / last.num_tokens)
-        same = NUM_PROMPTS - len(list(differences(measured, name)))
+        same = total - len(list(differences(measured, name)))
         table.add_row(
             name,
             *(format_speed(result, name) for result in results),
             *(f"{tokens_a_step(last, prompts, kind):.2f}" for kind in kinds),
             f"{rows[0]:.2f}+{rows[1]:.2f}",
-            f"[{'green' if same == NUM_PROMPTS else 'red'}]{same} of {NUM_PROMPTS}[/]",
+            f"[{'green' if same == total else 'red'}]{same} of {total}[/]",
         )
     return table
+
+
+def num_outputs(measured: Measurement) -> int:
+    """Of different prompts."""
+    return max(len(rounds["plain"][0].outputs) for rounds in measured.rounds.values())
 
 
 def format_speed(result: Result, name: str) -> str:
@@ -225,8 +235,8 @@ def describe_differences(
             for token in first.tokens
         )
         yield (
-            f"{name}: {len(found)} of {NUM_PROMPTS} outputs are not plain's; the first "
-            f"is of prompt {first.prompt + 1}, from token {first.position + 1} on: "
+            f"{name}: {len(found)} of {num_outputs(measured)} outputs are not plain's; "
+            f"the first is of prompt {first.prompt + 1}, from token {first.position + 1} on: "
             f"{own} where plain has {plain}."
         )
         if dtype != "float32":
@@ -310,7 +320,11 @@ def engine_options(
         max_num_seqs=max(options.batches),
         dtype=options.dtype,
         kv_cache_mib=KV_CACHE_MIB,
-        options={"enable_prefix_caching": True} | shared_gpu(num_engines),
+        options={
+            "enable_prefix_caching": True,
+            "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
+        }
+        | shared_gpu(num_engines),
         logs=logs,
     )
 

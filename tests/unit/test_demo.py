@@ -20,9 +20,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    script = module_at(SCRIPTS / "demo.py", "demo")
-    monkeypatch.setattr(script, "NUM_PROMPTS", 2)
-    return script
+    return module_at(SCRIPTS / "demo.py", "demo")
 
 
 class Words:
