@@ -236,8 +236,8 @@ def describe_differences(
         )
         yield (
             f"{name}: {len(found)} of {num_outputs(measured)} outputs are not plain's; "
-            f"the first is of prompt {first.prompt + 1}, from token {first.position + 1} on: "
-            f"{own} where plain has {plain}."
+            f"the first is of prompt {first.prompt + 1}, from token "
+            f"{first.position + 1} on: {own} where plain has {plain}."
         )
         if dtype != "float32":
             yield (
