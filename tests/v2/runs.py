@@ -257,7 +257,7 @@ def failing(llm: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         broken = break_parts(
             patch,
-            (speculator._proposer, "draft", 5),
+            (speculator._proposer, "draft", 3),
             (speculator._proposer, "record_verified", 7),
             (speculator._drafter, "forward", 11),
         )
