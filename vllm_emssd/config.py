@@ -40,6 +40,7 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
 }
 ProposerName = Literal["draft_model", "llma", "mixed"]
 DraftLengthName = Literal["fixed", "auto"]
+MOST_FIXED_DRAFTS, MOST_AUTO_DRAFTS = 8, 16  # of a draft model, by default
 PROPOSER_GROUP = "vllm_emssd.proposers"  # entry points by which packages bring more
 
 
@@ -62,7 +63,7 @@ class EmssdConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     proposer: Annotated[str, BeforeValidator(_known_proposer)]
-    num_speculative_tokens: int = Field(default=8, ge=1, le=128)
+    num_speculative_tokens: int = Field(default=MOST_FIXED_DRAFTS, ge=1, le=128)
     draft_length: DraftLengthName = "auto"
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
@@ -144,6 +145,9 @@ def parse_speculative_config(
     if config.proposer == "llma":
         most = ours.get("num_speculative_tokens", config.copy_length)
         most = min(most, config.copy_length)
+        config = config.model_copy(update={"num_speculative_tokens": most})
+    elif config.uses_draft_model and config.draft_length == "auto":
+        most = ours.get("num_speculative_tokens", MOST_AUTO_DRAFTS)
         config = config.model_copy(update={"num_speculative_tokens": most})
     stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
     return config, stock

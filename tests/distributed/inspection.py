@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from vllm_emssd.draft_length import CostTable
+from vllm_emssd.proposers.llma import LlmaProposer
 
 
 class Inspection:
@@ -26,19 +27,23 @@ class Inspection:
 
     def measure_otherwise(self) -> None:
         """The first rank finds drafts nearly free, the others far too dear; and all
-        take over the first one's prices, as they do every 64th step."""
+        take over the first one's costs, as they do every 64th step."""
         meter = self.model_runner._step_costs
         draft_ms = 0.1 if self.model_runner._ranks.is_first else 1000.0
         meter.measured.target = CostTable([1, 512], [20.0, 20.0])
         if meter._drafter is not None:
             meter.measured.draft = CostTable([1, 512], [draft_ms, draft_ms])
-        meter._take_over_prices()
+        meter._take_over_costs()
 
     def disagree(self) -> None:
         """From now on the last rank decides on one draft more than the first."""
         if self.model_runner._ranks.is_first:
             return
-        policy = self.model_runner._proposer._policy._policy
-        begin, choose = policy.begin, policy.choose
-        policy.begin = lambda *args: begin(*args) + 1
-        policy.choose = lambda *args: choose(*args) + 1
+        proposer = self.model_runner._proposer
+        if isinstance(proposer, LlmaProposer):
+            lengths = proposer._lengths
+            choose = lengths._choose
+            lengths._choose = lambda *args: choose(*args) + 1
+        else:
+            plan = proposer.policy.plan
+            proposer.policy.plan = lambda *args: plan(*args) + 1

@@ -54,7 +54,7 @@ def random_prices(llm: Any) -> Iterator[None]:
     meter = model_runner(llm)._step_costs
     rng = np.random.default_rng(0)
 
-    def step_done(learns_prices: bool = True) -> None:
+    def step_done(learns_costs: bool = True) -> None:
         if meter._drafter is not None:
             meter._drafter.take_timings()
         first, row = rng.choice([0.0, 0.2, 1.0]), rng.choice([0.0, 0.05, 0.5])
@@ -121,7 +121,7 @@ def test_distribution_is_the_targets(name: str, case: str) -> None:
     assert compare(sampled_results("plain", FAST)[case], seen) > FALSE_ALARM
 
 
-def test_rest_changes_no_token_and_ends_when_drafts_pay() -> None:
+def test_idle_steps_change_no_token_and_end_when_drafts_pay() -> None:
     from tests.regression.runs import run
 
     expected = run("plain").first.token_ids[24]
@@ -137,15 +137,15 @@ def test_rest_changes_no_token_and_ends_when_drafts_pay() -> None:
             return propose(batch)
 
         proposer.propose = counted
-        meter.step_done = lambda learns_prices=True: None  # prices stay
+        meter.step_done = lambda learns_costs=True: None  # prices stay
         meter.costs.target = CostTable([1, 256], [4.0, 4.5])
         meter.costs.draft = CostTable([1], [1e4])
         assert greedy(llm, texts(24)) == expected
-        rested = runner.counters.num_steps - num_plans
-        assert rested > runner.counters.num_steps / 3
+        skipped = runner.counters.num_steps - num_plans
+        assert skipped > runner.counters.num_steps / 3
 
         before = runner.counters.num_accepted_tokens
         meter.costs.draft = CostTable([1], [0.01])
         assert greedy(llm, texts(24)) == expected
         assert runner.counters.num_accepted_tokens > before + 100
-        assert not proposer.rests(24)
+        assert not proposer.skips_step(24)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
     AutoDraftLength,
     CostTable,
     DraftLengthPolicy,
-    DraftOpportunity,
     FixedDraftLength,
     StepCosts,
-    Survival,
+    StepInfo,
 )
 
 FAR = 512  # rows a table reaches
@@ -50,7 +50,7 @@ def prices(
 
 
 def auto_policy(costs: StepCosts, num_spec_tokens: int) -> AutoDraftLength:
-    return AutoDraftLength(costs, Survival(num_spec_tokens), may_trim=True)
+    return AutoDraftLength(costs, AcceptanceEstimator(num_spec_tokens), may_trim=True)
 
 
 @dataclass
@@ -74,7 +74,6 @@ class Loop:
         spread: how much acceptance varies from draft to draft, 0 to 1.
         power: confidence is acceptance to this power; 1 is calibrated.
         meter: prices that the policy goes by, if others, which learn from each forward.
-        asks_for_rest: as the V1 runner does with one rank.
     """
 
     def __init__(
@@ -92,9 +91,8 @@ class Loop:
         seed: int = 0,
         meter: StepCosts | None = None,
         by_request: bool = False,
-        asks_for_rest: bool = True,
     ) -> None:
-        self._asks_for_rest, self.num_plans = asks_for_rest, 0
+        self.num_plans = 0
         self.policy, self._costs, self._meter = policy, costs, meter
         self._num_reqs, self._quality = num_reqs, quality
         self._k, self._spread, self._power = num_spec_tokens, spread, power
@@ -155,17 +153,17 @@ class Loop:
     def _draft(self, confidence: np.ndarray) -> tuple[Step, np.ndarray, np.ndarray]:
         """As the runner and `DraftModelProposer` do."""
         nothing = np.zeros(self._num_reqs, dtype=np.int64)
-        if self._asks_for_rest and self.policy.rests(self._num_reqs):
+        if self.policy.skips_step(self._num_reqs):
             return Step(), nothing, nothing
         self.num_plans += 1
-        opportunity = DraftOpportunity(
+        info = StepInfo(
             list(self._req_ids),
             np.ones(self._num_reqs, dtype=bool),
             np.full(self._num_reqs, self._k),
             self._missing,
             0,
         )
-        lens = self.policy.begin(opportunity)
+        lens = self.policy.plan(info)
         made = np.zeros(self._num_reqs, dtype=np.int64)
         active = np.flatnonzero(lens)
         rows = int(self._missing[active].sum())
@@ -174,17 +172,21 @@ class Loop:
             return step, made, made
         for position in range(int(lens.max())):
             ms = float(self._costs.draft.ms(np.array(rows)))
-            step.draft_ms += ms
             if self._meter is not None:
                 self._meter.draft.observe(rows, ms)
             made[active] = position + 1
-            goes_on = self.policy.go_on(active, confidence[active, position], position)
+            told = None
+            if self.policy.needs_confidence:
+                told = confidence[active, position]
+                ms += self._costs.confidence_ms
+            step.draft_ms += ms
+            goes_on = self.policy.continue_drafting(active, told, position)
             active = active[goes_on & (lens[active] > position + 1)]
             rows = active.size
             if rows == 0:
                 break
         step.ms = step.draft_ms
-        return step, made, self.policy.finish(made)
+        return step, made, self.policy.trim(made)
 
 
 def best_fixed(

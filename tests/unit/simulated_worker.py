@@ -18,7 +18,7 @@ from tests import oracle
 from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Schedule, Scheduler, Setup
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import DraftLengthPolicy, DraftOpportunity
+from vllm_emssd.draft_length import DraftLengthPolicy, StepInfo
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -114,7 +114,7 @@ class PagedKv:
         return all(self._vouched[self.slot(request, p)] for p in positions)
 
 
-class RandomLengths:
+class RandomLengths(DraftLengthPolicy):
     """A policy that now asks for all, now for nothing, now for anything; stops
     requests in mid-draft, trims, and pauses the feeding of prompts. It keeps what it
     was told and what it answered, to be compared with what should have happened.
@@ -126,23 +126,22 @@ class RandomLengths:
         self.needs_confidence = setup.tells_confidence
         self.feeds_prompts = True
         self.observed: list[tuple[str, int, int]] = []
-        self.heard: list[tuple[str, int, int]] = []  # of others' drafts
         self.released: list[str] = []
 
     def start_step(self) -> None:
-        self.opportunity: DraftOpportunity | None = None
+        self.step: StepInfo | None = None
         self.asked: list[int] = []
         self.stopped: dict[int, int] = {}  # request -> drafts made when told to stop
         self.went_on: list[tuple[list[int], list[float] | None]] = []
         self.made: list[int] | None = None
         self.kept: list[int] | None = None
 
-    def rests(self, num_tokens_anyway: float) -> bool:
-        assert self.opportunity is None, "asked too late"
+    def skips_step(self, num_sampling: int) -> bool:
+        assert self.step is None, "asked too late"
         return not self._always and self._chance(0.2)
 
-    def begin(self, step: DraftOpportunity) -> np.ndarray:
-        self.opportunity = step
+    def plan(self, step: StepInfo) -> np.ndarray:
+        self.step = step
         self.feeds_prompts = self._always or self._chance(0.7)
         kind = "most" if self._always else self._rng.choice(("most", "none", "any"))
         self.asked = [
@@ -152,7 +151,7 @@ class RandomLengths:
         self._stop_chance = 0.0 if self._always else self._rng.choice((0.0, 0.3, 0.9))
         return np.array(self.asked, dtype=np.int64)
 
-    def go_on(
+    def continue_drafting(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
     ) -> np.ndarray:
         assert position == len(self.went_on)
@@ -164,26 +163,16 @@ class RandomLengths:
                 self.stopped[i] = position + 1
         return np.array(mask, dtype=bool)
 
-    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
+    def trim(self, draft_lens: np.ndarray) -> np.ndarray:
         self.made = draft_lens.tolist()
         trims = not self._always and self._chance(0.4)
         self.kept = [self._rng.randint(0, n) if trims else n for n in self.made]
         return np.array(self.kept, dtype=np.int64)
 
-    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
-        raise AssertionError("drafts of a model are not copies")
-
-    def observe(
-        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
-    ) -> None:
-        self.observed.append((req_id, num_draft_tokens, num_accepted_tokens))
+    def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
+        self.observed.append((req_id, num_drafts, num_accepted))
         if self._chance(self._failure_chance):
             raise PlannedFailureError
-
-    def observe_others(
-        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
-    ) -> None:
-        self.heard.append((req_id, num_draft_tokens, num_accepted_tokens))
 
     def release(self, req_id: str) -> None:
         self.released.append(req_id)
@@ -416,7 +405,7 @@ class Engine:
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
     ) -> None:
         """Drafts, rows and cursors are what a naive drafter of each request gives."""
-        self._check_opportunity(batch, num_cached)
+        self._check_step(batch, num_cached)
         feeds = self._who_feeds(batch, num_cached)
         asked = [
             n if fed else 0 for n, fed in zip(self._policy.asked, feeds, strict=True)
@@ -446,9 +435,9 @@ class Engine:
             self._seen["catch-up chunked"] += 0 < granted[i] < wanted[i]
             request.drafts, request.has_drafted = drafts[i], lens[i] > 0
 
-    def _check_opportunity(self, batch: DraftBatch, num_cached: list[int]) -> None:
+    def _check_step(self, batch: DraftBatch, num_cached: list[int]) -> None:
         """The policy is told of every request what drafting it would take."""
-        step = self._policy.opportunity
+        step = self._policy.step
         assert step is not None
         assert list(step.req_ids) == batch.req_ids
         assert step.is_sampling.tolist() == batch.is_sampling.tolist()

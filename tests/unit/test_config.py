@@ -50,7 +50,9 @@ def test_defaults_without_model_are_those_of_the_llma_paper() -> None:
 
 def test_defaults_with_model() -> None:
     config, stock = parse(model="draft")
-    assert (config.proposer, config.num_speculative_tokens) == ("draft_model", 8)
+    assert (config.proposer, config.num_speculative_tokens) == ("draft_model", 16)
+    assert parse(model="draft", num_speculative_tokens=5)[0].num_speculative_tokens == 5
+    assert parse(model="draft", draft_length="fixed")[0].num_speculative_tokens == 8
     assert config.unpad_inputs
     assert stock == {"model": "draft"}
 
@@ -79,12 +81,12 @@ def test_all_of_ours_are_taken() -> None:
 
 def test_mixed_drafts_and_copies_each_up_to_its_own_length() -> None:
     config, stock = parse(proposer="mixed", model="draft", copy_length=20)
-    assert (config.num_speculative_tokens, config.copy_length) == (8, 20)
+    assert (config.num_speculative_tokens, config.copy_length) == (16, 20)
     assert config.most_draft_tokens == 20
     assert config.uses_draft_model
     assert config.copies
     assert stock == {"model": "draft"}
-    assert parse(proposer="mixed", model="draft")[0].most_draft_tokens == 8
+    assert parse(proposer="mixed", model="draft")[0].most_draft_tokens == 16
     assert parse(copy_length=3)[0].most_draft_tokens == 3
 
 

@@ -191,25 +191,6 @@ def test_points_that_a_disturbed_start_made_alike_part_again() -> None:
     assert ms(table, 48) == pytest.approx(47, rel=0.08)
 
 
-@property_test
-@given(tables(), st.integers(0, 300), st.integers(0, 300))
-def test_convex_prices_lie_below_and_touch(
-    table: CostTable, first: int, more: int
-) -> None:
-    found, exact = table.convex(first, first + more), table.from_to(first, first + more)
-    scale = 1e-9 * max(exact.max(), 1.0)
-    assert found.shape == exact.shape
-    assert (found <= exact + scale).all()
-    assert (np.diff(found, 2) >= -scale).all()
-    assert found[[0, -1]].tolist() == exact[[0, -1]].tolist()
-
-
-def test_convex_prices_go_beyond_a_stair() -> None:
-    """65 to 128 rows cost 32 ms more than 64, whichever: half a millisecond each."""
-    table = CostTable([1, 64, 65, 128, 256], [40.0, 40.0, 72.0, 72.0, 200.0])
-    assert table.convex(64, 192)[[0, 32, 64, 128]].tolist() == [40, 56, 72, 136]
-
-
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.5, 4.0, 50.0])
 def test_follows_a_lasting_change(factor: float) -> None:
     """Even one so great that the first times look like outliers."""
@@ -256,3 +237,20 @@ def test_madness_that_lasts_is_outlived(took: float) -> None:
         if ms(table, 16) == pytest.approx(30.0, rel=0.1):
             return
     raise AssertionError(f"still {ms(table, 16)} ms, after {took}")
+
+
+def test_covers_the_rows_that_live_forwards_have() -> None:
+    """Beyond its last point a table is a guess until it has points there."""
+    table = CostTable([1, 128, 256], [20.0, 40.0, 60.0])
+    table.observe(2000, 900.0)
+    assert table.points[-1][0] == 256, "too far to say anything of these points"
+    expected = ms(table, 2000)
+    table.cover(2000)
+    assert [rows for rows, _ in table.points] == [1, 128, 256, 512, 1024, 2048]
+    assert ms(table, 2000) == pytest.approx(expected), "nothing was observed yet"
+    for _ in range(200):
+        table.observe(2000, 900.0)
+    assert ms(table, 2000) == pytest.approx(900.0, rel=0.05)
+    table.cover(100)
+    table.cover(2048)
+    assert len(table.points) == 6

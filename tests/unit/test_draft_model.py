@@ -233,26 +233,26 @@ class FeedsNoPrompt(Misheard):
 
 
 class NeverStops(Misheard):
-    def go_on(self, req_indices: np.ndarray, *args: Any) -> np.ndarray:
-        self._policy.go_on(req_indices, *args)
+    def continue_drafting(self, req_indices: np.ndarray, *args: Any) -> np.ndarray:
+        self._policy.continue_drafting(req_indices, *args)
         return np.ones(len(req_indices), dtype=bool)
 
 
 class StopsTheWrongRequests(Misheard):
-    def go_on(self, *args: Any) -> np.ndarray:
-        return self._policy.go_on(*args)[::-1]
+    def continue_drafting(self, *args: Any) -> np.ndarray:
+        return self._policy.continue_drafting(*args)[::-1]
 
 
 class MixesUpConfidence(Misheard):
-    def go_on(
+    def continue_drafting(
         self, req_indices: np.ndarray, confidence: np.ndarray, position: int
     ) -> np.ndarray:
-        return self._policy.go_on(req_indices, confidence[::-1], position)
+        return self._policy.continue_drafting(req_indices, confidence[::-1], position)
 
 
 class NeverTrims(Misheard):
-    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
-        self._policy.finish(draft_lens)
+    def trim(self, draft_lens: np.ndarray) -> np.ndarray:
+        self._policy.trim(draft_lens)
         return draft_lens
 
 

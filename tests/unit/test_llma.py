@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.unit.draft_batches import batch_of
-from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
+from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.occurrences import (
     MAX_CANDIDATES,
@@ -49,7 +50,7 @@ def batch_asking(requests: list[AskedDrafts]) -> DraftBatch:
 
 
 def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
-    return LlmaProposer(Copier(check_length), copy_length, FixedDraftLength())
+    return LlmaProposer(Copier(check_length), copy_length, CopyLengths())
 
 
 def expected(tokens: list[int], check_length: int, length: int) -> list[int]:
@@ -148,15 +149,16 @@ def test_pause_is_caught_up_exactly() -> None:
         assert proposer.propose(batch) == [drafts]
 
 
-class HalvesCopies(FixedDraftLength):
+class HalvesCopies(CopyLengths):
     """Verifies half of each copy; keeps what it was told."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[DraftOpportunity, np.ndarray]] = []
+        super().__init__()
+        self.told: list[tuple[StepInfo, np.ndarray]] = []
         self.observed: list[tuple[str, int, int]] = []
         self.released: list[str] = []
 
-    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+    def choose(self, step: StepInfo, confidence: np.ndarray) -> np.ndarray:
         self.told.append((step, confidence))
         return step.max_draft_tokens // 2
 
@@ -169,14 +171,14 @@ class HalvesCopies(FixedDraftLength):
 
 @property_test
 @given(requests_of_a_step)
-def test_policy_chooses_by_length_of_the_match(
+def test_lengths_are_chosen_by_length_of_the_match(
     requests: list[AskedDrafts],
 ) -> None:
-    policy = HalvesCopies()
-    proposer = LlmaProposer(Copier(2), 7, policy)
+    lengths = HalvesCopies()
+    proposer = LlmaProposer(Copier(2), 7, lengths)
     batch = batch_asking(requests)
     drafts = proposer.propose(batch)
-    [(step, confidence)] = policy.told
+    [(step, confidence)] = lengths.told
     assert step.req_ids == batch.req_ids
     assert step.missing_rows.tolist() == [0] * len(requests)
     assert step.num_prefill_rows == sum(
@@ -191,14 +193,15 @@ def test_policy_chooses_by_length_of_the_match(
             assert (confidence[i] == match_len / (match_len + 1)).all()
 
 
-def test_policy_hears_of_verification_and_release() -> None:
-    policy = HalvesCopies()
-    proposer = LlmaProposer(Copier(2), 7, policy)
+def test_lengths_hear_of_verification_and_release() -> None:
+    lengths = HalvesCopies()
+    proposer = LlmaProposer(Copier(2), 7, lengths)
     proposer.record_verified("a", 3, 2)
     proposer.record_verified("b", 0, 0)
+    proposer.record_unused("c")
     proposer.release(["a"])
-    assert policy.observed == [("a", 3, 2), ("b", 0, 0)]
-    assert policy.released == ["a"]
+    assert lengths.observed == [("a", 3, 2), ("b", 0, 0), ("c", 0, 0)]
+    assert lengths.released == ["a"]
 
 
 class CountedTokens(np.ndarray):
@@ -254,3 +257,19 @@ def test_copies_that_fail_everywhere_are_tried_again_in_the_end() -> None:
     assert copier.find("new", text, 6, 3).token_ids == []
     tries = (copier.find("new", text, 6, 3).token_ids for _ in range(200))
     assert any(tries)
+
+
+def test_what_all_requests_saw_fades_once_a_step_not_once_a_request() -> None:
+    """One step of 64 requests whose copies hold outweighs one of one that did not."""
+    text = [5, 6, 7, 8, 5, 6]
+    copier = copier_of({f"r{i}": text for i in range(64)})
+    copier.begin_step()
+    for i in range(64):
+        copier.observe(f"r{i}", 3, 3)
+    [pool] = copier._pools.values()
+    assert pool.tested == 64 * 3
+    copier.begin_step()
+    copy = copier.find("r0", np.array(text, dtype=np.int32), 6, 3)
+    copier.record_proposed("r0", copy)
+    copier.observe("r0", 3, 0)
+    assert pool.tested == pytest.approx(0.98 * 64 * 3 + 1)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Scheduler, Setup
-from vllm_emssd.draft_length import DraftOpportunity, FixedDraftLength
+from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 
 
@@ -22,11 +23,12 @@ class PlannedFailureError(Exception):
     pass
 
 
-class FailsAtTimes(FixedDraftLength):
+class FailsAtTimes(CopyLengths):
     def __init__(self, rng: random.Random, chance: float) -> None:
+        super().__init__()
         self._rng, self._chance = rng, chance
 
-    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
+    def choose(self, step: StepInfo, confidence: np.ndarray) -> np.ndarray:
         if self._rng.random() < self._chance:
             raise PlannedFailureError
         return super().choose(step, confidence)
@@ -40,8 +42,8 @@ class CopyEngine:
         self._setup, self._rng = setup, random.Random(setup.seed)
         self._scheduler = Scheduler(setup, self._rng)
         self._check_length, self._copy_length = check_length, copy_length
-        policy = FailsAtTimes(self._rng, setup.failure_chance)
-        self._proposer = LlmaProposer(Copier(check_length), copy_length, policy)
+        lengths = FailsAtTimes(self._rng, setup.failure_chance)
+        self._proposer = LlmaProposer(Copier(check_length), copy_length, lengths)
         self._alone: dict[Request, Copier] = {}
         self.seen = self._scheduler.seen
 

@@ -19,13 +19,16 @@ from tests.unit.simulated_worker import Engine
 from tests.unit.test_draft_model import SEEDS, setups
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import (
+    CostTable,
     DraftLengthPolicy,
-    DraftOpportunity,
     FixedDraftLength,
+    StepCosts,
+    StepInfo,
 )
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import DraftRecord, MixedProposer
@@ -41,7 +44,7 @@ class SpiedCopying(LlmaProposer):
         super().__init__(*args)
         self.drafts: list[list[int]] = []  # were none to draft
         self.verified: list[tuple[str, int, int]] = []
-        self.heard: list[tuple[str, int, int]] = []  # of the model's drafts
+        self.unused: list[str] = []  # requests whose copies were not verified
 
     def find(self, batch: DraftBatch) -> list[Copy]:
         copies = super().find(batch)
@@ -49,17 +52,16 @@ class SpiedCopying(LlmaProposer):
 
     def choose(self, batch: DraftBatch, copies: list[Copy]) -> list[list[int]]:
         drafts = super().choose(batch, copies)
-        if batch.copies is None:
-            self.drafts = drafts
+        self.drafts = drafts
         return drafts
 
     def record_verified(self, *verified: Any) -> None:
         self.verified.append(verified)
         super().record_verified(*verified)
 
-    def record_others(self, *verified: Any) -> None:
-        self.heard.append(verified)
-        super().record_others(*verified)
+    def record_unused(self, req_id: str) -> None:
+        self.unused.append(req_id)
+        super().record_unused(req_id)
 
 
 class MixedEngine(Engine):
@@ -70,9 +72,7 @@ class MixedEngine(Engine):
 
     def _make_proposer(self, policy: DraftLengthPolicy) -> MixedProposer:
         setup = self._setup
-        self._copying = SpiedCopying(
-            Copier(2), setup.num_spec_tokens, FixedDraftLength()
-        )
+        self._copying = SpiedCopying(Copier(2), setup.num_spec_tokens, CopyLengths())
         self._copying.rng = random.Random(setup.seed)
         drafting = super()._make_proposer(policy)
         propose = drafting.propose
@@ -94,28 +94,25 @@ class MixedEngine(Engine):
                 self._proposer.add_reference(request.req_id, token_ids)
 
     def _check_observed(self, verified: list[tuple[str, int, int]]) -> None:
-        """Each proposer is told of its own drafts, and hears of the other's as such.
-        Of steps without drafts it does not matter as which."""
+        """Each proposer is told of its own drafts, and of the other's that its own were
+        not used. Of steps without drafts it does not matter which."""
         copying, policy = self._copying, self._policy
         copied = [v for v in verified if v[1] and v[0] in self._has_copied]
         drafted = [v for v in verified if v[1] and v[0] not in self._has_copied]
-        for told, heard, own, others in (
-            (copying.verified, copying.heard, copied, drafted),
-            (policy.observed, policy.heard, drafted, copied),
-        ):
-            assert [v for v in told if v[1]] == own
-            assert [v for v in heard if v[1]] == others
-            assert sorted(v[0] for v in told + heard) == sorted(v[0] for v in verified)
-        policy.observed, policy.heard = [], []
-        copying.verified, copying.heard = [], []
+        req_ids = sorted(v[0] for v in verified)
+        assert [v for v in copying.verified if v[1]] == copied
+        assert sorted([v[0] for v in copying.verified] + copying.unused) == req_ids
+        assert [v for v in policy.observed if v[1]] == drafted
+        assert sorted(v[0] for v in policy.observed) == req_ids
+        policy.observed, copying.verified, copying.unused = [], [], []
 
     _has_copied: frozenset[str] = frozenset()
 
     def _check_drafts(
         self, batch: DraftBatch, drafts: list[list[int]], num_cached: list[int]
     ) -> None:
-        could, rests = self._copying.drafts, self._policy.opportunity is None
-        if rests:
+        could, skips = self._copying.drafts, self._policy.step is None
+        if skips:
             self._told = dataclasses.replace(
                 batch, max_draft_tokens=0 * batch.num_tokens
             )
@@ -123,20 +120,20 @@ class MixedEngine(Engine):
         made, told, requests = self._made, self._told, self._requests
         copied = [[] if m else c for m, c in zip(made, could, strict=True)]
         assert drafts == [m or c for m, c in zip(made, could, strict=True)]
-        assert rests or told.copies.rows.tolist() == list(map(len, could))
+        assert skips or told.copies.rows.tolist() == list(map(len, could))
         for i in np.flatnonzero([len(c) > 0 for c in copied]):
             self._seen["copied"] += 1
             self._seen["copied, as drafting came to nothing"] += (
-                not rests and self._policy.asked[i] > 0
+                not skips and self._policy.asked[i] > 0
             )
-            self._seen["copied while drafting rested"] += rests
+            self._seen["copied while drafting was skipped"] += skips
             self._seen["copied while others drafted"] += any(made)
             self._seen["copied, cursor behind"] += (
                 len(requests[i].tokens) - num_cached[i] > 2
             )
         has_drafted = [r.has_drafted for r in requests]
-        if rests:
-            self._check_rest(num_cached)
+        if skips:
+            self._check_skipped(num_cached)
         else:
             super()._check_drafts(told, made, num_cached)
         self._forget_fed_drafts(copied)
@@ -148,7 +145,7 @@ class MixedEngine(Engine):
         gone = {r.req_id for r in requests} - now
         self._has_copied = (self._has_copied - gone) | now
 
-    def _check_rest(self, num_cached: list[int]) -> None:
+    def _check_skipped(self, num_cached: list[int]) -> None:
         """Nothing is fed, nothing moves."""
         assert self.drafter.fed == []
         for request, before in zip(self._requests, num_cached, strict=True):
@@ -189,7 +186,7 @@ def test_simulation_visits_what_it_claims() -> None:
         "copied while others drafted",
         "copied, cursor behind",
         "copied, as drafting came to nothing",
-        "copied while drafting rested",
+        "copied while drafting was skipped",
         "caught up",
         "drafted twice running",
         "left out with drafts pending",
@@ -247,7 +244,7 @@ def mixed_of_one(
     cursor = DraftCursor(num_blocks=512, block_size=8)
     cursor.update_blocks([AdmittedRequest("r", range(512), 0)], [])
     drafter, fixed = OracleDrafter(), FixedDraftLength()
-    copying = LlmaProposer(Copier(2), copy_length, fixed)
+    copying = LlmaProposer(Copier(2), copy_length, CopyLengths())
     if reference is not None:
         copying.add_reference("r", np.array(reference, dtype=np.int32))
     drafting = DraftModelProposer(drafter, cursor, fixed, Counters())
@@ -286,7 +283,7 @@ def test_copies_where_drafting_would_be_better_and_does_not_pay() -> None:
     batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
     proposer, drafter = mixed_of_one(None, copy_length=1)
     proposer._weighs_copies = True
-    proposer._drafting._policy.begin = lambda step: np.zeros(1, dtype=np.int64)
+    proposer._drafting.policy.plan = lambda step: np.zeros(1, dtype=np.int64)
     assert proposer.propose(batch) == [[7]]
     assert drafter.num_rows == 0
     proposer.record_verified("r", 1, 1)
@@ -300,11 +297,11 @@ def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
     proposer._weighs_copies = True
     told = []
 
-    def begin(step: DraftOpportunity) -> np.ndarray:
+    def plan(step: StepInfo) -> np.ndarray:
         told.append(step)
         return np.array([0, 2])
 
-    proposer._drafting._policy.begin = begin
+    proposer._drafting.policy.plan = plan
     cursor = proposer._drafting._cursor
     cursor.update_blocks([AdmittedRequest("s", range(512), 0)], [])
     batch = batch_of({"r": copying, "s": drafting}, [4, 4], num_prompt_tokens=[4, 4])
@@ -315,12 +312,10 @@ def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
     assert step.copies.rows.tolist() == [3, 0]
     assert 0 < step.copies.gains[0] < 3
     assert step.copies.gains[1] == 0
-    assert step.num_tokens_anyway.tolist() == [1 + step.copies.gains[0], 1]
-    assert step.num_rows_anyway == 2 + 3
+    assert step.base_rows == 2
 
 
-def test_while_drafting_rests_what_can_be_is_copied() -> None:
-    """And the resting policy hears how many tokens came of it."""
+def test_while_drafting_is_skipped_what_can_be_is_copied() -> None:
     batch = batch_of(
         {"r": [5, 6, 7, 8, 5, 6], "s": [1, 2, 3, 4, 9, 10]},
         [4, 4],
@@ -328,16 +323,39 @@ def test_while_drafting_rests_what_can_be_is_copied() -> None:
     )
     proposer, drafter = mixed_of_one(None, copy_length=3)
     told = []
-    policy = proposer._drafting._policy
-    policy.rests = lambda num_tokens: told.append(num_tokens) or True
-    policy.begin = lambda step: pytest.fail("it rests")
+    policy = proposer._drafting.policy
+    policy.skips_step = lambda num_sampling: told.append(num_sampling) or True
+    policy.plan = lambda step: pytest.fail("the step is skipped")
     assert proposer.propose(batch) == [[7, 8, 5], []]
     assert drafter.num_rows == 0
-    [num_tokens] = told
-    assert 2 < num_tokens < 2 + 3
     proposer.use("draft_model")
     assert proposer.propose(batch) == [[], []]
-    assert told[1:] == [2]
+    assert told == [2, 2]
+
+
+def test_a_step_asks_once_how_much_is_copied_and_once_who_drafts() -> None:
+    """Idle steps would count double, and a probe could be lost."""
+    costs = StepCosts(CostTable([1], [10.0]), CostTable([1], [1.0]), 1.0)
+    proposer, _ = mixed_of_one(None, copy_length=3)
+    asked = Counter()
+
+    def counted(name: str, ask: Any) -> Any:
+        def call(*args: Any) -> Any:
+            asked[name] += 1
+            return ask(*args)
+
+        return call
+
+    lengths = proposer._copying._lengths = CopyLengths(costs)
+    policy = proposer._drafting.policy
+    lengths.choose = counted("copies", lengths.choose)
+    policy.skips_step = counted("skips", policy.skips_step)
+    policy.plan = counted("drafts", policy.plan)
+    for step in range(1, 6):
+        batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
+        proposer.propose(batch)
+        proposer.record_verified("r", 0, 0)
+        assert asked == {"copies": step, "skips": step, "drafts": step}
 
 
 def test_one_of_the_two_may_be_left_out_and_come_back() -> None:
@@ -372,6 +390,20 @@ def test_changing_proposers_keeps_the_text() -> None:
     seen = replay(changing, [1], answer, 7)
     assert seen.num_forwards < len(answer)
     assert drafter.num_rows > 0
+
+
+def test_the_record_of_all_fades_once_a_step_not_once_a_request() -> None:
+    record = DraftRecord()
+    for _ in range(200):
+        record.begin_step()
+        record.observe("r", 4, 4)
+    alone = record._pool.tested
+    many = DraftRecord()
+    for _ in range(200):
+        many.begin_step()
+        for i in range(64):
+            many.observe(f"r{i}", 4, 4)
+    assert many._pool.tested == pytest.approx(64 * alone)
 
 
 def test_without_prices_a_record_says_who_copies() -> None:

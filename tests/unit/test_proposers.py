@@ -20,9 +20,9 @@ from tests.proposer_example import (
 )
 from tests.unit.draft_batches import batch_of
 from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
-from vllm_emssd.draft_length import FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.registry import plugin_proposer
 
@@ -38,10 +38,11 @@ def _example(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-class ObservedLength(FixedDraftLength):
+class ObservedLengths(CopyLengths):
     """Remembers what it was told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.observed: list[tuple[str, int, int]] = []
         self.released: list[str] = []
 
@@ -54,15 +55,15 @@ class ObservedLength(FixedDraftLength):
         self.released.append(req_id)
 
 
-def make(name: str, policy: FixedDraftLength) -> Proposer:
+def make(name: str, lengths: CopyLengths) -> Proposer:
     config, _ = parse_speculative_config(
         {"method": "emssd", "proposer": name}, STOCK_KEYS
     )
     if name == "llma":
-        return LlmaProposer(Copier(config.check_length), config.copy_length, policy)
+        return LlmaProposer(Copier(config.check_length), config.copy_length, lengths)
     maker = plugin_proposer(name)
     assert maker is not None
-    return maker(config, policy)
+    return maker(config, lengths)
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Simulation:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(5))
 def test_drafts_are_valid_and_few_enough(name: str, seed: int) -> None:
-    simulation = Simulation(make(name, FixedDraftLength()), Random(seed))
+    simulation = Simulation(make(name, CopyLengths()), Random(seed))
     for _ in range(NUM_STEPS):
         simulation.step()
     assert simulation.num_drafts > 0
@@ -128,9 +129,7 @@ def test_drafts_are_valid_and_few_enough(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_same_steps_give_the_same_drafts(name: str) -> None:
     """Every rank drafts for itself: nothing may depend on the process."""
-    first, second = (
-        Simulation(make(name, FixedDraftLength()), Random(1)) for _ in range(2)
-    )
+    first, second = (Simulation(make(name, CopyLengths()), Random(1)) for _ in range(2))
     for _ in range(NUM_STEPS):
         first.step()
         second.step()
@@ -138,35 +137,35 @@ def test_same_steps_give_the_same_drafts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_policy_decides_and_is_told(name: str) -> None:
-    class AtMostOne(ObservedLength):
+def test_lengths_are_chosen_and_what_came_of_them_is_told(name: str) -> None:
+    class AtMostOne(ObservedLengths):
         def choose(self, step, confidence):  # type: ignore[no-untyped-def]
             assert confidence.shape[0] == len(step.req_ids)
             assert confidence.shape[1] >= step.max_draft_tokens.max(initial=0)
             return np.minimum(step.max_draft_tokens, 1)
 
-    policy = AtMostOne()
-    proposer = make(name, policy)
+    lengths = AtMostOne()
+    proposer = make(name, lengths)
     text = [1, 2, 3, 1, 2, 3, 1, 2, 3]
     simulation = Simulation(proposer, Random(0), texts={"a": text})
     (drafts,) = proposer.propose(simulation._batch(["a"], [True], [6]))
     assert drafts == [1]
     proposer.record_verified("a", 1, 1)
-    assert policy.observed == [("a", 1, 1)]
+    assert lengths.observed == [("a", 1, 1)]
     proposer.release(["a"])
-    assert policy.released == ["a"]
+    assert lengths.released == ["a"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_released_request_is_forgotten(name: str) -> None:
     """Its id may come back with another text, shorter or longer."""
     for text in ([3], [4, 5] * 40):
-        proposer = make(name, FixedDraftLength())
+        proposer = make(name, CopyLengths())
         simulation = Simulation(proposer, Random(0), texts={"a": [1, 2] * 20})
         proposer.propose(simulation._batch(["a"], [True], [6]))
         proposer.release(["a"])
         simulation.texts["a"] = text
-        fresh = make(name, FixedDraftLength())
+        fresh = make(name, CopyLengths())
         batch = simulation._batch(["a"], [True], [6])
         if len(text) > 1:
             assert proposer.propose(batch) == fresh.propose(batch)

@@ -1,4 +1,4 @@
-"""Prices of the first rank for all; fingerprints compared; over real process groups."""
+"""Costs of the first rank for all; fingerprints compared; over real process groups."""
 
 from __future__ import annotations
 
@@ -42,31 +42,42 @@ def join(rank: int, meeting_point: str) -> Ranks:
 def meter(rank: int, ranks: Ranks) -> StepCostMeter:
     """Of a target whose forwards take the first rank 10 ms, and the second 20."""
     target = SimpleNamespace(take_timings=lambda: [(4, 10.0 * (rank + 1))])
-    measured = CostTable([1, 8], [5.0 + rank, 9.0 + rank]), CostTable([1], [0.0])
+    target_costs = CostTable([1, 8], [5.0 + rank, 9.0 + rank])
+    measured = StepCosts(target_costs, CostTable([1], [0.0]), 4.0)
     made = StepCostMeter(measured, target, None, ranks)
     made.measured.fixed_ms += rank
     made.measured.speculation_ms += 2 * rank
-    made._take_over_prices()
+    made.measured.confidence_ms += 0.1 * rank
+    made._take_over_costs()
     return made
 
 
-def prices_of(costs: StepCosts) -> list[Any]:
-    rest = [costs.fixed_ms, costs.speculation_ms]
+def costs_of(costs: StepCosts) -> list[Any]:
+    rest = [costs.fixed_ms, costs.speculation_ms, costs.confidence_ms]
     return [costs.target.points, costs.draft.points, *rest]
+
+
+def agrees(ranks: Ranks, decision: list[int]) -> bool:
+    try:
+        ranks.check_agreement(np.array(decision))
+    except RuntimeError:
+        return False
+    return True
 
 
 def scenario(rank: int, meeting_point: str, results: Any) -> None:
     ranks = join(rank, meeting_point)
     out: dict[str, Any] = {"first": ranks.of_first(np.array([1.5 + rank])).tolist()}
     m = meter(rank, ranks)
-    out["at start"] = prices_of(m.costs)
+    out["at start"] = costs_of(m.costs)
     for _ in range(63):
         m.step_done()
-    out["after 63"] = prices_of(m.costs)
+    out["after 63"] = costs_of(m.costs)
     m.step_done()
-    out["after 64"] = prices_of(m.costs)
-    out["own"] = prices_of(m.measured)
+    out["after 64"] = costs_of(m.costs)
+    out["own"] = costs_of(m.measured)
     ranks.compare(7)
+    out["agreed"] = [agrees(ranks, [3, 0, n]) for n in (1, 2 + rank, 1)]
     try:
         ranks.compare(7 + rank)
     except RuntimeError as error:
@@ -101,7 +112,7 @@ def test_the_first_ranks_numbers_count(outcomes: list[dict[str, Any]]) -> None:
     assert outcomes[0]["at start"][0] == [(1, 5.0), (8, 9.0)]
 
 
-def test_prices_change_at_numbered_steps_only(outcomes: list[dict[str, Any]]) -> None:
+def test_costs_change_at_numbered_steps_only(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         assert outcome["after 63"] == outcome["at start"]
         assert outcome["after 64"] != outcome["at start"]
@@ -113,3 +124,10 @@ def test_every_rank_is_told_of_a_disagreement(outcomes: list[dict[str, Any]]) ->
     for outcome in outcomes:
         assert "[7, 8]" in outcome["error"]
         assert '"draft_length": "fixed"' in outcome["error"]
+
+
+def test_a_decision_that_differs_is_told_before_it_is_acted_on(
+    outcomes: list[dict[str, Any]],
+) -> None:
+    """And after it, all that follow: the ranks' histories differ."""
+    assert [o["agreed"] for o in outcomes] == [[True, False, False]] * 2

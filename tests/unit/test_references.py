@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.unit.scripted_target import Replay, replay
-from vllm_emssd.draft_length import FixedDraftLength
 from vllm_emssd.proposers.alignment import ReferenceAlignment, Standing
 from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -28,7 +28,7 @@ TOKENS = st.lists(st.integers(0, 3), max_size=60)
 def proposer_of(
     reference: list[int] | None, copy_length: int = 7, check_length: int = 2
 ) -> LlmaProposer:
-    proposer = LlmaProposer(Copier(check_length), copy_length, FixedDraftLength())
+    proposer = LlmaProposer(Copier(check_length), copy_length, CopyLengths())
     if reference is not None:
         proposer.add_reference("r", np.array(reference, dtype=np.int32))
     return proposer

@@ -39,7 +39,7 @@ from tests.engine import (
 )
 from tests.planted_failures import break_parts
 from tests.v2.padded_forwards import pad_forwards
-from vllm_emssd.draft_length import CostTable, DraftOpportunity, FixedDraftLength
+from vllm_emssd.draft_length import CostTable, FixedDraftLength, StepInfo
 
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
@@ -69,7 +69,7 @@ AUTO = {"draft_length": "auto"}
 class RaggedLengths(FixedDraftLength):
     """Any number of drafts, another for each request and step, 0 among them."""
 
-    def begin(self, step: DraftOpportunity) -> np.ndarray:
+    def plan(self, step: StepInfo) -> np.ndarray:
         self._steps = getattr(self, "_steps", 0) + 1
         wanted = (np.arange(len(step.req_ids)) * 2 + self._steps) % (K + 1)
         return np.minimum(wanted, step.max_draft_tokens)

@@ -33,7 +33,8 @@ class CostFile(BaseModel):
 
     `fixed` is what a step costs besides the forwards (scheduling, sampling, reading the
     requests' K/V where the tables leave that out), by requests in the step;
-    `speculation_ms` what it costs more with speculation on.
+    `speculation_ms` what it costs more with speculation on, `confidence_ms` what a
+    draft forward costs more if it tells confidences and `draft` leaves that out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,7 @@ class CostFile(BaseModel):
     draft: ModelCosts
     fixed: list[Point] = Field(min_length=1)  # (requests, ms), requests rising
     speculation_ms: float = Field(default=0.0, ge=0)
+    confidence_ms: float = Field(default=0.0, ge=0)
     provenance: dict[str, str] = Field(min_length=1)  # machine, command, versions, ...
 
     @model_validator(mode="after")
@@ -67,6 +69,7 @@ class CostFile(BaseModel):
             table_of(self.draft.points),
             self.fixed_ms(num_reqs, False),
             self.speculation_ms,
+            self.confidence_ms,
         )
 
 

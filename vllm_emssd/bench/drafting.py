@@ -11,7 +11,7 @@ import numpy as np
 from vllm_emssd.bench.replay_drafter import ReplayDrafter
 from vllm_emssd.bench.simulated_request import SimulatedRequest
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import CostTable, DraftLengthPolicy
+from vllm_emssd.draft_length import DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -85,7 +85,7 @@ class CopyDrafting:
 class DrafterSetting:
     """The replayed draft model: what its forwards cost, and its limits."""
 
-    costs: CostTable
+    costs: StepCosts
     k: int
     max_num_seqs: int
     max_num_rows: int  # of one forward
@@ -96,10 +96,14 @@ class ModelDrafting:
     """The draft-model proposer and its cursor, on a replayed drafter."""
 
     def __init__(
-        self, policy: DraftLengthPolicy, counters: Counters, setting: DrafterSetting
+        self,
+        policy: DraftLengthPolicy,
+        counters: Counters,
+        setting: DrafterSetting,
+        knows_the_end: bool,
     ) -> None:
-        self._k, self._knows_the_end = setting.k, policy.needs_confidence
-        self._costs = setting.costs
+        self._k, self._knows_the_end = setting.k, knows_the_end
+        self._costs = setting.costs.draft
         self._drafter = ReplayDrafter(
             setting.costs, setting.max_num_rows, setting.max_model_len
         )
@@ -120,6 +124,11 @@ class ModelDrafting:
         self._proposer.record_verified(req_id, num_drafts, accepted)
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> float:
+        num_sampling = sum(r.num_sampled > 0 for r in requests)
+        if self._proposer.skips_step(num_sampling):
+            for request in requests:
+                request.drafts = []
+            return 0.0
         self._look_up(requests)
         batch = draft_batch(requests, self._k, self._knows_the_end)
         drafts = self._proposer.propose(batch)
@@ -146,11 +155,16 @@ class PaddedDrafting(ModelDrafting):
     """
 
     def __init__(
-        self, policy: DraftLengthPolicy, counters: Counters, setting: DrafterSetting
+        self,
+        policy: DraftLengthPolicy,
+        counters: Counters,
+        setting: DrafterSetting,
+        knows_the_end: bool,
     ) -> None:
         # What our proposer would feed is neither limited nor counted.
         no_limit = setting.max_num_seqs * setting.max_model_len
-        super().__init__(policy, Counters(), replace(setting, max_num_rows=no_limit))
+        no_limit_setting = replace(setting, max_num_rows=no_limit)
+        super().__init__(policy, Counters(), no_limit_setting, knows_the_end)
         self._counters = counters
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> float:

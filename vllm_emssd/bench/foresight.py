@@ -8,59 +8,36 @@ import numpy as np
 
 from vllm_emssd.bench.drafting import DrafterSetting, ModelDrafting
 from vllm_emssd.bench.simulated_request import SimulatedRequest
-from vllm_emssd.draft_length import DraftOpportunity, StepCosts
-from vllm_emssd.draft_length.goodput import plan
+from vllm_emssd.draft_length import DraftLengthPolicy, StepCosts, StepInfo
 from vllm_emssd.metrics import Counters
 
 
-class ForesightDraftLength:
-    """The lengths of the best plan, were it known which drafts will be accepted.
-
-    Each step is planned by itself, as in `AutoDraftLength`, with survivals of 1 and 0.
-    """
-
-    needs_confidence = True  # as automatic lengths: nothing beyond a request's end
-    feeds_prompts = True
+class ForesightDraftLength(DraftLengthPolicy):
+    """The lengths of the best plan, were it known which drafts will be accepted: all of
+    those up to one depth for the batch, none beyond."""
 
     def __init__(self, costs: StepCosts) -> None:
         self.num_acceptable = np.zeros(0, dtype=np.int64)  # [num_reqs] in this step
         self._costs = costs
 
-    def rests(self, num_tokens_anyway: float) -> bool:
-        return False
-
-    def begin(self, step: DraftOpportunity) -> np.ndarray:
+    def plan(self, step: StepInfo) -> np.ndarray:
+        costs = self._costs
         most = np.minimum(self.num_acceptable, step.max_draft_tokens)
-        positions = np.arange(most.max(initial=0))
-        self._lens = plan(
-            (positions < most[:, None]).astype(float),
-            step.missing_rows,
-            int(step.is_sampling.sum()),
-            step.num_prefill_rows,
-            self._costs,
-        ).draft_lens
+        by_depth = most > np.arange(most.max(initial=0))[:, None]
+        num_reqs = np.concatenate([[0], by_depth.sum(axis=1)])  # in each draft forward
+        num_drafts = num_reqs.cumsum()
+        ms = costs.target.ms(step.base_rows + num_drafts) + costs.fixed_ms
+        ms += costs.target.at(step.num_sampling)
+        ms = ms - costs.target.at(step.base_rows) + costs.draft.ms(num_reqs).cumsum()
+        ms[1:] += costs.speculation_ms
+        depth = int(((step.num_sampling + num_drafts) / ms).argmax())
+        self._lens = np.minimum(most, depth)
         return self._lens
 
-    def go_on(
+    def continue_drafting(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
     ) -> np.ndarray:
         return np.asarray(self._lens[req_indices] > position + 1)
-
-    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
-        return draft_lens
-
-    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
-        raise NotImplementedError("foresight is of a draft model's trace")
-
-    def observe(
-        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
-    ) -> None:
-        """There is nothing to learn."""
-
-    observe_others = observe
-
-    def release(self, req_id: str) -> None:
-        """Nothing is kept."""
 
 
 class ForesightDrafting(ModelDrafting):
@@ -69,7 +46,7 @@ class ForesightDrafting(ModelDrafting):
     def __init__(
         self, policy: ForesightDraftLength, counters: Counters, setting: DrafterSetting
     ) -> None:
-        super().__init__(policy, counters, setting)
+        super().__init__(policy, counters, setting, knows_the_end=True)
         self._policy = policy
 
     def _look_up(self, requests: Sequence[SimulatedRequest]) -> None:

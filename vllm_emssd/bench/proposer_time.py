@@ -14,9 +14,9 @@ import numpy as np
 from vllm_emssd.bench import corpus
 from vllm_emssd.bench.methods import MethodOptions
 from vllm_emssd.bench.request import Tokenizer
-from vllm_emssd.draft_length import FixedDraftLength
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 
 CONTEXTS = (512, 4_096, 32_768)  # tokens
@@ -93,7 +93,7 @@ def _measure(
 
 def _llma(num_reqs: int, options: MethodOptions) -> Propose:
     proposer = LlmaProposer(
-        Copier(options.check_length), options.copy_length, FixedDraftLength()
+        Copier(options.check_length), options.copy_length, CopyLengths()
     )
     req_ids = [str(i) for i in range(num_reqs)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_emssd.bench.traces import RequestTrace
-from vllm_emssd.draft_length import CostTable
+from vllm_emssd.draft_length import StepCosts
 from vllm_emssd.ragged import RaggedRows
 
 REJECTED = -1  # stands for every draft that the target will not accept
@@ -18,14 +18,15 @@ class ReplayDrafter:
     """Implements `proposers.draft_model.Drafter` from a trace.
 
     Args:
-        costs: milliseconds of a draft forward by rows.
+        costs: of its forwards, and of telling confidences.
         max_num_rows: most rows of one forward.
         max_model_len: positions the draft model can take.
     """
 
-    def __init__(self, costs: CostTable, max_num_rows: int, max_model_len: int) -> None:
+    def __init__(self, costs: StepCosts, max_num_rows: int, max_model_len: int) -> None:
         self.max_num_rows = max_num_rows
         self.max_model_len = max_model_len
+        self.tells_confidence = False
         self._costs = costs
         self._ms = 0.0
 
@@ -63,7 +64,8 @@ class ReplayDrafter:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
-        self._ms += self._costs.at(rows.num_rows)
+        self._ms += self._costs.draft.at(rows.num_rows)
+        self._ms += self._costs.confidence_ms * self.tells_confidence
         requests = rows.row_req_indices[sampled_rows]
         tokens = self._tokens[requests, draft_position]
         return torch.from_numpy(tokens), self._confidence[requests, draft_position]

@@ -8,10 +8,11 @@ drafts, and drafts for the next one; vLLM's own drafter for requests that end in
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,16 +26,16 @@ from vllm_emssd.bench.drafting import (
 )
 from vllm_emssd.bench.foresight import ForesightDrafting, ForesightDraftLength
 from vllm_emssd.bench.simulated_request import SimulatedRequest
-from vllm_emssd.bench.timed_policy import TimedDraftLength
 from vllm_emssd.bench.traces import RequestTrace, Trace
 from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
     AutoDraftLength,
     DraftLengthPolicy,
     FixedDraftLength,
-    Survival,
 )
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 
 
@@ -76,6 +77,7 @@ class Outcome:
     ms: float = 0.0
     draft_ms: float = 0.0  # of it, draft forwards
     policy_ms: float = field(default=0.0, compare=False)  # not simulated, but taken
+    reliability: np.ndarray | None = field(default=None, compare=False)
     num_tokens: int = 0
     counters: Counters = field(default_factory=Counters)
 
@@ -98,6 +100,27 @@ class Outcome:
         return counters.num_accepted_tokens / max(counters.num_request_steps, 1)
 
 
+class _Timed:
+    """Anything, and the milliseconds spent in its methods."""
+
+    def __init__(self, timed: Any) -> None:
+        self.ms = 0.0
+        self._timed = timed
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._timed, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            returned = value(*args)
+            self.ms += (time.perf_counter() - start) * 1e3
+            return returned
+
+        return call
+
+
 class SimulatedEngine:
     """One engine. `outcome` counts from its start; what its policy learns stays."""
 
@@ -113,7 +136,7 @@ class SimulatedEngine:
         self._costs, self._setting = costs, setting
         is_llma = trace.header.kind == "llma"
         self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
-        self._policy: TimedDraftLength | None = None
+        self._policy: _Timed | None = None  # or the lengths of copies
         self._drafting = self._make_drafting(method, is_llma)
         # vLLM leaves room for a row more of each request with a draft model.
         self._draft_slots = int(method.speculates and not is_llma)
@@ -147,17 +170,25 @@ class SimulatedEngine:
         setting, k = self._setting, method.k
         if is_llma:
             k = min(k, setting.copy_length)
-        policy: DraftLengthPolicy = FixedDraftLength()
-        if method.name == "auto":
-            policy = AutoDraftLength(self._prices, Survival(k), may_trim=True)
-        policy = self._policy = TimedDraftLength(policy)
+        is_auto = method.name == "auto"
         if is_llma:
-            proposer = LlmaProposer(
-                Copier(setting.check_length), setting.copy_length, policy
+            lengths = self._policy = _Timed(
+                CopyLengths(self._prices if is_auto else None)
             )
-            return CopyDrafting(proposer, k, policy.needs_confidence)
+            proposer = LlmaProposer(
+                Copier(setting.check_length),
+                setting.copy_length,
+                lengths,  # type: ignore[arg-type]
+            )
+            return CopyDrafting(proposer, k, knows_the_end=is_auto)
+        policy: DraftLengthPolicy = FixedDraftLength()
+        if is_auto:
+            acceptance = AcceptanceEstimator(k)
+            policy = AutoDraftLength(self._prices, acceptance, may_trim=True)
+            self.outcome.reliability = acceptance.reliability
+        self._policy = _Timed(policy)
         drafter = DrafterSetting(
-            self._prices.draft,
+            self._prices,
             k,
             setting.max_num_seqs,
             setting.max_num_batched_tokens,
@@ -168,7 +199,12 @@ class SimulatedEngine:
             foresight = ForesightDraftLength(self._prices)
             return ForesightDrafting(foresight, counters, drafter)
         drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
-        return drafting(policy, counters, drafter)
+        return drafting(
+            self._policy,  # type: ignore[arg-type]
+            counters,
+            drafter,
+            knows_the_end=is_auto,
+        )
 
     def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
         self._num_arrived += 1
@@ -308,6 +344,7 @@ def difference(after: Outcome, before: Outcome) -> Outcome:
         after.ms - before.ms,
         after.draft_ms - before.draft_ms,
         after.policy_ms - before.policy_ms,
+        after.reliability,  # of all since the start
         after.num_tokens - before.num_tokens,
         Counters(**counters),
     )

@@ -8,7 +8,9 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vllm_emssd import __version__
 from vllm_emssd.bench.costs import CostFile, load_costs, shipped_costs
@@ -22,6 +24,10 @@ from vllm_emssd.bench.simulator import (
 )
 from vllm_emssd.bench.traces import SHIPPED_TRACE, Trace, load_trace, save_trace
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
+from vllm_emssd.draft_length.acceptance import MARGINAL
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Results = dict[int, dict[Decoding, Outcome]]  # by batch
 
@@ -215,6 +221,7 @@ def _print(results: Results, trace: Trace, costs: CostFile) -> None:
         for batch, by_method in results.items():
             table.add_row(str(batch), *cells(by_method))
         console.print(table)
+    _print_reliability(console, results)
 
 
 def _speeds(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
@@ -232,6 +239,44 @@ def _accepted(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
 def _deciding(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
     for outcome in by_method.values():
         yield f"{outcome.policy_ms_per_step:.2f}"
+
+
+def _print_reliability(console: Console, results: Results) -> None:
+    """Of automatic lengths' verified drafts, what was predicted beside what came."""
+    from rich.table import Table
+
+    found = {
+        batch: outcome.reliability
+        for batch, by_method in results.items()
+        for outcome in by_method.values()
+        if outcome.reliability is not None
+    }
+    if not found:
+        return
+    table = Table(
+        title="chance of being accepted, auto: predicted, observed (verified drafts)",
+        caption="marginal: drafts predicted to bring what verifying them costs, which "
+        "stands behind the bar, within a quarter",
+    )
+    for column in ("predicted", *map(str, found)):
+        table.add_column(column, justify="right")
+    for line in range(MARGINAL + 1):
+        name = f"{line / 10:.1f} to {(line + 1) / 10:.1f}"
+        table.add_row(
+            "marginal" if line == MARGINAL else name,
+            *(_reliability(sums[:, line], line == MARGINAL) for sums in found.values()),
+        )
+    console.print(table)
+
+
+def _reliability(sums: np.ndarray, has_cost: bool) -> str:
+    """`sums`: a line of `AcceptanceEstimator.reliability`."""
+    num_drafts = int(sums[0])
+    if not num_drafts:
+        return ""
+    predicted, observed, cost = sums[1:] / num_drafts
+    text = f"{predicted:.2f}, {observed:.2f} ({num_drafts})"
+    return f"{text} | {cost:.2f}" if has_cost else text
 
 
 def _pair(trace: Trace) -> str:

@@ -1,7 +1,7 @@
 """The interface between a proposer and the policy that sets draft lengths.
 
-A step goes: `begin`, then after each draft forward `go_on`, then `finish`; when the
-target has verified, `observe` for each request.
+A step goes: `plan`, then `continue_drafting` after each draft forward, then `trim`;
+when the target has verified, `observe` for each request.
 
 For exact output a decision about draft j may depend on anything fixed before j is
 sampled, never on its sampled value or a later one's (greedy drafts are exempt: they
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -24,13 +23,9 @@ class Copies:
     rows: np.ndarray  # [num_reqs] int64: of the target
     gains: np.ndarray  # [num_reqs] float64: how many are expected to be accepted
 
-    def worth(self, token_worth: np.ndarray) -> Copies:
-        """The same, gains by what a token of each request is worth. [num_reqs]"""
-        return Copies(self.rows, self.gains * token_worth)
-
 
 @dataclass(frozen=True, slots=True)
-class DraftOpportunity:
+class StepInfo:
     """What is known of a step before drafting. All arrays are [num_reqs]."""
 
     req_ids: Sequence[str]
@@ -41,86 +36,65 @@ class DraftOpportunity:
     copies: Copies | None = None
 
     @property
-    def can_copy(self) -> bool:
-        """Whether any request has a copy at hand."""
-        return self.copies is not None and bool(self.copies.rows.any())
+    def num_sampling(self) -> int:
+        return int(self.is_sampling.sum())
 
     @property
-    def num_tokens_anyway(self) -> np.ndarray:
-        """To expect of each request if none drafts. float64"""
-        gains = 0.0 if self.copies is None else self.copies.gains
-        return np.asarray((1.0 + gains) * self.is_sampling)
-
-    @property
-    def num_rows_anyway(self) -> int:
-        """Of the target, if none drafts."""
-        num_copied = 0 if self.copies is None else int(self.copies.rows.sum())
-        return int(self.is_sampling.sum()) + self.num_prefill_rows + num_copied
+    def base_rows(self) -> int:
+        """Of the target, if no request drafts or copies."""
+        return self.num_sampling + self.num_prefill_rows
 
 
-class DraftLengthPolicy(Protocol):
-    """Decides, each step, how many drafts each request makes."""
+class DraftLengthPolicy:
+    """Decides, each step, how many drafts each request makes: here the most it may."""
 
-    needs_confidence: bool  # else `go_on` may be given None
+    needs_confidence = False  # whether `continue_drafting` does, in the latest plan
+    feeds_prompts = True  # to the drafter as they are prefilled, not later
 
-    @property
-    def feeds_prompts(self) -> bool:
-        """Whether prompts are fed to the drafter as they are prefilled, not later."""
-        ...
+    def skips_step(self, num_sampling: int) -> bool:
+        """Whether no request drafts in this step, in which `num_sampling` got a token.
+        Asked at most once a step, before `plan`, which must not be called then."""
+        return False
 
-    def rests(self, num_tokens_anyway: float) -> bool:
-        """Whether nobody drafts this step, whoever is in it. To be asked at most once a
-        step, before `begin`, which must not be called then.
-
-        `num_tokens_anyway`: to expect of the step without drafts of the policy's.
-        """
-        ...
-
-    def begin(self, step: DraftOpportunity) -> np.ndarray:
+    def plan(self, step: StepInfo) -> np.ndarray:
         """Most drafts of each request this step, 0 to make none. [num_reqs] int64"""
-        ...
+        return step.max_draft_tokens
 
-    def go_on(
+    def continue_drafting(
         self, req_indices: np.ndarray, confidence: np.ndarray | None, position: int
     ) -> np.ndarray:
-        """Which requests draft once more.
+        """Which requests draft once more. [num_drafting] bool
 
         Args:
             req_indices: [num_drafting] rows of the step's arrays.
             confidence: [num_drafting] highest probability where draft `position` was
-                made.
-
-        Returns: [num_drafting] bool.
+                made; None unless it is needed.
         """
-        ...
+        return np.ones(len(req_indices), dtype=bool)
 
-    def finish(self, draft_lens: np.ndarray) -> np.ndarray:
+    def trim(self, draft_lens: np.ndarray) -> np.ndarray:
         """How many of the drafts made are verified. Both [num_reqs] int64."""
-        ...
+        return draft_lens
 
-    def choose(self, step: DraftOpportunity, confidence: np.ndarray) -> np.ndarray:
-        """How many of the drafts that cost nothing to make (copies) are verified.
-
-        Takes the place of `begin`, `go_on` and `finish`. `step.max_draft_tokens` are
-        the lengths made, `step.copies` what others have at hand. May be asked again in
-        a step when some of those have changed. `confidence`: [num_reqs, longest].
-        Returns [num_reqs] int64.
-        """
-        ...
-
-    def observe(
-        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
-    ) -> None:
-        """The target verified the first `num_draft_tokens` of a request's drafts."""
-        ...
-
-    def observe_others(
-        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
-    ) -> None:
-        """Like `observe`, but the drafts were made by another proposer, under another
-        policy: all they tell is how the request gets on."""
-        ...
+    def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
+        """The target verified the first drafts of a request, 0 where it verified none
+        or another proposer's, and accepted a prefix."""
 
     def release(self, req_id: str) -> None:
         """Forget a finished request."""
-        ...
+
+
+class FixedDraftLength(DraftLengthPolicy):
+    """Every request drafts `num_draft_tokens`, or else the most it may."""
+
+    def __init__(self, num_draft_tokens: int | None = None) -> None:
+        self._num_draft_tokens = num_draft_tokens
+        self.feeds_prompts = num_draft_tokens != 0
+
+    def skips_step(self, num_sampling: int) -> bool:
+        return self._num_draft_tokens == 0
+
+    def plan(self, step: StepInfo) -> np.ndarray:
+        if self._num_draft_tokens is None:
+            return step.max_draft_tokens
+        return np.minimum(step.max_draft_tokens, self._num_draft_tokens)

@@ -10,10 +10,11 @@ from vllm.logger import init_logger
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
     AutoDraftLength,
     CostTable,
-    OverridableDraftLength,
-    Survival,
+    FixedDraftLength,
+    StepCosts,
 )
 from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.paged_drafter import PagedDrafter
@@ -21,6 +22,7 @@ from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.row_rounding import RowRounding
 from vllm_emssd.integration.step_costs import (
     CONTEXT,
+    FIXED_MS,
     NO_DRAFT_MODEL,
     StepCostMeter,
     measure_drafter,
@@ -53,7 +55,7 @@ class AutomaticLengthsMixin:
     _make_proposer: Any
 
     _step_costs: StepCostMeter | None  # with automatic lengths
-    _drafting_policy: OverridableDraftLength | None  # likewise
+    _automatic: AutoDraftLength | None  # likewise, with a draft model
     _row_rounding: RowRounding  # likewise
 
     def start_automatic_lengths(self) -> None:
@@ -63,17 +65,14 @@ class AutomaticLengthsMixin:
         self._step_costs = self._measure_costs()
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
         costs = self._step_costs.costs
-        automatic = AutoDraftLength(
-            costs, Survival(self.num_spec_tokens), may_trim=not is_sampled
-        )
-        drafting = self._drafting_policy = OverridableDraftLength(automatic)
-        copying = AutoDraftLength(costs, Survival(self.num_spec_tokens), may_trim=True)
-        self._proposer = self._make_proposer(drafting, copying, weighs_copies=True)
+        acceptance = AcceptanceEstimator(self.num_spec_tokens)
+        self._automatic = AutoDraftLength(costs, acceptance, may_trim=not is_sampled)
+        self._proposer = self._make_proposer(self._automatic, costs)
 
     def fix_draft_length(self, num_draft_tokens: int | None) -> None:
         """See the worker's `emssd_fix_draft_length`."""
         most = self.num_spec_tokens
-        if self._drafting_policy is None or not isinstance(
+        if self._automatic is None or not isinstance(
             self._proposer, DraftModelProposer
         ):
             raise ValueError(
@@ -85,7 +84,11 @@ class AutomaticLengthsMixin:
                 f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
                 "num_speculative_tokens, or None for automatic lengths"
             )
-        self._drafting_policy.fix(num_draft_tokens)
+        if num_draft_tokens is None:
+            self._automatic.forget_drafts()  # what became of them was not observed
+            self._proposer.policy = self._automatic
+        else:
+            self._proposer.policy = FixedDraftLength(num_draft_tokens)
 
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
@@ -96,13 +99,19 @@ class AutomaticLengthsMixin:
     def _measure_costs(self) -> StepCostMeter:
         target, drafter = ForwardTimer(self.model), self.paged_drafter
         most = self.max_num_reqs * (1 + self.num_spec_tokens)
-        timed = time_target(
-            lambda num_rows: self._dummy_run(
+
+        @torch.inference_mode()
+        def run(num_rows: int) -> None:
+            hidden_states, _ = self._dummy_run(
                 num_rows,
                 force_attention=True,
                 uniform_decode=num_rows <= most,
                 profile_seq_lens=min(CONTEXT, self.max_model_len),
-            ),
+            )
+            self.model.compute_logits(hidden_states[:num_rows])
+
+        timed = time_target(
+            run,
             target,
             rows_to_measure(most, self.max_num_tokens),
             self.device,
@@ -110,11 +119,12 @@ class AutomaticLengthsMixin:
         self._row_rounding = RowRounding(timed.samples, timed.preparing_ms)
         logger.info("Row counts quicker as larger ones: %s", self._row_rounding)
         target_costs = CostTable.from_samples(timed.samples)
-        draft_costs = (
-            NO_DRAFT_MODEL if drafter is None else measure_drafter(drafter, self.device)
-        )
-        return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
+        draft_costs, confidence_ms = NO_DRAFT_MODEL, 0.0
+        if drafter is not None:
+            draft_costs, confidence_ms = measure_drafter(drafter, self.device)
+        costs = StepCosts(target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms)
+        return StepCostMeter(costs, target, drafter, self._ranks)
 
     def costs_now(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
-        return {} if self._step_costs is None else self._step_costs.prices()
+        return {} if self._step_costs is None else self._step_costs.as_dict()

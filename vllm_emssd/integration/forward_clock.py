@@ -57,16 +57,24 @@ class WallClock:
 
 
 class ForwardTimer:
-    """A module's last forward, timed by its hooks on a CPU."""
+    """A model's last forward and the logits computed after it, timed on a CPU."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._rows = 0
         self._ms = 0.0
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after)
+        self._compute_logits = model.compute_logits
+        model.compute_logits = self._timed_logits
 
     def take_timings(self) -> list[tuple[int, float]]:
         return [(self._rows, self._ms)]
+
+    def _timed_logits(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        logits = self._compute_logits(*args, **kwargs)
+        self._ms += (time.perf_counter() - start) * 1e3
+        return logits
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         token_ids = kwargs.get("input_ids")

@@ -21,6 +21,7 @@ from vllm_emssd import __version__
 from vllm_emssd.config import (
     ADDITIONAL_CONFIG_KEY,
     METHOD,
+    MOST_FIXED_DRAFTS,
     EmssdConfig,
     parse_speculative_config,
 )
@@ -271,7 +272,10 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
             "with vLLM's V1 model runner only, where their gain was measured. At high "
             "load fixed lengths can be slower than no speculation."
         )
-        return config.model_copy(update={"draft_length": "fixed"})
+        fixed: dict[str, Any] = {"draft_length": "fixed"}
+        if config.uses_draft_model and asked.get("num_speculative_tokens") is None:
+            fixed["num_speculative_tokens"] = MOST_FIXED_DRAFTS
+        return config.model_copy(update=fixed)
     has_v2 = use_v2 is not False and config.proposer == "draft_model"
     if not current_platform.is_cpu() and not has_v2:
         raise ValueError(AUTO_NEEDS_V2)

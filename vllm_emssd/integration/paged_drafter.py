@@ -33,7 +33,7 @@ class PagedDrafter:
         input_batch: the runner's batch; its rows are the `req_indices` of a forward.
         requests: the runner's request states by id.
         max_model_len: positions that both models can take.
-        needs_confidence: whether `forward` tells the highest probability.
+        is_timed: whether forwards are timed.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class PagedDrafter:
         input_batch: InputBatch,
         requests: Mapping[str, CachedRequestState],
         max_model_len: int,
-        needs_confidence: bool = False,
+        is_timed: bool = False,
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_model_len = max_model_len
-        self._needs_confidence = needs_confidence
+        self.tells_confidence = False
+        self._is_timed = is_timed
         self._stock = stock
         self._vllm_config = vllm_config
         self._input_batch = input_batch
@@ -80,7 +81,7 @@ class PagedDrafter:
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         self._clock.start()
         drafted = self._forward(rows, token_ids, sampled_rows, draft_position)
-        if self._needs_confidence:
+        if self._is_timed:
             self._clock.stop(rows.num_rows)
         return drafted
 
@@ -102,12 +103,12 @@ class PagedDrafter:
         metadata = self._input_batch.sampling_metadata
         if self._draws_samples:
             metadata = self._draft_sampling_metadata(req_indices)
-        if not self._needs_confidence:
+        if not self.tells_confidence:
             tokens, probs = self._sample_after(hidden_states, metadata)
             confidence = None
         else:
             logits = stock.model.compute_logits(hidden_states)
-            # sync: decides who drafts on
+            # sync: decides which requests draft on
             confidence = highest_probability(logits).cpu().numpy()
             tokens, probs = self._sample(logits, metadata)
         if probs is not None:

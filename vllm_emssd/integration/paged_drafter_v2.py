@@ -99,6 +99,7 @@ class PagedDrafterV2:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_num_reqs: int = stock.max_num_reqs
         self.max_model_len = max_model_len
+        self.tells_confidence = False
         self._stock = stock
         self._recorded = RecordedForwards(stock, max_model_len)
         self._batch: BatchOnDevice
@@ -130,9 +131,10 @@ class PagedDrafterV2:
         tokens = self._draft(rows, token_ids, sampled_rows, draft_position)
         if self._clock is not None:
             self._clock.stop(rows.num_rows)
-        if self._stock.confidence is None or len(sampled_rows) == 0:
+        if not self.tells_confidence or len(sampled_rows) == 0:
             return tokens, None
-        # sync: decides who drafts on
+        assert self._stock.confidence is not None
+        # sync: decides which requests draft on
         return tokens, self._stock.confidence.cpu().numpy()
 
     def capture(self) -> None:

@@ -5,11 +5,11 @@ Data-parallel engines need not agree: each has its own requests and its own pric
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 from vllm.distributed import get_tp_group
-
-from vllm_emssd.draft_length import AgreedDraftLength, DraftLengthPolicy
 
 
 class Ranks:
@@ -21,6 +21,7 @@ class Ranks:
         self.is_alone: bool = group.world_size == 1
         self.is_first: bool = group.is_first_rank
         self._first: int = group.ranks[0]
+        self._fingerprint = 0  # of all decisions so far
 
     def of_first(self, values: np.ndarray) -> np.ndarray:
         """The first rank's values, on every rank. Any shape, the same everywhere;
@@ -31,9 +32,13 @@ class Ranks:
         )
         return np.asarray(shared.numpy())
 
-    def agreed(self, policy: DraftLengthPolicy) -> DraftLengthPolicy:
-        """The policy, its decisions compared where there are several ranks."""
-        return policy if self.is_alone else AgreedDraftLength(policy, self.compare)
+    def check_agreement(self, decision: np.ndarray) -> None:
+        """Compare a decision, integers or booleans of any shape, before it is acted on:
+        a rank that fed other rows to the drafter would hang the next collective, or add
+        up what does not belong together. Raises as `compare` does."""
+        data = np.ascontiguousarray(decision, dtype=np.int64).tobytes()
+        self._fingerprint = zlib.crc32(data, self._fingerprint)
+        self.compare(self._fingerprint)
 
     def compare(self, fingerprint: int) -> None:
         """Raise RuntimeError, on every rank, unless all have the same fingerprint.

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
+from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength, StepCosts
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.automatic_lengths_v1 import AutomaticLengthsMixin
 from vllm_emssd.integration.kv_cache import (
@@ -47,6 +47,7 @@ from vllm_emssd.integration.v2_limits import AUTO_NEEDS_V2, refuse_async_v1
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
@@ -86,7 +87,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
         self._step_costs = None
-        self._drafting_policy = None
+        self._automatic = None
         self._request_limits = RequestLimits()
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         self._publisher = Publisher(self.counters, vllm_config)
@@ -112,22 +113,18 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             )
         if self.emssd_config.uses_draft_model:
             self._make_drafter(kv_cache_config)
-        self._proposer = self._make_proposer(FixedDraftLength(), FixedDraftLength())
+        self._proposer = self._make_proposer(FixedDraftLength())
 
     def _make_proposer(
-        self,
-        drafting_policy: DraftLengthPolicy,
-        copying_policy: DraftLengthPolicy,
-        weighs_copies: bool = False,
+        self, policy: DraftLengthPolicy, costs: StepCosts | None = None
     ) -> Proposer:
+        """`policy`: of a draft model; `costs`: with automatic lengths."""
         config = self.emssd_config
-        drafting_policy = self._ranks.agreed(drafting_policy)
-        copying_policy = self._ranks.agreed(copying_policy)
+        check = None if self._ranks.is_alone else self._ranks.check_agreement
+        lengths = CopyLengths(costs, check)
         if (make := plugin_proposer(config.proposer)) is not None:
-            return make(config, copying_policy)
-        copying = LlmaProposer(
-            Copier(config.check_length), config.copy_length, copying_policy
-        )
+            return make(config, lengths)
+        copying = LlmaProposer(Copier(config.check_length), config.copy_length, lengths)
         if not config.uses_draft_model:
             return copying
         assert self.paged_drafter is not None
@@ -135,14 +132,15 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         drafting = DraftModelProposer(
             self.paged_drafter,
             self._cursor,
-            drafting_policy,
+            policy,
             self.counters,
+            check,
             feeds_every_prompt=self.vllm_config.kv_transfer_config is not None,
         )
         if not config.copies:
             return drafting
         most = config.num_speculative_tokens
-        return MixedProposer(copying, drafting, most, weighs_copies)
+        return MixedProposer(copying, drafting, most, weighs_copies=costs is not None)
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         remake_metadata_builders(self.drafter, self.vllm_config, self.device)
@@ -158,7 +156,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             self.input_batch,
             self.requests,
             min(self.effective_drafter_max_model_len, self.max_model_len),
-            needs_confidence=self.emssd_config.draft_length == "auto",
+            is_timed=self.emssd_config.draft_length == "auto",
         )
 
     # ------------------------------------------------------------ a step
@@ -225,8 +223,8 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
     ) -> list[list[int]]:
         assert self._proposer is not None
         self._record_verified(scheduler_output, sampled_token_ids)
-        rests = self._rests(sampled_token_ids)
-        if rests:
+        skips = self._skips_step(sampled_token_ids)
+        if skips:
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             self.num_real_drafts.update(dict.fromkeys(self.input_batch.req_ids, 0))
         else:
@@ -234,14 +232,14 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self._publisher.step_done()
         if self._step_costs is not None:
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
-            self._step_costs.step_done(learns_prices=not rests or has_verified)
+            self._step_costs.step_done(learns_costs=not skips or has_verified)
         return drafts
 
-    def _rests(self, sampled_token_ids: list[list[int]]) -> bool:
-        """Where drafts have not paid for long, most steps are done here."""
-        return isinstance(self._proposer, DraftModelProposer) and self._proposer.rests(
-            sum(map(bool, sampled_token_ids))
-        )
+    def _skips_step(self, sampled_token_ids: list[list[int]]) -> bool:
+        """Where drafts have not paid for long, most steps end here."""
+        if not isinstance(self._proposer, DraftModelProposer):
+            return False
+        return self._proposer.skips_step(sum(map(bool, sampled_token_ids)))
 
     def _propose(
         self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]

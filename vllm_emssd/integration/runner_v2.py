@@ -25,7 +25,12 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_length import AutoDraftLength, CostTable, Survival
+from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
+    AutoDraftLength,
+    CostTable,
+    StepCosts,
+)
 from vllm_emssd.integration import hooks
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
@@ -37,6 +42,7 @@ from vllm_emssd.integration.speculator_hook import INIT_SPECULATOR_HOOK
 from vllm_emssd.integration.speculator_v2 import UnpadSpeculator
 from vllm_emssd.integration.step_costs import (
     CONTEXT,
+    FIXED_MS,
     StepCostMeter,
     measure_drafter,
     time_target,
@@ -147,10 +153,11 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             self._step_costs = self._measure_costs()
             policy = AutoDraftLength(
                 self._step_costs.costs,
-                Survival(self.num_speculative_steps),
+                AcceptanceEstimator(self.num_speculative_steps),
                 may_trim=self.speculator.draft_logits is None,
             )
-            self.speculator.set_policy(self._ranks.agreed(policy))
+            check = None if self._ranks.is_alone else self._ranks.check_agreement
+            self.speculator.set_policy(policy, check)
         self.speculator.counters.reset()
         self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
@@ -168,8 +175,9 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
                 device,
             )
             target_costs = CostTable.from_samples(timed.samples)
-            draft_costs = measure_drafter(drafter, device)
-        return StepCostMeter((target_costs, draft_costs), target, drafter, self._ranks)
+            draft_costs, confidence_ms = measure_drafter(drafter, device)
+        costs = StepCosts(target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms)
+        return StepCostMeter(costs, target, drafter, self._ranks)
 
     @property
     def counters(self) -> Counters:
@@ -178,7 +186,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def costs_now(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
-        return {} if self._step_costs is None else self._step_costs.prices()
+        return {} if self._step_costs is None else self._step_costs.as_dict()
 
     # ------------------------------------------------------------ a step
 

@@ -17,7 +17,7 @@ allows, in one of two ways (`knows_verdict`):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,14 +153,19 @@ class UnpadSpeculator(StandaloneARSpeculator):
     def capture(self) -> None:
         self._drafter.capture()
 
-    def set_policy(self, policy: DraftLengthPolicy) -> None:
-        """Draft by these lengths from now on."""
+    def set_policy(
+        self,
+        policy: DraftLengthPolicy,
+        check_agreement: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        """Draft by these lengths from now on. See `DraftModelProposer`."""
         self.policy = policy
         self._proposer = DraftModelProposer(
             self._drafter,
             self._cursor,
             policy,
             self.counters,
+            check_agreement,
             feeds_every_prompt=self.vllm_config.kv_transfer_config is not None,
         )
 

@@ -1,7 +1,7 @@
 """Measures what a step costs: at the start with dummy rows, then from live steps.
 
 With several workers each measures, as the forwards are theirs together, but only the
-first one's prices count: all take them over at the start and at numbered steps, and
+first one's costs count: all take them over at the start and at numbered steps, and
 between those every worker decides from the same numbers.
 """
 
@@ -32,10 +32,11 @@ logger = init_logger("vllm.emssd.step_costs")
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 _PASSES = 5  # over the row counts; the first is warm-up
 CONTEXT = 256  # tokens each row attends to
-_FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
+FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
-_LONGEST_PAUSE = 4.0  # times the fixed cost; longer gaps are idleness, not cost
-_STEPS_BETWEEN_SHARING = 64  # of the first worker's prices
+_PAUSE = 4.0  # times the cost so far: nobody asked for tokens, this is no cost,
+_MOST_PAUSES = 8  # unless it goes on like that
+_STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -70,21 +71,21 @@ class TimedPasses:
 
 
 class StepCostMeter:
-    """Owns the cost tables of one worker and keeps them fresh.
+    """Owns the costs of one worker and keeps them fresh.
 
-    `costs` are the prices to decide by, the same on all ranks; `measured` are this
-    worker's own. A single worker has one object for both.
+    `costs` are those to decide by, the same on all ranks; `measured` are this worker's
+    own. A single worker has one object for both.
 
     Args:
-        measured: prices of both models at the start.
+        measured: costs at the start.
         target, drafter: their live forwards; no drafter where none is used.
     """
 
     def __init__(
         self,
-        measured: tuple[CostTable, CostTable],
+        measured: StepCosts,
         target: TimedForwards,
-        drafter: TimedForwards | None,
+        drafter: TimedDrafter | None,
         ranks: Ranks,
     ) -> None:
         self._target = target
@@ -92,62 +93,86 @@ class StepCostMeter:
         self._ranks = ranks
         self._num_steps = 0
         self._step_ended: float | None = None
-        self._known_to_target, self._known_to_draft = map(_row_counts_of, measured)
-        self.measured = StepCosts(*measured, _FIXED_MS)
-        self.costs = self.measured if ranks.is_alone else copy(self.measured)
-        self._take_over_prices()
+        self._num_pauses = 0  # in a row
+        self._known_to_target = _row_counts_of(measured.target)
+        self._known_to_draft = _row_counts_of(measured.draft)
+        self.measured = measured
+        self.costs = measured if ranks.is_alone else copy(measured)
+        self._take_over_costs()
         logger.info("Milliseconds by rows:\n%s", self.table())
 
-    def step_done(self, learns_prices: bool = True) -> None:
-        """Called when a step's drafts are made: learn from the step. Prices need not be
-        learned from one of many steps alike."""
+    def step_done(self, learns_costs: bool = True) -> None:
+        """Called when a step's drafts are made: learn from the step. Costs of forwards
+        need not be learned from one of many steps alike."""
         now = time.perf_counter()
         costs = self.measured
         target = self._target.take_timings()
         draft = [] if self._drafter is None else self._drafter.take_timings()
-        if learns_prices:
+        if learns_costs:
+            told_ms = 0.0
+            if self._drafter is not None and self._drafter.tells_confidence:
+                told_ms = costs.confidence_ms
+            bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in draft]
             _learn(costs.target, target, self._known_to_target)
-            _learn(costs.draft, draft, self._known_to_draft)
+            _learn(costs.draft, bare, self._known_to_draft)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            if 0 < ms < _LONGEST_PAUSE * (costs.fixed_ms + costs.speculation_ms):
-                _learn_rest(costs, ms, has_drafted=bool(draft))
+            self._learn_rest(ms, has_drafted=bool(draft))
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
-            self._take_over_prices()
+            self._take_over_costs()
 
-    def _take_over_prices(self) -> None:
-        """The first rank's measured prices are everyone's from now on."""
+    def _learn_rest(self, ms: float, has_drafted: bool) -> None:
+        """A step took `ms` besides its forwards."""
+        costs = self.measured
+        both = costs.fixed_ms + costs.speculation_ms
+        self._num_pauses = self._num_pauses + 1 if ms > _PAUSE * both else 0
+        if ms <= 0 or 0 < self._num_pauses <= _MOST_PAUSES:
+            return
+        if not has_drafted:
+            costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
+            return
+        both += _FIXED_RATE * (ms - both)
+        # A step without drafts costs no more: it was slower when last seen.
+        costs.fixed_ms = min(costs.fixed_ms, both)
+        costs.speculation_ms = both - costs.fixed_ms
+
+    def _take_over_costs(self) -> None:
+        """The first rank's measured costs are everyone's from now on. Tables have the
+        same points on all ranks: these depend on row counts only."""
         if self._ranks.is_alone:
             return
-        target, draft = self.measured.target.points, self.measured.draft.points
+        measured = self.measured
+        target, draft = measured.target.points, measured.draft.points
         own = [ms for _, ms in (*target, *draft)]
-        rest = [self.measured.fixed_ms, self.measured.speculation_ms]
-        prices = self._ranks.of_first(np.array([*rest, *own]))
-        self.costs.fixed_ms, self.costs.speculation_ms = prices[:2].tolist()
-        target_ms, draft_ms = np.split(prices[2:], [len(target)])
-        self.costs.target = CostTable([rows for rows, _ in target], target_ms)
-        self.costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
+        rest = [measured.fixed_ms, measured.speculation_ms, measured.confidence_ms]
+        shared = self._ranks.of_first(np.array([*rest, *own]))
+        costs = self.costs
+        costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = shared[:3].tolist()
+        target_ms, draft_ms = np.split(shared[3:], [len(target)])
+        costs.target = CostTable([rows for rows, _ in target], target_ms)
+        costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
 
-    def prices(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
         return {
             "target": self.costs.target.points,
             "draft": self.costs.draft.points,
             "fixed_ms": self.costs.fixed_ms,
             "speculation_ms": self.costs.speculation_ms,
+            "confidence_ms": self.costs.confidence_ms,
         }
 
     def table(self) -> str:
-        """The prices as a small text table."""
+        """The costs as a small text table."""
         rows = [r for r, _ in self.costs.target.points]
         lines = ["rows   " + " ".join(f"{r:7d}" for r in rows)]
         for name, table in (("target", self.costs.target), ("draft", self.costs.draft)):
-            prices = table.ms(np.array(rows))
-            lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in prices))
+            times = table.ms(np.array(rows))
+            lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in times))
         return "\n".join(lines)
 
 
@@ -159,22 +184,12 @@ def _learn(
     table: CostTable, timings: list[tuple[int, float]], known: RecentRowCounts
 ) -> None:
     """From forwards (rows, ms). The first of a row count also tells what getting ready
-    for it takes: it is a price only where it is below what was thought."""
+    for it takes: it is a cost only where it is below what was thought. A table covers
+    all rows seen, whatever they took, and so has the same points on all ranks."""
     for rows, ms in timings:
+        table.cover(rows)
         if known.meet(rows) or ms < table.at(rows):
             table.observe(rows, ms)
-
-
-def _learn_rest(costs: StepCosts, ms: float, has_drafted: bool) -> None:
-    """A step took `ms` besides its forwards."""
-    if not has_drafted:
-        costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
-        return
-    both = costs.fixed_ms + costs.speculation_ms
-    both += _FIXED_RATE * (ms - both)
-    # A step without drafts is not dearer: it was slower when last seen.
-    costs.fixed_ms = min(costs.fixed_ms, both)
-    costs.speculation_ms = both - costs.fixed_ms
 
 
 def time_target(
@@ -199,9 +214,15 @@ def rows_to_measure(most: int, limit: int) -> int:
     return min(next(beyond, most), limit)
 
 
-def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
+def measure_drafter(
+    drafter: TimedDrafter, device: torch.device
+) -> tuple[CostTable, float]:
     """One row a request, as all draft forwards but a step's first; beyond as many rows
-    as there are requests, several rows each, as when prompts are caught up."""
+    as there are requests, several rows each, as when prompts are fed.
+
+    Returns: costs without confidences, and the milliseconds that telling them takes
+    more, in the median.
+    """
     forwards: dict[int, Callable[[], object]] = {}
     context = min(CONTEXT, drafter.max_model_len)
     most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
@@ -214,7 +235,14 @@ def measure_drafter(drafter: TimedDrafter, device: torch.device) -> CostTable:
         forwards[num_rows] = partial(
             drafter.forward, rows, token_ids, rows.last_rows, 0
         )
-    return CostTable.from_samples(_in_passes(forwards, drafter, device).samples)
+    times = []
+    for drafter.tells_confidence in (True, False):
+        samples = _in_passes(forwards, drafter, device).samples
+        times.append(quickest_times(samples))
+    told, bare = times
+    one_row_each = [n for n in bare if n <= drafter.max_num_reqs]
+    more_ms = float(np.median([told[n] - bare[n] for n in one_row_each]))
+    return CostTable(bare.keys(), bare.values()), max(more_ms, 0.0)
 
 
 def _in_passes(

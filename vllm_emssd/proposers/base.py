@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vllm_emssd.draft_length import Copies, DraftOpportunity
+from vllm_emssd.draft_length import Copies, StepInfo
 
 
 class TokenIds(Protocol):
@@ -35,7 +35,7 @@ class DraftBatch:
     num_prefilled_tokens: np.ndarray  # [num_reqs] int64: computed + scheduled
     is_sampling: np.ndarray  # [num_reqs] bool
     max_draft_tokens: np.ndarray  # [num_reqs] int64: most drafts it may get, >= 0
-    copies: Copies | None = None  # what is verified of who makes no drafts
+    copies: Copies | None = None  # of requests that make no drafts
 
     def __post_init__(self) -> None:
         num_reqs = len(self.req_ids)
@@ -63,11 +63,11 @@ class DraftBatch:
         num_computed = self.num_prefilled_tokens - self.num_scheduled_tokens
         return np.asarray(num_computed < self.num_prompt_tokens)
 
-    def opportunity(
+    def step_info(
         self, max_draft_tokens: np.ndarray, missing_rows: np.ndarray
-    ) -> DraftOpportunity:
+    ) -> StepInfo:
         """What a draft-length policy is told. Both [num_reqs] int64."""
-        return DraftOpportunity(
+        return StepInfo(
             self.req_ids,
             self.is_sampling,
             np.where(self.is_sampling, max_draft_tokens, 0),

@@ -21,7 +21,7 @@ from vllm_emssd.proposers.occurrences import OccurrenceIndex
 
 _PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
 _FORGET = 0.9  # weight kept by what was seen before, each time
-_POOL_FORGET = 0.98  # the same, of all requests' copies
+_POOL_FORGET = 0.98  # the same of all requests' copies, each step that has news
 _IDLE_FORGET = 0.98  # each time a copy is not worth it, so that it is tried again
 _WORTHLESS = 0.1  # acceptance below which nothing is copied
 _REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
@@ -109,12 +109,17 @@ class Copier:
         self._check_length = check_length
         self._references: dict[str, np.ndarray] = {}
         self._pools: dict[_Kind, AcceptanceRecord] = {}  # of all requests
+        self._faded: set[_Kind] = set()  # pools that have faded in this step
         self._requests: dict[str, _RequestCopies] = {}
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
         """A request brought a text to copy from. `token_ids`: [num_tokens] valid ids,
         perhaps none. Before the request is first looked at."""
         self._references[req_id] = token_ids
+
+    def begin_step(self) -> None:
+        """All copies of the step before have been observed."""
+        self._faded.clear()
 
     def find(
         self, req_id: str, token_ids: np.ndarray, num_prompt_tokens: int, length: int
@@ -148,7 +153,9 @@ class Copier:
             record = request.records.setdefault(copy.kind, AcceptanceRecord())
             record.observe(*verified)
             pool = self._pools.setdefault(copy.kind, AcceptanceRecord())
-            pool.observe(*verified, _POOL_FORGET)
+            # Once a step, however many requests there are: all of its news counts.
+            pool.observe(*verified, 1.0 if copy.kind in self._faded else _POOL_FORGET)
+            self._faded.add(copy.kind)
             self._maybe_align_with_prompt(request, copy, num_accepted_tokens)
 
     def _maybe_align_with_prompt(

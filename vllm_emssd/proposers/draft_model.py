@@ -9,7 +9,7 @@ Paper: EMS-SD (arXiv 2405.07542), "unpad input tokens", applied to the drafter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,7 @@ class Drafter(Protocol):
 
     max_num_rows: int  # most rows of one forward
     max_model_len: int  # positions the draft model can take
+    tells_confidence: bool  # set before a step's forwards
 
     def forward(
         self,
@@ -45,7 +46,7 @@ class Drafter(Protocol):
             draft_position: 0 for the first draft after the known tokens.
 
         Returns: [num_sampled] int64 draft token ids on the drafter's device; and, where
-            the drafter was made to tell it, the highest probability at each, float.
+            it `tells_confidence`, the highest probability at each, float.
         """
         ...
 
@@ -79,6 +80,9 @@ class DraftModelProposer:
     """Unpadded drafting with a draft model.
 
     Args:
+        policy: may be replaced between two steps.
+        check_agreement: is shown each decision before it is acted on; raises where
+            another rank decided differently.
         feeds_every_prompt: feed each prompt in the step that computes it, even of
             requests that want no drafts: where others take its K/V from the cache.
     """
@@ -89,36 +93,45 @@ class DraftModelProposer:
         cursor: DraftCursor | LateDraftCursor,
         policy: DraftLengthPolicy,
         counters: Counters,
+        check_agreement: Callable[[np.ndarray], None] | None = None,
         feeds_every_prompt: bool = False,
     ) -> None:
+        self.policy = policy
         self._drafter = drafter
         self._cursor = cursor
-        self._policy = policy
         self._counters = counters
+        self._check_agreement = check_agreement
         self._feeds_every_prompt = feeds_every_prompt
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         return self.draft(batch).tolist()
 
-    def rests(self, num_tokens_anyway: float) -> bool:
-        """Whether nobody drafts this step, known without a batch. To be asked at most
+    def skips_step(self, num_sampling: int) -> bool:
+        """Whether no request drafts in this step, known without a batch. Asked at most
         once a step, before `propose`, which must not be called then.
 
-        `num_tokens_anyway`: to expect of the step without drafts of the model's.
+        `num_sampling`: requests that got a token.
         """
-        return not self._feeds_every_prompt and self._policy.rests(num_tokens_anyway)
+        if self._feeds_every_prompt:
+            return False
+        skips = self.policy.skips_step(num_sampling)
+        if skips:  # ranks that do not skip compare their plan with this
+            self._agree(np.array([num_sampling]))
+        return skips
 
     def draft(self, batch: DraftBatch) -> DeviceDrafts:
         """Like `propose`, but leaves the drafts on the device."""
         starts, ends = self._missing_spans(batch)
-        step = batch.opportunity(batch.max_draft_tokens, ends - starts)
-        draft_lens = self._policy.begin(step)
+        step = batch.step_info(batch.max_draft_tokens, ends - starts)
+        draft_lens = self.policy.plan(step)
+        self._drafter.tells_confidence = self.policy.needs_confidence
         feeds = draft_lens > 0
-        if self._policy.feeds_prompts:
+        if self.policy.feeds_prompts:
             feeds = feeds | (~batch.is_sampling & (batch.max_draft_tokens > 0))
         if self._feeds_every_prompt:
             ends = np.where(feeds, ends, np.minimum(ends, batch.num_prefilled_tokens))
             feeds = feeds | batch.computes_prompt
+        self._agree(draft_lens, np.where(feeds, step.missing_rows, 0))
         if not feeds.any():
             return DeviceDrafts.none(batch.num_reqs)
         # A block shared by several requests is written by one; the others wait a step.
@@ -126,7 +139,7 @@ class DraftModelProposer:
         draft_lens = np.where(waits, 0, draft_lens)
         wanted = np.where(feeds & ~waits, ends - starts, 0)
         granted = grant_rows(wanted, self._drafter.max_num_rows)
-        # Who has more to catch up than fits drafts once it has caught up.
+        # Requests that lack more than fits draft once they have been fed all of it.
         draft_lens = np.where(granted < wanted, 0, draft_lens)
 
         fed = np.flatnonzero(granted)
@@ -141,26 +154,24 @@ class DraftModelProposer:
             self._cursor.advance(batch.req_ids[i], int(starts[i] + granted[i]))
             num_fed_drafts = max(int(num_made[i]) - 1, 0)
             self._cursor.record_fed_drafts(batch.req_ids[i], num_fed_drafts)
-        return DeviceDrafts(made, num_made, self._policy.finish(num_made))
+        return DeviceDrafts(made, num_made, self.policy.trim(num_made))
 
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
         self._cursor.record_verified(req_id, num_accepted_tokens)
-        self._policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
+        self.policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
-    def record_others(
-        self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
-    ) -> None:
+    def record_unused(self, req_id: str) -> None:
         """The target verified drafts that another proposer made: none of what was fed
         for this request earlier stays pending."""
         self._cursor.record_verified(req_id, 0)
-        self._policy.observe_others(req_id, num_draft_tokens, num_accepted_tokens)
+        self.policy.observe(req_id, 0, 0)
 
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._cursor.release(req_id)
-            self._policy.release(req_id)
+            self.policy.release(req_id)
 
     def max_draft_tokens(self, batch: DraftBatch) -> np.ndarray:
         """Most drafts of each request that the drafter's length allows. [num_reqs]"""
@@ -186,7 +197,7 @@ class DraftModelProposer:
         self, batch: DraftBatch, rows: RaggedRows, draft_lens: np.ndarray
     ) -> list[tuple[np.ndarray, torch.Tensor]]:
         """Run the forwards. Returns the batch rows and the drafts of each; no request
-        makes more than its `draft_lens` [num_reqs]; who drafts must be in `rows`."""
+        makes more than its `draft_lens` [num_reqs]; those that draft are in `rows`."""
         known_ids = batch.token_ids[rows.row_req_indices, rows.positions]
         drafting = rows.req_indices[draft_lens[rows.req_indices] > 0]
         sampled_rows = rows.last_rows[draft_lens[rows.req_indices] > 0]
@@ -199,7 +210,9 @@ class DraftModelProposer:
         made: list[tuple[np.ndarray, torch.Tensor]] = []  # of each forward
         for position in range(int(draft_lens.max())):
             made.append((active, tokens))
-            goes_on = self._policy.go_on(active, confidence, position)
+            goes_on = self.policy.continue_drafting(active, confidence, position)
+            if self.policy.needs_confidence:  # else `plan` has decided
+                self._agree(goes_on)
             goes_on = goes_on & (draft_lens[active] > position + 1)
             if not goes_on.any():
                 break
@@ -214,6 +227,10 @@ class DraftModelProposer:
                 rows, tokens, rows.last_rows, position + 1
             )
         return made
+
+    def _agree(self, *decisions: np.ndarray) -> None:
+        if self._check_agreement is not None:
+            self._check_agreement(np.concatenate(decisions))
 
     def _count_forward(self, batch: DraftBatch, rows: RaggedRows) -> None:
         is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]

@@ -17,7 +17,6 @@ import numpy as np
 from vllm_emssd.draft_length import Copies
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import (
-    NO_COPY,
     AcceptanceRecord,
     Copy,
     expected_accepted,
@@ -41,7 +40,12 @@ class DraftRecord:
 
     def __init__(self) -> None:
         self._pool = AcceptanceRecord()
+        self._has_faded = False  # the pool, in this step
         self._requests: dict[str, AcceptanceRecord] = {}
+
+    def begin_step(self) -> None:
+        """All drafts of the step before have been observed."""
+        self._has_faded = False
 
     def prefers(
         self,
@@ -75,7 +79,9 @@ class DraftRecord:
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
         if num_drafts:
-            self._pool.observe(num_drafts, num_accepted, _POOL_FORGET)
+            keep = 1.0 if self._has_faded else _POOL_FORGET
+            self._pool.observe(num_drafts, num_accepted, keep)
+            self._has_faded = True
             record = self._requests.setdefault(req_id, AcceptanceRecord())
             record.observe(num_drafts, num_accepted)
 
@@ -126,23 +132,22 @@ class MixedProposer:
         self._only = only
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
+        self._record.begin_step()
         may_draft = self._drafting.max_draft_tokens(batch)
         may_draft = np.minimum(may_draft, self._num_draft_tokens)
         if self._only == DRAFT_MODEL:
             self._copied.difference_update(batch.req_ids)
-            if self._drafting.rests(float(batch.is_sampling.sum())):
+            if self._drafting.skips_step(int(batch.is_sampling.sum())):
                 return no_drafts(batch)
             return self._drafting.propose(
                 dataclasses.replace(batch, max_draft_tokens=may_draft)
             )
         copies = self._copying.find(batch)
         copied = self._copying.choose(batch, copies)
-        if self._only == LLMA:
-            self._note_copies(batch, copied)
-            return copied
-        made = self._draft_beside(batch, copies, copied, may_draft)
-        if any(made):
-            copied = self._copy_beside(batch, copies, made)
+        made = no_drafts(batch)
+        if self._only is None:
+            made = self._draft_beside(batch, copies, copied, may_draft)
+            copied = [[] if m else c for m, c in zip(made, copied, strict=True)]
         self._note_copies(batch, copied)
         return [m or c for m, c in zip(made, copied, strict=True)]
 
@@ -155,6 +160,8 @@ class MixedProposer:
     ) -> list[list[int]]:
         """The model's drafts, of requests that gain more by them than by what would be
         copied. `may_draft`: [num_reqs] most drafts of each."""
+        if self._drafting.skips_step(int(batch.is_sampling.sum())):
+            return no_drafts(batch)
         num_copied = np.array(list(map(len, copied)), dtype=np.int64)
         gains = np.array(
             [
@@ -162,8 +169,6 @@ class MixedProposer:
                 for copy, n in zip(copies, num_copied.tolist(), strict=True)
             ]
         )
-        if self._drafting.rests(float(batch.is_sampling.sum() + gains.sum())):
-            return no_drafts(batch)
         if not self._weighs_copies:
             missing = self._drafting.missing_rows(batch)
             copied_rather = self._record.prefers(
@@ -174,18 +179,6 @@ class MixedProposer:
             dataclasses.replace(
                 batch, max_draft_tokens=may_draft, copies=Copies(num_copied, gains)
             )
-        )
-
-    def _copy_beside(
-        self, batch: DraftBatch, copies: list[Copy], made: list[list[int]]
-    ) -> list[list[int]]:
-        """What is still copied where some have drafted: who would rather have, but made
-        no drafts since that does not pay, too. Rows are dearer now."""
-        num_made = np.array(list(map(len, made)), dtype=np.int64)
-        gains = self._record.gains(batch.req_ids, num_made)
-        return self._copying.choose(
-            dataclasses.replace(batch, copies=Copies(num_made, gains)),
-            [NO_COPY if m else c for m, c in zip(made, copies, strict=True)],
         )
 
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
@@ -207,9 +200,9 @@ class MixedProposer:
         if req_id in self._copied:
             self._copied.remove(req_id)
             self._copying.record_verified(req_id, *verified)
-            self._drafting.record_others(req_id, *verified)
+            self._drafting.record_unused(req_id)
         else:
-            self._copying.record_others(req_id, *verified)
+            self._copying.record_unused(req_id)
             self._drafting.record_verified(req_id, *verified)
             self._record.observe(req_id, *verified)
 

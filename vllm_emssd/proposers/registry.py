@@ -7,14 +7,14 @@ from importlib.metadata import entry_points
 from typing import Protocol, cast
 
 from vllm_emssd.config import PROPOSER_GROUP, EmssdConfig, plugin_proposers
-from vllm_emssd.draft_length import DraftLengthPolicy
 from vllm_emssd.proposers.base import Proposer
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 
 
 class MakeProposer(Protocol):
     """What an entry point names: a class or a function."""
 
-    def __call__(self, config: EmssdConfig, policy: DraftLengthPolicy) -> Proposer: ...
+    def __call__(self, config: EmssdConfig, lengths: CopyLengths) -> Proposer: ...
 
 
 def plugin_proposer(name: str) -> MakeProposer | None:

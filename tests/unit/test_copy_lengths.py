@@ -1,0 +1,107 @@
+"""How much of each copy is verified: against all other lengths, on small cases."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.test_planner import step_costs
+from vllm_emssd.draft_length import CostTable, StepCosts, StepInfo
+from vllm_emssd.proposers.copy_lengths import CopyLengths
+
+property_test = settings(max_examples=150, deadline=None, derandomize=True)
+FREE = CostTable([1], [0.0])
+COSTS = StepCosts(CostTable([1, 4, 512], [20.0, 20.0, 224.0]), FREE, 4.0)
+
+
+def step_of(made: list[int], prefill_rows: int = 0) -> StepInfo:
+    num_reqs = len(made)
+    return StepInfo(
+        [f"r{i}" for i in range(num_reqs)],
+        np.ones(num_reqs, dtype=bool),
+        np.array(made, dtype=np.int64),
+        np.zeros(num_reqs, dtype=np.int64),
+        prefill_rows,
+    )
+
+
+@property_test
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([0.1, 0.5, 0.9])),
+        min_size=1,
+        max_size=3,
+    ),
+    step_costs(),
+)
+def test_no_other_lengths_earn_more(
+    copies: list[tuple[int, float]], costs: StepCosts
+) -> None:
+    made = [n for n, _ in copies]
+    confidence = np.repeat([[c] for _, c in copies], 2, axis=1)
+    survival = confidence.cumprod(axis=1)
+
+    def rate(lens: tuple[int, ...]) -> float:
+        tokens = len(lens) + sum(survival[i, :n].sum() for i, n in enumerate(lens))
+        ms = costs.fixed_ms + costs.target.at(len(lens) + sum(lens))
+        return float(tokens / max(ms, 1e-6))
+
+    lens = CopyLengths(costs).choose(step_of(made), confidence)
+    best = max(map(rate, itertools.product(*(range(n + 1) for n in made))))
+    assert (lens <= made).all()
+    assert rate(tuple(lens.tolist())) == pytest.approx(best)
+
+
+def test_each_copy_by_its_own_confidence() -> None:
+    confidence = np.full((16, 7), np.where(np.arange(16) < 8, 0.97, 0.05)[:, None])
+    lens = CopyLengths(COSTS).choose(step_of([7] * 16), confidence)
+    assert (lens[:8] > 2).all()
+    assert (lens[8:] == 0).all()
+
+
+def test_without_costs_all_is_verified() -> None:
+    lens = CopyLengths().choose(step_of([3, 0]), np.full((2, 3), 0.01))
+    assert lens.tolist() == [3, 0]
+
+
+def test_copies_that_are_never_right_are_given_up_but_tried_now_and_then() -> None:
+    lengths, verified = CopyLengths(COSTS), []
+    for _ in range(400):
+        lens = lengths.choose(step_of([7] * 16), np.full((16, 7), 0.9))
+        for i, num_drafts in enumerate(lens.tolist()):
+            lengths.observe(f"r{i}", num_drafts, 0)
+        verified.append(int(lens.sum()))
+    assert verified[0] > 16
+    assert 0 < sum(verified[100:]) <= 300 / 32 + 1
+
+
+def test_copies_that_turn_right_are_believed_again() -> None:
+    lengths, step = CopyLengths(COSTS), step_of([7] * 16)
+    for right in (0, 1):
+        for _ in range(3000):
+            lens = lengths.choose(step, np.full((16, 7), 0.9))
+            for i, num_drafts in enumerate(lens.tolist()):
+                lengths.observe(f"r{i}", num_drafts, num_drafts * right)
+    assert (lens > 3).all()
+
+
+def test_copies_that_were_not_used_teach_nothing_and_are_forgotten() -> None:
+    lengths = CopyLengths(COSTS)
+    lengths.choose(step_of([7, 7]), np.full((2, 7), 0.97))
+    before = lengths._calibration._counts.copy()
+    lengths.observe("r0", 0, 0)
+    lengths.release("r1")
+    assert lengths._verified == {}
+    assert (lengths._calibration._counts == before).all()
+
+
+def test_each_decision_is_shown_before_it_is_acted_on() -> None:
+    shown: list[list[int]] = []
+    lengths = CopyLengths(COSTS, lambda decision: shown.append(decision.tolist()))
+    for made in ([7, 7], [0, 0]):
+        lens = lengths.choose(step_of(made), np.full((2, 7), 0.97))
+        assert shown.pop() == lens.tolist()

@@ -1,0 +1,157 @@
+"""How likely a draft is accepted, learned from those that were verified.
+
+Before drafting, the acceptance of drafts by their depth is known. While drafting, the
+drafter's *confidence* (its highest probability where the draft was made) is known, and
+how often drafts of about that confidence were accepted. Estimates forget, and start
+high: what is tried is soon known, what is never tried is never known.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+_EDGES = np.array(
+    [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
+)  # of confidence bins
+_PRIOR_TESTS = 4.0  # verified drafts that a prior guess counts as
+_FIRST_GUESS = 0.9
+_DEPTH_KEEP = 0.998  # weight kept by earlier drafts at each new first draft
+_CONFIDENCE_KEEP = 0.9995  # at each new draft of any confidence
+_MOST_ACCEPTANCE = 0.995
+_DOUBTED_TESTS = 8.0  # drafts that an estimate counts as after a long time without
+MARGINAL = 10  # the line of the reliability table after the ten deciles
+
+
+class Calibration:
+    """Share of the drafts of about a confidence that were accepted."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((2, len(_EDGES) + 1))  # [accepted | tested, bin]
+
+    def acceptance(
+        self, confidence: np.ndarray, prior: float | np.ndarray
+    ) -> np.ndarray:
+        """Chance that drafts are accepted once all before them are, `prior` where none
+        of their confidence was verified. Shape kept."""
+        accepted, tested = self._counts[:, np.searchsorted(_EDGES, confidence, "right")]
+        calibrated = (accepted + _PRIOR_TESTS * prior) / (tested + _PRIOR_TESTS)
+        return np.minimum(calibrated, _MOST_ACCEPTANCE)
+
+    def observe(self, confidence: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Both [num_drafts]: those accepted, and a request's first that was not."""
+        bins = np.searchsorted(_EDGES, confidence, "right")
+        size = self._counts.shape[1]
+        self._counts *= _CONFIDENCE_KEEP**bins.size
+        self._counts[0] += np.bincount(bins, weights=is_accepted, minlength=size)
+        self._counts[1] += np.bincount(bins, minlength=size)
+
+    def doubt(self) -> None:
+        """Let what comes next count for more."""
+        self._counts *= np.minimum(1, _DOUBTED_TESTS / np.maximum(self._counts[1], 1))
+
+
+class MadeDrafts(NamedTuple):
+    """A request's drafts. [num_made] each"""
+
+    confidence: np.ndarray
+    survival: np.ndarray  # predicted: that this and all drafts before it are accepted
+    verify_cost: float  # tokens that the time to verify one could bring elsewhere
+
+
+class AcceptanceEstimator:
+    """Acceptance by depth and by confidence.
+
+    Args:
+        num_speculative_tokens: K, the most drafts of a request.
+    """
+
+    def __init__(self, num_speculative_tokens: int) -> None:
+        self.num_speculative_tokens = num_speculative_tokens
+        # Of verified drafts, by the decile of their predicted survival, and of
+        # *marginal* ones, predicted to bring what they cost, within a quarter:
+        # [number | predicted | accepted | cost in tokens (sums), line]
+        self.reliability = np.zeros((4, 11))
+        self._calibration = Calibration()
+        self._depth_counts = np.zeros((2, num_speculative_tokens))
+        self._depth_counts[:, 0] = _FIRST_GUESS * _PRIOR_TESTS, _PRIOR_TESTS
+        self._observed: list[tuple[MadeDrafts, int, int]] = []
+        self._update_estimates()
+
+    def survival(
+        self, confidence: np.ndarray, survival_before: np.ndarray | float
+    ) -> np.ndarray:
+        """Chance that drafts made with this confidence and all before them are
+        accepted. All [num_drafts]."""
+        return survival_before * self._calibration.acceptance(confidence, self._mean)
+
+    def observe(
+        self, made: MadeDrafts | None, num_verified: int, num_accepted: int
+    ) -> None:
+        """The target verified the first of a request's drafts and accepted a prefix.
+        Estimates change with the next `update`."""
+        if made is None:  # no confidences were asked for
+            unknown = np.full(num_verified, np.nan)
+            made = MadeDrafts(unknown, unknown, 0.0)
+        if made.confidence.size:
+            self._observed.append((made, num_verified, num_accepted))
+
+    def update(self) -> None:
+        """Count all that was observed since the last call."""
+        if not self._observed:
+            return
+        made, *verified = zip(*self._observed, strict=True)
+        self._observed = []
+        num_verified, num_accepted = np.array(verified)
+        counts = np.array([m.confidence.size for m in made])[:, None]
+        depth = np.arange(counts.max())
+        is_made = depth < counts
+        confidence, survival = np.full((2, *is_made.shape), np.nan)
+        confidence[is_made] = np.concatenate([m.confidence for m in made])
+        survival[is_made] = np.concatenate([m.survival for m in made])
+        is_verified = is_made & (depth < num_verified[:, None])
+        is_accepted = depth < num_accepted[:, None]
+        cost = np.broadcast_to([[m.verify_cost] for m in made], is_made.shape)
+        on = is_verified & ~np.isnan(confidence)
+        self._count_reliability(survival[on], is_accepted[on], cost[on])
+
+        is_tested = is_made & (depth <= num_accepted[:, None])
+        # A draft that was made, would have been reached and was not verified: as its
+        # confidence says. Else what is always trimmed would be drafted for ever.
+        guess = self._calibration.acceptance(confidence, self._mean)
+        outcome = np.where(is_verified, is_accepted, guess)
+        self._depth_counts *= _DEPTH_KEEP ** int(is_tested[:, :1].sum())
+        self._depth_counts[0, : depth.size] += (outcome * is_tested).sum(axis=0)
+        self._depth_counts[1, : depth.size] += is_tested.sum(axis=0)
+        on &= is_tested
+        self._calibration.observe(confidence[on], is_accepted[on])
+        self._update_estimates()
+
+    def doubt(self) -> None:
+        """Nothing was drafted for long: let what comes next count for more."""
+        tested = self._depth_counts[1, 0]
+        self._depth_counts *= min(1.0, _DOUBTED_TESTS / max(tested, 1.0))
+        self._calibration.doubt()
+        self._update_estimates()
+
+    def _count_reliability(
+        self, survival: np.ndarray, is_accepted: np.ndarray, cost: np.ndarray
+    ) -> None:
+        decile = np.minimum((survival * 10).astype(np.int64), 9)
+        is_marginal = (survival <= 1.25 * cost) & (cost <= 1.25 * survival)
+        values = np.stack([np.ones(survival.size), survival, is_accepted, cost])
+        for sums, value in zip(self.reliability, values, strict=True):
+            sums += np.bincount(decile, value, minlength=11)
+            sums[MARGINAL] += value[is_marginal].sum()
+
+    def _update_estimates(self) -> None:
+        """A depth that little is known of is taken to be like the one before."""
+        estimates: list[float] = []
+        for accepted, tested in self._depth_counts.T.tolist():
+            prior = _PRIOR_TESTS if estimates else 0.0
+            like = estimates[-1] if estimates else 0.0
+            estimates.append((accepted + prior * like) / (tested + prior))
+        self.by_depth = np.array(estimates)  # [K]
+        accepted, tested = self._depth_counts.sum(axis=1)
+        self._mean = float(accepted / tested)

@@ -1,0 +1,93 @@
+"""The plan of a step: one number of drafts, the *depth*, for all requests that draft.
+
+With tokens per millisecond as the measure of a step, a draft is worth its cost where
+more tokens are expected of it than its time would bring at that rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_emssd.draft_length.cost import StepCosts
+from vllm_emssd.draft_length.policy import Copies, StepInfo
+
+_BACKFILL_STEPS = 32  # over which feeding text that the drafter missed is charged
+_LEAST_MS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The best depth, and what time is worth then."""
+
+    may_draft: np.ndarray  # [num_reqs] bool: the others copy, or cannot
+    depth: int  # 0 if no drafts pay
+    gain: float  # tokens a millisecond more than without drafts, as a share of those
+    tokens_per_ms: float
+    num_drafts: int  # of all requests together, at least one each
+    verify_ms: float  # of the target, for each of these
+    beyond_ms: float  # and for each one more
+    draft_ms: float  # of the drafter, for a request more in a forward
+    forward_ms: float  # of a draft forward, however few requests are in it
+
+
+def best_plan(
+    step: StepInfo, acceptance: np.ndarray, costs: StepCosts, confidence_ms: float = 0.0
+) -> Plan:
+    """The depth of most tokens a millisecond, 0 included.
+
+    Args:
+        acceptance: [K] by depth, K >= 1.
+        confidence_ms: of each draft forward, if it is to tell confidences.
+    """
+    target, draft = costs.target, costs.draft
+    k = np.arange(len(acceptance) + 1)
+    gains = np.concatenate([[0.0], acceptance.cumprod().cumsum()])
+    nothing = np.zeros(len(step.req_ids), dtype=np.int64)
+    copies = step.copies or Copies(nothing, nothing)
+    num_copied = int(copies.rows.sum())
+    tokens = step.num_sampling + float(copies.gains.sum())
+    # Prompts must be computed whatever the lengths: they move the target along its
+    # curve, but a slow step with a prompt in it does not make drafts cheap.
+    base_ms = max(costs.fixed_ms + target.at(step.num_sampling + num_copied), _LEAST_MS)
+    without_drafts = tokens / base_ms
+    base_rows = step.base_rows + num_copied
+    without_ms = target.at(base_rows)
+
+    may_draft = step.max_draft_tokens > 0
+    if num_copied:  # whoever gains more by its copy keeps it
+        num_reqs = max(int(may_draft.sum()), 1)
+        row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
+        drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
+        drafted = (gains - without_drafts * drafted_ms).max()
+        may_draft &= copies.gains - without_drafts * row_ms * copies.rows <= drafted
+    num_reqs = int(may_draft.sum())
+    rows = base_rows - int(copies.rows[may_draft].sum() if num_reqs else 0)
+    num_more = num_reqs * k - (base_rows - rows) * (k > 0)
+    tokens_by_k = tokens + num_reqs * gains - (k > 0) * copies.gains[may_draft].sum()
+    missing = max(int(step.missing_rows[may_draft].sum()), num_reqs)
+    backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
+    ms = base_ms + target.ms(base_rows + num_more) - without_ms
+    ms += k * (draft.at(num_reqs) + confidence_ms)
+    ms += (k > 0) * (costs.speculation_ms + backfill_ms)
+    rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
+    depth = int(rate.argmax()) if num_reqs else 0
+
+    num_reqs, num_drafts = max(num_reqs, 1), max(num_reqs * depth, num_reqs, 1)
+    draft_ms = draft.at(num_reqs) - draft.at(num_reqs // 2)
+    draft_ms /= num_reqs - num_reqs // 2
+    planned_ms = target.at(rows + num_drafts)
+    more = num_reqs * np.arange(1, max(len(acceptance) - depth, 1) + 1)
+    beyond_ms = (target.ms(rows + num_drafts + more) - planned_ms) / more
+    return Plan(
+        may_draft,
+        depth,
+        rate[depth] / without_drafts - 1 if without_drafts else 0.0,
+        float(rate[depth]),
+        num_drafts,
+        (planned_ms - target.at(rows)) / num_drafts,
+        float(beyond_ms.min()),
+        draft_ms,
+        draft.at(num_reqs) - num_reqs * draft_ms,
+    )
