@@ -97,7 +97,7 @@ def test_trimmed_drafts_count_as_their_confidence_says() -> None:
         learn(estimator, (made(0.5), 0))
     before = first(estimator, 0.5)
     trimmed = made(0.97, 0.5)
-    for _ in range(300):
+    for _ in range(1500):
         estimator.observe(trimmed, 1, 1)
         estimator.update()
     assert estimator.by_depth[0] > 0.9

@@ -86,6 +86,12 @@ class AcceptanceEstimator:
         accepted. All [num_drafts]."""
         return survival_before * self._calibration.acceptance(confidence, self._mean)
 
+    def hoped_for(self) -> np.ndarray:
+        """Acceptance by depth, a standard error better than it seems. [K]"""
+        variance = self.by_depth * (1 - self.by_depth)
+        error = np.sqrt(variance / (self._depth_counts[1] + _PRIOR_TESTS))
+        return np.minimum(self.by_depth + error, _MOST_ACCEPTANCE)
+
     def observe(
         self, made: MadeDrafts | None, num_verified: int, num_accepted: int
     ) -> None:

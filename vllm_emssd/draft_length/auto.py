@@ -12,7 +12,7 @@ from vllm_emssd.draft_length.probing import Probing
 
 _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one measurement of what stopping gains to the next
-_SURVEY_RATE = 0.05  # share of the latest in what is believed
+_SURVEY_RATE = 0.2  # share of the latest in what is believed
 _LEAST_MS = 1e-6
 
 
@@ -36,7 +36,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, MadeDrafts] = {}  # not yet verified
         self._num_plans = 0
-        self._stopping_gain = 0.0  # tokens a step, net of what confidences cost
+        self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
         self.needs_confidence = True
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -49,10 +49,17 @@ class AutoDraftLength(DraftLengthPolicy):
         self._req_ids = step.req_ids
         self.acceptance.update()
         stops = self._stopping_gain >= 0
-        plan = self._plan = best_plan(
-            step, self.acceptance.by_depth, self.costs, self.costs.confidence_ms * stops
+        confidence_ms = self.costs.confidence_ms * stops
+        plan = best_plan(step, self.acceptance.by_depth, self.costs, confidence_ms)
+        by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
+        if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
+            # Not idle for what may be chance: nothing would be learned then.
+            hoped_for = self.acceptance.hoped_for()
+            plan = best_plan(step, hoped_for, self.costs, confidence_ms)
+        self._plan = plan
+        pays = self.feeds_prompts = self._probing.pays(
+            plan.gain + by_stopping, step.num_sampling
         )
-        pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
         if not pays:
             return self._maybe_probe(step, plan)
         self._num_plans += 1
@@ -144,7 +151,7 @@ class AutoDraftLength(DraftLengthPolicy):
         by_confidence = (survival[is_kept] - self._verify_cost).sum()
         by_confidence -= made.sum() * (self._draft_cost - self._verify_cost)
         by_confidence -= self._forward_cost * made.max(initial=0)
-        gain = float(by_confidence - by_plan)
+        gain = float(by_confidence - by_plan) / max(int(drafts.sum()), 1)
         self._stopping_gain += _SURVEY_RATE * (gain - self._stopping_gain)
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:

@@ -34,9 +34,13 @@ class Probing:
         changed = not self._num_sampling / 2 <= num_sampling <= 2 * self._num_sampling
         return self._num_steps < self._next_plan and not changed
 
+    def is_enough(self, gain: float) -> bool:
+        """Whether a plan's gain is more than what is not measured may cost."""
+        return gain >= _LEAST_GAIN
+
     def pays(self, gain: float, num_sampling: int) -> bool:
         """Whether to draft by a plan. `gain`: as a share of what no drafts give."""
-        if gain >= _LEAST_GAIN:
+        if self.is_enough(gain):
             self._stop_idling()
             return True
         self.is_idle = True
