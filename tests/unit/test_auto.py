@@ -28,7 +28,7 @@ from vllm_emssd.draft_length import (
     StepCosts,
     StepInfo,
 )
-from vllm_emssd.draft_length.acceptance import MARGINAL
+from vllm_emssd.draft_length.acceptance import MARGINAL, MadeDrafts
 
 FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
 WARM_UP = 50
@@ -224,7 +224,7 @@ def test_requests_in_prefill_draft_nothing_and_earn_nothing() -> None:
     policy = auto_policy(CHEAP, 4)
     assert policy.plan(step_of(4, num_prefill=2)).tolist() == [0, 0, 4, 4]
     alone = auto_policy(CHEAP, 4)
-    alone.begin(step_of(2))
+    alone.plan(step_of(2))
     assert policy._plan.tokens_per_ms <= alone._plan.tokens_per_ms * (1 + 1e-9)
 
 
@@ -257,6 +257,10 @@ def test_forward_that_takes_for_ever_is_not_asked_for(which: str) -> None:
 
 def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
     policy = auto_policy(MEDIUM, 8)
+    for i in range(400):
+        confidence = np.array([0.02 if i % 4 == 0 else 0.98])
+        policy.acceptance.observe(MadeDrafts(confidence, confidence, 0.0), 1, i % 4 > 0)
+        policy.acceptance.update()
     policy.plan(step_of(16, most=8))
     confidence = np.where(np.arange(16) < 8, 0.98, 0.02)
     goes_on = policy.continue_drafting(np.arange(16), confidence, 0)

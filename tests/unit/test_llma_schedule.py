@@ -87,6 +87,8 @@ class CopyEngine:
 
     def _found_alone(self, requests: list[Request], batch: DraftBatch) -> list[Copy]:
         found = []
+        for copier in self._alone.values():
+            copier.begin_step()
         for i, request in enumerate(requests):
             most = min(int(batch.max_draft_tokens[i]), self._copy_length)
             copy = NO_COPY

@@ -37,6 +37,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._made: dict[str, MadeDrafts] = {}  # not yet verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
+        self._is_survey = self._is_probe = False
         self.needs_confidence = True
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -120,7 +121,7 @@ class AutoDraftLength(DraftLengthPolicy):
         return pays & bool(gain[pays].sum() > self._forward_cost)
 
     def trim(self, draft_lens: np.ndarray) -> np.ndarray:
-        if not self.needs_confidence:
+        if not self.needs_confidence or not draft_lens.any():
             return draft_lens
         kept = draft_lens
         if self._may_trim and not self._is_probe:

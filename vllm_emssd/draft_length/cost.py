@@ -97,7 +97,8 @@ class CostTable:
             return
         if ms < cost / _MOST_CHANGE:
             # No noise makes a forward this quick: what was measured before was slowed.
-            self._measured *= (1 + ms / cost) / 2
+            quicker = self._measured * (1 + ms / cost) / 2
+            self._measured = np.maximum(quicker, _LEAST_MS)
         else:
             self._move_points(rows, min(ms, _MOST_CHANGE * cost) / cost)
         self._update()
@@ -106,7 +107,7 @@ class CostTable:
         """An observation is `ratio` times the cost of its rows."""
         measured, last = self._measured, len(self._rows) - 1
         right = min(int(np.searchsorted(self._rows, rows)), last)
-        left = right if rows >= self._rows[right] else max(right - 1, 0)
+        left = right if rows == self._rows[right] else max(right - 1, 0)
         beside = slice(left, right + 1)
         rate = _weight(min(self._seen[beside]))
         own = np.interp(rows, self._rows[beside], measured[beside])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _LEAST_GAIN = 0.02  # of a plan: less is noise, and what is not measured
 _SHORTEST, _LONGEST = 4, 128  # steps from one probe to the next
-_PROBE_SHARE = 0.005  # of the time that probes may take, unless they get too rare
+_PROBE_SHARE = 0.005  # of the time that probes may take, unless they get too rare,
+_HOPEFUL_SHARE = 0.03  # or this after one whose drafts were accepted
 _MOST_STEPS_BETWEEN_PLANS = 32
 
 
@@ -22,7 +23,7 @@ class Probing:
         self.is_idle = False
         self._num_steps = 0  # idle ones
         self._last_probe = 0
-        self._interval = _SHORTEST
+        self._interval, self._share = _SHORTEST, _PROBE_SHARE
         self._next_plan = 0
         self._num_sampling = 0  # when last planned
 
@@ -51,14 +52,15 @@ class Probing:
 
     def is_due(self, probe_ms: float, step_ms: float) -> bool:
         """Whether to probe in this idle step."""
-        between = max(self._interval, probe_ms / max(_PROBE_SHARE * step_ms, 1e-9))
+        between = max(self._interval, probe_ms / max(self._share * step_ms, 1e-9))
         if self._num_steps - self._last_probe < min(between, _LONGEST):
             return False
         self._last_probe = self._num_steps
         self._interval = min(2 * self._interval, _LONGEST)
+        self._share = _PROBE_SHARE
         return True
 
     def probe_accepted(self) -> None:
         """All drafts of a probe were: probe again soon."""
-        self._interval = _SHORTEST
+        self._interval, self._share = _SHORTEST, _HOPEFUL_SHARE
         self._next_plan = min(self._next_plan, self._num_steps + _SHORTEST)
