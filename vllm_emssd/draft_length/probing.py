@@ -47,6 +47,8 @@ class Probing:
         self.is_idle = True
         self._num_sampling = num_sampling
         between = min(1 + self._num_steps // 4, _MOST_STEPS_BETWEEN_PLANS)
+        if self._share == _HOPEFUL_SHARE:
+            between = _SHORTEST
         self._next_plan = self._num_steps + between
         return False
 
