@@ -17,13 +17,13 @@ DESCRIPTIONS: dict[str, str] = {
     "suffix": "vLLM's suffix (arctic-inference), copy_length drafts, no old answers",
     "emssd": "emssd draft model, K drafts",
     "kN": "emssd draft model, N drafts (k1, k2, ...; with --one-engine k0 too)",
-    "auto": "emssd draft model, lengths by goodput",
+    "auto": "emssd draft model, automatic lengths",
     "padded": "emssd draft model, K drafts, padded inputs (unpad_inputs: false)",
     "llma": "emssd copy, copy_length drafts",
-    "llma-auto": "emssd copy, lengths by goodput",
+    "llma-auto": "emssd copy, automatic lengths",
     "llma-padded": "emssd copy, padded inputs",
     "mixed": "emssd copy or draft model per request, copy_length or K drafts",
-    "mixed-auto": "the same, lengths by goodput",
+    "mixed-auto": "the same, automatic lengths",
     "NAME={...}": "any --speculative-config, under a name",
 }
 FIXED_LENGTH = re.compile(r"k(0|[1-9]\d*)")
