@@ -42,7 +42,7 @@ from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.workloads import CHATS, WorkloadOptions, load_workload
 from vllm_emssd.commands.bench import shared_gpu
-from vllm_emssd.integration.cpu_settings import (
+from vllm_emssd.integration.cpu.settings import (
     cpu_settings,
     has_nvidia_gpu,
     num_cpus,

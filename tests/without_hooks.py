@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from vllm.plugins import load_general_plugins
 
-from vllm_emssd.integration import hooks
-from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import Hook
 
 
 @contextmanager

@@ -17,10 +17,10 @@ def register() -> None:
     the method stays unknown, and a warning says why.
     """
     try:
-        from vllm_emssd.integration.compat import check_vllm_version
+        from vllm_emssd.integration.hooks.compat import check_vllm_version
 
         check_vllm_version()
-        from vllm_emssd.integration.frontend import install_frontend_hook
+        from vllm_emssd.integration.frontend.method import install_frontend_hook
 
         install_frontend_hook()
     except (ImportError, RuntimeError) as error:

@@ -49,7 +49,7 @@ def choose(side: str, variant: str) -> dict[str, Any]:
     schedule asynchronously or not."""
     if side not in ("emssd", "emssd, ragged graphs", "ragged"):
         return {}
-    from vllm_emssd.integration import speculator_v2
+    from vllm_emssd.integration.v2 import speculator as speculator_v2
 
     speculator_v2.copies_verdict = lambda device: variant == "exact rows"
     return {"async_scheduling": variant == "async"}

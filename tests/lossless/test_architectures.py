@@ -36,7 +36,7 @@ from tests.lossless.architectures import (
     prompts,
     table,
 )
-from vllm_emssd.integration import model_limits
+from vllm_emssd.integration.frontend import model_limits
 
 NUM_TOKENS = 40
 FIXED = {"method": "emssd", "draft_length": "fixed", "num_speculative_tokens": 4}

@@ -35,7 +35,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode import utils as spec_decode
 from vllm.v1.worker import block_table, mamba_utils
 
-from vllm_emssd.integration import cpu_fixes, hooks, scheduler
+from vllm_emssd.integration import scheduler
+from vllm_emssd.integration.cpu import fixes as cpu_fixes
+from vllm_emssd.integration.hooks import hook as hooks
 
 UNTOUCHED = -9  # what a kernel must leave alone
 PAD_SLOT_ID = -1

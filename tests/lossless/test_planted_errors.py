@@ -31,9 +31,9 @@ from tests.lossless.test_sampled import (
     draw,
     results,
 )
-from vllm_emssd.integration import rejection_sampler as v1_rejection_sampler
-from vllm_emssd.integration.rejection_sampler import UnpadRejectionSampler
-from vllm_emssd.integration.thinking_budget import ThinkingBudgets
+from vllm_emssd.integration.v1 import rejection_sampler as v1_rejection_sampler
+from vllm_emssd.integration.v1.rejection_sampler import UnpadRejectionSampler
+from vllm_emssd.integration.v1.thinking_budget import ThinkingBudgets
 
 pytestmark = pytest.mark.slow
 

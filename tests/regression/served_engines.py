@@ -114,7 +114,7 @@ def serve_another(name: str, num_tokens: int) -> tuple[Series, list[int]]:
 
 def forked() -> Series:
     """What a forked process shows. Before it ends it does what ours does at exit."""
-    from vllm_emssd.integration import prometheus
+    from vllm_emssd.integration.metrics import prometheus
 
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:

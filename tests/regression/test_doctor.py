@@ -14,9 +14,11 @@ import vllm_emssd
 from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
-from vllm_emssd.integration import checkup, compat, hooks
-from vllm_emssd.integration.finding import Finding, State
-from vllm_emssd.integration.inventory import INVENTORY, describe, hook_rows
+from vllm_emssd.integration.doctor import checks as checkup
+from vllm_emssd.integration.doctor.finding import Finding, State
+from vllm_emssd.integration.hooks import compat
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.inventory import INVENTORY, describe, hook_rows
 
 
 @pytest.fixture(scope="module")

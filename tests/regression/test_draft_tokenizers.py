@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from vllm.config import ModelConfig
 
 from tests.engine import TARGET
-from vllm_emssd.integration import draft_checks
-from vllm_emssd.integration.draft_checks import (
+from vllm_emssd.integration.frontend import draft_checks
+from vllm_emssd.integration.frontend.draft_checks import (
     SAMPLE_TEXTS,
     check_draft_tokenizer,
     shares_alike,

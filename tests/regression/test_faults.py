@@ -28,7 +28,7 @@ from tests.planted_failures import break_parts
 from tests.regression.runs import batch_prompts, run
 from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.integration.memory_advice import memory_advice
-from vllm_emssd.integration.sampling_v1 import count_nan_as_one_hot
+from vllm_emssd.integration.v1.sampling import count_nan_as_one_hot
 
 BATCH = 8
 SAMPLED_DRAFTS = DRAFT_MODEL | {"draft_sample_method": "probabilistic"}

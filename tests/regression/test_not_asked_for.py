@@ -33,8 +33,8 @@ def test_our_classes_with_the_method() -> None:
 def test_runner_hook_is_gone_after_start() -> None:
     import vllm.v1.worker.cpu_worker as cpu_worker
 
-    from vllm_emssd.integration import hooks
-    from vllm_emssd.integration.worker import CPU_RUNNER_HOOK
+    from vllm_emssd.integration.cpu.worker import CPU_RUNNER_HOOK
+    from vllm_emssd.integration.hooks import hook as hooks
 
     run("draft_model")
     assert not hooks.is_installed(CPU_RUNNER_HOOK)
@@ -45,7 +45,7 @@ def test_runner_hook_is_gone_after_start() -> None:
 def test_front_end_passes_other_methods_through(asked: dict | None) -> None:
     from types import SimpleNamespace
 
-    from vllm_emssd.integration.frontend import _make_hook
+    from vllm_emssd.integration.frontend.method import _make_hook
 
     args = SimpleNamespace(
         speculative_config=asked, spec_method=None, spec_model=None, spec_tokens=None

@@ -12,9 +12,11 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_emssd
 from tests.engine import DRAFT, TARGET
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
-from vllm_emssd.integration import compat, frontend, v2_limits
-from vllm_emssd.integration.engine_tag import tag_of
-from vllm_emssd.integration.runner_v1 import UnpadGPUModelRunner
+from vllm_emssd.integration import unsupported as v2_limits
+from vllm_emssd.integration.frontend import method as frontend
+from vllm_emssd.integration.frontend.engine_tag import tag_of
+from vllm_emssd.integration.hooks import compat
+from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
 
 
 def _create(speculative_config: dict[str, Any], **options: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import vllm
 
 from tests.engine import TARGET
-from vllm_emssd.integration.compat import SUPPORTED_VLLM
+from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
 
 INSTALLED = Path(vllm.__file__).parent
 START = f"""

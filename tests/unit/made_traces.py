@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_emssd.bench.costs import CostFile, ModelCosts
-from vllm_emssd.bench.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
+from vllm_emssd.simulate.costs import CostFile, ModelCosts
+from vllm_emssd.simulate.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
 
 
 def header(k: int, kind: str = "draft_model") -> TraceHeader:

@@ -6,8 +6,8 @@ import pytest
 from vllm import _custom_ops
 
 from tests.without_hooks import without
-from vllm_emssd.integration import hooks
-from vllm_emssd.integration.cpu_kernels import KERNELS_HOOK, MOST_ROW_COUNTS
+from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK, MOST_ROW_COUNTS
+from vllm_emssd.integration.hooks import hook as hooks
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_emssd import cli
 from vllm_emssd.commands import serve
-from vllm_emssd.integration import cpu_settings
+from vllm_emssd.integration.cpu import settings as cpu_settings
 
 IOMP, TCMALLOC = "/lib/libiomp5.so", "/lib/libtcmalloc_minimal.so.4"
 

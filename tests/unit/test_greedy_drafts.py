@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_emssd.integration.paged_drafter import PagedDrafter
+from vllm_emssd.integration.v1.drafter import PagedDrafter
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,7 +18,7 @@ from vllm_emssd.bench.methods import Method, Setting
 from vllm_emssd.bench.provenance import COMMIT, commit
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
-from vllm_emssd.bench.stopwatch import Stopwatch
+from vllm_emssd.bench.step_profiler import Stopwatch
 from vllm_emssd.commands.bench import GPU_SHARE, add_arguments, plan_of, shared_gpu
 
 ONE_ENGINE = ["--one-engine", "--draft-model", "d", "--methods"]

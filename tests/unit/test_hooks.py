@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from vllm_emssd.integration import hooks
-from vllm_emssd.integration.compat import SUPPORTED_VLLM, check_vllm_version
-from vllm_emssd.integration.hooks import Hook
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM, check_vllm_version
+from vllm_emssd.integration.hooks.hook import Hook
 
 MODULE = "stub_of_vllm"
 

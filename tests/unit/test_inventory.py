@@ -15,13 +15,14 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_emssd
 from tests.engine import TARGET
 from tests.without_hooks import without
-from vllm_emssd.integration import hooks, inventory
-from vllm_emssd.integration.compat import SUPPORTED_VLLM
-from vllm_emssd.integration.engine_tag import tag_of
-from vllm_emssd.integration.frontend import FRONTEND_HOOK
-from vllm_emssd.integration.hooks import Hook
-from vllm_emssd.integration.inventory import INVENTORY, describe, hook_rows
-from vllm_emssd.integration.serving import SERVING_HOOKS, VALIDATION_HOOK
+from vllm_emssd.integration.frontend.engine_tag import tag_of
+from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
+from vllm_emssd.integration.frontend.serving import SERVING_HOOKS, VALIDATION_HOOK
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks import inventory
+from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
+from vllm_emssd.integration.hooks.hook import Hook
+from vllm_emssd.integration.hooks.inventory import INVENTORY, describe, hook_rows
 
 NGRAM = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 PATCHES = Path(__file__).parent.parent.parent / "patches"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_emssd.async_draft_cursor import LateDraftCursor
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.late_cursor import LateDraftCursor
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64

@@ -17,7 +17,7 @@ from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.occurrences import (
+from vllm_emssd.proposers.ngram_index import (
     MAX_CANDIDATES,
     MAX_MATCH_LENGTH,
     OccurrenceIndex,

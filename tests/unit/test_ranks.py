@@ -12,8 +12,8 @@ import torch
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration import ranks as ranks_module
+from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.step_costs import StepCostMeter
 
 NUM_RANKS = 2
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_emssd.bench import recorder
-from vllm_emssd.bench.recorder import TraceRecorder
 from vllm_emssd.bench.request import Request
+from vllm_emssd.simulate import recorder
+from vllm_emssd.simulate.recorder import TraceRecorder
 
 K, MAX_TOKENS = 3, 7
 PROMPTS = [[5, 9, 2], [1], [7, 7, 30, 12, 4]]

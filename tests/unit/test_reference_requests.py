@@ -15,17 +15,17 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_emssd.config import parse_speculative_config
-from vllm_emssd.integration import serving
-from vllm_emssd.integration.engine_tag import attach_tag
+from vllm_emssd.integration.frontend import serving
+from vllm_emssd.integration.frontend.engine_tag import attach_tag
+from vllm_emssd.integration.frontend.serving import (
+    ADD_REQUEST_HOOK,
+    INPUT_PROCESSOR_HOOK,
+)
 from vllm_emssd.integration.references import (
     MAX_BYTES_PER_TOKEN,
     prediction_of,
     reference_of,
     reference_token_ids,
-)
-from vllm_emssd.integration.serving import (
-    ADD_REQUEST_HOOK,
-    INPUT_PROCESSOR_HOOK,
 )
 
 VOCABULARY, LENGTH = 300, 20

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.unit.scripted_target import Replay, replay
-from vllm_emssd.proposers.alignment import ReferenceAlignment, Standing
 from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.reference import ReferenceAlignment, Standing
 
 MODELS = Path(__file__).parents[2] / "models"
 property_test = settings(max_examples=100, deadline=None, derandomize=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm.forward_context import BatchDescriptor
 
 from vllm_emssd.draft_length import CostTable
-from vllm_emssd.integration.row_rounding import RoundedRowsMixin, RowRounding
+from vllm_emssd.integration.cpu.row_padding import RoundedRowsMixin, RowRounding
 
 FLAT = CostTable([1, 256], [50.0, 50.0])
 CHEAP = CostTable([1, 257], [30.0, 81.2])  # 0.2 ms a row

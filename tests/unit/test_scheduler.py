@@ -16,8 +16,8 @@ from vllm_emssd.integration.placeholder_drafts import (
     drop_placeholder_drafts,
     with_drafts_made,
 )
-from vllm_emssd.integration.steps_v2 import UnheardSteps
-from vllm_emssd.scorer import ScheduledStep
+from vllm_emssd.integration.v2.pending_steps import UnheardSteps
+from vllm_emssd.verification import ScheduledStep
 
 
 def output_of(drafts: list[list[int] | None], num_other: list[int]) -> SimpleNamespace:

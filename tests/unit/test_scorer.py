@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from vllm_emssd.metrics import Counters
-from vllm_emssd.scorer import ScheduledStep, VerifiedRows, pad_to_longest
+from vllm_emssd.verification import ScheduledStep, VerifiedRows, pad_to_longest
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 DRAFT_COUNTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 8)), max_size=7)

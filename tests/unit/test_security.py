@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 
 import vllm_emssd
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration import prometheus
-from vllm_emssd.integration.engine_tag import attach_tag
+from vllm_emssd.integration.frontend.engine_tag import attach_tag
+from vllm_emssd.integration.metrics import prometheus
 from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
 
 PACKAGE = Path(vllm_emssd.__file__).parent

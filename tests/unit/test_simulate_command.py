@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.made_traces import random_trace, straight_costs
-from vllm_emssd.bench.traces import SHIPPED_TRACE, load_trace, save_trace
 from vllm_emssd.cli import main
+from vllm_emssd.simulate.traces import SHIPPED_TRACE, load_trace, save_trace
 
 
 def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.unit.made_traces import straight_costs
-from vllm_emssd.bench.costs import load_costs, shipped_costs
-from vllm_emssd.bench.learned_costs import costs_of_result
-from vllm_emssd.bench.roofline import (
+from vllm_emssd.simulate.costs import load_costs, shipped_costs
+from vllm_emssd.simulate.learned_costs import costs_of_result
+from vllm_emssd.simulate.roofline import (
     H100,
     LLAMA_70B,
     OPT_6_7B,

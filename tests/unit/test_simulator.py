@@ -14,15 +14,15 @@ from tests.unit.made_traces import (
     straight_costs,
     trace,
 )
-from vllm_emssd.bench.costs import load_costs
-from vllm_emssd.bench.simulator import (
+from vllm_emssd.simulate.costs import load_costs
+from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
     Setting,
     SimulatedEngine,
     simulate,
 )
-from vllm_emssd.bench.traces import RequestTrace, Trace
+from vllm_emssd.simulate.traces import RequestTrace, Trace
 
 ALL = [
     Decoding("plain"),

@@ -6,7 +6,11 @@ import logging
 
 import pytest
 
-from vllm_emssd.integration.stats_log import INTERVAL_SECONDS, StatsLog, describe
+from vllm_emssd.integration.metrics.stats_log import (
+    INTERVAL_SECONDS,
+    StatsLog,
+    describe,
+)
 from vllm_emssd.metrics import Counters
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration import forward_clock
-from vllm_emssd.integration.forward_clock import ForwardTimer
-from vllm_emssd.integration.row_counts import RecentRowCounts
-from vllm_emssd.integration.step_costs import (
+from vllm_emssd.integration.costs import (
     StepCostMeter,
     _learn,
     _row_counts_of,
 )
+from vllm_emssd.integration.cpu.row_counts import RecentRowCounts
+from vllm_emssd.integration.forward_clock import ForwardTimer
 
 
 def meter_of(fixed_ms: float = 4.0, speculation_ms: float = 0.0) -> StepCostMeter:

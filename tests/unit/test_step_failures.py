@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vllm.config import ParallelConfig
 
-from vllm_emssd.integration.step_failures import StepFailures
+from vllm_emssd.integration.failure_policy import StepFailures
 from vllm_emssd.metrics import Counters
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.made_traces import header, random_trace
-from vllm_emssd.bench.traces import load_trace, save_trace
+from vllm_emssd.simulate.traces import load_trace, save_trace
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "sub/t.jsonl.gz"])

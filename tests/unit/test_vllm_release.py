@@ -46,7 +46,7 @@ def test_version_that_the_index_lacks(which: str) -> None:
 
 
 def test_supported_is_what_the_plugin_checks_at_its_start() -> None:
-    from vllm_emssd.integration.compat import SUPPORTED_VLLM
+    from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
 
     assert supported() == SUPPORTED_VLLM
 

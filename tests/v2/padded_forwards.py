@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_emssd.integration.recorded_forwards_v2 import (
+from vllm_emssd.integration.v2.cudagraphs import (
     MOST_FIRST_ROWS,
     RecordedForwards,
 )

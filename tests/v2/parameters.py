@@ -65,7 +65,7 @@ def arrangements(case: str) -> dict[str, list[SamplingParams]]:
 
 
 def run_all(path: Path) -> None:
-    import vllm_emssd.integration.worker  # noqa: F401  before vLLM's V2 runner
+    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
 
     texts = [text[: 100 + 30 * i] for i, text in enumerate(prompts()[:4])]
     seen: dict[str, Any] = {}

@@ -235,7 +235,7 @@ class LoggedStats:
     """The lines of the log that tell what was counted, one a step."""
 
     def __enter__(self) -> list[str]:
-        from vllm_emssd.integration import stats_log
+        from vllm_emssd.integration.metrics import stats_log
 
         self._patch, lines = pytest.MonkeyPatch(), []
         self._patch.setattr(stats_log, "INTERVAL_SECONDS", 0.0)
@@ -311,8 +311,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
 
 
 def run_all(path: Path, only: list[str]) -> None:
-    import vllm_emssd.integration.worker  # noqa: F401  before vLLM's V2 runner
-    from vllm_emssd.integration import speculator_v2
+    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+    from vllm_emssd.integration.v2 import speculator as speculator_v2
 
     engines = {  # name -> its configuration, and whether the host copies the verdict
         "plain": (EngineConfig(**SMALL), True),

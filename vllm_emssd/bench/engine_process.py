@@ -130,7 +130,7 @@ class _Engine:
             os.environ[CPU_FIXES_SWITCH] = "1"
         from vllm import LLM
 
-        from vllm_emssd.bench.stopwatch import Stopwatch
+        from vllm_emssd.bench.step_profiler import Stopwatch
 
         self._llm = LLM(
             options.model,

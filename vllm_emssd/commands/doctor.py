@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_emssd import __version__
-from vllm_emssd.integration.finding import Finding, State, did_not_work
+from vllm_emssd.integration.doctor.finding import Finding, State, did_not_work
 
 NEEDED = {
     "torch": "it comes with vLLM",
@@ -64,7 +64,7 @@ def findings() -> Iterator[Finding]:
         if name == "torch":
             yield Finding(name, State.OK, version)
     try:
-        checkup: Any = import_module("vllm_emssd.integration.checkup")
+        checkup: Any = import_module("vllm_emssd.integration.doctor.checks")
     except Exception as error:
         yield did_not_work("vllm", error)
         return
@@ -79,8 +79,8 @@ def describe(finding: Finding) -> str:
 
 
 def _print_hooks() -> int:
-    from vllm_emssd.integration.checkup import plugin_is_on
-    from vllm_emssd.integration.inventory import describe, hook_rows
+    from vllm_emssd.integration.doctor.checks import plugin_is_on
+    from vllm_emssd.integration.hooks.inventory import describe, hook_rows
 
     plugin_is_on()  # as vLLM loads it: what is always in place is in place now
     rows = hook_rows()

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from vllm_emssd.integration.cpu_settings import (
+from vllm_emssd.integration.cpu.settings import (
     cpu_quota,
     cpu_settings,
     has_nvidia_gpu,

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_emssd import __version__
-from vllm_emssd.bench.costs import CostFile, load_costs, shipped_costs
-from vllm_emssd.bench.learned_costs import costs_of_result
-from vllm_emssd.bench.simulator import (
+from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
+from vllm_emssd.draft_length.acceptance import MARGINAL
+from vllm_emssd.simulate.costs import CostFile, load_costs, shipped_costs
+from vllm_emssd.simulate.learned_costs import costs_of_result
+from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
     Setting,
     check_method,
     simulate,
 )
-from vllm_emssd.bench.traces import SHIPPED_TRACE, Trace, load_trace, save_trace
-from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
-from vllm_emssd.draft_length.acceptance import MARGINAL
+from vllm_emssd.simulate.traces import SHIPPED_TRACE, Trace, load_trace, save_trace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -304,7 +304,7 @@ def _learn_costs(args: argparse.Namespace) -> None:
 
 
 def _record(args: argparse.Namespace) -> None:
-    from vllm_emssd.bench.recorder import TraceRecorder, record_trace
+    from vllm_emssd.simulate.recorder import TraceRecorder, record_trace
 
     if not args.model:
         raise ValueError("--record needs --model, the target")

@@ -10,15 +10,15 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_emssd.integration.worker_mixins import EmssdWorkerMixin
+from vllm_emssd.integration.worker import EmssdWorkerMixin
 
 
 class UnpadGPUWorker(EmssdWorkerMixin, Worker):
     def _make_model_runner(self) -> Any:
         if self.use_v2_model_runner:
-            from vllm_emssd.integration.runner_v2 import UnpadGPUModelRunnerV2
+            from vllm_emssd.integration.v2.runner import UnpadGPUModelRunnerV2
 
             return UnpadGPUModelRunnerV2(self.vllm_config, self.device)
-        from vllm_emssd.integration.runner_v1 import UnpadGPUModelRunner
+        from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
 
         return UnpadGPUModelRunner(self.vllm_config, self.device)

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration import hooks
+from vllm_emssd.integration.hooks import hook as hooks
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

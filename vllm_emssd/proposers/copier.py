@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vllm_emssd.proposers.alignment import ReferenceAlignment, Standing
-from vllm_emssd.proposers.occurrences import OccurrenceIndex
+from vllm_emssd.proposers.ngram_index import OccurrenceIndex
+from vllm_emssd.proposers.reference import ReferenceAlignment, Standing
 
 _PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
 _FORGET = 0.9  # weight kept by what was seen before, each time

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from vllm_emssd.async_draft_cursor import LateDraftCursor
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy
-from vllm_emssd.late_cursor import LateDraftCursor
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.ragged import RaggedRows, grant_rows

@@ -1,0 +1,268 @@
+"""Measures what a step costs: at the start with dummy rows, then from live steps.
+
+With several workers each measures, as the forwards are theirs together, but only the
+first one's costs count: all take them over at the start and at numbered steps, and
+between those every worker decides from the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.draft_length.cost import quickest_times
+from vllm_emssd.integration.cpu.onednn_cache import MOST_ROW_COUNTS
+from vllm_emssd.integration.cpu.row_counts import RecentRowCounts
+from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.proposers.draft_model import Drafter
+from vllm_emssd.ragged import RaggedRows
+
+logger = init_logger("vllm.emssd.step_costs")
+
+_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
+_PASSES = 5  # over the row counts; the first is warm-up
+CONTEXT = 256  # tokens each row attends to
+FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
+_FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
+_PAUSE = 4.0  # times the cost so far: nobody asked for tokens, this is no cost,
+_MOST_PAUSES = 8  # unless it goes on like that
+_STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
+
+NO_DRAFT_MODEL = CostTable([1], [0.0])
+
+
+class TimedForwards(Protocol):
+    """Forwards of one model."""
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """(rows, ms) of those whose time has become known since the last call."""
+        ...
+
+
+class TimedDrafter(Drafter, TimedForwards, Protocol):
+    @property
+    def max_num_reqs(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TimedPasses:
+    """(rows asked for, ms) of forwards."""
+
+    first: list[tuple[int, float]]  # of each row count, which gets ready for it
+    samples: list[tuple[int, float]]  # the later ones
+
+    @property
+    def preparing_ms(self) -> float:
+        """What the first forward of a row count takes more than others, in the median:
+        the very first one of all has more to get ready."""
+        quickest = quickest_times(self.samples)
+        more = [ms - quickest[rows] for rows, ms in self.first]
+        return max(float(np.median(more)), 0.0) if more else 0.0
+
+
+class StepCostMeter:
+    """Owns the costs of one worker and keeps them fresh.
+
+    `costs` are those to decide by, the same on all ranks; `measured` are this worker's
+    own. A single worker has one object for both.
+
+    Args:
+        measured: costs at the start.
+        target, drafter: their live forwards; no drafter where none is used.
+    """
+
+    def __init__(
+        self,
+        measured: StepCosts,
+        target: TimedForwards,
+        drafter: TimedDrafter | None,
+        ranks: Ranks,
+    ) -> None:
+        self._target = target
+        self._drafter = drafter
+        self._ranks = ranks
+        self._num_steps = 0
+        self._step_ended: float | None = None
+        self._num_pauses = 0  # in a row
+        self._known_to_target = _row_counts_of(measured.target)
+        self._known_to_draft = _row_counts_of(measured.draft)
+        self.measured = measured
+        self.costs = measured if ranks.is_alone else copy(measured)
+        self._take_over_costs()
+        logger.info("Milliseconds by rows:\n%s", self.table())
+
+    def step_done(self, learns_costs: bool = True) -> None:
+        """Called when a step's drafts are made: learn from the step. Costs of forwards
+        need not be learned from one of many steps alike."""
+        now = time.perf_counter()
+        costs = self.measured
+        target = self._target.take_timings()
+        draft = [] if self._drafter is None else self._drafter.take_timings()
+        if learns_costs:
+            told_ms = 0.0
+            if self._drafter is not None and self._drafter.tells_confidence:
+                told_ms = costs.confidence_ms
+            bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in draft]
+            _learn(costs.target, target, self._known_to_target)
+            _learn(costs.draft, bare, self._known_to_draft)
+        # Times of a GPU may come a step late: then none is of this step, or two are.
+        if self._step_ended is not None and len(target) == 1:
+            forwards_ms = sum(ms for _, ms in (*target, *draft))
+            ms = (now - self._step_ended) * 1e3 - forwards_ms
+            self._learn_rest(ms, has_drafted=bool(draft))
+        self._step_ended = now
+        self._num_steps += 1
+        if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
+            self._take_over_costs()
+
+    def _learn_rest(self, ms: float, has_drafted: bool) -> None:
+        """A step took `ms` besides its forwards."""
+        costs = self.measured
+        both = costs.fixed_ms + costs.speculation_ms
+        self._num_pauses = self._num_pauses + 1 if ms > _PAUSE * both else 0
+        if ms <= 0 or 0 < self._num_pauses <= _MOST_PAUSES:
+            return
+        if not has_drafted:
+            costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
+            return
+        both += _FIXED_RATE * (ms - both)
+        # A step without drafts costs no more: it was slower when last seen.
+        costs.fixed_ms = min(costs.fixed_ms, both)
+        costs.speculation_ms = both - costs.fixed_ms
+
+    def _take_over_costs(self) -> None:
+        """The first rank's measured costs are everyone's from now on. Tables have the
+        same points on all ranks: these depend on row counts only."""
+        if self._ranks.is_alone:
+            return
+        measured = self.measured
+        target, draft = measured.target.points, measured.draft.points
+        own = [ms for _, ms in (*target, *draft)]
+        rest = [measured.fixed_ms, measured.speculation_ms, measured.confidence_ms]
+        shared = self._ranks.of_first(np.array([*rest, *own]))
+        costs = self.costs
+        costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = shared[:3].tolist()
+        target_ms, draft_ms = np.split(shared[3:], [len(target)])
+        costs.target = CostTable([rows for rows, _ in target], target_ms)
+        costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """See the worker's `emssd_costs`."""
+        return {
+            "target": self.costs.target.points,
+            "draft": self.costs.draft.points,
+            "fixed_ms": self.costs.fixed_ms,
+            "speculation_ms": self.costs.speculation_ms,
+            "confidence_ms": self.costs.confidence_ms,
+        }
+
+    def table(self) -> str:
+        """The costs as a small text table."""
+        rows = [r for r, _ in self.costs.target.points]
+        lines = ["rows   " + " ".join(f"{r:7d}" for r in rows)]
+        for name, table in (("target", self.costs.target), ("draft", self.costs.draft)):
+            times = table.ms(np.array(rows))
+            lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in times))
+        return "\n".join(lines)
+
+
+def _row_counts_of(table: CostTable) -> RecentRowCounts:
+    return RecentRowCounts(MOST_ROW_COUNTS, (rows for rows, _ in table.points))
+
+
+def _learn(
+    table: CostTable, timings: list[tuple[int, float]], known: RecentRowCounts
+) -> None:
+    """From forwards (rows, ms). The first of a row count also tells what getting ready
+    for it takes: it is a cost only where it is below what was thought. A table covers
+    all rows seen, whatever they took, and so has the same points on all ranks."""
+    for rows, ms in timings:
+        table.cover(rows)
+        if known.meet(rows) or ms < table.at(rows):
+            table.observe(rows, ms)
+
+
+def time_target(
+    run: Callable[[int], object],
+    target: TimedForwards,
+    most_rows: int,
+    device: torch.device,
+) -> TimedPasses:
+    """Forwards, the row counts in turn.
+
+    Args:
+        run: a forward of the target with that many rows, each with some context.
+    """
+    forwards = {n: partial(run, n) for n in _ROWS if n <= most_rows}
+    return _in_passes(forwards, target, device)
+
+
+def rows_to_measure(most: int, limit: int) -> int:
+    """The row count up to which forwards are timed, where steps have `most` rows: the
+    next beyond, as more rows may be quicker. At most `limit`."""
+    beyond = (n for n in _ROWS if n >= most)
+    return min(next(beyond, most), limit)
+
+
+def measure_drafter(
+    drafter: TimedDrafter, device: torch.device
+) -> tuple[CostTable, float]:
+    """One row a request, as all draft forwards but a step's first; beyond as many rows
+    as there are requests, several rows each, as when prompts are fed.
+
+    Returns: costs without confidences, and the milliseconds that telling them takes
+    more, in the median.
+    """
+    forwards: dict[int, Callable[[], object]] = {}
+    context = min(CONTEXT, drafter.max_model_len)
+    most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
+    for num_rows in (n for n in _ROWS if n <= most):
+        num_reqs = min(num_rows, drafter.max_num_reqs)
+        ends = np.full(num_reqs, context, dtype=np.int64)
+        lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
+        rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
+        token_ids = np.zeros(num_rows, dtype=np.int32)
+        forwards[num_rows] = partial(
+            drafter.forward, rows, token_ids, rows.last_rows, 0
+        )
+    times = []
+    for drafter.tells_confidence in (True, False):
+        samples = _in_passes(forwards, drafter, device).samples
+        times.append(quickest_times(samples))
+    told, bare = times
+    one_row_each = [n for n in bare if n <= drafter.max_num_reqs]
+    more_ms = float(np.median([told[n] - bare[n] for n in one_row_each]))
+    return CostTable(bare.keys(), bare.values()), max(more_ms, 0.0)
+
+
+def _in_passes(
+    forwards: Mapping[int, Callable[[], object]],
+    timed: TimedForwards,
+    device: torch.device,
+) -> TimedPasses:
+    """All forwards, one after the other, and that again: what else the machine does for
+    a while then slows one time of several row counts, not all of one."""
+    passes: list[list[tuple[int, float]]] = []
+    for _ in range(_PASSES):
+        passes.append([])
+        for num_rows, forward in forwards.items():
+            forward()
+            _finish(device)
+            passes[-1] += [(num_rows, ms) for _, ms in timed.take_timings()]
+    return TimedPasses(passes[0], list(chain(*passes[1:])))
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what was launched; a CPU has computed it by then."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,1 @@
+"""What `vllm-emssd doctor` looks at."""

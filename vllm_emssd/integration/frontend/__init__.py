@@ -1,0 +1,1 @@
+"""What vLLM's front end learns: the method, its checks, and serving."""

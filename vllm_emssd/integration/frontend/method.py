@@ -1,0 +1,337 @@
+"""Teaches vLLM's front end the method "emssd".
+
+`EngineArgs.create_speculative_config` is the one place where a user's
+`--speculative-config` becomes vLLM's. Asked for "emssd", the hook there validates
+the options, hands vLLM the part it knows, puts ours in `additional_config` (which
+reaches every process and the config hash), and picks our worker and scheduler
+classes through vLLM's own options. Asked for anything else it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_emssd import __version__
+from vllm_emssd.config import (
+    ADDITIONAL_CONFIG_KEY,
+    METHOD,
+    MOST_FIXED_DRAFTS,
+    EmssdConfig,
+    parse_speculative_config,
+)
+from vllm_emssd.integration.frontend.draft_checks import (
+    check_draft_tokenizer,
+    check_draft_weights,
+)
+from vllm_emssd.integration.frontend.engine_tag import attach_tag
+from vllm_emssd.integration.frontend.model_limits import (
+    refuse_drafter,
+    refuse_target,
+    refuse_wrong_verification,
+)
+from vllm_emssd.integration.frontend.serving import install_serving_hooks
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.compat import check_vllm_version
+from vllm_emssd.integration.metrics.stats_log import LOG_STATS_KEY
+from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
+
+CPU_WORKER = "vllm_emssd.integration.cpu.worker.UnpadCPUWorker"
+FIXED_CPU_WORKER = "vllm_emssd.integration.cpu.worker.FixedCPUWorker"
+CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"
+GPU_WORKER = "vllm_emssd.integration.gpu_worker.UnpadGPUWorker"
+SCHEDULER = "vllm_emssd.integration.scheduler.make_scheduler"
+COPY_DRAFTER = "vllm_emssd.integration.v1.copy_drafter.CopyDrafter"
+
+_OTHER_VOCABULARY = (
+    "--speculative-config: 'model' has a vocabulary of another size than the target. "
+    '"method": "emssd" needs a draft model with the target\'s tokenizer: choose '
+    "another 'model', or remove it to copy from the text (llma)."
+)
+
+_NO_TEXT = (
+    "--speculative-config: 'model' does not generate text. Choose another 'model', or "
+    "remove it to copy from the text (llma)."
+)
+
+# Filled in by vLLM itself, not by users.
+_INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
+
+
+def install_frontend_hook() -> None:
+    """Teach vLLM the method."""
+    hooks.install([FRONTEND_HOOK])
+
+
+def _make_hook(
+    stock: Callable[..., SpeculativeConfig | None],
+) -> Callable[..., SpeculativeConfig | None]:
+    def create_speculative_config(
+        self: EngineArgs,
+        target_model_config: ModelConfig,
+        target_parallel_config: ParallelConfig,
+    ) -> SpeculativeConfig | None:
+        asked = _asked(self)
+        if asked.get("method") != METHOD:
+            if asked and os.environ.get(CPU_FIXES_SWITCH) == "1":
+                use_fixed_cpu_worker(target_model_config, target_parallel_config)
+            return stock(self, target_model_config, target_parallel_config)
+        return _create_ours(
+            stock, self, asked, target_model_config, target_parallel_config
+        )
+
+    return create_speculative_config
+
+
+FRONTEND_HOOK = hooks.Hook(
+    target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+    why="vLLM's speculative methods are a closed list",
+    signature="self, target_model_config, target_parallel_config",
+    upstream="options for custom_class, then its worker and scheduler class",
+    remove_when="a plugin's custom_class brings its options, worker and scheduler",
+    make=_make_hook,
+    when="always; passes every other method through",
+    patch="0002-custom-class-options",
+)
+
+
+def use_fixed_cpu_worker(
+    model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    """Make stock speculation on a CPU exact, for users who set EMSSD_CPU_FIXES=1.
+    Raises ValueError for a target that it cannot be exact for."""
+    if current_platform.is_cpu() and parallel_config.worker_cls == "auto":
+        refuse_wrong_verification(model_config, "Speculation")
+        parallel_config.worker_cls = FIXED_CPU_WORKER
+
+
+def _asked(args: EngineArgs) -> dict[str, Any]:
+    """The user's options, --spec-* flags merged in as vLLM does."""
+    given = args.speculative_config
+    asked = {k.replace("-", "_"): v for k, v in (given or {}).items()}
+    for flag, key, value in (
+        ("--spec-method", "method", args.spec_method),
+        ("--spec-model", "model", args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if key in asked:
+            raise ValueError(
+                f"{flag} and --speculative-config['{key}'] are mutually exclusive"
+            )
+        asked[key] = value
+    return asked
+
+
+def _create_ours(
+    stock: Callable[..., SpeculativeConfig | None],
+    args: EngineArgs,
+    asked: dict[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> SpeculativeConfig:
+    check_vllm_version()
+    stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
+    config, stock_part = parse_speculative_config(asked, stock_keys)
+    _refuse_unsupported(args, model_config, parallel_config)
+    config = _settle_draft_length(config, asked)
+    may_be_async = _settle_async_scheduling(args, config)
+    if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
+        refuse_options(config)
+    _refuse_other_draft_ranks(stock_part, parallel_config)
+    model = stock_part.get("model")
+    if model:
+        check_draft_weights(model, args.load_format)
+
+    spec_config = _run_stock(
+        stock, args, config, stock_part, model_config, parallel_config
+    )
+    if config.uses_draft_model:
+        refuse_drafter(spec_config)
+    attach_tag(spec_config)
+    # An unpadded batch of stock's own would turn async scheduling off.
+    if config.uses_draft_model:
+        spec_config.disable_padded_drafter_batch = not may_be_async
+    if model:
+        check_draft_tokenizer(model, stock_part.get("revision"), model_config)
+
+    install_serving_hooks()
+    parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    args.scheduler_cls = SCHEDULER
+    if not may_be_async:
+        args.async_scheduling = False  # vLLM 0.33 leaves it on for its V2 runner
+    args.additional_config = {
+        **args.additional_config,
+        ADDITIONAL_CONFIG_KEY: config.model_dump(),
+        LOG_STATS_KEY: not args.disable_log_stats,
+    }
+    logger.info("vllm-emssd %s is on: %s", __version__, config)
+    _say_where_copies_run(config)
+    return spec_config
+
+
+def _run_stock(
+    stock: Callable[..., SpeculativeConfig | None],
+    args: EngineArgs,
+    config: EmssdConfig,
+    stock_part: dict[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> SpeculativeConfig:
+    """Build vLLM's own config, leaving `args` as the user gave them."""
+    stock_part["num_speculative_tokens"] = config.most_draft_tokens
+    if config.uses_draft_model:
+        stock_part |= {"method": "draft_model"}
+    else:
+        stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}
+    saved = {
+        name: getattr(args, name)
+        for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    }
+    args.speculative_config = stock_part
+    args.spec_method = args.spec_model = args.spec_tokens = None
+    try:
+        spec_config = stock(args, model_config, parallel_config)
+    except ValueError as error:
+        if "same vocabulary size" in str(error):
+            raise ValueError(_OTHER_VOCABULARY) from error
+        if "--runner draft" in str(error):
+            raise ValueError(_NO_TEXT) from error
+        raise
+    finally:
+        for name, value in saved.items():
+            setattr(args, name, value)
+    assert spec_config is not None
+    return spec_config
+
+
+def _refuse_unsupported(
+    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    ours = {CPU_WORKER, GPU_WORKER}
+    if parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            '"method": "emssd" does not support pipeline parallelism: vLLM\'s V1 '
+            "runner has the drafter on the last rank only. Set "
+            "--pipeline-parallel-size 1 (use --tensor-parallel-size instead)."
+        )
+    if parallel_config.worker_cls not in {"auto", *ours}:
+        raise ValueError(
+            f'"method": "emssd" brings its own worker class; remove --worker-cls '
+            f"{parallel_config.worker_cls}."
+        )
+    if args.scheduler_cls not in {None, SCHEDULER}:
+        raise ValueError(
+            '"method": "emssd" brings its own scheduler class; remove --scheduler-cls '
+            f"{args.scheduler_cls}."
+        )
+    if not isinstance(args.additional_config, dict):
+        raise ValueError(
+            '"method": "emssd" keeps its options in --additional-config, which must '
+            f"be a dictionary, got {type(args.additional_config).__name__}."
+        )
+    if parallel_config.decode_context_parallel_size > 1:
+        raise ValueError(
+            '"method": "emssd" does not support decode context parallelism; set '
+            "--decode-context-parallel-size 1."
+        )
+    if parallel_config.data_parallel_size > 1 and model_config.is_moe:
+        raise ValueError(
+            '"method": "emssd" does not support data parallelism with a mixture-of-'
+            "experts target, whose ranks must run drafters in step; set "
+            "--data-parallel-size 1."
+        )
+    refuse_target(model_config)
+
+
+def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdConfig:
+    """Automatic lengths by default where times were taken, on CPUs with vLLM's V1
+    runner. Elsewhere only if asked for; raises ValueError where costs are not measured.
+    """
+    if config.draft_length != "auto":
+        return config
+    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cpu() and not use_v2:
+        return config
+    if asked.get("draft_length") != "auto":
+        logger.warning(
+            "draft_length is fixed here: automatic lengths are the default on CPUs "
+            "with vLLM's V1 model runner only, where their gain was measured. At high "
+            "load fixed lengths can be slower than no speculation."
+        )
+        fixed: dict[str, Any] = {"draft_length": "fixed"}
+        if config.uses_draft_model and asked.get("num_speculative_tokens") is None:
+            fixed["num_speculative_tokens"] = MOST_FIXED_DRAFTS
+        return config.model_copy(update=fixed)
+    has_v2 = use_v2 is not False and config.proposer == "draft_model"
+    if not current_platform.is_cpu() and not has_v2:
+        raise ValueError(AUTO_NEEDS_V2)
+    return config  # if vLLM chooses V1 after all, our runner refuses
+
+
+def _say_where_copies_run(config: EmssdConfig) -> None:
+    """vLLM takes its V1 runner by itself for the method that llma comes as, whose name
+    (`custom_class`) is all that it says of it."""
+    if not config.uses_draft_model and not current_platform.is_cpu():
+        logger.info(
+            '"proposer": "%s" runs on vLLM\'s V1 model runner: it looks at token ids, '
+            "which the V2 runner keeps on the device.",
+            config.proposer,
+        )
+
+
+def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
+    """Whether vLLM may schedule a step before the last one's tokens are known: with
+    fixed lengths on its V2 runner. Raises ValueError where it was asked for and cannot
+    be. On CPUs vLLM itself turns it off again.
+    """
+    is_cpu = current_platform.is_cpu()
+    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
+    if is_cpu and use_v2 is None:  # where vLLM could choose V2 on GPUs only
+        use_v2 = False
+    why = ""
+    if use_v2 is False or config.proposer != "draft_model":
+        why = '"proposer": "draft_model" on vLLM\'s V2 model runner'
+    elif config.draft_length != "fixed":
+        why = '"draft_length": "fixed"'
+    if why and args.async_scheduling:
+        raise ValueError(
+            '"method": "emssd" knows how many drafts a step has before its tokens are '
+            f"sampled only with {why}; use that, or remove --async-scheduling."
+        )
+    may_be_async = not why and args.async_scheduling is not False
+    if is_cpu:
+        logger.info("Scheduling is synchronous, as vLLM has it on CPUs.")
+    elif not may_be_async:
+        logger.info(
+            "Scheduling is synchronous%s.",
+            f"; it can be asynchronous with {why}" if why else "",
+        )
+    return may_be_async
+
+
+def _refuse_other_draft_ranks(
+    stock_part: dict[str, Any], parallel_config: ParallelConfig
+) -> None:
+    """vLLM's V1 draft model raises in its workers; say so before they start."""
+    asked = stock_part.get("draft_tensor_parallel_size")
+    size = parallel_config.tensor_parallel_size
+    if asked not in (None, size):
+        raise ValueError(
+            f"--speculative-config: 'draft_tensor_parallel_size' {asked} differs from "
+            f"--tensor-parallel-size {size}: vLLM's V1 runner splits the draft model "
+            "over all workers of the target. Remove it, or make both the same."
+        )

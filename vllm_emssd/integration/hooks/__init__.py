@@ -1,0 +1,1 @@
+"""What the plugin replaces in vLLM."""

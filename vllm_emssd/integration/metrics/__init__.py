@@ -1,0 +1,1 @@
+"""Where counters are shown."""

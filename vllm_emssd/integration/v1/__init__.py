@@ -1,0 +1,1 @@
+"""vLLM's V1 model runner, with unpadded drafting."""

@@ -1,0 +1,203 @@
+"""Sampling with ragged drafts on vLLM's V1 runner.
+
+The part of our runner between the target's forward and the drafts of the next step:
+which rows are compared, which logits processors apply to them, what draft distributions
+are known, and generators that must not advance.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    BUILTIN_LOGITS_PROCESSORS,
+    AdapterLogitsProcessor,
+    LogitsProcessors,
+)
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_emssd.config import EmssdConfig
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.v1.drafter import PagedDrafter
+from vllm_emssd.verification import VerifiedRows
+
+logger = init_logger("vllm.emssd.sampling")
+
+
+def _make_logitsprocs_hook(
+    stock: Callable[..., LogitsProcessors],
+) -> Callable[..., LogitsProcessors]:
+    def build_logitsprocs(
+        vllm_config: VllmConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessors:
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        return stock(plain, *args, **kwargs)
+
+    return build_logitsprocs
+
+
+LOGITSPROCS_HOOK = hooks.Hook(
+    target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+    why="with speculation, stock leaves out min_p, logit_bias and custom processors",
+    signature=(
+        "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs"
+    ),
+    upstream="logits processors in the V1 rejection sampler",
+    remove_when="stock builds all processors with speculation on",
+    make=_make_logitsprocs_hook,
+    when="while an emssd worker makes its runner",
+)
+
+
+def count_nan_as_one_hot(probs: torch.Tensor, draft_token_ids: torch.Tensor) -> None:
+    """Of a drafter that computed NaN, take each draft as a copy, in place.
+
+    That is exact, as for any token; the NaN itself would reach what the target samples
+    after a rejection. A softmax is NaN everywhere or nowhere. Shapes:
+    [num_draft_tokens, vocab_size] float32, [num_draft_tokens] integers.
+    """
+    is_nan = probs[:, :1].isnan()
+    probs.masked_fill_(is_nan, 0.0)
+    probs.scatter_add_(1, draft_token_ids.long().unsqueeze(1), is_nan.to(probs.dtype))
+
+
+class UnpadSamplingMixin(GPUModelRunner):
+    emssd_config: EmssdConfig
+    paged_drafter: PagedDrafter | None
+    num_real_drafts: dict[str, int]  # of each request's drafts, filler not counted
+
+    def _sample(
+        self,
+        logits: torch.Tensor | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+    ) -> SamplerOutput:
+        sampling_metadata = self.input_batch.sampling_metadata
+        if spec_decode_metadata is not None and not self.emssd_config.unpad_inputs:
+            spec_decode_metadata = self._without_filler(spec_decode_metadata)
+        if spec_decode_metadata is not None and not any(
+            spec_decode_metadata.num_draft_tokens
+        ):
+            # Plain sampling, at its own price; stock's rejection sampler also fails
+            # on top_k or top_p without any drafted row (CPU).
+            if logits is not None and len(logits) > self.input_batch.num_reqs:
+                logits = logits[spec_decode_metadata.bonus_logits_indices]
+            spec_decode_metadata = None
+        # A generator must not advance for a request whose prompt is not yet computed.
+        saved = {
+            i: generator.get_state() for i, generator in self._discarded_generators()
+        }
+        output = super()._sample(logits, spec_decode_metadata)
+        for i, state in saved.items():
+            self.input_batch.generators[i].set_state(state)
+        self.input_batch.sampling_metadata = sampling_metadata
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        # Stock would move those generators back by their offset, which CPU
+        # generators lack (RuntimeError); `_sample` restored their state already.
+        hidden = dict(self._discarded_generators())
+        for i in hidden:
+            del self.input_batch.generators[i]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
+
+    def _discarded_generators(self) -> list[tuple[int, torch.Generator]]:
+        generators = self.input_batch.generators
+        if not generators:
+            return []
+        discarded = self.discard_request_mask.np
+        return [(i, generators[i]) for i in generators if discarded[i]]
+
+    def _without_filler(self, metadata: SpecDecodeMetadata) -> SpecDecodeMetadata:
+        """The same metadata, comparing real drafts only. The sampling metadata lists
+        drafts too, for penalties and bad words: it is replaced alike."""
+        real = [self.num_real_drafts.get(r, 0) for r in self.input_batch.req_ids]
+        rows = VerifiedRows.without_filler(
+            np.asarray(metadata.num_draft_tokens), np.asarray(real)
+        )
+        device = metadata.draft_token_ids.device
+        cu_num_draft_tokens = np.cumsum(rows.num_draft_tokens, dtype=np.int32)
+        sampling_metadata = self.input_batch.sampling_metadata
+        if sampling_metadata.spec_token_ids:
+            self.input_batch.sampling_metadata = dataclasses.replace(
+                sampling_metadata,
+                spec_token_ids=[
+                    tokens[:num_drafts]
+                    for tokens, num_drafts in zip(
+                        sampling_metadata.spec_token_ids,
+                        rows.num_draft_tokens.tolist(),
+                        strict=False,
+                    )
+                ],
+            )
+        return dataclasses.replace(
+            metadata,
+            draft_token_ids=metadata.draft_token_ids[
+                torch.from_numpy(rows.draft_indices).to(device)
+            ],
+            num_draft_tokens=rows.num_draft_tokens.tolist(),
+            cu_num_draft_tokens=torch.from_numpy(cu_num_draft_tokens).to(device),
+            target_logits_indices=torch.from_numpy(rows.target_rows).to(device),
+            bonus_logits_indices=torch.from_numpy(rows.bonus_rows).to(device),
+        )
+
+    def _get_spec_decode_draft_probs(
+        self, spec_decode_metadata: SpecDecodeMetadata
+    ) -> torch.Tensor | None:
+        """Distributions of all drafts, [num_draft_tokens, vocab_size] float32, or None
+        where all are one-hot. Stock drops all of them when one request has none."""
+        if self.paged_drafter is None or not self.paged_drafter.draft_probs:
+            return None
+        if self.input_batch.sampling_metadata.all_greedy:
+            return None
+        draft_token_ids = spec_decode_metadata.draft_token_ids
+        probs = torch.zeros(
+            (len(draft_token_ids), self.input_batch.vocab_size),
+            dtype=torch.float32,
+            device=draft_token_ids.device,
+        )
+        first = 0
+        for req_id, num_drafts in zip(
+            self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens, strict=True
+        ):
+            rows = slice(first, first + num_drafts)
+            kept = self.paged_drafter.draft_probs.get(req_id)
+            if kept:
+                for row, distribution in zip(probs[rows], kept, strict=False):
+                    row.copy_(distribution)
+            else:
+                probs[rows].scatter_(1, draft_token_ids[rows].long().unsqueeze(1), 1.0)
+            first += num_drafts
+        count_nan_as_one_hot(probs, draft_token_ids)
+        return probs
+
+    def _requests_of_custom_logitsprocs(self) -> list[int]:
+        """Batch rows whose logits a user's processor may change. It sees one row a
+        request, so they cannot be verified several rows at a time: they get no drafts.
+        """
+        rows: set[int] = set()
+        for processor in self.input_batch.logitsprocs.all:
+            if isinstance(processor, tuple(BUILTIN_LOGITS_PROCESSORS)):
+                continue
+            if not isinstance(processor, AdapterLogitsProcessor):
+                logger.warning_once(
+                    "No request gets drafts: %s may change the logits of any of them. "
+                    "Derive it from AdapterLogitsProcessor, which names the requests "
+                    "it applies to, and only those get none.",
+                    type(processor).__name__,
+                )
+                return list(range(self.input_batch.num_reqs))
+            rows.update(processor.req_info)
+        return sorted(rows)

@@ -1,0 +1,1 @@
+"""vLLM's V2 model runner, with unpadded drafting."""

@@ -1,0 +1,87 @@
+"""Steps of the V2 runner as the host sees them, which hears late what came of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from itertools import count
+
+import numpy as np
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_emssd.verification import ScheduledStep
+
+_NO_GRAMMAR = np.iinfo(np.int64).max  # permits any number of drafts
+
+
+def known_tokens(input_batch: InputBatch) -> np.ndarray:
+    """Tokens before the step samples, of those in prefill the computed ones. [num_reqs]
+    int64. With async scheduling the host counts drafts of the last step as accepted, so
+    that there are at most so many."""
+    num_prefilled = (
+        input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+    )
+    num_drafts = input_batch.num_draft_tokens_per_req
+    known = num_prefilled if num_drafts is None else num_prefilled - num_drafts
+    return known.astype(np.int64)
+
+
+def scheduled_step(
+    input_batch: InputBatch, req_states: RequestState, num_obedient: Mapping[str, int]
+) -> ScheduledStep:
+    """`num_obedient`: drafts that a grammar permits, of the requests under one."""
+    num_scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
+    num_drafts = input_batch.num_draft_tokens_per_req
+    if num_drafts is None:
+        num_drafts = np.zeros(input_batch.num_reqs)
+    num_drafts = num_drafts.astype(np.int64)
+    num_computed = input_batch.num_computed_tokens_np
+    num_forbidden = np.zeros_like(num_drafts)
+    if num_obedient:
+        obedient = [num_obedient.get(r, _NO_GRAMMAR) for r in input_batch.req_ids]
+        num_forbidden = np.maximum(num_drafts - obedient, 0)
+    return ScheduledStep(
+        req_ids=input_batch.req_ids,
+        num_scheduled_tokens=num_scheduled,
+        num_draft_tokens=num_drafts,
+        is_decode=num_computed >= req_states.prompt_len.np[input_batch.idx_mapping_np],
+        is_sampling=num_computed + num_scheduled >= input_batch.prefill_len_np,
+        num_forbidden=num_forbidden,
+    )
+
+
+class UnheardSteps:
+    """Steps whose verdict is to come.
+
+    By the time it comes a request may have ended in an earlier step, or its id may be
+    another's: with async scheduling a step is launched before the last one's tokens are
+    known. So requests are told apart by the number of their admission.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self._admissions: dict[str, int] = {}  # requests that have not ended
+        self._steps: deque[tuple[ScheduledStep, list[int]]] = deque()  # oldest first
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def admit(self, req_ids: Iterable[str]) -> None:
+        self._admissions.update(zip(req_ids, self._numbers, strict=False))
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        for req_id in req_ids:
+            self._admissions.pop(req_id, None)
+
+    def add(self, step: ScheduledStep) -> None:
+        self._steps.append((step, [self._admissions[r] for r in step.req_ids]))
+
+    def pop(self) -> tuple[ScheduledStep, np.ndarray]:
+        """The oldest step; and [num_reqs] bool: which requests had not ended before."""
+        step, numbers = self._steps.popleft()
+        is_wanted = [
+            self._admissions.get(req_id) == number
+            for req_id, number in zip(step.req_ids, numbers, strict=True)
+        ]
+        return step, np.array(is_wanted, dtype=bool)

@@ -1,0 +1,271 @@
+"""vLLM's V2 model runner with the unpadded speculator.
+
+The runner keeps all it does: ragged verification, structured output, logprobs and
+sampling go through stock's own paths. This class puts our speculator in, passes on
+the scheduler's block allocations and the target's verdicts, tells the scheduler how
+many drafts each request has, and with automatic lengths measures what forwards cost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_emssd.config import EmssdConfig
+from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
+    AutoDraftLength,
+    CostTable,
+    StepCosts,
+)
+from vllm_emssd.integration.costs import (
+    CONTEXT,
+    FIXED_MS,
+    StepCostMeter,
+    measure_drafter,
+    time_target,
+)
+from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
+from vllm_emssd.integration.metrics.publisher import Publisher
+from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
+from vllm_emssd.integration.v2.ragged_graphs import takes_ragged_graphs
+from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
+from vllm_emssd.integration.v2.speculator import UnpadSpeculator
+from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
+from vllm_emssd.metrics import Counters
+
+
+class TargetTiming(StepTimingCollector):
+    """Takes the place of vLLM's collector, which the runner tells of each forward, and
+    can time them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock: ForwardClock | None = None
+        self._num_rows = 0  # of a forward that began
+
+    def time_by(self, clock: ForwardClock) -> None:
+        """Time forwards from now on."""
+        self._clock = clock
+
+    def record_batch(self, input_batch: InputBatch, full_cudagraph: bool) -> None:
+        super().record_batch(input_batch, full_cudagraph)
+        self._num_rows = input_batch.num_tokens
+
+    def forward_start(self) -> None:
+        super().forward_start()
+        if self._clock is not None:
+            self._clock.start()
+
+    def model_executed(self) -> None:
+        """The forward was called, if there was one."""
+        if self._clock is not None and self._num_rows:
+            self._clock.stop(self._num_rows)
+        self._num_rows = 0
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """See `step_costs.TimedForwards`."""
+        return [] if self._clock is None else self._clock.take_timings()
+
+
+class UnpadGPUModelRunnerV2(GPUModelRunner):
+    speculator: UnpadSpeculator
+    rejection_sampler: RejectionSampler | None
+    cudagraph_manager: ModelCudaGraphManager | None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
+        refuse_options(self.emssd_config)
+        refuse_deployment(vllm_config, self.emssd_config)
+        with hooks.installed([INIT_SPECULATOR_HOOK]):
+            super().__init__(vllm_config, device)
+        self._is_async = vllm_config.scheduler_config.async_scheduling
+        # With verdicts not yet recorded, oldest first; None for a step of no rows.
+        self._outputs: deque[AsyncOutput | None] = deque()
+        self._ranks = Ranks(self.device)
+        self.step_timing = self._target_timing = TargetTiming()
+        self._step_costs: StepCostMeter | None = None  # with automatic lengths
+        self._publisher: Publisher | None = None  # once the warm-up is over
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if type(self.rejection_sampler) is RejectionSampler:  # no model's own
+            self.rejection_sampler = UnpadRejectionSamplerV2(
+                self.sampler, self.vllm_config.speculative_config, self.device
+            )
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        refuse_states(specs)
+        return keep_windows_whole(specs)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        config = self.emssd_config
+        if config.draft_length == "auto" and config.ragged_graphs:
+            self._want_ragged_graphs()
+
+    def _want_ragged_graphs(self) -> None:
+        """Stock records decoding steps in which all requests have K drafts; let it
+        record those of any lengths instead, none among them, where attention can."""
+        graphs = self.cudagraph_manager
+        assert graphs is not None
+        mode = graphs.cudagraph_mode
+        are_decodes_apart = (
+            mode.separate_routine() and mode.decode_mode() == CUDAGraphMode.FULL
+        )
+        is_plain = self.fast_prefill is None and self.ubatch_runner is None
+        if not are_decodes_apart or not is_plain:
+            return
+        if takes_ragged_graphs(
+            self.attn_groups, self.vllm_config, self.decode_query_len
+        ):
+            self.cudagraph_manager = ModelCudaGraphManager(
+                self.vllm_config,
+                self.device,
+                mode,
+                decode_query_len=self.decode_query_len,
+                lora_capture_cases=self.lora_capture_cases,
+                varlen_decode=True,
+            )
+
+    def start_automatic_lengths(self) -> None:
+        """Warm-up is over, whose requests do not count: where it was asked for, measure
+        costs and draft by them from now on."""
+        self._record_verdicts(num_late=0)
+        if self.emssd_config.draft_length == "auto":
+            self._step_costs = self._measure_costs()
+            policy = AutoDraftLength(
+                self._step_costs.costs,
+                AcceptanceEstimator(self.num_speculative_steps),
+                may_trim=self.speculator.draft_logits is None,
+            )
+            check = None if self._ranks.is_alone else self._ranks.check_agreement
+            self.speculator.set_policy(policy, check)
+        self.speculator.counters.reset()
+        self._publisher = Publisher(self.speculator.counters, self.vllm_config)
+
+    def _measure_costs(self) -> StepCostMeter:
+        device, target = self.device, self._target_timing
+        target.time_by(clock_of(device))
+        most = self.max_num_reqs * self.decode_query_len
+        most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
+        with self.speculator.sitting_out_dummy_runs() as drafter:
+            drafter.time_by(clock_of(device))
+            timed = time_target(
+                lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
+                target,
+                max(most, 1),
+                device,
+            )
+            target_costs = CostTable.from_samples(timed.samples)
+            draft_costs, confidence_ms = measure_drafter(drafter, device)
+        costs = StepCosts(target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms)
+        return StepCostMeter(costs, target, drafter, self._ranks)
+
+    @property
+    def counters(self) -> Counters:
+        self._record_verdicts()
+        return self.speculator.counters
+
+    def costs_now(self) -> dict[str, Any]:
+        """See the worker's `emssd_costs`."""
+        return {} if self._step_costs is None else self._step_costs.as_dict()
+
+    # ------------------------------------------------------------ a step
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._record_verdicts()
+        if self._is_async:
+            scheduler_output = self.speculator.with_drafts_made(scheduler_output)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        self._target_timing.model_executed()
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            self._outputs.append(None)
+        return output
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        self.speculator.release(scheduler_output.finished_req_ids)
+        self.speculator.preempt(scheduler_output.preempted_req_ids or ())
+        super().finish_requests(scheduler_output)
+
+    def update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        self.speculator.take_in(scheduler_output)
+        super().update_requests(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        self.speculator.num_obedient = obedient_drafts(grammar_output)
+        output = super().sample_tokens(grammar_output)
+        if isinstance(output, AsyncOutput):
+            self._outputs.append(output)
+            if self._step_costs is not None:
+                self._step_costs.step_done()
+        return output
+
+    def _record_verdicts(self, num_late: int | None = None) -> None:
+        """How many tokens steps sampled, all but the last `num_late`: by default those
+        whose output the engine has read, which with async scheduling are all but one.
+        """
+        if num_late is None:
+            num_late = 1 if self._is_async else 0
+        while len(self._outputs) > num_late:
+            output = self._outputs.popleft()
+            if output is not None:
+                output.copy_event.synchronize()
+                self.speculator.record_verdict(output.num_sampled_tokens_np)
+        if self._publisher is not None:
+            self._publisher.step_done()
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Ragged drafts for the scheduler, which mostly counts them: without a grammar
+        in the batch stock leaves their ids on the device and says -1, which is also
+        its padding; here it is 0."""
+        drafts = super().take_draft_token_ids()
+        if drafts is None:
+            return None
+        lens = self.speculator.draft_lens
+        return DraftTokenIds(
+            drafts.req_ids,
+            [
+                [max(token, 0) for token in tokens[: lens[req_id]]]
+                for req_id, tokens in zip(
+                    drafts.req_ids, drafts.draft_token_ids, strict=True
+                )
+            ],
+        )
+
+
+def obedient_drafts(grammar_output: GrammarOutput | None) -> dict[str, int]:
+    """Drafts that their grammar permits, of the requests under one. Async scheduling
+    learns of them when their rows are being computed."""
+    if grammar_output is None or grammar_output.num_acceptable_drafts is None:
+        return {}
+    return dict(
+        zip(
+            grammar_output.structured_output_request_ids,
+            grammar_output.num_acceptable_drafts,
+            strict=True,
+        )
+    )
+
+
+class UnpadCPUModelRunnerV2(UnpadGPUModelRunnerV2, CPUModelRunner):
+    pass

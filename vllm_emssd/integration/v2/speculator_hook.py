@@ -1,0 +1,27 @@
+"""How vLLM's V2 runner comes by our speculator."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.v2.speculator import UnpadSpeculator
+
+INIT_SPECULATOR_HOOK = hooks.Hook(
+    target="vllm.v1.worker.gpu.model_runner:init_speculator",
+    why="the V2 runner builds its speculator by a closed list",
+    signature="vllm_config, device, req_states",
+    upstream="a registry for speculators, or an overridable method of the runner",
+    remove_when="a subclass of the V2 runner can choose its speculator",
+    make=lambda stock: _make_speculator,
+    when="while an emssd worker makes its V2 runner",
+    patch="0007-speculator-registry",
+)
+
+
+def _make_speculator(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> UnpadSpeculator:
+    return UnpadSpeculator(vllm_config, device, req_states=req_states)

@@ -1,0 +1,218 @@
+"""Following a reference that the answer mostly repeats, through the answer's edits.
+
+While the answer agrees with the reference, the next tokens are those behind the
+pointer. Where it departs, what it wrote instead is collected until the end of the text
+occurs in the reference again. What was replaced by what is remembered: an identifier
+that is changed throughout costs a rejection the first time, not every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH, OccurrenceIndex
+
+_NEAR = 64  # tokens skipped, at most, on the word of `check_length` tokens;
+_FAR_MATCH_LENGTH = 8  # for more, or to go back, so many must agree
+_LONGEST_EDIT = 16  # tokens replaced or written, for an edit to be remembered
+_ANCHOR_WINDOW = 8  # tokens behind a departure where one equal token is believed
+_MOST_GUESSES = 2  # tokens of a departure taken to replace as many
+_LONGEST_DEPARTURE = 128  # tokens: a longer one is a text of its own
+_INDEXED_A_STEP = 16384  # tokens of a long reference, so that no step stalls
+_ANY = -1  # no token id
+
+
+class Standing(Enum):
+    """What the pointer rests on."""
+
+    FOLLOWS = "follows"
+    EDITS = "edits"  # within an edit seen before
+    GUESSES = "guesses"  # within one that is new
+
+
+@dataclass(slots=True)
+class _Edit:
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    held: bool = True  # made, the last time it could have been
+
+
+class ReferenceAlignment:
+    """The pointer of one request into its reference.
+
+    Args:
+        reference: [num_reference_tokens] token ids, all >= 0.
+        check_length: tokens that must agree to find the way back.
+    """
+
+    def __init__(self, reference: np.ndarray, check_length: int) -> None:
+        self._reference_np = reference
+        self._reference: list[int] = reference.tolist()
+        self._check_length = check_length
+        self._index = OccurrenceIndex(check_length)
+        self._edits: dict[tuple[int, int], _Edit] = {}
+        self._position = 0  # of the next reference token
+        self._departure: list[int] | None = None  # written since the answer departed
+        self._has_just_edited = False  # right before the pointer
+        self.run = 0  # tokens followed since the pointer was last found anew
+
+    def start_at(self, position: int, run: int) -> None:
+        """The answer was found to repeat the reference up to here, `run` tokens."""
+        self._resume(position, run)
+
+    @property
+    def standing(self) -> Standing:
+        if self._departure is None:
+            return Standing.FOLLOWS
+        return Standing.GUESSES if self._begun_edit() is None else Standing.EDITS
+
+    def advance(self, text: list[int], start: int) -> None:
+        """The answer grew by `text[start:]`. O(1) for each token."""
+        if self._index.num_indexed < len(self._reference):
+            most = self._index.num_indexed + _INDEXED_A_STEP
+            self._index.extend(self._reference_np[:most])
+        for i in range(start, len(text)):
+            if self._departure is None:
+                self._follow(text[i])
+            else:
+                self._departure.append(text[i])
+            if self._departure is not None:
+                self._find_back(text[max(i + 1 - MAX_MATCH_LENGTH, 0) : i + 1])
+
+    def continuation(self, length: int) -> list[int]:
+        """At most `length` tokens that the answer may go on with, perhaps none."""
+        if self._departure is None:
+            return self._walk(self._position, length, self._has_just_edited)
+        edit = self._begun_edit()
+        if edit is not None:
+            rest = list(edit.new[len(self._departure) :])
+            behind = self._position + len(edit.old)
+            return (rest + self._walk(behind, length, True))[:length]
+        guess = self._guess_behind_departure()
+        return [] if guess is None else self._walk(guess, length, True)
+
+    # ------------------------------------------------------------ following
+
+    def _follow(self, token: int) -> None:
+        edit = self._edit_at(self._position, self._has_just_edited)
+        if self._is_at(self._position, token):
+            if edit is not None:
+                edit.held = False
+            self._resume(self._position + 1, self.run + 1)
+        elif edit is not None and not edit.new:
+            # It leaves out, so its first sign is the token behind.
+            self._departure = [token]
+            behind = self._position + len(edit.old)
+            if self._is_at(behind, token):
+                edit.held = True
+                self._resume(behind + 1, self.run + 1)
+        else:
+            self._departure = [token]
+
+    def _is_at(self, position: int, token: int) -> bool:
+        return position < len(self._reference) and self._reference[position] == token
+
+    def _find_back(self, tail: list[int]) -> None:
+        """`tail`: the end of the text, as much as tells matches apart."""
+        departure = self._departure
+        assert departure is not None
+        edit = self._begun_edit()
+        if edit is not None:
+            if len(edit.new) == len(departure):
+                edit.held = True
+                self._resume(self._position + len(edit.old), self.run)
+                self._has_just_edited = True
+            return
+        match = self._match(tail) if len(departure) >= self._check_length else None
+        if match is not None:
+            end, agreed = match
+            self._remember_edit(end, agreed)
+            self._resume(end, agreed)
+        elif len(departure) >= _LONGEST_DEPARTURE:
+            del departure[:-MAX_MATCH_LENGTH]
+
+    def _match(self, tail: list[int]) -> tuple[int, int] | None:
+        """The longest of those near the pointer, if any, unless a far one is longer."""
+        best: tuple[int, int] | None = None
+        for end, agreed in self._index.matches_near(tail, self._position):
+            is_near = 0 < end - self._position <= _NEAR
+            if (is_near or agreed >= _FAR_MATCH_LENGTH) and (
+                best is None or agreed > best[1]
+            ):
+                best = end, agreed
+        return best
+
+    def _resume(self, position: int, run: int) -> None:
+        self._position, self._departure = position, None
+        self._has_just_edited = False
+        self.run = run
+
+    # ------------------------------------------------------------ edits
+
+    def _remember_edit(self, end: int, agreed: int) -> None:
+        """What stood between the departure and the match, and what stands there now."""
+        assert self._departure is not None
+        start = self._position
+        common = min(agreed, len(self._departure), end - start)
+        if common <= 0:
+            return  # the answer went back
+        old = tuple(self._reference[start : end - common])
+        new = tuple(self._departure[: len(self._departure) - common])
+        if max(len(old), len(new)) > _LONGEST_EDIT:
+            return
+        before = self._reference[start - 1] if start else _ANY
+        behind = self._reference[start]
+        # For this very place, and for where an identifier stands in other company.
+        self._edits[before, behind] = _Edit(old, new)
+        self._edits[(_ANY, behind) if old else (before, _ANY)] = _Edit(old, new)
+
+    def _edit_at(self, position: int, has_just_edited: bool) -> _Edit | None:
+        """What the answer last wrote instead of the reference at such a place."""
+        if not self._edits or position >= len(self._reference):
+            return None
+        before = self._reference[position - 1] if position else _ANY
+        behind = self._reference[position]
+        for key in ((before, behind), (before, _ANY), (_ANY, behind)):
+            edit = self._edits.get(key)
+            if edit is None or (has_just_edited and not edit.old):
+                continue  # one insertion is not followed by the same again
+            end = position + len(edit.old)
+            if tuple(self._reference[position:end]) == edit.old:
+                return edit
+        return None
+
+    def _begun_edit(self) -> _Edit | None:
+        """The known edit that the departure so far is the beginning of."""
+        assert self._departure is not None
+        edit = self._edit_at(self._position, self._has_just_edited)
+        if edit is None or edit.new[: len(self._departure)] != tuple(self._departure):
+            return None
+        return edit
+
+    def _walk(self, position: int, length: int, has_just_edited: bool) -> list[int]:
+        """The reference from `position` on, edited as before."""
+        tokens: list[int] = []
+        while len(tokens) < length and position < len(self._reference):
+            edit = self._edit_at(position, has_just_edited)
+            has_just_edited = edit is not None and edit.held
+            if edit is not None and edit.held:
+                tokens += edit.new
+                position += len(edit.old)
+            else:
+                tokens.append(self._reference[position])
+                position += 1
+        return tokens[:length]
+
+    def _guess_behind_departure(self) -> int | None:
+        """Where the reference may go on: behind the next token equal to the last one,
+        else behind as many tokens as were written instead."""
+        assert self._departure is not None
+        window = self._reference[self._position : self._position + _ANCHOR_WINDOW]
+        if self._departure[-1] in window:
+            return self._position + window.index(self._departure[-1]) + 1
+        if len(self._departure) <= _MOST_GUESSES:
+            return self._position + len(self._departure)
+        return None

@@ -1,0 +1,1 @@
+"""Predicts speeds from a recorded trace and a cost table."""

@@ -1,0 +1,350 @@
+"""The engine without models: vLLM's scheduling, our proposers, and prices for time.
+
+Everything that decides is the code the engine runs: proposers, draft cursor, policies,
+counters. Replaced are the models, by a recorded trace, and the clock, by a cost table.
+As in the engine a step schedules, computes the target's rows, keeps a prefix of the
+drafts, and drafts for the next one; vLLM's own drafter for requests that end in it too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
+    AutoDraftLength,
+    DraftLengthPolicy,
+    FixedDraftLength,
+)
+from vllm_emssd.metrics import Counters
+from vllm_emssd.proposers.copier import Copier
+from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.simulate.costs import CostFile
+from vllm_emssd.simulate.drafters import (
+    CopyDrafting,
+    DrafterSetting,
+    Drafting,
+    ModelDrafting,
+    PaddedDrafting,
+)
+from vllm_emssd.simulate.oracle import ForesightDrafting, ForesightDraftLength
+from vllm_emssd.simulate.request import SimulatedRequest
+from vllm_emssd.simulate.traces import RequestTrace, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a batch is decoded, with at most `k` drafts a request and step.
+
+    plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
+    own `draft_model`. foresight: as `auto`, were it known what is accepted; a bound.
+    """
+
+    name: Literal["plain", "fixed", "padded", "auto", "foresight"]
+    k: int = 0
+
+    @property
+    def speculates(self) -> bool:
+        return self.name != "plain" and self.k > 0
+
+    def __str__(self) -> str:
+        has_length = self.name in ("fixed", "padded")
+        return f"{self.name} {self.k}" if has_length else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The engine's limits, and how llma copies."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int = 4096  # vLLM's default for LLM() on a CPU
+    check_length: int = 2
+    copy_length: int = 7
+    cached_block: int = 0  # tokens: prompts are cached by whole blocks of it; 0: not
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What simulated steps did. Tokens sampled beyond an output's end do not count."""
+
+    ms: float = 0.0
+    draft_ms: float = 0.0  # of it, draft forwards
+    policy_ms: float = field(default=0.0, compare=False)  # not simulated, but taken
+    reliability: np.ndarray | None = field(default=None, compare=False)
+    num_tokens: int = 0
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.ms * 1e3 if self.ms else 0.0
+
+    @property
+    def policy_ms_per_step(self) -> float:
+        return self.policy_ms / max(self.counters.num_steps, 1)
+
+    @property
+    def drafts_per_request_step(self) -> float:
+        counters = self.counters
+        return counters.num_draft_tokens / max(counters.num_request_steps, 1)
+
+    @property
+    def accepted_per_request_step(self) -> float:
+        counters = self.counters
+        return counters.num_accepted_tokens / max(counters.num_request_steps, 1)
+
+
+class _Timed:
+    """Anything, and the milliseconds spent in its methods."""
+
+    def __init__(self, timed: Any) -> None:
+        self.ms = 0.0
+        self._timed = timed
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._timed, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            returned = value(*args)
+            self.ms += (time.perf_counter() - start) * 1e3
+            return returned
+
+        return call
+
+
+class SimulatedEngine:
+    """One engine. `outcome` counts from its start; what its policy learns stays."""
+
+    def __init__(
+        self, trace: Trace, costs: CostFile, method: Decoding, setting: Setting
+    ) -> None:
+        check_method(method, trace)
+        self.outcome = Outcome()
+        self._recorded_beyond = trace.header.k
+        self._max_model_len = max(
+            len(r.prompt_ids) + len(r.output_ids) for r in trace.requests
+        )
+        self._costs, self._setting = costs, setting
+        is_llma = trace.header.kind == "llma"
+        self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
+        self._policy: _Timed | None = None  # or the lengths of copies
+        self._drafting = self._make_drafting(method, is_llma)
+        # vLLM leaves room for a row more of each request with a draft model.
+        self._draft_slots = int(method.speculates and not is_llma)
+        self._waiting: deque[SimulatedRequest] = deque()
+        self._running: list[SimulatedRequest] = []
+        self._ended: list[str] = []  # released in the next step
+        self._num_arrived = 0
+
+    def run(
+        self,
+        requests: Sequence[RequestTrace],
+        max_tokens: int,
+        is_continuous: bool = False,
+    ) -> None:
+        """Decode requests that arrive at once, until all have ended.
+
+        Args:
+            max_tokens: length of each output, if as many tokens were recorded.
+            is_continuous: until none waits to take the place of one that has ended;
+                those still running are aborted.
+        """
+        self._waiting.extend(self._arrive(r, max_tokens) for r in requests)
+        while self._waiting or (self._running and not is_continuous):
+            self._step()
+        self._ended += [request.req_id for request in self._running]
+        self._running = []
+
+    def _make_drafting(self, method: Decoding, is_llma: bool) -> Drafting | None:
+        if not method.speculates:
+            return None
+        setting, k = self._setting, method.k
+        if is_llma:
+            k = min(k, setting.copy_length)
+        is_auto = method.name == "auto"
+        if is_llma:
+            lengths = self._policy = _Timed(
+                CopyLengths(self._prices if is_auto else None)
+            )
+            proposer = LlmaProposer(
+                Copier(setting.check_length),
+                setting.copy_length,
+                lengths,  # type: ignore[arg-type]
+            )
+            return CopyDrafting(proposer, k, knows_the_end=is_auto)
+        policy: DraftLengthPolicy = FixedDraftLength()
+        if is_auto:
+            acceptance = AcceptanceEstimator(k)
+            policy = AutoDraftLength(self._prices, acceptance, may_trim=True)
+            self.outcome.reliability = acceptance.reliability
+        self._policy = _Timed(policy)
+        drafter = DrafterSetting(
+            self._prices,
+            k,
+            setting.max_num_seqs,
+            setting.max_num_batched_tokens,
+            self._max_model_len,
+        )
+        counters = self.outcome.counters
+        if method.name == "foresight":
+            foresight = ForesightDraftLength(self._prices)
+            return ForesightDrafting(foresight, counters, drafter)
+        drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
+        return drafting(
+            self._policy,  # type: ignore[arg-type]
+            counters,
+            drafter,
+            knows_the_end=is_auto,
+        )
+
+    def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
+        self._num_arrived += 1
+        token_ids = np.zeros(self._max_model_len, dtype=np.int32)
+        known = trace.prompt_ids + trace.output_ids
+        token_ids[: len(known)] = known
+        num_recorded = len(trace.output_ids) - self._recorded_beyond
+        num_prompt, block = len(trace.prompt_ids), self._setting.cached_block
+        # As in vLLM, the last token of a prompt is always computed.
+        num_cached = (num_prompt - 1) // block * block if block else 0
+        return SimulatedRequest(
+            f"r{self._num_arrived}",
+            trace,
+            min(max_tokens, num_recorded),
+            token_ids,
+            num_prompt,
+            num_cached,
+        )
+
+    # ------------------------------------------------------------ a step
+
+    def _step(self) -> None:
+        self._release_ended()
+        num_rows = self._schedule()
+        batch = [r for r in self._running if r.num_scheduled]
+        self._verify(batch)
+        draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
+        speculates = draft_ms > 0 or isinstance(self._drafting, CopyDrafting)
+        ms = self._costs.fixed_ms(len(batch), speculates)
+        ms += self._prices.target.at(num_rows)
+        self.outcome.draft_ms += draft_ms
+        self.outcome.ms += ms + draft_ms
+        if self._policy is not None:
+            self.outcome.policy_ms = self._policy.ms
+        self._ended = [r.req_id for r in self._running if r.has_ended]
+        self._running = [r for r in self._running if not r.has_ended]
+
+    def _release_ended(self) -> None:
+        if self._drafting is not None:
+            self._drafting.release(self._ended)
+        self._ended = []
+
+    def _schedule(self) -> int:
+        """Who runs first, then who waits, while rows are left. Returns the rows."""
+        left, num_rows = self._setting.max_num_batched_tokens, 0
+        for request in self._running:
+            rows = request.schedule(max(left - self._draft_slots, 0))
+            num_rows += rows
+            left -= rows + self._draft_slots if rows else 0
+        while self._waiting and left > self._draft_slots:
+            if len(self._running) == self._setting.max_num_seqs:
+                break
+            request = self._waiting.popleft()
+            rows = request.schedule(left - self._draft_slots)
+            num_rows += rows
+            left -= rows + self._draft_slots
+            self._running.append(request)
+            if self._drafting is not None:
+                self._drafting.admit(request.req_id, request.num_computed)
+        return num_rows
+
+    def _verify(self, batch: Sequence[SimulatedRequest]) -> None:
+        """Sample for each request, and count as the runner does."""
+        counters = self.outcome.counters
+        counters.num_steps += 1
+        longest = num_verifying = 0
+        for request in batch:
+            num_left = request.max_tokens - request.num_output
+            num_drafts, num_accepted = len(request.drafts), request.sample()
+            if not request.num_sampled:
+                continue
+            if self._drafting is not None:
+                self._drafting.record_verified(request.req_id, num_drafts, num_accepted)
+            self.outcome.num_tokens += min(request.num_sampled, num_left)
+            num_verifying += request.is_decode
+            longest = max(longest, num_drafts)
+            counters.num_request_steps += 1
+            counters.num_draft_tokens += num_drafts
+            counters.num_accepted_tokens += num_accepted
+            counters.num_verify_rows += 1 + num_drafts
+            counters.num_padded_verify_rows += 1
+            counters.num_emitted_tokens += request.num_sampled
+        counters.num_padded_verify_rows += num_verifying * longest
+
+
+def check_method(method: Decoding, trace: Trace) -> None:
+    """Raise ValueError where the trace cannot replay the method."""
+    if method.speculates and method.k > trace.header.k:
+        raise ValueError(
+            f"{method} asks for {method.k} drafts, but the trace holds k = "
+            f"{trace.header.k}: ask for fewer, or record it again with a larger --k"
+        )
+    if method.name in ("padded", "foresight") and trace.header.kind == "llma":
+        raise ValueError(f"{method.name} is of a draft model, but the trace is of llma")
+
+
+def simulate(
+    trace: Trace,
+    costs: CostFile,
+    method: Decoding,
+    setting: Setting,
+    max_tokens: int,
+    min_requests: int,
+    is_continuous: bool = False,
+) -> Outcome:
+    """Decode the trace's first requests in batches of `setting.max_num_seqs`.
+
+    A batch arrives once the one before has ended, as `vllm-emssd bench` times them. A
+    first batch warms up: it counts for what the policy learns, not for time.
+
+    Args:
+        min_requests: as many, at least, in whole batches; the trace is repeated where
+            it has fewer.
+        is_continuous: all requests arrive at once, as one batch of which
+            `setting.max_num_seqs` run: one starts as soon as another has ended. Ends
+            when none is left to start, so there is a batch more.
+    """
+    size, num_requests = setting.max_num_seqs, len(trace.requests)
+    num_batches = max(1, -(-min_requests // size)) + is_continuous
+    engine = SimulatedEngine(trace, costs, method, setting)
+    chosen = [trace.requests[i % num_requests] for i in range(num_batches * size)]
+    step = len(chosen) if is_continuous else size
+    batches = [chosen[i : i + step] for i in range(0, len(chosen), step)]
+    engine.run(batches[-1], max_tokens, is_continuous)
+    warm_up = replace(engine.outcome, counters=replace(engine.outcome.counters))
+    for batch in batches:
+        engine.run(batch, max_tokens, is_continuous)
+    return difference(engine.outcome, warm_up)
+
+
+def difference(after: Outcome, before: Outcome) -> Outcome:
+    counters = {
+        name: count - before.counters.as_dict()[name]
+        for name, count in after.counters.as_dict().items()
+    }
+    return Outcome(
+        after.ms - before.ms,
+        after.draft_ms - before.draft_ms,
+        after.policy_ms - before.policy_ms,
+        after.reliability,  # of all since the start
+        after.num_tokens - before.num_tokens,
+        Counters(**counters),
+    )
