@@ -26,8 +26,8 @@ class Inspection:
         }
 
     def measure_otherwise(self) -> None:
-        """The first rank finds drafts nearly free, the others far too dear; and all
-        take over the first one's costs, as they do every 64th step."""
+        """The first rank finds drafts nearly free, the others far too expensive; and
+        all take over the first one's costs, as they do every 64th step."""
         meter = self.model_runner._step_costs
         draft_ms = 0.1 if self.model_runner._ranks.is_first else 1000.0
         meter.measured.target = CostTable([1, 512], [20.0, 20.0])

@@ -51,7 +51,7 @@ def choose(side: str, variant: str) -> dict[str, Any]:
         return {}
     from vllm_emssd.integration.v2 import speculator as speculator_v2
 
-    speculator_v2.copies_verdict = lambda device: variant == "exact rows"
+    speculator_v2.copies_acceptance = lambda device: variant == "exact rows"
     return {"async_scheduling": variant == "async"}
 
 

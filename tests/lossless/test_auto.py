@@ -50,7 +50,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def random_prices(llm: Any) -> Iterator[None]:
-    """Draw new prices after each step: drafts from free to far too dear."""
+    """Draw new prices after each step: drafts from free to far too expensive."""
     meter = model_runner(llm)._step_costs
     rng = np.random.default_rng(0)
 
@@ -69,7 +69,7 @@ def random_prices(llm: Any) -> Iterator[None]:
 @cache
 def _runs(name: str) -> tuple[Any, Any, Any, set[int], set[int]]:
     """Greedy tokens and counts of 24 prompts, two sampled cases; lengths seen, and rows
-    of nobody that the target computed along."""
+    of padding that the target computed along."""
     stop_counting_others()
     lengths: set[int] = set()
     rows_added: set[int] = set()

@@ -1,4 +1,4 @@
-"""A scheduler over paged, prefix-cached blocks, and the target's verdicts: no models.
+"""A scheduler over paged, prefix-cached blocks, and the target's acceptance: no models.
 
 It does at random all that vLLM's may do to a drafter: admit, hit cached blocks, cut
 prefill into chunks, leave requests out, trim drafts, preempt, resume, abort, and

@@ -294,7 +294,7 @@ class Engine:
 
     def step(self) -> None:
         schedule = self.scheduler.schedule()
-        self._take_in_blocks(schedule)
+        self._update_blocks(schedule)
         self._requests = self._rng.sample(
             list(schedule.num_scheduled), len(schedule.num_scheduled)
         )
@@ -312,7 +312,7 @@ class Engine:
         self._check_nothing_is_kept_of_others()
         self.scheduler.finish()
 
-    def _take_in_blocks(self, schedule: Schedule) -> None:
+    def _update_blocks(self, schedule: Schedule) -> None:
         self._proposer.release(schedule.finished)
         assert self._policy.released == schedule.finished
         self._policy.released = []

@@ -296,7 +296,7 @@ def test_trims_where_it_may() -> None:
 
 @pytest.mark.parametrize("num_reqs", [4, 24])
 def test_who_could_copy_drafts_where_that_brings_more(num_reqs: int) -> None:
-    """Half have a poor copy, half a good one; a dear drafter leaves both to copy."""
+    """Half have a poor copy, half a good one; an expensive drafter leaves both."""
     is_good = np.arange(num_reqs) % 2 == 0
     copies = Copies(np.full(num_reqs, 4, dtype=np.int64), np.where(is_good, 3.9, 0.3))
     for costs, wanted in ((CHEAP, ~is_good), (prices(draft_ms=60.0), ~is_good & False)):
@@ -315,7 +315,7 @@ def test_who_could_copy_drafts_where_that_brings_more(num_reqs: int) -> None:
 
 
 def test_recovers_from_prices_measured_beside_another_process() -> None:
-    """The drafter seems 15 times dearer than it is, until it is tried."""
+    """The drafter seems 15 times more expensive than it is, until it is tried."""
     real, seen = prices(draft_ms=1.5), prices(draft_ms=1.5)
     seen.draft = CostTable(
         [r for r, _ in real.draft.points], [ms * 15 for _, ms in real.draft.points]

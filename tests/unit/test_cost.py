@@ -58,7 +58,7 @@ def test_never_falls_whatever_is_observed(
 
 
 def test_falling_measurements_are_lowered() -> None:
-    """A time that another process prolonged must not make all larger ones dear."""
+    """A time that another process prolonged must not make all larger ones expensive."""
     assert CostTable([1, 2, 3], [5.0, 4.0, 6.0]).points == [(1, 4), (2, 4), (3, 6)]
 
 

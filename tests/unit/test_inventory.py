@@ -96,7 +96,7 @@ def test_changed_signature_stops_with_the_versions_that_work(
 
 @pytest.mark.usefixtures("without_hooks")
 def test_changed_signature_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of who asks for emssd, at the first hook that does not fit."""
+    """For users who asked for emssd, at the first hook that does not fit."""
     from vllm.sampling_params import SamplingParams
 
     vllm_emssd.register()

@@ -20,7 +20,7 @@ from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.ngram_index import (
     MAX_CANDIDATES,
     MAX_MATCH_LENGTH,
-    OccurrenceIndex,
+    NgramIndex,
 )
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
@@ -217,7 +217,7 @@ class CountedTokens(np.ndarray):
 @pytest.mark.parametrize("check_length", [1, 2, 4])
 def test_work_per_new_token_does_not_grow(check_length: int) -> None:
     tokens = np.arange(2000).view(CountedTokens) % 7
-    index = OccurrenceIndex(check_length)
+    index = NgramIndex(check_length)
     for num_known in range(1, len(tokens) + 1):
         CountedTokens.num_read = 0
         index.extend(tokens[:num_known])

@@ -86,8 +86,8 @@ class MixedEngine(Engine):
             self._copying, drafting, setup.num_spec_tokens, setup.seed % 2 == 0
         )
 
-    def _take_in_blocks(self, schedule: Any) -> None:
-        super()._take_in_blocks(schedule)
+    def _update_blocks(self, schedule: Any) -> None:
+        super()._update_blocks(schedule)
         for request in schedule.admitted:
             if self._copying.rng.random() < 0.5:
                 token_ids = np.array(request.tokens[::-1] * 3, dtype=np.int32)

@@ -17,7 +17,7 @@ from tests.unit.scripted_target import Replay, replay
 from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.reference import ReferenceAlignment, Standing
+from vllm_emssd.proposers.reference import ReferencePointer, Standing
 
 MODELS = Path(__file__).parents[2] / "models"
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
@@ -34,8 +34,8 @@ def proposer_of(
     return proposer
 
 
-def aligned(reference: list[int], answer: list[int]) -> ReferenceAlignment:
-    alignment = ReferenceAlignment(np.array(reference), 2)
+def aligned(reference: list[int], answer: list[int]) -> ReferencePointer:
+    alignment = ReferencePointer(np.array(reference), 2)
     alignment.advance(answer, 0)
     return alignment
 
@@ -181,9 +181,9 @@ def test_edit_that_was_not_made_again_is_not_proposed_until_it_is() -> None:
 def test_growing_answer_equals_all_at_once(
     reference: list[int], answer: list[int], random: Random, check_length: int
 ) -> None:
-    at_once = ReferenceAlignment(np.array(reference, np.int32), check_length)
+    at_once = ReferencePointer(np.array(reference, np.int32), check_length)
     at_once.advance(answer, 0)
-    growing, num_known = ReferenceAlignment(np.array(reference), check_length), 0
+    growing, num_known = ReferencePointer(np.array(reference), check_length), 0
     while num_known < len(answer):
         start, num_known = num_known, num_known + random.randint(1, 6)
         growing.advance(answer[:num_known], start)
@@ -207,7 +207,7 @@ def test_any_reference_gives_the_answer(
     emitted = seen.num_accepted_tokens + seen.num_forwards
     assert emitted == len(answer)
     known = {0, 1, *reference, *prompt, *answer}
-    alignment = ReferenceAlignment(np.array(reference, np.int32), check_length)
+    alignment = ReferencePointer(np.array(reference, np.int32), check_length)
     alignment.advance([1, *answer], 0)
     for length in (0, 1, copy_length):
         copied = alignment.continuation(length)

@@ -16,7 +16,7 @@ from vllm_emssd.integration.placeholder_drafts import (
     drop_placeholder_drafts,
     with_drafts_made,
 )
-from vllm_emssd.integration.v2.pending_steps import UnheardSteps
+from vllm_emssd.integration.v2.pending_steps import PendingSteps
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -118,7 +118,7 @@ def step_of(*req_ids: str) -> ScheduledStep:
 
 
 def test_a_request_that_ended_is_not_taken_for_another_of_its_name() -> None:
-    steps = UnheardSteps()
+    steps = PendingSteps()
     steps.admit(["a", "b"])
     first, second = step_of("a", "b"), step_of("b", "a")
     steps.add(first)

@@ -17,7 +17,7 @@ from vllm_emssd.simulate.traces import SHIPPED_TRACE, load_trace, save_trace
 def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "results.json"
     limits = ["--batches", "2", "8", "--fixed", "2", "--max-tokens", "12"]
-    limits += ["--foresight", "--continuous"]
+    limits += ["--oracle", "--continuous"]
     assert (
         main(["simulate", *limits, "--min-requests", "1", "--output", str(output)]) == 0
     )
@@ -27,7 +27,7 @@ def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert written["trace"]["kind"] == "draft_model"
     assert written["costs"]["kind"] == "measured"
     results = written["results"]
-    methods = ["plain", "fixed 2", "padded 5", "auto", "foresight"]
+    methods = ["plain", "fixed 2", "padded 5", "auto", "oracle"]
     assert [(r["batch"], r["method"]) for r in results] == [
         (batch, method) for batch in (2, 8) for method in methods
     ]
@@ -35,7 +35,7 @@ def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert 12 <= r["num_tokens"] / r["batch"] < 2 * 12
         assert r["tokens_per_s"] == pytest.approx(r["num_tokens"] / r["ms"] * 1e3)
         assert f"{r['tokens_per_s']:.0f} (" in shown
-        decides = r["method"] not in ("plain", "foresight")
+        decides = r["method"] not in ("plain", "oracle")
         assert (r["policy_ms_per_step"] > 0) == decides
     assert "deciding the lengths took" in shown
     accepted = {r["method"]: r["counters"]["num_accepted_tokens"] for r in results}

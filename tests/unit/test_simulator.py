@@ -29,7 +29,7 @@ ALL = [
     Decoding("fixed", 3),
     Decoding("padded", 3),
     Decoding("auto", 4),
-    Decoding("foresight", 4),
+    Decoding("oracle", 4),
 ]
 
 
@@ -265,7 +265,7 @@ def test_whole_batches_are_counted_and_the_warm_up_is_not(
 def test_foresight_drafts_only_what_is_accepted_by_hand() -> None:
     """Of TWO the first request's pair, then the second's one: 3 steps, as with fixed 2,
     whose other 3 drafts fail."""
-    counters = run_once(TWO, Decoding("foresight", 2)).counters
+    counters = run_once(TWO, Decoding("oracle", 2)).counters
     assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (3, 3)
     assert counters.num_steps == 3
 
@@ -282,9 +282,9 @@ def test_no_policy_does_better_than_foresight(seed: int, batch: int) -> None:
             found, costs, method, setting, 30, 5, is_continuous=True
         ).tokens_per_s
 
-    foresight = speed(Decoding("foresight", 4))
+    oracle = speed(Decoding("oracle", 4))
     for name, k in [("plain", 0), ("fixed", 1), ("fixed", 4), ("auto", 4)]:
-        assert speed(Decoding(name, k)) <= 1.001 * foresight
+        assert speed(Decoding(name, k)) <= 1.001 * oracle
 
 
 def test_continuous_requests_leave_no_place_empty() -> None:
@@ -337,8 +337,8 @@ def test_more_drafts_than_recorded() -> None:
         run_once(random_trace(0, k=4), Decoding("fixed", 5))
 
 
-@pytest.mark.parametrize("name", ["padded", "foresight"])
-def test_llma_has_no_drafter(name: Literal["padded", "foresight"]) -> None:
+@pytest.mark.parametrize("name", ["padded", "oracle"])
+def test_llma_has_no_drafter(name: Literal["padded", "oracle"]) -> None:
     with pytest.raises(ValueError, match=f"{name}.*llma"):
         run_once(copying_trace(), Decoding(name, 5))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_emssd.integration.v2.cudagraphs import (
     MOST_FIRST_ROWS,
-    RecordedForwards,
+    DraftForwardGraphs,
 )
 
 PADDING = 2  # requests; of first forwards another row too
@@ -16,7 +16,7 @@ class PaddedForwards:
     """Takes the place of one of a speculator's graph managers: does forwards anew, with
     the padding that a graph would have."""
 
-    def __init__(self, recorded: RecordedForwards, most_rows: int) -> None:
+    def __init__(self, recorded: DraftForwardGraphs, most_rows: int) -> None:
         """`most_rows` of a request: 1, or `MOST_FIRST_ROWS`."""
         self.num_replays = 0
         self._recorded = recorded

@@ -149,7 +149,7 @@ class SteeredPrices:
         self.meter.costs.target, self.meter.costs.draft = self.saved
 
     def draw(self) -> None:
-        """New prices after each step from now on: drafts from free to far too dear."""
+        """New costs after each step from now on: drafts from free to too expensive."""
         self.rng, self.lengths = np.random.default_rng(0), []
 
     def step_done(self) -> None:
@@ -165,7 +165,7 @@ class SteeredPrices:
 
 def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
     """Automatic lengths by free drafts, by drawn prices, and by measured ones, by which
-    drafts are far too dear here."""
+    drafts are far too expensive here."""
     prices_at_start = llm.collective_rpc("emssd_costs")
     with SteeredPrices(llm) as steered:
         seen = {"free": one_pass(llm, **parameters)}
@@ -314,7 +314,7 @@ def run_all(path: Path, only: list[str]) -> None:
     import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
     from vllm_emssd.integration.v2 import speculator as speculator_v2
 
-    engines = {  # name -> its configuration, and whether the host copies the verdict
+    engines = {  # name -> its configuration, and whether the host copies the acceptance
         "plain": (EngineConfig(**SMALL), True),
         "stock": (EngineConfig(STOCK_K, **SMALL), True),
         "exact rows": (EngineConfig(EMSSD, **SMALL), True),
@@ -339,7 +339,7 @@ def run_all(path: Path, only: list[str]) -> None:
     seen = {}
     for name in only or engines:
         config, copies = engines[name]
-        speculator_v2.copies_verdict = lambda device, copies=copies: copies
+        speculator_v2.copies_acceptance = lambda device, copies=copies: copies
         interpreter.schedule_asynchronously(
             bool(config.options.get("async_scheduling"))
         )

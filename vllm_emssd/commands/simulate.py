@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_numbers(parser, "--fixed", [1, 2, 3, 5, 8], "K of fixed lengths")
     _add_numbers(parser, "--padded", [5], "K of vLLM's own draft_model")
     parser.add_argument(
-        "--foresight",
+        "--oracle",
         action="store_true",
         help="also lengths by what will be accepted, which no policy can know: a bound",
     )
@@ -175,7 +175,7 @@ def _methods(args: argparse.Namespace, trace: Trace) -> list[Decoding]:
         methods += [Decoding("padded", k) for k in args.padded]
     longest = args.num_speculative_tokens or most
     methods += [Decoding("auto", longest)]
-    return [*methods, Decoding("foresight", longest)] if args.foresight else methods
+    return [*methods, Decoding("oracle", longest)] if args.oracle else methods
 
 
 def _as_json(results: Results, trace: Trace, costs: CostFile) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vllm_emssd.metrics import Counters
 logger = init_logger("vllm.emssd.step_failures")
 
 
-class StepFailures:
+class FailurePolicy:
     """Counts failed proposals and logs the first; with several ranks it is fatal."""
 
     def __init__(self, counters: Counters, parallel_config: ParallelConfig) -> None:

@@ -1,9 +1,8 @@
 """What a request may copy: from its own text, or from a reference it brought.
 
-Of the copies that are possible the one is taken whose like has held longest in this
-request: copies are alike that come from the same source after a match of about the
-same length. Until then by how their like fare in all requests; before anything was
-verified the longer match wins.
+Copies of one kind come from the same source after a match of about the same length. Of
+the possible copies that of the kind is taken that was accepted longest in this request,
+else in all requests; before anything was verified, the longer match wins.
 
 Once a request has copied a stretch of its prompt, the prompt is its reference: an
 edit of a text in the prompt is followed like that of a reference it brought.
@@ -16,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vllm_emssd.proposers.ngram_index import OccurrenceIndex
-from vllm_emssd.proposers.reference import ReferenceAlignment, Standing
+from vllm_emssd.proposers.ngram_index import NgramIndex
+from vllm_emssd.proposers.reference import ReferencePointer, Standing
 
 _PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
 _FORGET = 0.9  # weight kept by what was seen before, each time
@@ -90,9 +89,9 @@ class AcceptanceRecord:
 class _RequestCopies:
     """The sources of one request and its record."""
 
-    index: OccurrenceIndex
+    index: NgramIndex
     num_prompt_tokens: int
-    alignment: ReferenceAlignment | None
+    alignment: ReferencePointer | None
     num_aligned: int  # tokens of the text that the alignment has seen
     records: dict[_Kind, AcceptanceRecord] = field(default_factory=dict)
     pending: Copy | None = None  # not yet verified
@@ -156,9 +155,9 @@ class Copier:
             # Once a step, however many requests there are: all of its news counts.
             pool.observe(*verified, 1.0 if copy.kind in self._faded else _POOL_FORGET)
             self._faded.add(copy.kind)
-            self._maybe_align_with_prompt(request, copy, num_accepted_tokens)
+            self._maybe_follow_prompt(request, copy, num_accepted_tokens)
 
-    def _maybe_align_with_prompt(
+    def _maybe_follow_prompt(
         self, request: _RequestCopies, copy: Copy, num_accepted_tokens: int
     ) -> None:
         end, run = copy.source + num_accepted_tokens, copy.match_len
@@ -171,7 +170,7 @@ class Copier:
         ):
             tokens = request.index.tokens  # what was known when the copy was found
             prompt = np.array(tokens[: request.num_prompt_tokens], dtype=np.int32)
-            request.alignment = ReferenceAlignment(prompt, self._check_length)
+            request.alignment = ReferencePointer(prompt, self._check_length)
             request.alignment.start_at(end, run)
             request.num_aligned = len(tokens) + num_accepted_tokens
 
@@ -197,8 +196,8 @@ class Copier:
     def _new_request(self, req_id: str, num_prompt_tokens: int) -> _RequestCopies:
         reference, alignment = self._references.get(req_id), None
         if reference is not None and len(reference):
-            alignment = ReferenceAlignment(reference, self._check_length)
-        index = OccurrenceIndex(self._check_length)
+            alignment = ReferencePointer(reference, self._check_length)
+        index = NgramIndex(self._check_length)
         return _RequestCopies(index, num_prompt_tokens, alignment, num_prompt_tokens)
 
     def _copies(self, request: _RequestCopies, length: int) -> list[Copy]:

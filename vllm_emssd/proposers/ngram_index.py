@@ -11,7 +11,7 @@ MAX_CANDIDATES = 32  # occurrences compared, bounds the work of a step
 MAX_MATCH_LENGTH = 32  # longest agreement told apart
 
 
-class OccurrenceIndex:
+class NgramIndex:
     """Where each run of `check_length` tokens ended, in one growing token list.
 
     Adding a token is O(1); nothing is ever scanned again.

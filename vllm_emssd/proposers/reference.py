@@ -13,7 +13,7 @@ from enum import Enum
 
 import numpy as np
 
-from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH, OccurrenceIndex
+from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH, NgramIndex
 
 _NEAR = 64  # tokens skipped, at most, on the word of `check_length` tokens;
 _FAR_MATCH_LENGTH = 8  # for more, or to go back, so many must agree
@@ -40,7 +40,7 @@ class _Edit:
     held: bool = True  # made, the last time it could have been
 
 
-class ReferenceAlignment:
+class ReferencePointer:
     """The pointer of one request into its reference.
 
     Args:
@@ -52,7 +52,7 @@ class ReferenceAlignment:
         self._reference_np = reference
         self._reference: list[int] = reference.tolist()
         self._check_length = check_length
-        self._index = OccurrenceIndex(check_length)
+        self._index = NgramIndex(check_length)
         self._edits: dict[tuple[int, int], _Edit] = {}
         self._position = 0  # of the next reference token
         self._departure: list[int] | None = None  # written since the answer departed

@@ -1,4 +1,4 @@
-"""Draft lengths by foresight: a bound that no policy can know enough to reach."""
+"""Draft lengths by oracle: a bound that no policy can know enough to reach."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ class Decoding:
     """How a batch is decoded, with at most `k` drafts a request and step.
 
     plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
-    own `draft_model`. foresight: as `auto`, were it known what is accepted; a bound.
+    own `draft_model`. oracle: as `auto`, were it known what is accepted; a bound.
     """
 
-    name: Literal["plain", "fixed", "padded", "auto", "foresight"]
+    name: Literal["plain", "fixed", "padded", "auto", "oracle"]
     k: int = 0
 
     @property
@@ -195,9 +195,9 @@ class SimulatedEngine:
             self._max_model_len,
         )
         counters = self.outcome.counters
-        if method.name == "foresight":
-            foresight = ForesightDraftLength(self._prices)
-            return ForesightDrafting(foresight, counters, drafter)
+        if method.name == "oracle":
+            oracle = ForesightDraftLength(self._prices)
+            return ForesightDrafting(oracle, counters, drafter)
         drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
         return drafting(
             self._policy,  # type: ignore[arg-type]
@@ -297,7 +297,7 @@ def check_method(method: Decoding, trace: Trace) -> None:
             f"{method} asks for {method.k} drafts, but the trace holds k = "
             f"{trace.header.k}: ask for fewer, or record it again with a larger --k"
         )
-    if method.name in ("padded", "foresight") and trace.header.kind == "llma":
+    if method.name in ("padded", "oracle") and trace.header.kind == "llma":
         raise ValueError(f"{method.name} is of a draft model, but the trace is of llma")
 
 

@@ -32,7 +32,7 @@ _TILE = 16  # rows: more are not computed along, though they seemed quicker
 _QUICKER = 0.95  # times as long: less may be noise of a slow minute
 
 
-class RowRounding:
+class RowPadding:
     """How many rows to compute for as many as are needed.
 
     Args:
@@ -107,12 +107,12 @@ def _rounded_where_cheap(num_rows: int, most: int, target: CostTable) -> int:
     return num_rows
 
 
-class RoundedRowsMixin:
+class PaddedRowsMixin:
     """Goes in front of vLLM's CPU runner, which takes padded rows as those of a graph:
     they have no request and no K/V slot."""
 
     _step_costs: StepCostMeter | None
-    _row_rounding: RowRounding
+    _row_padding: RowPadding
     max_num_tokens: int
     parallel_config: Any
     lora_config: Any
@@ -129,16 +129,14 @@ class RoundedRowsMixin:
         if self._rounds_rows and across_dp is None and batch.num_tokens == num_tokens:
             assert self._step_costs is not None
             target = self._step_costs.costs.target
-            rounded = self._row_rounding.rounded(
-                num_tokens, self.max_num_tokens, target
-            )
+            rounded = self._row_padding.rounded(num_tokens, self.max_num_tokens, target)
             batch = replace(batch, num_tokens=rounded)
         return mode, batch, should_ubatch, across_dp, stats
 
     @property
     def _rounds_rows(self) -> bool:
         """With prices and for a single rank. Not with LoRA, which maps rows one by one,
-        and not where a row of nobody would choose experts."""
+        and not where padding rows would be routed to experts."""
         return (
             self._step_costs is not None
             and self.parallel_config.world_size == 1

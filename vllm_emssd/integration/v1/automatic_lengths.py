@@ -25,7 +25,7 @@ from vllm_emssd.integration.costs import (
     rows_to_measure,
     time_target,
 )
-from vllm_emssd.integration.cpu.row_padding import RowRounding
+from vllm_emssd.integration.cpu.row_padding import RowPadding
 from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.v1.drafter import PagedDrafter
@@ -56,7 +56,7 @@ class AutomaticLengthsMixin:
 
     _step_costs: StepCostMeter | None  # with automatic lengths
     _automatic: AutoDraftLength | None  # likewise, with a draft model
-    _row_rounding: RowRounding  # likewise
+    _row_padding: RowPadding  # likewise
 
     def start_automatic_lengths(self) -> None:
         """Measure costs and draft by them from now on: after warm-up, once."""
@@ -116,8 +116,8 @@ class AutomaticLengthsMixin:
             rows_to_measure(most, self.max_num_tokens),
             self.device,
         )
-        self._row_rounding = RowRounding(timed.samples, timed.preparing_ms)
-        logger.info("Row counts quicker as larger ones: %s", self._row_rounding)
+        self._row_padding = RowPadding(timed.samples, timed.preparing_ms)
+        logger.info("Row counts quicker as larger ones: %s", self._row_padding)
         target_costs = CostTable.from_samples(timed.samples)
         draft_costs, confidence_ms = NO_DRAFT_MODEL, 0.0
         if drafter is not None:

@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength, StepCosts
-from vllm_emssd.integration.cpu.row_padding import RoundedRowsMixin
-from vllm_emssd.integration.failure_policy import StepFailures
+from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin
+from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.hooks import hook as hooks
 from vllm_emssd.integration.kv_cache import (
     draft_group,
@@ -91,7 +91,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self._request_limits = RequestLimits()
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         self._publisher = Publisher(self.counters, vllm_config)
-        self._failures = StepFailures(self.counters, self.parallel_config)
+        self._failures = FailurePolicy(self.counters, self.parallel_config)
 
     # ------------------------------------------------------------ start-up
 
@@ -169,13 +169,13 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             if self.paged_drafter is not None:
                 self.paged_drafter.draft_probs.pop(req_id, None)
         if self._cursor is not None:
-            self._take_in_blocks(self._cursor, scheduler_output)
+            self._update_blocks(self._cursor, scheduler_output)
         self._request_limits.release(scheduler_output.finished_req_ids)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
-        self._take_in_references(scheduler_output)
+        self._admit_references(scheduler_output)
         return super()._update_states(scheduler_output)
 
-    def _take_in_references(self, scheduler_output: SchedulerOutput) -> None:
+    def _admit_references(self, scheduler_output: SchedulerOutput) -> None:
         if not isinstance(self._proposer, LlmaProposer | MixedProposer):
             return
         vocab_size = self.model_config.get_vocab_size()
@@ -184,7 +184,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             if reference is not None:
                 self._proposer.add_reference(new.req_id, reference)
 
-    def _take_in_blocks(
+    def _update_blocks(
         self, cursor: DraftCursor, scheduler_output: SchedulerOutput
     ) -> None:
         gid = self.drafter.kv_cache_gid
@@ -357,7 +357,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         return self.input_batch.num_prompt_tokens[: len(limits)] + limits - num_tokens
 
 
-class UnpadCPUModelRunner(RoundedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
+class UnpadCPUModelRunner(PaddedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
     pass
 
 

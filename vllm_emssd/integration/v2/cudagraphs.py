@@ -33,7 +33,7 @@ MOST_FIRST_ROWS = 2  # of a request
 NOBODY = -1  # a request state that vLLM's kernels leave alone
 
 
-class RecordedForwards:
+class DraftForwardGraphs:
     """Owns what a forward begins with and leaves, at addresses that stay.
 
     Args:

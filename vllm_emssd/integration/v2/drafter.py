@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from vllm_emssd.integration.forward_clock import ForwardClock
-from vllm_emssd.integration.v2.cudagraphs import RecordedForwards
+from vllm_emssd.integration.v2.cudagraphs import DraftForwardGraphs
 from vllm_emssd.ragged import RaggedRows
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class _Drafting:
     idx_mapping: torch.Tensor  # [num_sampled] int64 request states
     positions: torch.Tensor  # [num_sampled] int64 of the rows drafted after
     are_all: bool  # that were in the forward, so that the block tables are theirs
-    is_placed: bool = False  # in `RecordedForwards`, which then knows where they are
+    is_placed: bool = False  # in `DraftForwardGraphs`, which then knows where they are
 
     def goes_on(self, rows: RaggedRows) -> bool:
         """With one row more each."""
@@ -101,7 +101,7 @@ class PagedDrafterV2:
         self.max_model_len = max_model_len
         self.tells_confidence = False
         self._stock = stock
-        self._recorded = RecordedForwards(stock, max_model_len)
+        self._recorded = DraftForwardGraphs(stock, max_model_len)
         self._batch: BatchOnDevice
         self._drafting: _Drafting | None = None  # in the step's last forward
         self._clock: ForwardClock | None = None

@@ -1,4 +1,4 @@
-"""Steps of the V2 runner as the host sees them, which hears late what came of them."""
+"""Steps of the V2 runner as the host sees them, which learns late what came of them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def known_tokens(input_batch: InputBatch) -> np.ndarray:
 
 
 def scheduled_step(
-    input_batch: InputBatch, req_states: RequestState, num_obedient: Mapping[str, int]
+    input_batch: InputBatch,
+    req_states: RequestState,
+    num_grammar_valid: Mapping[str, int],
 ) -> ScheduledStep:
-    """`num_obedient`: drafts that a grammar permits, of the requests under one."""
+    """`num_grammar_valid`: drafts that a grammar permits, of the requests under one."""
     num_scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
     num_drafts = input_batch.num_draft_tokens_per_req
     if num_drafts is None:
@@ -38,9 +40,11 @@ def scheduled_step(
     num_drafts = num_drafts.astype(np.int64)
     num_computed = input_batch.num_computed_tokens_np
     num_forbidden = np.zeros_like(num_drafts)
-    if num_obedient:
-        obedient = [num_obedient.get(r, _NO_GRAMMAR) for r in input_batch.req_ids]
-        num_forbidden = np.maximum(num_drafts - obedient, 0)
+    if num_grammar_valid:
+        grammar_valid = [
+            num_grammar_valid.get(r, _NO_GRAMMAR) for r in input_batch.req_ids
+        ]
+        num_forbidden = np.maximum(num_drafts - grammar_valid, 0)
     return ScheduledStep(
         req_ids=input_batch.req_ids,
         num_scheduled_tokens=num_scheduled,
@@ -51,8 +55,8 @@ def scheduled_step(
     )
 
 
-class UnheardSteps:
-    """Steps whose verdict is to come.
+class PendingSteps:
+    """Steps whose acceptance is to come.
 
     By the time it comes a request may have ended in an earlier step, or its id may be
     another's: with async scheduling a step is launched before the last one's tokens are

@@ -2,7 +2,7 @@
 
 The runner keeps all it does: ragged verification, structured output, logprobs and
 sampling go through stock's own paths. This class puts our speculator in, passes on
-the scheduler's block allocations and the target's verdicts, tells the scheduler how
+the scheduler's block allocations and the target's acceptance, tells the scheduler how
 many drafts each request has, and with automatic lengths measures what forwards cost.
 """
 
@@ -96,7 +96,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         with hooks.installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._is_async = vllm_config.scheduler_config.async_scheduling
-        # With verdicts not yet recorded, oldest first; None for a step of no rows.
+        # With acceptance not yet recorded, oldest first; None for a step of no rows.
         self._outputs: deque[AsyncOutput | None] = deque()
         self._ranks = Ranks(self.device)
         self.step_timing = self._target_timing = TargetTiming()
@@ -212,7 +212,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         super().update_requests(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        self.speculator.num_obedient = obedient_drafts(grammar_output)
+        self.speculator.num_grammar_valid = obedient_drafts(grammar_output)
         output = super().sample_tokens(grammar_output)
         if isinstance(output, AsyncOutput):
             self._outputs.append(output)
@@ -230,7 +230,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             output = self._outputs.popleft()
             if output is not None:
                 output.copy_event.synchronize()
-                self.speculator.record_verdict(output.num_sampled_tokens_np)
+                self.speculator.record_acceptance(output.num_sampled_tokens_np)
         if self._publisher is not None:
             self._publisher.step_done()
 

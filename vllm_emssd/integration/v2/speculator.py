@@ -3,15 +3,15 @@
 Stock feeds the drafter all scheduled rows of every request again, rejected ones
 included, and one more, then one row a request and draft: 2K+1 of a decoding request.
 This feeds what is missing and drafts for each request as many tokens as its policy
-allows, in one of two ways (`knows_verdict`):
+allows, in one of two ways (`knows_acceptance`):
 
 - *exact rows*: the number of accepted drafts is copied to the host before drafting, so
   that a first pass has 1 row, or 2 after a full acceptance. The host waits for the
   target and the device then for the host. Automatic lengths go this way on any device:
-  they are chosen by the verdict, and by how sure each draft is, which is copied too.
-- *no copy*: the host launches the drafter by a bound (`LateDraftCursor`): 2 rows a
+  they are chosen by the acceptance, and by how sure each draft is, which is copied too.
+- *no copy*: the host launches the drafter by a bound (`AsyncDraftCursor`): 2 rows a
   request, uniform over those that drafted before, K+1 in all; who lags behind is fed
-  all it lacks in the same pass. The verdict reaches the host with the step's output,
+  all it lacks in the same pass. The acceptance reaches the host with the step's output,
   with async scheduling when the next step has been launched.
 """
 
@@ -37,12 +37,12 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.async_draft_cursor import LateDraftCursor
+from vllm_emssd.async_draft_cursor import AsyncDraftCursor
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration.confidence import highest_probability
-from vllm_emssd.integration.failure_policy import StepFailures
+from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.placeholder_drafts import with_drafts_made
 from vllm_emssd.integration.request_limits import RequestLimits
@@ -53,7 +53,7 @@ from vllm_emssd.integration.v2.drafter import (
     PagedDrafterV2,
 )
 from vllm_emssd.integration.v2.pending_steps import (
-    UnheardSteps,
+    PendingSteps,
     known_tokens,
     scheduled_step,
 )
@@ -64,8 +64,8 @@ from vllm_emssd.proposers.draft_model import DeviceDrafts, DraftModelProposer
 from vllm_emssd.verification import ScheduledStep
 
 
-def copies_verdict(device: torch.device) -> bool:
-    """Whether the host should wait for the verdict: where that costs nothing."""
+def copies_acceptance(device: torch.device) -> bool:
+    """Whether the host should wait for the acceptance: where that costs nothing."""
     return device.type == "cpu"
 
 
@@ -84,27 +84,27 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self.is_automatic = config.draft_length == "auto"
         self._ragged_graphs = config.ragged_graphs
         is_async = vllm_config.scheduler_config.async_scheduling
-        self.knows_verdict = self.is_automatic or (
-            copies_verdict(device) and not is_async
+        self.knows_acceptance = self.is_automatic or (
+            copies_acceptance(device) and not is_async
         )
         # [num_sampled] float32: of the drafts sampled last; None with fixed lengths
         self.confidence: torch.Tensor | None = None
-        # See `RecordedForwards`. Here vLLM finds and drops them after profiling.
+        # See `DraftForwardGraphs`. Here vLLM finds and drops them after profiling.
         self.first_graphs: SpeculatorCudaGraphManager | None = None
         self.next_graphs: SpeculatorCudaGraphManager | None = None
         self._sits_out_dummy_runs = False
         self.counters = Counters()
-        self._failures = StepFailures(self.counters, vllm_config.parallel_config)
+        self._failures = FailurePolicy(self.counters, vllm_config.parallel_config)
         self.policy: DraftLengthPolicy = FixedDraftLength()
         self.draft_lens: dict[str, int] = {}  # of the last batch, for the scheduler
         # Of the step's drafts, how many of each request under a grammar obey it.
-        self.num_obedient: Mapping[str, int] = {}
+        self.num_grammar_valid: Mapping[str, int] = {}
         self._num_made: dict[str, int] = {}  # drafts that wait to be verified
         self._req_states = req_states
         self._constrained: set[str] = set()  # requests under a grammar
         self._request_limits = RequestLimits()
-        self._unheard = UnheardSteps()
-        self._cursor: DraftCursor | LateDraftCursor  # both made with the KV cache
+        self._pending_steps = PendingSteps()
+        self._cursor: DraftCursor | AsyncDraftCursor  # both made with the KV cache
         self._proposer: DraftModelProposer
 
     # ------------------------------------------------------------ start-up
@@ -124,7 +124,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             group.kv_cache_spec.block_size,
             trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
         )
-        self._cursor = cursor if self.knows_verdict else LateDraftCursor(cursor)
+        self._cursor = cursor if self.knows_acceptance else AsyncDraftCursor(cursor)
         self._drafter = PagedDrafterV2(
             self, min(self.draft_model_config.max_model_len, self.max_model_len)
         )
@@ -190,7 +190,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             AdmittedRequest(new.req_id, new.block_ids[gid], new.num_computed_tokens)
             for new in scheduler_output.scheduled_new_reqs
         ]
-        self._unheard.admit(request.req_id for request in admitted)
+        self._pending_steps.admit(request.req_id for request in admitted)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._constrained.update(
             new.req_id
@@ -212,7 +212,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         req_ids = list(req_ids)
         self.preempt(req_ids)
         self._proposer.release(req_ids)
-        self._unheard.release(req_ids)
+        self._pending_steps.release(req_ids)
         self._constrained.difference_update(req_ids)
         self._request_limits.release(req_ids)
 
@@ -274,42 +274,42 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._copy_request_inputs(
             input_batch.num_reqs, input_batch.idx_mapping, temperature, seeds
         )
-        step = scheduled_step(input_batch, self._req_states, self.num_obedient)
+        step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         num_known = known_tokens(input_batch)
-        self._unheard.add(step)
-        if self.knows_verdict:
-            num_sampled_np = self._verdict(step, num_sampled)
-            self.record_verdict(num_sampled_np)
+        self._pending_steps.add(step)
+        if self.knows_acceptance:
+            num_sampled_np = self._acceptance(step, num_sampled)
+            self.record_acceptance(num_sampled_np)
             accepted = most_accepted = (
                 np.maximum(num_sampled_np.astype(np.int64), 1) - 1
             )
         else:
-            accepted, most_accepted = self._reckon(step, num_known)
+            accepted, most_accepted = self._assume_accepted(step, num_known)
         batch = self._draft_batch(input_batch, step, num_known, accepted, most_accepted)
         try:
             drafts = self._proposer.draft(batch)
         except Exception as error:
             self._failures.take(error)
             drafts = DeviceDrafts.none(batch.num_reqs)
-        if isinstance(self._cursor, LateDraftCursor):
+        if isinstance(self._cursor, AsyncDraftCursor):
             self._cursor.end_step()
         return self._to_columns(step.req_ids, drafts)
 
-    def _verdict(self, step: ScheduledStep, num_sampled: torch.Tensor) -> np.ndarray:
+    def _acceptance(self, step: ScheduledStep, num_sampled: torch.Tensor) -> np.ndarray:
         """Tokens each request sampled: one where no drafts were. [num_reqs] integers"""
         if not step.num_draft_tokens.any():
             return step.is_sampling.astype(np.int64)
         return num_sampled.cpu().numpy()  # sync: how many were accepted
 
-    def record_verdict(self, num_sampled: np.ndarray) -> None:
-        """Move the cursors by what the oldest step whose verdict was not recorded
+    def record_acceptance(self, num_sampled: np.ndarray) -> None:
+        """Move the cursors by what the oldest step whose acceptance was not recorded
         accepted, and count the step. Does nothing where there is none.
 
         `num_sampled`: [num_reqs] tokens sampled by each request of its batch.
         """
-        if not self._unheard:
+        if not self._pending_steps:
             return
-        step, is_wanted = self._unheard.pop()
+        step, is_wanted = self._pending_steps.pop()
         for i in np.flatnonzero(step.is_sampling & is_wanted):
             req_id, num_accepted = step.req_ids[i], int(num_sampled[i]) - 1
             try:
@@ -320,7 +320,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
                 self._failures.take(error)
                 # Does nothing where it was done before the error.
                 self._cursor.record_verified(req_id, num_accepted)
-        if isinstance(self._cursor, LateDraftCursor):
+        if isinstance(self._cursor, AsyncDraftCursor):
             self._cursor.settle()
         step.count(num_sampled, self.num_speculative_steps, self.counters, is_wanted)
 
@@ -332,19 +332,19 @@ class UnpadSpeculator(StandaloneARSpeculator):
             self.confidence = highest_probability(logits)
         return logits
 
-    def _reckon(
+    def _assume_accepted(
         self, step: ScheduledStep, num_known: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Accepted tokens to reckon with until the verdict, and the most that there can
+        """Accepted tokens to assume until the acceptance, and the most that there can
         be. [num_reqs] int64 both"""
-        assert isinstance(self._cursor, LateDraftCursor)
+        assert isinstance(self._cursor, AsyncDraftCursor)
         accepted, most_accepted = (np.zeros_like(num_known) for _ in range(2))
         for i in np.flatnonzero(step.is_sampling):
             req_id = step.req_ids[i]
             most_accepted[i] = min(
                 step.num_draft_tokens[i], self._num_made.get(req_id, 0)
             )
-            accepted[i] = self._cursor.reckon(
+            accepted[i] = self._cursor.assume_accepted(
                 req_id, int(num_known[i]), int(most_accepted[i])
             )
         return accepted, most_accepted
@@ -357,7 +357,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         accepted: np.ndarray,
         most_accepted: np.ndarray,
     ) -> DraftBatch:
-        """All [num_reqs] int64: tokens before the step sampled; accepted ones to reckon
+        """All [num_reqs] int64: tokens before the step sampled; accepted ones to assume
         with, and at most, equal where they are known."""
         states = self._req_states
         idx_mapping_np = input_batch.idx_mapping_np
@@ -393,7 +393,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
     ) -> BatchOnDevice:
         idx_mapping = input_batch.idx_mapping
         moved_by = None
-        if not self.knows_verdict:
+        if not self.knows_acceptance:
             true_len = self._req_states.total_len.gpu[idx_mapping].long()
             moved_by = true_len - async_tensor_h2d(num_tokens, device=self.device)
         constrained = np.array([r in self._constrained for r in step.req_ids], bool)

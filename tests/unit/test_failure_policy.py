@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vllm.config import ParallelConfig
 
-from vllm_emssd.integration.failure_policy import StepFailures
+from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.metrics import Counters
 
 
@@ -13,7 +13,7 @@ from vllm_emssd.metrics import Counters
 def test_a_rank_that_none_waits_for_goes_on(data_parallel_size: int) -> None:
     counters = Counters()
     parallel_config = ParallelConfig(data_parallel_size=data_parallel_size)
-    failures = StepFailures(counters, parallel_config)
+    failures = FailurePolicy(counters, parallel_config)
     for _ in range(3):
         failures.take(ZeroDivisionError())
     assert counters.num_failed_proposals == 3
@@ -29,5 +29,5 @@ def test_a_rank_that_others_wait_for_stops(
     parallel_config = ParallelConfig(tensor_parallel_size=2)
     parallel_config.distributed_executor_backend = backend
     with pytest.raises(error):
-        StepFailures(counters, parallel_config).take(ZeroDivisionError())
+        FailurePolicy(counters, parallel_config).take(ZeroDivisionError())
     assert counters.num_failed_proposals == 0

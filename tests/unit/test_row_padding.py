@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm.forward_context import BatchDescriptor
 
 from vllm_emssd.draft_length import CostTable
-from vllm_emssd.integration.cpu.row_padding import RoundedRowsMixin, RowRounding
+from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
 
 FLAT = CostTable([1, 256], [50.0, 50.0])
 CHEAP = CostTable([1, 257], [30.0, 81.2])  # 0.2 ms a row
@@ -40,7 +40,7 @@ DEAR = CostTable([1, 257], [1.0, 257.0])  # 1 ms a row, and nothing else
 def test_rounds_where_that_is_cheap(
     num_rows: int, most: int, costs: CostTable, rounded: int
 ) -> None:
-    assert RowRounding().rounded(num_rows, most, costs) == rounded
+    assert RowPadding().rounded(num_rows, most, costs) == rounded
 
 
 @given(st.integers(0, 600), st.integers(0, 600), st.floats(0, 3), st.floats(0, 90))
@@ -48,7 +48,7 @@ def test_never_dearer_than_two_percent(
     num_rows: int, room: int, row_ms: float, fixed_ms: float
 ) -> None:
     costs = CostTable([1, 601], [fixed_ms, fixed_ms + 600 * row_ms])
-    rounded = RowRounding().rounded(num_rows, num_rows + room, costs)
+    rounded = RowPadding().rounded(num_rows, num_rows + room, costs)
     assert num_rows <= rounded <= num_rows + min(room, 7)
     assert costs.at(rounded) <= 1.02 * costs.at(num_rows) + 1e-9
 
@@ -76,7 +76,7 @@ PASSES = (
 )
 def test_rounds_up_to_what_was_quicker(num_rows: int, most: int, rounded: int) -> None:
     samples = [one for times in PASSES for one in times.items()]
-    assert RowRounding(samples).rounded(num_rows, most, DEAR) == rounded
+    assert RowPadding(samples).rounded(num_rows, most, DEAR) == rounded
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_rounds_up_by_a_tile_at_most_and_not_for_noise(
     num_rows: int, rounded: int
 ) -> None:
     times = {8: 36.0, 16: 34.0, 24: 35.0, 32: 33.0, 48: 30.0, 64: 29.1, 128: 20.0}
-    assert RowRounding(times.items()).rounded(num_rows, 999, DEAR) == rounded
+    assert RowPadding(times.items()).rounded(num_rows, 999, DEAR) == rounded
 
 
 GRID = [(1, 30.0), (64, 42.6), (128, 55.4), (256, 81.0)]  # at CHEAP's prices
 
 
 def test_borrows_kernels_until_that_has_cost_as_much_as_making_them() -> None:
-    rounding = RowRounding(GRID, preparing_ms=30.0)
+    rounding = RowPadding(GRID, preparing_ms=30.0)
     # 24 rows beyond 104 cost 4.8 ms each time.
     seen = [rounding.rounded(101, 999, CHEAP) for _ in range(9)]
     assert seen == [128] * 6 + [104] * 3
@@ -111,14 +111,14 @@ def test_borrows_kernels_until_that_has_cost_as_much_as_making_them() -> None:
 
 
 def test_does_not_borrow_a_prompts_kernels_though_that_seems_free() -> None:
-    rounding = RowRounding([(n, 50.0) for n in (1, 16, 256)], preparing_ms=1e9)
+    rounding = RowPadding([(n, 50.0) for n in (1, 16, 256)], preparing_ms=1e9)
     assert rounding.rounded(1000, 9999, FLAT) == 1000
     assert rounding.rounded(100, 9999, FLAT) == 256
     assert rounding.rounded(300, 9999, FLAT) == 304
 
 
 def test_makes_kernels_where_there_are_none_to_borrow() -> None:
-    rounding = RowRounding(GRID, preparing_ms=30.0)
+    rounding = RowPadding(GRID, preparing_ms=30.0)
     assert rounding.rounded(300, 999, CHEAP) == 304
     assert rounding.rounded(290, 999, CHEAP) == 304
 
@@ -129,8 +129,8 @@ def test_costs_at_most_twice_what_knowing_the_future_would(
 ) -> None:
     """Beside the best choice for each row count alone: borrow always, or make at once;
     and what rounding to a multiple costs by itself."""
-    rounding = RowRounding(GRID, preparing_ms)
-    alone = {rows: RowRounding().rounded(rows, 999, CHEAP) for rows in set(wanted)}
+    rounding = RowPadding(GRID, preparing_ms)
+    alone = {rows: RowPadding().rounded(rows, 999, CHEAP) for rows in set(wanted)}
     paid, prepared = 0.0, {rows for rows, _ in GRID}
     for rows in wanted:
         used = rounding.rounded(rows, 999, CHEAP)
@@ -162,7 +162,7 @@ class Stock:
         return "mode", batch, 0, self.across_dp, None
 
 
-class Runner(RoundedRowsMixin, Stock):
+class Runner(PaddedRowsMixin, Stock):
     max_num_tokens = 2048
     lora_config = None
     parallel_config = SimpleNamespace(world_size=1)
@@ -170,7 +170,7 @@ class Runner(RoundedRowsMixin, Stock):
 
     def __init__(self) -> None:
         self._step_costs = SimpleNamespace(costs=SimpleNamespace(target=FLAT))
-        self._row_rounding = RowRounding()
+        self._row_padding = RowPadding()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ class Runner(RoundedRowsMixin, Stock):
         ({"parallel_config": SimpleNamespace(world_size=2)}, 17),
         ({"model_config": SimpleNamespace(is_moe=True)}, 17),
         ({"max_num_tokens": 20}, 20),
-        ({"_row_rounding": RowRounding([(16, 1.0), (32, 3.0), (48, 2.0)])}, 48),
+        ({"_row_padding": RowPadding([(16, 1.0), (32, 3.0), (48, 2.0)])}, 48),
     ],
 )
 def test_only_where_rows_are_nobody_elses(changes: dict[str, Any], rows: int) -> None:

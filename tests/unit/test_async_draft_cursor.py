@@ -1,5 +1,5 @@
-"""A cursor that hears verdicts late: no row is missed, and in the end all is as if it
-had heard them in time."""
+"""A cursor that learns acceptance late: no row is missed, and in the end all is as if
+it had known in time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.async_draft_cursor import LateDraftCursor
+from vllm_emssd.async_draft_cursor import AsyncDraftCursor
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 
 BLOCK_SIZE = 4
@@ -21,12 +21,12 @@ PROMPT = 5
 
 
 class Pair:
-    """One request decoded twice: by a late cursor, which hears a verdict `num_late`
+    """One request decoded twice: by a late cursor, which learns a acceptance `num_late`
     steps after the next was made, and by one told in time."""
 
     def __init__(self, num_late: int = 0) -> None:
         self.inner = DraftCursor(NUM_BLOCKS, BLOCK_SIZE)
-        self.late = LateDraftCursor(self.inner)
+        self.late = AsyncDraftCursor(self.inner)
         self.in_time = DraftCursor(NUM_BLOCKS, BLOCK_SIZE)
         admitted = AdmittedRequest("a", range(NUM_BLOCKS), 0)
         for cursor in (self.late, self.in_time):
@@ -34,16 +34,16 @@ class Pair:
         self.num_late = num_late
         self.num_tokens = PROMPT  # known
         self.num_drafts = 0  # being verified
-        self.unheard: list[tuple[int, int]] = []  # drafts, accepted; oldest first
+        self.pending: list[tuple[int, int]] = []  # drafts, accepted; oldest first
         self.seen: Counter[str] = Counter()
 
     def step(self, num_accepted: int, num_next: int | None, budget: int) -> None:
         """The target accepts; the drafter is fed, unless `num_next` is None, by up to
         `budget` rows and then makes `num_next` drafts."""
         had_drafted = self.num_drafts > 0
-        # The host counts drafts as accepted until it hears of them.
-        counted = self.num_tokens + sum(n - a for n, a in self.unheard)
-        reckoned = self.late.reckon("a", counted, self.num_drafts)
+        # The host counts drafts as accepted until it learns of them.
+        counted = self.num_tokens + sum(n - a for n, a in self.pending)
+        reckoned = self.late.assume_accepted("a", counted, self.num_drafts)
         reckoned_end = counted + 1 + reckoned
         self.num_tokens += 1 + num_accepted
         moved_by = self.num_tokens - reckoned_end
@@ -67,24 +67,24 @@ class Pair:
             self.in_time.advance("a", max(true_end, self.in_time.draft_len("a")))
             self.in_time.record_fed_drafts("a", max(drafts - 1, 0))
         self.late.end_step()
-        self.unheard.append((self.num_drafts, num_accepted))
+        self.pending.append((self.num_drafts, num_accepted))
         self.hear(self.num_late)
         self.num_drafts = drafts
 
     def hear(self, num_late: int) -> None:
-        """All verdicts but the last `num_late`."""
-        while len(self.unheard) > num_late:
-            _, num_accepted = self.unheard.pop(0)
+        """All acceptance but the last `num_late`."""
+        while len(self.pending) > num_late:
+            _, num_accepted = self.pending.pop(0)
             self.late.record_verified("a", num_accepted)
             self.late.settle()
 
     def check(self) -> None:
-        self.seen["heard late"] += len(self.unheard)
+        self.seen["known late"] += len(self.pending)
         mine, others = self.inner, self.in_time
         behind = others.draft_len("a") - mine.draft_len("a")
         valid, all_valid = (cursor._block_is_valid for cursor in (mine, others))
         assert not (valid & ~all_valid).any(), "vouches for what it did not feed"
-        if self.unheard:
+        if self.pending:
             assert behind >= 0
         else:
             assert behind == 0
@@ -127,7 +127,7 @@ def test_the_runs_visit_what_they_claim() -> None:
         "chunked",
         "cut",
         "fed again",
-        "heard late",
+        "known late",
         "none accepted",
     }
     assert min(seen.values()) >= 10
@@ -139,8 +139,8 @@ def test_two_rows_after_drafting_whatever_the_verdict(num_late: int) -> None:
         pair = Pair(num_late)
         pair.step(0, K, 100)
         for _ in range(4):
-            counted = pair.num_tokens + sum(n - a for n, a in pair.unheard)
-            reckoned = copy.deepcopy(pair.late).reckon("a", counted, K)
+            counted = pair.num_tokens + sum(n - a for n, a in pair.pending)
+            reckoned = copy.deepcopy(pair.late).assume_accepted("a", counted, K)
             assert reckoned == 1
             pair.step(num_accepted, K, 100)
             pair.check()
@@ -155,11 +155,11 @@ def test_what_is_certain_is_recorded_at_once() -> None:
 
 
 def test_a_request_released_meanwhile_is_not_recorded() -> None:
-    """Its blocks are another's by the time its verdict is heard."""
+    """Its blocks are another's by the time its acceptance is known."""
     pair = Pair(num_late=2)
     for num_accepted in (0, K, K):
         pair.step(num_accepted, K, 100)
-    assert pair.unheard
+    assert pair.pending
     pair.late.release("a")
     again = AdmittedRequest("a", range(NUM_BLOCKS), 0)
     pair.late.update_blocks([again], [])
@@ -168,22 +168,22 @@ def test_a_request_released_meanwhile_is_not_recorded() -> None:
     assert not pair.inner._block_is_valid.any()
 
 
-@pytest.mark.parametrize("reckons", [0, 2])
+@pytest.mark.parametrize("assumed", [0, 2])
 def test_another_reckoning_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, reckons: int
+    monkeypatch: pytest.MonkeyPatch, assumed: int
 ) -> None:
     """The property fails for a bound that is too low, or that costs a row too many."""
-    right = LateDraftCursor.reckon
+    right = AsyncDraftCursor.assume_accepted
 
-    def reckon(
-        self: LateDraftCursor, req_id: str, num_tokens: int, num_draft_tokens: int
+    def assume_accepted(
+        self: AsyncDraftCursor, req_id: str, num_tokens: int, num_draft_tokens: int
     ) -> int:
         bound = right(self, req_id, num_tokens, num_draft_tokens)
         if num_draft_tokens == 0:
             return bound
-        self._now[req_id].end += reckons - bound
-        return reckons
+        self._now[req_id].end += assumed - bound
+        return assumed
 
-    monkeypatch.setattr(LateDraftCursor, "reckon", reckon)
+    monkeypatch.setattr(AsyncDraftCursor, "assume_accepted", assume_accepted)
     with pytest.raises((AssertionError, ValueError)):
         run_seeds()

@@ -48,7 +48,7 @@ def test_without_filler_dtypes() -> None:
 
 @st.composite
 def ragged_drafts(draw: st.DrawFn) -> tuple[list[list[int]], list[bool], list[int]]:
-    """Drafts, who may be padded (who drafts always may), and the filler."""
+    """Drafts, which may be padded (those that draft always may), and the filler."""
     drafts = draw(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=6))
     may_pad = [bool(tokens) or draw(st.booleans()) for tokens in drafts]
     return drafts, may_pad, [100 + i for i in range(len(drafts))]
