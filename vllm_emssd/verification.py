@@ -73,7 +73,8 @@ class ScheduledStep:
     num_draft_tokens: np.ndarray  # int64: the scheduled tokens that are drafts
     is_decode: np.ndarray  # bool: the prompt was computed before
     is_sampling: np.ndarray  # bool: the prompt is computed afterwards
-    # int64: of the drafts, those that a grammar forbade after they were scheduled
+    # int64: of the drafts, those that were never to be accepted: filler, and what a
+    # grammar forbade after it was scheduled
     num_forbidden: np.ndarray | int = 0
 
     def count(
@@ -82,6 +83,7 @@ class ScheduledStep:
         num_spec_tokens: int,
         counters: Counters,
         is_wanted: np.ndarray | bool = True,
+        has_draft_model: bool = True,
     ) -> None:
         """Add what came of it.
 
@@ -101,8 +103,9 @@ class ScheduledStep:
         num_verifying = int((self.is_decode & self.is_sampling).sum())
         counters.num_steps += 1
         counters.num_request_steps += num_counted
-        counters.num_padded_draft_rows += int(padded.sum())
-        counters.num_padded_draft_rows_decode += int(padded_decode.sum())
+        if has_draft_model:
+            counters.num_padded_draft_rows += int(padded.sum())
+            counters.num_padded_draft_rows_decode += int(padded_decode.sum())
         counters.num_draft_tokens += int(num_possible[is_counted].sum())
         counters.num_accepted_tokens += num_emitted - num_counted
         counters.num_verify_rows += len(num_drafts) + int(num_drafts.sum())

@@ -345,14 +345,7 @@ class RecordingDrafter:
         return torch.zeros(len(sampled_rows), dtype=torch.int64), None
 
 
-class NeverDrafts(FixedDraftLength):
-    feeds_prompts = False
-
-    def rests(self, num_tokens_anyway: float) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("policy", [FixedDraftLength(), NeverDrafts()])
+@pytest.mark.parametrize("policy", [FixedDraftLength(), FixedDraftLength(0)])
 def test_every_prompt_is_fed_where_others_take_its_kv(
     policy: DraftLengthPolicy,
 ) -> None:
@@ -365,7 +358,7 @@ def test_every_prompt_is_fed_where_others_take_its_kv(
     proposer = DraftModelProposer(
         drafter, cursor, policy, Counters(), feeds_every_prompt=True
     )
-    assert not proposer.rests(3.0)
+    assert not proposer.skips_step(3)
     # a: all of its prompt of 3 and one token sampled; b: 2 tokens of its prompt of 5;
     # c: decodes behind a prompt of 2.
     batch = batch_of(

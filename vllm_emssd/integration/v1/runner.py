@@ -20,9 +20,14 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength, StepCosts
 from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin
+from vllm_emssd.integration.drafting import (
+    block_updates,
+    make_draft_cursor,
+    max_draft_tokens,
+)
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.hooks import hook as hooks
 from vllm_emssd.integration.kv_cache import (
@@ -52,7 +57,7 @@ from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
 from vllm_emssd.proposers.registry import plugin_proposer
-from vllm_emssd.verification import pad_to_longest
+from vllm_emssd.verification import ScheduledStep, pad_to_longest
 
 
 @contextmanager
@@ -144,11 +149,8 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         remake_metadata_builders(self.drafter, self.vllm_config, self.device)
-        group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
-        self._cursor = DraftCursor(
-            kv_cache_config.num_blocks,
-            group.kv_cache_spec.block_size,
-            trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
+        self._cursor = make_draft_cursor(
+            self.vllm_config, kv_cache_config, self.drafter.kv_cache_gid
         )
         self.paged_drafter = PagedDrafter(
             self.drafter,
@@ -169,7 +171,8 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             if self.paged_drafter is not None:
                 self.paged_drafter.draft_probs.pop(req_id, None)
         if self._cursor is not None:
-            self._update_blocks(self._cursor, scheduler_output)
+            updates = block_updates(scheduler_output, self.drafter.kv_cache_gid)
+            self._cursor.update_blocks(*updates)
         self._request_limits.release(scheduler_output.finished_req_ids)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._admit_references(scheduler_output)
@@ -184,32 +187,6 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             if reference is not None:
                 self._proposer.add_reference(new.req_id, reference)
 
-    def _update_blocks(
-        self, cursor: DraftCursor, scheduler_output: SchedulerOutput
-    ) -> None:
-        gid = self.drafter.kv_cache_gid
-        admitted = [
-            AdmittedRequest(new.req_id, new.block_ids[gid], new.num_computed_tokens)
-            for new in scheduler_output.scheduled_new_reqs
-        ]
-        extended = []
-        cached = scheduler_output.scheduled_cached_reqs
-        for req_id, block_ids, num_computed_tokens in zip(
-            cached.req_ids,
-            cached.new_block_ids,
-            cached.num_computed_tokens,
-            strict=True,
-        ):
-            if block_ids is None:
-                continue
-            if req_id in cached.resumed_req_ids:
-                admitted.append(
-                    AdmittedRequest(req_id, block_ids[gid], num_computed_tokens)
-                )
-            else:
-                extended.append((req_id, block_ids[gid]))
-        cursor.update_blocks(admitted, extended)
-
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Stock stops drafting for all once one request is too long; we cap each."""
         return True
@@ -222,30 +199,28 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         **kwargs: Any,
     ) -> list[list[int]]:
         assert self._proposer is not None
-        self._record_verified(scheduler_output, sampled_token_ids)
-        skips = self._skips_step(sampled_token_ids)
+        step = self._record_verified(scheduler_output, sampled_token_ids)
+        skips = self._skips_step(int(step.is_sampling.sum()))
         if skips:
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-            self.num_real_drafts.update(dict.fromkeys(self.input_batch.req_ids, 0))
+            self.num_real_drafts.update(dict.fromkeys(step.req_ids, 0))
         else:
-            drafts = self._propose(scheduler_output, sampled_token_ids)
+            drafts = self._propose(step)
         self._publisher.step_done()
         if self._step_costs is not None:
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
             self._step_costs.step_done(learns_costs=not skips or has_verified)
         return drafts
 
-    def _skips_step(self, sampled_token_ids: list[list[int]]) -> bool:
+    def _skips_step(self, num_sampling: int) -> bool:
         """Where drafts have not paid for long, most steps end here."""
         if not isinstance(self._proposer, DraftModelProposer):
             return False
-        return self._proposer.skips_step(sum(map(bool, sampled_token_ids)))
+        return self._proposer.skips_step(num_sampling)
 
-    def _propose(
-        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
-    ) -> list[list[int]]:
+    def _propose(self, step: ScheduledStep) -> list[list[int]]:
         assert self._proposer is not None
-        batch = self._draft_batch(scheduler_output, sampled_token_ids)
+        batch = self._draft_batch(step)
         try:
             drafts = self._proposer.propose(batch)
         except Exception as error:
@@ -259,43 +234,46 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
 
     def _record_verified(
         self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
-    ) -> None:
+    ) -> ScheduledStep:
         """Move the cursors by what was accepted, and count the step."""
-        counters = self.counters
-        num_spec_tokens = self.emssd_config.num_speculative_tokens
-        scheduled_drafts = scheduler_output.scheduled_spec_decode_tokens
-        has_draft_model = self._cursor is not None
-        counters.num_steps += 1
-        num_verifying, longest = 0, 0
-        for i, req_id in enumerate(self.input_batch.req_ids):
-            num_sampled = len(sampled_token_ids[i])
-            num_scheduled = scheduler_output.num_scheduled_tokens[req_id]
-            num_computed = int(self.input_batch.num_computed_tokens_cpu[i])
-            is_decode = num_computed >= int(self.input_batch.num_prompt_tokens[i])
-            if has_draft_model:
-                verified = max(num_scheduled, 1 + num_spec_tokens)
-                fed = (verified if is_decode else num_scheduled) + num_spec_tokens
-                counters.num_padded_draft_rows += fed
-                counters.num_padded_draft_rows_decode += (
-                    fed if is_decode else num_spec_tokens
-                )
-            if not num_sampled:
-                continue
-            num_rows = len(scheduled_drafts.get(req_id, ()))
-            num_drafts = min(num_rows, self.num_real_drafts.get(req_id, 0))
-            num_accepted = num_sampled - 1
+        num_sampled = np.fromiter(map(len, sampled_token_ids), np.int64)
+        step = self._scheduled_step(scheduler_output, num_sampled > 0)
+        num_real = step.num_draft_tokens - step.num_forbidden
+        for i in np.flatnonzero(step.is_sampling):
+            req_id = step.req_ids[i]
             if self.paged_drafter is not None:
                 self.paged_drafter.draft_probs.pop(req_id, None)  # used up
-            self._tell_proposer(req_id, num_drafts, num_accepted)
-            num_verifying += is_decode
-            longest = max(longest, num_rows)
-            counters.num_request_steps += 1
-            counters.num_draft_tokens += num_drafts
-            counters.num_accepted_tokens += num_accepted
-            counters.num_verify_rows += 1 + num_rows
-            counters.num_padded_verify_rows += 1
-            counters.num_emitted_tokens += num_sampled
-        counters.num_padded_verify_rows += num_verifying * longest
+            self._tell_proposer(req_id, int(num_real[i]), int(num_sampled[i]) - 1)
+        step.count(
+            num_sampled,
+            self.emssd_config.num_speculative_tokens,
+            self.counters,
+            has_draft_model=self._cursor is not None,
+        )
+        return step
+
+    def _scheduled_step(
+        self, scheduler_output: SchedulerOutput, is_sampling: np.ndarray
+    ) -> ScheduledStep:
+        req_ids = self.input_batch.req_ids
+        num_reqs = len(req_ids)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        num_rows, num_real = np.zeros((2, num_reqs), dtype=np.int64)
+        if drafts:
+            num_rows[:] = [len(drafts.get(req_id, ())) for req_id in req_ids]
+            num_real[:] = [self.num_real_drafts.get(req_id, 0) for req_id in req_ids]
+        scheduled = scheduler_output.num_scheduled_tokens
+        num_computed = self.input_batch.num_computed_tokens_cpu[:num_reqs]
+        return ScheduledStep(
+            req_ids=req_ids,
+            num_scheduled_tokens=np.fromiter(
+                (scheduled[req_id] for req_id in req_ids), np.int64, num_reqs
+            ),
+            num_draft_tokens=num_rows,
+            is_decode=num_computed >= self.input_batch.num_prompt_tokens[:num_reqs],
+            is_sampling=is_sampling,
+            num_forbidden=np.maximum(num_rows - num_real, 0),
+        )
 
     def _tell_proposer(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
         assert self._proposer is not None
@@ -307,46 +285,39 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
                 # Whether it moved or not: these drafts must not count later.
                 self._cursor.record_fed_drafts(req_id, 0)
 
-    def _draft_batch(
-        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
-    ) -> DraftBatch:
-        input_batch = self.input_batch
-        num_reqs = input_batch.num_reqs
+    def _draft_batch(self, step: ScheduledStep) -> DraftBatch:
+        input_batch, num_reqs = self.input_batch, len(step.req_ids)
         num_tokens = input_batch.num_tokens_no_spec[:num_reqs].astype(np.int64)
-        scheduled = scheduler_output.num_scheduled_tokens
-        num_scheduled = np.fromiter(
-            (scheduled[r] for r in input_batch.req_ids), np.int64, num_reqs
-        )
+        num_computed = input_batch.num_computed_tokens_cpu[:num_reqs]
         return DraftBatch(
-            req_ids=input_batch.req_ids,
+            req_ids=step.req_ids,
             token_ids=input_batch.token_ids_cpu,
             num_tokens=num_tokens,
             num_prompt_tokens=input_batch.num_prompt_tokens[:num_reqs].astype(np.int64),
-            num_scheduled_tokens=num_scheduled,
-            num_prefilled_tokens=(
-                input_batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
-            ).astype(np.int64),
-            is_sampling=np.fromiter(map(bool, sampled_token_ids), bool, num_reqs),
+            num_scheduled_tokens=step.num_scheduled_tokens,
+            num_prefilled_tokens=num_computed + step.num_scheduled_tokens,
+            is_sampling=step.is_sampling,
             max_draft_tokens=self._max_draft_tokens(num_tokens),
         )
 
     def _max_draft_tokens(self, num_tokens: np.ndarray) -> np.ndarray:
-        """Most drafts of each request: K, what the model length leaves room for (one
-        place stays for the token the target adds), and what the drafter can take."""
-        room = self.max_model_len - num_tokens - 1
-        if self.paged_drafter is not None and not self.emssd_config.copies:
-            room = np.minimum(room, self.paged_drafter.max_model_len - num_tokens + 1)
-        wanted = self._num_wanted_tokens(num_tokens)
-        if self.emssd_config.draft_length == "auto":
-            room = np.minimum(room, wanted - 1)
-        most = np.clip(room, 0, self.num_spec_tokens)
-        most[wanted <= 0] = 0  # this step was their last
+        """Most drafts of each request. [num_reqs] int64"""
+        limits = self._max_num_tokens(len(num_tokens))
+        drafter = None if self.emssd_config.copies else self.paged_drafter
+        most = max_draft_tokens(
+            num_tokens,
+            self.num_spec_tokens,
+            self.max_model_len,
+            None if drafter is None else drafter.max_model_len,
+            limits if self.emssd_config.draft_length == "auto" else None,
+        )
+        most[num_tokens >= limits] = 0  # this step was their last
         most[self._requests_of_custom_logitsprocs()] = 0
         self._request_limits.apply(most, self.input_batch.req_id_to_index)
         return most
 
-    def _num_wanted_tokens(self, num_tokens: np.ndarray) -> np.ndarray:
-        """Tokens each request still emits before `max_tokens`. [num_reqs] int64"""
+    def _max_num_tokens(self, num_reqs: int) -> np.ndarray:
+        """Tokens of each request once it has emitted `max_tokens`. [num_reqs] int64"""
         limits = np.array(
             [
                 self.requests[req_id].sampling_params.max_tokens
@@ -354,7 +325,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             ],
             dtype=np.int64,
         )
-        return self.input_batch.num_prompt_tokens[: len(limits)] + limits - num_tokens
+        return self.input_batch.num_prompt_tokens[:num_reqs] + limits
 
 
 class UnpadCPUModelRunner(PaddedRowsMixin, UnpadRunnerMixin, CPUModelRunner):

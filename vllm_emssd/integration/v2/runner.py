@@ -148,7 +148,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def start_automatic_lengths(self) -> None:
         """Warm-up is over, whose requests do not count: where it was asked for, measure
         costs and draft by them from now on."""
-        self._record_verdicts(num_late=0)
+        self._record_acceptance(num_late=0)
         if self.emssd_config.draft_length == "auto":
             self._step_costs = self._measure_costs()
             policy = AutoDraftLength(
@@ -181,7 +181,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     @property
     def counters(self) -> Counters:
-        self._record_verdicts()
+        self._record_acceptance()
         return self.speculator.counters
 
     def costs_now(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> Any:
-        self._record_verdicts()
+        self._record_acceptance()
         if self._is_async:
             scheduler_output = self.speculator.with_drafts_made(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
@@ -208,11 +208,11 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         super().finish_requests(scheduler_output)
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
-        self.speculator.take_in(scheduler_output)
+        self.speculator.update_requests(scheduler_output)
         super().update_requests(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        self.speculator.num_grammar_valid = obedient_drafts(grammar_output)
+        self.speculator.num_grammar_valid = grammar_valid_drafts(grammar_output)
         output = super().sample_tokens(grammar_output)
         if isinstance(output, AsyncOutput):
             self._outputs.append(output)
@@ -220,7 +220,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
                 self._step_costs.step_done()
         return output
 
-    def _record_verdicts(self, num_late: int | None = None) -> None:
+    def _record_acceptance(self, num_late: int | None = None) -> None:
         """How many tokens steps sampled, all but the last `num_late`: by default those
         whose output the engine has read, which with async scheduling are all but one.
         """
@@ -253,7 +253,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         )
 
 
-def obedient_drafts(grammar_output: GrammarOutput | None) -> dict[str, int]:
+def grammar_valid_drafts(grammar_output: GrammarOutput | None) -> dict[str, int]:
     """Drafts that their grammar permits, of the requests under one. Async scheduling
     learns of them when their rows are being computed."""
     if grammar_output is None or grammar_output.num_acceptable_drafts is None:

@@ -39,9 +39,14 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.async_draft_cursor import AsyncDraftCursor
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.integration.confidence import highest_probability
+from vllm_emssd.integration.drafting import (
+    block_updates,
+    make_draft_cursor,
+    max_draft_tokens,
+)
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.placeholder_drafts import with_drafts_made
@@ -118,12 +123,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
         self._gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
-        group = kv_cache_config.kv_cache_groups[self._gid]
-        cursor = DraftCursor(
-            kv_cache_config.num_blocks,
-            group.kv_cache_spec.block_size,
-            trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
-        )
+        cursor = make_draft_cursor(self.vllm_config, kv_cache_config, self._gid)
         self._cursor = cursor if self.knows_acceptance else AsyncDraftCursor(cursor)
         self._drafter = PagedDrafterV2(
             self, min(self.draft_model_config.max_model_len, self.max_model_len)
@@ -183,13 +183,9 @@ class UnpadSpeculator(StandaloneARSpeculator):
 
     # ------------------------------------------------------------ before a step
 
-    def take_in(self, scheduler_output: SchedulerOutput) -> None:
+    def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         """A step's new requests (resumed ones too) and block allocations."""
-        gid, cached = self._gid, scheduler_output.scheduled_cached_reqs
-        admitted = [
-            AdmittedRequest(new.req_id, new.block_ids[gid], new.num_computed_tokens)
-            for new in scheduler_output.scheduled_new_reqs
-        ]
+        admitted, extended = block_updates(scheduler_output, self._gid)
         self._pending_steps.admit(request.req_id for request in admitted)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._constrained.update(
@@ -198,13 +194,6 @@ class UnpadSpeculator(StandaloneARSpeculator):
             if new.sampling_params is not None
             and new.sampling_params.structured_outputs is not None
         )
-        extended = [
-            (req_id, block_ids[gid])
-            for req_id, block_ids in zip(
-                cached.req_ids, cached.new_block_ids, strict=True
-            )
-            if block_ids is not None
-        ]
         self._cursor.update_blocks(admitted, extended)
 
     def release(self, req_ids: Iterable[str]) -> None:
@@ -367,12 +356,16 @@ class UnpadSpeculator(StandaloneARSpeculator):
         max_moved_by = most_accepted - accepted
         on_device = self._batch_on_device(input_batch, step, num_tokens, max_moved_by)
         self._drafter.start_step(on_device)
-        max_draft_tokens = self._max_draft_tokens(
-            num_tokens + max_moved_by, states.max_seq_len[idx_mapping_np]
+        most = max_draft_tokens(
+            num_tokens + max_moved_by,
+            self.num_speculative_steps,
+            self.max_model_len,
+            self._drafter.max_model_len,
+            states.max_seq_len[idx_mapping_np] if self.is_automatic else None,
         )
         if self._request_limits:
             rows = {req_id: row for row, req_id in enumerate(step.req_ids)}
-            self._request_limits.apply(max_draft_tokens, rows)
+            self._request_limits.apply(most, rows)
         return DraftBatch(
             req_ids=step.req_ids,
             token_ids=KnownTokens(states.all_token_ids.gpu, on_device),
@@ -381,7 +374,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
             num_scheduled_tokens=step.num_scheduled_tokens,
             num_prefilled_tokens=num_prefilled,
             is_sampling=step.is_sampling,
-            max_draft_tokens=max_draft_tokens,
+            max_draft_tokens=most,
         )
 
     def _batch_on_device(
@@ -402,25 +395,6 @@ class UnpadSpeculator(StandaloneARSpeculator):
             rows = async_tensor_h2d(np.flatnonzero(constrained), device=self.device)
             self.temperature[idx_mapping[rows]] = 0.0
         return BatchOnDevice(idx_mapping, moved_by, max_moved_by, constrained)
-
-    def _max_draft_tokens(
-        self, num_tokens: np.ndarray, max_num_tokens: np.ndarray
-    ) -> np.ndarray:
-        """Most drafts of each request: K, what the model length leaves room for (one
-        place stays for the token the target adds), and what the drafter can take.
-
-        Args:
-            num_tokens: [num_reqs] int64, at most that many are known.
-            max_num_tokens: [num_reqs] with all a request may emit; automatic lengths
-                leave off drafts beyond it, which fixed ones make as stock does.
-        """
-        room = np.minimum(
-            self.max_model_len - num_tokens - 1,
-            self._drafter.max_model_len - num_tokens + 1,
-        )
-        if self.is_automatic:
-            room = np.minimum(room, max_num_tokens - num_tokens - 1)
-        return np.clip(room, 0, self.num_speculative_steps)
 
     def _to_columns(self, req_ids: list[str], drafts: DeviceDrafts) -> torch.Tensor:
         """[num_reqs, K] int64 on the device, as vLLM keeps drafts; the rest is 0."""

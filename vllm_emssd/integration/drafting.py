@@ -1,0 +1,71 @@
+"""What both of vLLM's runners do around drafting, from the scheduler's output on."""
+
+from __future__ import annotations
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+
+
+def make_draft_cursor(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group: int
+) -> DraftCursor:
+    """`group`: the KV-cache group that holds the draft model's layers."""
+    spec = kv_cache_config.kv_cache_groups[group].kv_cache_spec
+    return DraftCursor(
+        kv_cache_config.num_blocks,
+        spec.block_size,
+        trust_cached_blocks=vllm_config.kv_transfer_config is None,
+    )
+
+
+def block_updates(
+    scheduler_output: SchedulerOutput, group: int
+) -> tuple[list[AdmittedRequest], list[tuple[str, list[int]]]]:
+    """A step's block allocations, as `DraftCursor.update_blocks` takes them: of new and
+    resumed requests, and what others got in addition."""
+    admitted = [
+        AdmittedRequest(new.req_id, new.block_ids[group], new.num_computed_tokens)
+        for new in scheduler_output.scheduled_new_reqs
+    ]
+    extended = []
+    cached = scheduler_output.scheduled_cached_reqs
+    for req_id, block_ids, num_computed_tokens in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if block_ids is None:
+            continue
+        if req_id in cached.resumed_req_ids:
+            admitted.append(
+                AdmittedRequest(req_id, block_ids[group], num_computed_tokens)
+            )
+        else:
+            extended.append((req_id, block_ids[group]))
+    return admitted, extended
+
+
+def max_draft_tokens(
+    num_tokens: np.ndarray,
+    num_speculative_tokens: int,
+    max_model_len: int,
+    drafter_max_len: int | None = None,
+    max_num_tokens: np.ndarray | None = None,
+) -> np.ndarray:
+    """Most drafts of each request: K, what the model length leaves room for (one place
+    stays for the token that the target adds), and what the drafter can take. [num_reqs]
+
+    Args:
+        num_tokens: [num_reqs] int64, at most that many are known.
+        drafter_max_len: None where drafts need no drafter.
+        max_num_tokens: [num_reqs] int64 with all that a request may emit, beyond which
+            automatic lengths make no drafts; fixed ones do, as stock does.
+    """
+    room = max_model_len - num_tokens - 1
+    if drafter_max_len is not None:
+        room = np.minimum(room, drafter_max_len - num_tokens + 1)
+    if max_num_tokens is not None:
+        room = np.minimum(room, max_num_tokens - num_tokens - 1)
+    return np.clip(room, 0, num_speculative_tokens)
