@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -104,11 +105,11 @@ def fit_last_layer(draft: LlamaForCausalLM, chats: list[Chat]) -> None:
 
 
 class Distillation:
+    """KL of the draft model to the target, over some of the words."""
+
     def __init__(self, draft: LlamaForCausalLM, common: torch.Tensor) -> None:
-        self._draft = draft
-        self._embedding = draft.model.embed_tokens.weight.detach()
-        self._half = self._embedding.bfloat16()
-        self._common = common
+        self._draft, self._common = draft, common
+        self._half = draft.model.embed_tokens.weight.detach().bfloat16()
 
     def loss(self, batch: list[Chat]) -> torch.Tensor:
         tokens, hidden, answer = pad(batch)
@@ -193,9 +194,8 @@ def main() -> None:
     target = LlamaForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     layers = [int(number) for number in args.layers.split(",")]
     draft = copy_layers(target, layers, args.intermediate_size)
-    print(
-        f"{draft.num_parameters() / target.num_parameters():.4f} of the target's size"
-    )
+    share = draft.num_parameters() / target.num_parameters()
+    print(f"{share:.4f} of the target's parameters", flush=True)
     chats, held_out = Chats(args.chats), Chats(args.held_out)
     chats.load_new()
     held_out.load_new()
@@ -206,12 +206,20 @@ def main() -> None:
     distillation = Distillation(draft, chats.common_words(target.config.vocab_size))
     optimizers = build_optimizers(draft, args.lr_scale)
     groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
-    record = {"command": " ".join(sys.argv), "torch": torch.__version__}
+    record: dict[str, object] = {"command": " ".join(sys.argv)}
+    record |= {"torch": torch.__version__, "share_of_target": share}
     start = saved = time.monotonic()
-    done, smooth = 0, None
+    done, smooth = 0, math.nan
     for step, batch in enumerate(chats.batches(args.batch_tokens, rng)):
         elapsed = time.monotonic() - start
         progress = max(step / args.steps, elapsed / (60 * args.minutes))
+        if progress >= 1 or time.monotonic() - saved > SAVE_SECONDS:
+            saved = time.monotonic()
+            record |= {"steps": step, "seconds": round(elapsed)}
+            record |= {"tokens_trained_on": done, "tokens": chats.num_tokens}
+            record["held_out"] = agreement(draft, held_out.chats)
+            save(draft, record, args.out)
+            print(json.dumps(record["held_out"]), flush=True)
         if progress >= 1:
             break
         for group, lr in groups:
@@ -219,32 +227,14 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = distillation.loss(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(draft.model.layers.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         done += sum(len(chat.tokens) for chat in batch)
-        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+        value = loss.item()
+        smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
         if step % 10 == 0:
-            print(
-                f"{elapsed:.0f} s, {step}, {done} tokens, loss {smooth:.3f}", flush=True
-            )
-        if time.monotonic() - saved > SAVE_SECONDS:
-            saved = time.monotonic()
-            report(draft, held_out.chats, record, chats, done, step, elapsed, args.out)
-    report(draft, held_out.chats, record, chats, done, step, elapsed, args.out)
-
-
-def report(draft, held_out, record, chats, done, step, elapsed, out) -> None:
-    record |= {
-        "steps": step,
-        "tokens_trained_on": done,
-        "tokens_of_chats": chats.num_tokens,
-        "seconds": round(elapsed),
-        "held_out": agreement(draft, held_out),
-    }
-    save(draft, record, out)
-    print(json.dumps(record["held_out"]), flush=True)
+            print(f"{elapsed:.0f} s, step {step}, loss {smooth:.3f}", flush=True)
 
 
 if __name__ == "__main__":
