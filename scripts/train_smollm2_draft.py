@@ -38,6 +38,7 @@ NUM_RANDOM = 1024  # words of every loss, beside the commonest
 HIDDEN_WEIGHT = 0.1  # of the distance between the final hidden states
 FIT_CHATS, FIT_TOKENS, RIDGE = 96, 2048, 1e-2
 SAVE_SECONDS = 240
+SOURCE = "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0"
 
 
 def copy_layers(
@@ -206,7 +207,7 @@ def main() -> None:
     distillation = Distillation(draft, chats.common_words(target.config.vocab_size))
     optimizers = build_optimizers(draft, args.lr_scale)
     groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
-    record: dict[str, object] = {"command": " ".join(sys.argv)}
+    record: dict[str, object] = {"derived_from": SOURCE, "command": " ".join(sys.argv)}
     record |= {"torch": torch.__version__, "share_of_target": share}
     start = saved = time.monotonic()
     done, smooth = 0, math.nan
