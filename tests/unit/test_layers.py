@@ -1,4 +1,5 @@
-"""Imports go one way: core <- proposers <- integration <- bench <- commands <- cli; the
+"""Imports go one way: core <- proposers <- integration <- bench <- simulate <-
+commands <- cli; the
 first two do without vLLM."""
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ LAYERS = {  # all else: core, 0
     "proposers": 1,
     "integration": 2,
     "bench": 3,
-    "commands": 4,
-    "cli": 5,
-    "__main__": 6,
+    "simulate": 4,
+    "commands": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
