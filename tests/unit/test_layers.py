@@ -1,6 +1,5 @@
-"""Imports go one way: core <- proposers <- integration <- bench <- simulate <-
-commands <- cli; the
-first two do without vLLM."""
+"""Imports go one way: core <- proposers <- integration <- bench <- simulate <- commands
+<- cli; the first two do without vLLM."""
 
 from __future__ import annotations
 

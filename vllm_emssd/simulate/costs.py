@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 
-_DATA = Path(str(files("vllm_emssd.bench") / "data"))
+_DATA = Path(str(files("vllm_emssd.simulate") / "data"))
 Point = tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]]
 
 
