@@ -101,5 +101,5 @@ ensure_environment() {
 export_cpu_settings() {
     has_nvidia_gpu && return
     export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
-    eval "$("$python" -m vllm_emssd.integration.cpu_settings)"
+    eval "$("$python" -m vllm_emssd.integration.cpu.settings)"
 }

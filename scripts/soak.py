@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import shlex
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,6 @@ import httpx
 import numpy as np
 import openai
 import psutil
-from demo import REPO, describe_machine, open_client, serving
 from random_adapter import RANK, make_adapter
 from soak_load import (
     MAX_MODEL_LEN,
@@ -51,8 +51,17 @@ from soak_load import (
 from transformers import AutoTokenizer
 
 from vllm_emssd.bench.methods import Method
-from vllm_emssd.bench.provenance import commit
-from vllm_emssd.bench.server_process import ServerProcess
+from vllm_emssd.bench.provenance import commit, processor
+from vllm_emssd.bench.server_process import (
+    ServerProcess,
+    free_port,
+    server_process,
+    vllm_command,
+)
+from vllm_emssd.integration.cpu.settings import find_preloads, num_cpus
+
+REPO = Path(__file__).resolve().parent.parent
+START_SECONDS, REQUEST_SECONDS = 180, 180
 
 FLAGS = shlex.split(
     "--served-model-name target --dtype float32 --enforce-eager --host 127.0.0.1 "
@@ -75,6 +84,39 @@ RECORDED = (
     "vllm:prefix_cache_hits_total",
 )
 KINDS = {"greedy": 60, "sampled": 20, "grammar": 4, "abort": 12, "refuse": 4}
+
+
+def serving(
+    method: Method, model: str, log: Path, flags: Sequence[str]
+) -> AbstractContextManager[ServerProcess]:
+    """`vllm serve` of one method, with the same threads and preloads for all."""
+    port = free_port()
+    command = [vllm_command(), "serve", model, *flags, "--port", str(port)]
+    if method.speculative_config:
+        command += ["--speculative-config", json.dumps(method.speculative_config)]
+    env = os.environ | {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(num_cpus()),
+        "LD_PRELOAD": ":".join(map(str, find_preloads())),
+    }
+    return server_process(method.name, command, port, log, env, START_SECONDS)
+
+
+def open_client(server: ServerProcess) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=f"{server.base_url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=REQUEST_SECONDS,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    )
+
+
+def describe_machine() -> str:
+    loaded = ", ".join(path.name for path in find_preloads()) or "nothing"
+    return f"{processor()}, {num_cpus()} CPUs, {loaded} preloaded"
 
 
 @dataclass(frozen=True, slots=True)

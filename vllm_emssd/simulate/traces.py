@@ -16,7 +16,9 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 TRACE_FORMAT: Final = "vllm-emssd-trace/1"
-SHIPPED_TRACE = Path(str(files("vllm_emssd.simulate") / "data" / "shipped-pair.jsonl.gz"))
+SHIPPED_TRACE = Path(
+    str(files("vllm_emssd.simulate") / "data" / "shipped-pair.jsonl.gz")
+)
 
 Kind = Literal["draft_model", "llma"]
 Probability = Annotated[float, Field(ge=0, le=1)]
