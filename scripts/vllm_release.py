@@ -102,8 +102,8 @@ def choose(which: str, found: list[Source]) -> Source:
 def supported() -> SpecifierSet:
     """The versions that the plugin allows."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = map(Requirement, project["dependencies"])
-    return next(w.specifier for w in wanted if w.name == "vllm")
+    (wanted,) = map(Requirement, project["optional-dependencies"]["vllm"])
+    return wanted.specifier
 
 
 class Index:

@@ -26,7 +26,7 @@ def test_stock_classes_without_the_method() -> None:
 
 
 def test_our_classes_with_the_method() -> None:
-    assert run("draft_model").worker.endswith("integration.worker.UnpadCPUWorker")
+    assert run("draft_model").worker.endswith("integration.cpu.worker.UnpadCPUWorker")
     assert run("llma").scheduler == "UnpadScheduler"
 
 

@@ -31,8 +31,8 @@ def _create(speculative_config: dict[str, Any], **options: Any) -> Any:
 
 def test_accepted_config_reaches_every_process() -> None:
     config = _create({"model": DRAFT})
-    assert config.additional_config["emssd"]["num_speculative_tokens"] == 8
-    assert config.speculative_config.num_speculative_tokens == 8
+    assert config.additional_config["emssd"]["num_speculative_tokens"] == 16
+    assert config.speculative_config.num_speculative_tokens == 16
     assert config.parallel_config.worker_cls.startswith("vllm_emssd.")
     assert config.additional_config["emssd"]["draft_length"] == "auto"
     assert not config.scheduler_config.async_scheduling

@@ -75,7 +75,7 @@ def seen(name: str, what: str = "greedy") -> dict[str, Any]:
 def test_the_v2_runner_ran() -> None:
     assert results()["stock"]["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
     for name in (*OURS, *AUTO):
-        assert results()[name]["runner"].endswith("runner_v2.UnpadCPUModelRunnerV2")
+        assert results()[name]["runner"].endswith("v2.runner.UnpadCPUModelRunnerV2")
         is_async = name.startswith("async")
         wanted = "UnpadAsyncScheduler" if is_async else "UnpadScheduler"
         assert results()[name]["scheduler"] == wanted

@@ -34,7 +34,7 @@ class BatchOnDevice:
     idx_mapping: torch.Tensor  # [num_reqs] int64: batch row -> request state
     moved_by: torch.Tensor | None  # [num_reqs] int64: added to the host's positions
     max_moved_by: np.ndarray  # [num_reqs] int64: at most that much
-    is_constrained: np.ndarray  # [num_reqs] bool: by a grammar
+    is_greedy: np.ndarray  # [num_reqs] bool: drafts greedily, whatever its temperature
 
     @classmethod
     def of_first_states(cls, num_reqs: int, device: torch.device) -> BatchOnDevice:
@@ -311,13 +311,13 @@ class PagedDrafterV2:
     def _make_one_hot(
         self, drafting: _Drafting, tokens: torch.Tensor, draft_position: int
     ) -> None:
-        """Drafts under a grammar are greedy: say so to the rejection sampler, which
-        would else take them for samples of the drafter's distribution."""
+        """Of requests that draft greedily: say so to the rejection sampler, which would
+        else take their drafts for samples of the drafter's distribution."""
         draft_logits = self._stock.draft_logits
-        constrained = np.flatnonzero(self._batch.is_constrained[drafting.req_indices])
-        if draft_logits is None or constrained.size == 0:
+        greedy = np.flatnonzero(self._batch.is_greedy[drafting.req_indices])
+        if draft_logits is None or greedy.size == 0:
             return
-        (index,) = self._to_device(constrained)
+        (index,) = self._to_device(greedy)
         states = drafting.idx_mapping[index]
         draft_logits[states, draft_position] = float("-inf")
         draft_logits[states, draft_position, tokens[index]] = 0.0

@@ -107,6 +107,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._num_made: dict[str, int] = {}  # drafts that wait to be verified
         self._req_states = req_states
         self._constrained: set[str] = set()  # requests under a grammar
+        self._seeded: set[str] = set()  # requests with a seed
         self._request_limits = RequestLimits()
         self._pending_steps = PendingSteps()
         self._cursor: DraftCursor | AsyncDraftCursor  # both made with the KV cache
@@ -188,12 +189,13 @@ class UnpadSpeculator(StandaloneARSpeculator):
         admitted, extended = block_updates(scheduler_output, self._gid)
         self._pending_steps.admit(request.req_id for request in admitted)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
-        self._constrained.update(
-            new.req_id
-            for new in scheduler_output.scheduled_new_reqs
-            if new.sampling_params is not None
-            and new.sampling_params.structured_outputs is not None
-        )
+        for new in scheduler_output.scheduled_new_reqs:
+            if (params := new.sampling_params) is None:
+                continue
+            if params.structured_outputs is not None:
+                self._constrained.add(new.req_id)
+            if params.seed is not None:
+                self._seeded.add(new.req_id)
         self._cursor.update_blocks(admitted, extended)
 
     def release(self, req_ids: Iterable[str]) -> None:
@@ -203,6 +205,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self._proposer.release(req_ids)
         self._pending_steps.release(req_ids)
         self._constrained.difference_update(req_ids)
+        self._seeded.difference_update(req_ids)
         self._request_limits.release(req_ids)
 
     def preempt(self, req_ids: Iterable[str]) -> None:
@@ -389,12 +392,14 @@ class UnpadSpeculator(StandaloneARSpeculator):
         if not self.knows_acceptance:
             true_len = self._req_states.total_len.gpu[idx_mapping].long()
             moved_by = true_len - async_tensor_h2d(num_tokens, device=self.device)
-        constrained = np.array([r in self._constrained for r in step.req_ids], bool)
-        if self.draft_logits is not None and constrained.any():
-            # A grammar cuts drafts by their value, and only greedy ones may be.
-            rows = async_tensor_h2d(np.flatnonzero(constrained), device=self.device)
+        # A grammar cuts drafts by their value, and only greedy ones may be. With a seed
+        # a draft is accepted where the target samples it: the likeliest is most often.
+        greedy = self._constrained | self._seeded if self._seeded else self._constrained
+        is_greedy = np.array([r in greedy for r in step.req_ids], bool)
+        if self.draft_logits is not None and is_greedy.any():
+            rows = async_tensor_h2d(np.flatnonzero(is_greedy), device=self.device)
             self.temperature[idx_mapping[rows]] = 0.0
-        return BatchOnDevice(idx_mapping, moved_by, max_moved_by, constrained)
+        return BatchOnDevice(idx_mapping, moved_by, max_moved_by, is_greedy)
 
     def _to_columns(self, req_ids: list[str], drafts: DeviceDrafts) -> torch.Tensor:
         """[num_reqs, K] int64 on the device, as vLLM keeps drafts; the rest is 0."""
