@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.unit.draft_batches import batch_of
 from vllm_emssd.draft_length import StepInfo
+from vllm_emssd.proposers import copier as copier_module
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
@@ -273,3 +274,17 @@ def test_what_all_requests_saw_fades_once_a_step_not_once_a_request() -> None:
     copier.record_proposed("r0", copy)
     copier.observe("r0", 3, 0)
     assert pool.tested == pytest.approx(0.98 * 64 * 3 + 1)
+
+
+def test_a_long_prompt_is_indexed_over_several_steps() -> None:
+    """So that no step stalls; all requests of a step share what it may take in."""
+    copier = Copier(2)
+    long = np.arange(2 * copier_module._INDEXED_A_STEP + 10) % 50_000
+    text = np.concatenate([long, [7, 8, 9, 7, 8]])
+    found = []
+    for _ in range(3):
+        copier.begin_step()
+        short = copier.find("short", np.array([7, 8, 9, 7, 8]), 5, 1)
+        found.append((copier.find("long", text, len(text), 1).token_ids, short))
+    assert [tokens for tokens, _ in found] == [[], [], [9]]
+    assert all(short.token_ids == [9] for _, short in found)

@@ -254,3 +254,13 @@ def test_shorter_text_under_the_same_id_begins_anew() -> None:
     proposer = proposer_of(answer)
     first = replay(proposer, [5], answer, 7)
     assert replay(proposer, [5], answer, 7) == first == Replay(7, 42, 42)
+
+
+@pytest.mark.parametrize("check_length", [2, 33, 64])
+def test_way_back_is_found_whatever_must_agree(check_length: int) -> None:
+    reference = list(range(1000, 1400))
+    answer = [*reference[:100], 1, 2, 3, *reference[103:200]]
+    pointer = ReferencePointer(np.array(reference), check_length)
+    pointer.advance(answer, 0)
+    assert pointer.standing is Standing.FOLLOWS
+    assert pointer.continuation(3) == reference[200:203]

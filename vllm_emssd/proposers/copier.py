@@ -23,6 +23,7 @@ _FORGET = 0.9  # weight kept by what was seen before, each time
 _POOL_FORGET = 0.98  # the same of all requests' copies, each step that has news
 _IDLE_FORGET = 0.98  # each time a copy is not worth it, so that it is tried again
 _WORTHLESS = 0.1  # acceptance below which nothing is copied
+_INDEXED_A_STEP = 32768  # tokens of all requests: more would stall a step
 _REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
 _PROMPT_STRETCH = 16  # tokens of the prompt repeated, to take it as the reference
 _STANDING_PRIOR = {Standing.EDITS: 0.85, Standing.GUESSES: 0.5}
@@ -110,6 +111,7 @@ class Copier:
         self._pools: dict[_Kind, AcceptanceRecord] = {}  # of all requests
         self._faded: set[_Kind] = set()  # pools that have faded in this step
         self._requests: dict[str, _RequestCopies] = {}
+        self._num_to_index = _INDEXED_A_STEP  # tokens, in this step
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
         """A request brought a text to copy from. `token_ids`: [num_tokens] valid ids,
@@ -119,6 +121,7 @@ class Copier:
     def begin_step(self) -> None:
         """All copies of the step before have been observed."""
         self._faded.clear()
+        self._num_to_index = _INDEXED_A_STEP
 
     def find(
         self, req_id: str, token_ids: np.ndarray, num_prompt_tokens: int, length: int
@@ -129,6 +132,8 @@ class Copier:
             token_ids: [num_tokens] prompt and answer, all known tokens.
         """
         request = self._up_to_date(req_id, token_ids, num_prompt_tokens)
+        if request is None:
+            return NO_COPY
         best = max(self._copies(request, length), key=lambda c: c.gain, default=NO_COPY)
         if best.token_ids and best.acceptance < _WORTHLESS:
             request.records.get(best.kind, self._pools[best.kind]).fade()
@@ -181,13 +186,19 @@ class Copier:
 
     def _up_to_date(
         self, req_id: str, token_ids: np.ndarray, num_prompt_tokens: int
-    ) -> _RequestCopies:
+    ) -> _RequestCopies | None:
+        """None while a long prompt is not wholly indexed."""
         request = self._requests.get(req_id)
         if request is None or request.index.num_indexed > len(token_ids):
             request = self._requests[req_id] = self._new_request(
                 req_id, num_prompt_tokens
             )
-        request.index.extend(token_ids)
+        num_indexed = request.index.num_indexed
+        end = min(len(token_ids), num_indexed + self._num_to_index)
+        self._num_to_index -= end - num_indexed
+        request.index.extend(token_ids[:end])
+        if end < len(token_ids):
+            return None
         if request.alignment is not None:
             request.alignment.advance(request.index.tokens, request.num_aligned)
             request.num_aligned = len(token_ids)

@@ -53,6 +53,7 @@ class ReferencePointer:
         self._reference: list[int] = reference.tolist()
         self._check_length = check_length
         self._index = NgramIndex(check_length)
+        self._tail_length = max(MAX_MATCH_LENGTH, check_length)  # to find the way back
         self._edits: dict[tuple[int, int], _Edit] = {}
         self._position = 0  # of the next reference token
         self._departure: list[int] | None = None  # written since the answer departed
@@ -80,7 +81,7 @@ class ReferencePointer:
             else:
                 self._departure.append(text[i])
             if self._departure is not None:
-                self._find_back(text[max(i + 1 - MAX_MATCH_LENGTH, 0) : i + 1])
+                self._find_back(text[max(i + 1 - self._tail_length, 0) : i + 1])
 
     def continuation(self, length: int) -> list[int]:
         """At most `length` tokens that the answer may go on with, perhaps none."""
@@ -132,7 +133,7 @@ class ReferencePointer:
             self._remember_edit(end, agreed)
             self._resume(end, agreed)
         elif len(departure) >= _LONGEST_DEPARTURE:
-            del departure[:-MAX_MATCH_LENGTH]
+            del departure[: -self._tail_length]
 
     def _match(self, tail: list[int]) -> tuple[int, int] | None:
         """The longest of those near the pointer, if any, unless a far one is longer."""
