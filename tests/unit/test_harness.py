@@ -240,7 +240,7 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
         ([*ONE_ENGINE, "auto", "stock"], "leave out stock"),
         ([*ONE_ENGINE, "k1", "k2"], "add one of them to --methods"),
         ([*ONE_ENGINE, "mixed-auto", "auto", "k2"], "leave out k2"),
-        ([*ONE_ENGINE, "auto", "k9"], "no kN above --auto-tokens"),
+        ([*ONE_ENGINE, "auto", "k17"], "no kN above --auto-tokens"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags: list[str], says: str) -> None:

@@ -50,7 +50,7 @@ class MethodOptions:
 
     draft_model: str | None
     num_speculative_tokens: int = 5
-    auto_tokens: int = 8
+    auto_tokens: int = 16
     check_length: int = 2
     copy_length: int = 7
 

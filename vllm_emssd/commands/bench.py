@@ -136,7 +136,7 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
         "padded, which then also run over short and long contexts",
     )
     group.add_argument("--num-speculative-tokens", type=int, default=5, metavar="K")
-    group.add_argument("--auto-tokens", type=int, default=8, help="most of auto")
+    group.add_argument("--auto-tokens", type=int, default=16, help="most of auto")
     group.add_argument("--check-length", type=int, default=2, help="llma, ngram")
     group.add_argument("--copy-length", type=int, default=7, help="llma, ngram")
 
