@@ -13,6 +13,8 @@ from tests.v2 import interpreter
 if __name__ == "__main__":
     interpreter.install()
 
+import copy
+import dataclasses
 import json
 import logging
 import sys
@@ -139,14 +141,16 @@ class SteeredPrices:
 
     def __enter__(self) -> SteeredPrices:
         costs = self.meter.costs
-        self.saved = costs.target, costs.draft
+        self.saved = copy.copy(costs)
+        costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = 4.0, 0.0, 0.0
         self.meter.step_done = self.step_done
         self.set(0.0, 0.0)
         return self
 
     def __exit__(self, *error: Any) -> None:
         del self.meter.step_done
-        self.meter.costs.target, self.meter.costs.draft = self.saved
+        for field in dataclasses.fields(self.saved):
+            setattr(self.meter.costs, field.name, getattr(self.saved, field.name))
 
     def draw(self) -> None:
         """New costs after each step from now on: drafts from free to too expensive."""

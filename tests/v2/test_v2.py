@@ -23,7 +23,7 @@ OURS = (*VARIANTS, "cached", "tight", *ASYNC)
 AUTO = ("auto", "auto tight", "auto itself")
 FAILING = ("failing exact", "failing late", "failing async")
 PRICES = ("free", "drawn", "measured")
-TIMEOUT = 480  # seconds for all engines: 160 where nothing slows the machine
+TIMEOUT = 900  # seconds for all engines: 300 beside another test process
 
 
 def results() -> dict[str, Any]:
@@ -312,7 +312,10 @@ def test_free_drafts_are_made_and_none_beyond_the_end() -> None:
 @pytest.mark.parametrize("name", AUTO)
 def test_automatic_lengths_are_ragged(name: str) -> None:
     run = seen(name, "drawn")
-    assert {n for step in run["lengths"] for n in step} == set(range(K + 1))
+    lengths = {n for step in run["lengths"] for n in step}
+    assert {0, K} <= lengths
+    if name != "auto itself":  # whose drafter is always sure
+        assert len(lengths) > 2, "nothing stopped or was trimmed in between"
     assert any(len(set(step)) > 1 for step in run["lengths"])
     assert run["counts"]["num_accepted_tokens"] > 0
 
