@@ -33,15 +33,14 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from vllm_emssd.bench.comparison import compare_all
-from vllm_emssd.bench.engine_process import EngineError, EngineOptions
-from vllm_emssd.bench.harness import Measurement, Plan, measure
+from vllm_emssd.bench.engine_process import EngineError, EngineOptions, shared_gpu
+from vllm_emssd.bench.harness import Plan, Rounds, measure
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.plots import SIZE, draw_speed_up
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.workloads import CHATS, WorkloadOptions, load_workload
-from vllm_emssd.commands.bench import shared_gpu
 from vllm_emssd.integration.cpu.settings import (
     cpu_settings,
     has_nvidia_gpu,
@@ -145,7 +144,7 @@ def list_methods(draft_model: Path | str, quick: bool) -> list[Method]:
     ]
 
 
-def make_table(measured: Measurement, results: list[Result], prompts: Prompts) -> Table:
+def make_table(measured: Rounds, results: list[Result], prompts: Prompts) -> Table:
     kinds = list(dict.fromkeys(prompts.kinds))
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\n\nmethod", no_wrap=True)
@@ -157,7 +156,7 @@ def make_table(measured: Measurement, results: list[Result], prompts: Prompts) -
     for title in ("rows a token\n\ntarget+draft", "same as\nplain's\noutputs"):
         table.add_column(title, justify="right", no_wrap=True)
     total = num_outputs(measured)
-    for name, of_method in measured.rounds[results[-1]["batch"]].items():
+    for name, of_method in measured[results[-1]["batch"]].items():
         last = of_method[-1]
         rows = (last.target_rows / last.num_tokens, last.draft_rows / last.num_tokens)
         same = total - len(list(differences(measured, name)))
@@ -171,9 +170,9 @@ def make_table(measured: Measurement, results: list[Result], prompts: Prompts) -
     return table
 
 
-def num_outputs(measured: Measurement) -> int:
+def num_outputs(measured: Rounds) -> int:
     """Of different prompts."""
-    return max(len(rounds["plain"][0].outputs) for rounds in measured.rounds.values())
+    return max(len(rounds["plain"][0].outputs) for rounds in measured.values())
 
 
 def format_speed(result: Result, name: str) -> str:
@@ -201,14 +200,14 @@ class Difference:
     tokens: tuple[int | None, int | None]  # plain's and the method's there
 
 
-def differences(measured: Measurement, name: str) -> Iterator[Difference]:
+def differences(measured: Rounds, name: str) -> Iterator[Difference]:
     """By prompt, the first round of any batch size that is not as plain's first."""
     wanted: dict[int, list[int]] = {}
-    for rounds in measured.rounds.values():
+    for rounds in measured.values():
         for prompt, tokens in enumerate(rounds["plain"][0].outputs):
             wanted.setdefault(prompt, tokens)
     found: set[int] = set()
-    for rounds in measured.rounds.values():
+    for rounds in measured.values():
         for done in rounds[name]:
             for prompt, tokens in enumerate(done.outputs):
                 if tokens != wanted[prompt] and prompt not in found:
@@ -223,7 +222,7 @@ def _difference(prompt: int, wanted: list[int], tokens: list[int]) -> Difference
 
 
 def describe_differences(
-    measured: Measurement, names: Iterable[str], tokenizer: Any, dtype: str
+    measured: Rounds, names: Iterable[str], tokenizer: Any, dtype: str
 ) -> Iterator[str]:
     for name in names:
         found = list(differences(measured, name))
@@ -290,8 +289,7 @@ def run(options: argparse.Namespace) -> int:
     measured = measure(
         plan, engine_options(str(model), options, logs, len(methods)), prompts.requests
     )
-    lengths = [len(request.prompt_token_ids) for request in prompts.requests]
-    results = compare_all(measured, lengths, k=0)
+    results = compare_all(measured)
     names = [method.name for method in methods]
     console.print(make_table(measured, results, prompts))
     wrong = list(describe_differences(measured, names, tokenizer, options.dtype))
@@ -313,20 +311,16 @@ def engine_options(
     model: str, options: argparse.Namespace, logs: Path, num_engines: int
 ) -> EngineOptions:
     """Prompts are cached, as vLLM does by default: the rounds time decoding."""
-    return EngineOptions(
-        model=model,
-        tokenizer=model,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=max(options.batches),
-        dtype=options.dtype,
-        kv_cache_mib=KV_CACHE_MIB,
-        options={
-            "enable_prefix_caching": True,
-            "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
-        }
-        | shared_gpu(num_engines),
-        logs=logs,
-    )
+    engine_args = {
+        "model": model,
+        "dtype": options.dtype,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": max(options.batches),
+        "kv_cache_memory_bytes": KV_CACHE_MIB << 20,
+        "enable_prefix_caching": True,
+        "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
+    }
+    return EngineOptions(engine_args | shared_gpu(num_engines), logs=logs)
 
 
 def serve_command(model: str, method: Method) -> str:

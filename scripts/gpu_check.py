@@ -41,10 +41,9 @@ def with_ragged_graphs(**options: str | int) -> str:
 
 
 BENCH = [
-    *["--draft-model", DRAFT, "--workload", "completion"],
-    *["--max-prompt-tokens", "256", "--max-tokens", "128", "--min-requests", "2"],
-    *["--cached-prompts", "--continuous"],
-    *["--compile", "--start-together", "--kv-cache-mib", "4608", "--rounds", "4"],
+    *["--draft-model", DRAFT, "--input-len", "256", "--output-len", "128"],
+    *["--num-prompts", "2", "--num-iters", "4"],
+    *["--start-together", "--kv-cache-memory-bytes", "4608M"],
     *["--methods", "plain", "stock", "emssd", "auto"],
     "emssd-ragged="
     + with_ragged_graphs(draft_length="fixed", num_speculative_tokens=5),
@@ -80,7 +79,7 @@ def outcome(case: ElementTree.Element) -> dict[str, Any]:
 
 
 def run_bench(size: str, folder: Path) -> bool:
-    """Whether its table and its figures were written to the folder."""
+    """Whether its table and its figure were written to the folder."""
     output = folder / f"gpu-bench-{size}.json"
     with tempfile.TemporaryDirectory(dir=large_files()) as models:
         target = Path(models) / "target"
@@ -88,11 +87,12 @@ def run_bench(size: str, folder: Path) -> bool:
         options = [*GROWN[size], "--device", "cuda"]
         subprocess.run([*grow, *options], cwd=REPO, check=True)
         cli = [sys.executable, "-m", "vllm_emssd"]
-        bench = [*cli, "bench", "--model", target, *BENCH, "--batches", *BATCHES[size]]
+        bench = [*cli, "bench", "throughput", "--model", target, *BENCH]
+        bench += ["--max-concurrency", *BATCHES[size]]
         plot = [*cli, "plot", output, "-o", folder]
         return all(
             subprocess.run(command, cwd=REPO, check=False).returncode == 0
-            for command in ([*bench, "--output", output], plot)
+            for command in ([*bench, "--output-json", output], plot)
         )
 
 

@@ -37,9 +37,6 @@ class NaiveVanilla:
     max_drafts: int
     num_rows: int = 0
     num_kv_slots: int = 0
-    num_row_slots: int = 0
-    num_padding_slots: int = 0
-    most_padding_slots: int = 0
     accepted: list[list[tuple[int, int]]] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -82,9 +79,6 @@ class NaiveVanilla:
             for i, made in zip(running, drafts, strict=True)
         ]
         aligned_len = self._mask.shape[1]
-        padding = int((self._mask == 0).sum())
-        self.most_padding_slots = max(self.most_padding_slots, padding)
-        self.num_padding_slots += padding
         self._mask = torch.cat(
             [self._mask, torch.ones(len(running), num_rows, dtype=torch.long)], dim=1
         )
@@ -115,4 +109,3 @@ class NaiveVanilla:
         kv_len = self._cache.layers[0].keys.shape[2]
         self.num_rows += num_reqs * num_rows
         self.num_kv_slots += num_reqs * kv_len
-        self.num_row_slots += num_reqs * num_rows * kv_len

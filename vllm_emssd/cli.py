@@ -36,11 +36,11 @@ COMMANDS: dict[str, Entry] = {
     "bench": Entry("vllm_emssd.commands.bench", "time methods side by side"),
     "simulate": Entry(
         "vllm_emssd.commands.simulate",
-        "predict speeds from a recorded trace and a cost table, without a machine",
+        "predict speeds from a recorded trace and a cost table",
     ),
     "doctor": Entry("vllm_emssd.commands.doctor", "can this machine serve with emssd?"),
     "serve": Entry("vllm_emssd.commands.serve", "vllm serve, set up for this machine"),
-    "plot": Entry("vllm_emssd.commands.plot", "draw the figures of a result"),
+    "plot": Entry("vllm_emssd.commands.plot", "draw the figure of a result"),
 }
 
 

@@ -8,16 +8,17 @@ import pytest
 
 from vllm_emssd.bench import methods
 from vllm_emssd.bench.methods import (
+    CHECK_LENGTH,
+    COPY_LENGTH,
     DESCRIPTIONS,
-    MethodOptions,
-    fixed_length,
+    Method,
+    in_one_engine,
     parse_method,
 )
-from vllm_emssd.config import DraftLengthName, parse_speculative_config
+from vllm_emssd.config import DraftLengthName, EmssdConfig, parse_speculative_config
 
-OPTIONS = MethodOptions(draft_model="DRAFT", num_speculative_tokens=5)
 STOCK_KEYS = {"method", "model", "num_speculative_tokens"}
-NAMES = [name for name in DESCRIPTIONS if name.isidentifier() or "-" in name]
+NAMES = [name for name in DESCRIPTIONS if "=" not in name]
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +28,16 @@ def arctic_inference_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(name: str) -> dict[str, Any]:
-    found = parse_method(name, OPTIONS).speculative_config
+    found = parse_method(name, "DRAFT").speculative_config
     assert found is not None
     return found
 
 
 def test_plain_speculates_not() -> None:
-    assert parse_method("plain", OPTIONS).speculative_config is None
+    assert parse_method("plain", None).speculative_config is None
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("plain", "kN")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "plain"])
 def test_emssd_accepts_its_own(name: str) -> None:
     """Every configuration of ours passes the plugin's own check."""
     asked = config(name)
@@ -52,24 +53,24 @@ def test_emssd_accepts_its_own(name: str) -> None:
 def test_same_lengths_on_both_sides() -> None:
     assert config("stock")["num_speculative_tokens"] == 5
     assert config("emssd")["num_speculative_tokens"] == 5
-    ngram, llma = config("ngram"), config("llma")
-    assert ngram["num_speculative_tokens"] == llma["copy_length"]
-    assert ngram["prompt_lookup_min"] == ngram["prompt_lookup_max"]
-    assert ngram["prompt_lookup_max"] == llma["check_length"]
-    assert config("ngram-longest")["prompt_lookup_max"] > llma["check_length"]
+    ngram, llma, suffix = config("ngram"), config("llma"), config("suffix")
+    assert ngram["num_speculative_tokens"] == llma["copy_length"] == COPY_LENGTH
+    assert suffix["num_speculative_tokens"] == COPY_LENGTH
+    assert ngram["prompt_lookup_min"] == ngram["prompt_lookup_max"] == CHECK_LENGTH
+    assert config("ngram-longest")["prompt_lookup_max"] > CHECK_LENGTH
+    ours = EmssdConfig(proposer="llma")
+    assert (ours.check_length, ours.copy_length) == (CHECK_LENGTH, COPY_LENGTH)
 
 
-def test_fixed_lengths_by_name() -> None:
-    assert config("k12") == config("emssd") | {"num_speculative_tokens": 12}
-
-
-def test_which_lengths_are_fixed() -> None:
-    lengths = {n: fixed_length(parse_method(n, OPTIONS)) for n in ("k0", "k8", "auto")}
-    assert lengths == {"k0": 0, "k8": 8, "auto": None}
+def test_lengths_by_name() -> None:
+    twelve = {"num_speculative_tokens": 12}
+    assert config("k12") == config("emssd") | twelve
+    assert config("stock-k12") == config("stock") | twelve
+    assert parse_method("stock", "DRAFT", 12).speculative_config == config("stock-k12")
 
 
 def test_custom() -> None:
-    method = parse_method('mine={"method": "suffix"}', OPTIONS)
+    method = parse_method('mine={"method": "suffix"}', None)
     assert (method.name, method.speculative_config) == ("mine", {"method": "suffix"})
 
 
@@ -77,6 +78,7 @@ def test_custom() -> None:
     ("text", "says"),
     [
         ("k01", "unknown method"),
+        ("ngram-k3", "unknown method"),
         ("vanilla", "choose from plain"),
         ("mine={", "not JSON"),
         ("mine=[]", "JSON object"),
@@ -84,13 +86,15 @@ def test_custom() -> None:
 )
 def test_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        parse_method(text, OPTIONS)
+        parse_method(text, "DRAFT")
 
 
-@pytest.mark.parametrize("name", ["stock", "emssd", "k3", "auto", "padded", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["stock", "stock-k3", "emssd", "k3", "auto", "padded", "mixed"]
+)
 def test_needs_a_draft_model(name: str) -> None:
     with pytest.raises(ValueError, match="--draft-model"):
-        parse_method(name, MethodOptions(draft_model=None))
+        parse_method(name, None)
 
 
 def test_suffix_names_the_package_that_it_lacks(
@@ -98,10 +102,43 @@ def test_suffix_names_the_package_that_it_lacks(
 ) -> None:
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install arctic-inference"):
-        parse_method("suffix", OPTIONS)
+        parse_method("suffix", None)
 
 
-def test_suffix_drafts_as_many_as_llma_and_remembers_no_answers() -> None:
-    suffix = config("suffix")
-    assert suffix["num_speculative_tokens"] == config("llma")["copy_length"]
-    assert suffix["suffix_decoding_max_cached_requests"] == 0
+# ---------------------------------------------------------------- in one engine
+
+
+def test_lengths_are_told_to_the_engine_of_auto() -> None:
+    asked = [Method(name, {}) for name in ("k0", "auto", "k3")]
+    host, found = in_one_engine(asked)
+    assert host == asked[1]
+    assert {m.name: m.setting for m in found} == {
+        "k0": ("emssd_fix_draft_length", 0),
+        "auto": ("emssd_fix_draft_length", None),
+        "k3": ("emssd_fix_draft_length", 3),
+    }
+
+
+def test_proposers_are_told_to_the_engine_of_mixed() -> None:
+    asked = [Method(name, {}) for name in ("llma-auto", "mixed-auto", "auto")]
+    host, found = in_one_engine(asked)
+    assert host == asked[1]
+    assert {m.name: m.setting for m in found} == {
+        "llma-auto": ("emssd_use_proposer", "llma"),
+        "mixed-auto": ("emssd_use_proposer", None),
+        "auto": ("emssd_use_proposer", "draft_model"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["auto", "stock"], "cannot run 'stock'"),
+        (["k1", "k2"], "add one of them to --methods"),
+        (["mixed-auto", "auto", "k2"], "cannot run 'k2'"),
+        (["auto", "k17"], "kN up to 16"),
+    ],
+)
+def test_what_one_engine_cannot_run_is_refused(names: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        in_one_engine([Method(name, {}) for name in names])

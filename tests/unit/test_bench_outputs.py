@@ -1,49 +1,40 @@
-"""Figures, HTTP commands and the proposer's timing, from made-up measurements."""
+"""The bench command around its engines: what it asks for, writes, prints and draws."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from tests.unit.test_workloads import Words
 from vllm_emssd import cli
-from vllm_emssd.bench import proposer_time
 from vllm_emssd.bench.comparison import compare_all
 from vllm_emssd.bench.engine_process import EngineOptions
-from vllm_emssd.bench.harness import Measurement
-from vllm_emssd.bench.methods import Method, MethodOptions
-from vllm_emssd.bench.over_http import KEPT, load_command, summaries, write_prompts
-from vllm_emssd.bench.plots import (
-    FIGURES,
-    draw_acceptance,
-    draw_rows,
-    draw_speed_up,
-    label_of,
+from vllm_emssd.bench.methods import Method
+from vllm_emssd.bench.over_http import (
+    KEPT,
+    load_command,
+    serve_command,
+    summaries,
+    write_prompts,
 )
-from vllm_emssd.bench.provenance import provenance
-from vllm_emssd.bench.report import (
-    print_http_results,
-    print_proposer_times,
-    print_results,
-    write_result,
-)
+from vllm_emssd.bench.plots import draw_speed_up, label_of
+from vllm_emssd.bench.provenance import COMMIT, commit, provenance
+from vllm_emssd.bench.report import print_results, write_result
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
-from vllm_emssd.bench.server import Server, serve_command
 from vllm_emssd.commands import bench
 
-OPTIONS = EngineOptions("TARGET", "TOKENIZER", max_model_len=640, max_num_seqs=8)
 
-
-def result(in_one_engine: bool = False) -> dict[str, object]:
+def result() -> dict[str, Any]:
     """Two methods; llma accepts 1 and 3 drafts and is twice as fast at batch 8."""
 
     def rounds(s_per_token: float, sampled: int) -> list[Round]:
@@ -60,16 +51,16 @@ def result(in_one_engine: bool = False) -> dict[str, object]:
             for _ in range(3)
         ]
 
-    measured = Measurement(
-        rounds={
-            1: {"plain": rounds(0.5, 1), "llma": rounds(0.5, 2)},
-            8: {"plain": rounds(0.5, 1), "llma": rounds(0.25, 4)},
-        }
-    )
     return {
         "provenance": provenance(),
-        "workload": {"name": "copy"},
-        "results": compare_all(measured, [9], k=5, in_one_engine=in_one_engine),
+        "is_compiled": True,
+        "workload": {"name": "edit"},
+        "results": compare_all(
+            {
+                1: {"plain": rounds(0.5, 1), "llma": rounds(0.5, 2)},
+                8: {"plain": rounds(0.5, 1), "llma": rounds(0.25, 4)},
+            }
+        ),
     }
 
 
@@ -77,9 +68,9 @@ def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     path = tmp_path / "table2.json"
     write_result(path, result())
     assert cli.main(["plot", str(path), "-o", str(tmp_path / "figures")]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [str(tmp_path / f"figures/table2-{name}.png") for name in FIGURES]
-    assert all(Path(line).stat().st_size > 5000 for line in printed)
+    figure = tmp_path / "figures/table2-speed-up.png"
+    assert capsys.readouterr().out.splitlines() == [str(figure)]
+    assert figure.stat().st_size > 5000
 
 
 def test_plot_of_something_else(
@@ -98,14 +89,6 @@ def test_what_is_drawn() -> None:
     draw_speed_up(axes, result())
     (line,) = axes.containers
     assert line.lines[0].get_ydata().tolist() == [1.0, 2.0]
-    axes = Figure().subplots()
-    draw_acceptance(axes, result())
-    (bars,) = axes.containers
-    assert [(b.get_height(), round(b.get_x() + 0.4)) for b in bars] == [(1.0, 3)]
-    axes = Figure().subplots()
-    draw_rows(axes, result())
-    target, _ = axes.containers
-    assert [bar.get_height() for bar in target] == [10 / 2, 13 / 5]
 
 
 def test_figures_say_whose_method_it_is() -> None:
@@ -138,57 +121,73 @@ def test_result_file_is_small_and_whole(tmp_path: Path) -> None:
     assert second["ratios"]["llma/plain"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
 
 
-def test_bench_writes_rounds_only_if_told(
+def test_result_says_where_it_comes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"results": [], "raw": {"rounds": {"1": "all of them"}}}
-    monkeypatch.setattr(bench, "_compare", lambda args: dict(found))
-    small, large = tmp_path / "small.json", tmp_path / "large.json"
-    assert cli.main(["bench", "--output", str(small)]) == 0
-    assert "rounds" not in json.loads(small.read_text())
-    assert list(tmp_path.iterdir()) == [small]
-    command = ["bench", "--save-rounds", str(large), "--temperature", "0.5"]
-    assert cli.main(command) == 0
-    written = json.loads(large.read_text())
-    assert written["rounds"] == found["raw"]["rounds"]
+    monkeypatch.setattr(bench, "_compare", lambda args: {"results": []})
+    path = tmp_path / "result.json"
+    command = ["bench", "throughput", "--temperature", "0.5", "--output-json"]
+    assert cli.main([*command, str(path)]) == 0
+    written = json.loads(path.read_text())
     assert written["provenance"]["machine"]
     assert written["arguments"]["temperature"] == 0.5
+    assert written["arguments"]["verb"] == "throughput"
     assert "draft_model" not in written["arguments"]
 
 
 def test_printing_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    print_results(result()["results"])  # type: ignore[arg-type]
+    made = result()["results"]
+    print_results(made)
     printed = capsys.readouterr().out
     assert "llma/plain" in printed
+    assert "2 (2.00)" not in printed
+    assert "4 (2.00)" in printed
+    assert "TTFT" not in printed
     assert "preempted" not in printed
-    assert "as slow in all rounds" not in printed
-    print_results(result(in_one_engine=True)["results"])  # type: ignore[arg-type]
-    assert "as slow in all rounds" in capsys.readouterr().out
+    made[0]["methods"]["llma"]["num_preemptions"] = 1
+    counts = {"num_rows": 10, "num_kv_slots": 10}
+    padded = {"num_rows": 21, "num_kv_slots": 13}
+    made[0]["padding"] = {"llma": {"unpadded": counts, "vanilla": padded}}
+    made[1]["padding"] = {}
+    print_results(made)
+    printed = capsys.readouterr().out
+    assert "preempted" in printed
+    assert "2.10" in printed
+    assert "1.30" in printed
 
 
-def test_provenance_names_what_ran() -> None:
+def test_provenance_names_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     made = provenance()
     assert made["vllm"].startswith("0.")
     assert made["commit"]
     assert made["command"]
     assert "/" not in (made["environment"]["LD_PRELOAD"] or "")
     assert "cores" in made["machine"]
+    monkeypatch.setenv(COMMIT, "abc1234")
+    assert commit(Path("/")) == "abc1234"
+    monkeypatch.delenv(COMMIT)
+    assert commit(Path("/")) == ""
 
 
 # ---------------------------------------------------------------- over HTTP
 
 
 def test_server_of_a_method() -> None:
+    """Is asked for what an engine is."""
+    args = {"model": "TARGET", "max_model_len": 640, "enforce_eager": False}
+    options = EngineOptions(args | {"enable_prefix_caching": True})
     config = {"method": "emssd"}
-    command = serve_command(Method("llma", config), OPTIONS, port=1234)
-    assert json.loads(command[command.index("--speculative-config") + 1]) == config
-    assert command[command.index("--max-model-len") + 1] == "640"
-    plain = serve_command(Method("plain", None), OPTIONS, port=1234)
-    assert "--speculative-config" not in plain
-    assert list(plain) == list(command[: len(plain)])
+    command = serve_command(Method("llma", config), options, port=1234)
+    assert command[1:] == [
+        *["serve", "TARGET", "--port", "1234", "--max-model-len", "640"],
+        *["--no-enforce-eager", "--enable-prefix-caching"],
+        *["--speculative-config", json.dumps(config)],
+    ]
+    plain = serve_command(Method("plain", None), options, port=1234)
+    assert plain == command[: len(plain)] == command[:-2]
 
 
-def test_load_is_greedy_and_of_the_workload(tmp_path: Path) -> None:
+def test_load_is_greedy_and_of_the_dataset(tmp_path: Path) -> None:
     words = Words()
     requests = [
         Request(words.encode(text), n, {"temperature": 0.0})
@@ -199,10 +198,8 @@ def test_load_is_greedy_and_of_the_workload(tmp_path: Path) -> None:
         {"prompt": "a b", "output_tokens": 5},
         {"prompt": "c d e", "output_tokens": 6},
     ]
-    server = Server(Method("plain", None), "http://127.0.0.1:1", tmp_path / "log")
-    command = load_command(
-        server, OPTIONS, requests, prompts, 2, tmp_path / "result.json"
-    )
+    args = {"model": "TARGET", "tokenizer": "TOKENIZER"}
+    command = load_command("http://here", args, requests, prompts, 2)
     assert "--temperature=0.0" in command
     assert command[command.index("--max-concurrency") + 1] == "2"
     assert command[command.index("--num-prompts") + 1] == "2"
@@ -210,52 +207,61 @@ def test_load_is_greedy_and_of_the_workload(tmp_path: Path) -> None:
 
 def test_load_of_mixed_sampling_is_refused(tmp_path: Path) -> None:
     requests = [Request([1], 1, {"temperature": t}) for t in (0.0, 1.0)]
-    server = Server(Method("plain", None), "http://127.0.0.1:1", tmp_path / "log")
-    with pytest.raises(ValueError, match="leave --http away"):
-        load_command(server, OPTIONS, requests, tmp_path, 1, tmp_path / "r.json")
+    with pytest.raises(ValueError, match="bench throughput"):
+        load_command("http://here", {}, requests, tmp_path, 1)
 
 
 def test_http_summaries(capsys: pytest.CaptureFixture[str]) -> None:
-    rounds = {4: {"plain": [dict.fromkeys(KEPT, value) for value in (1.0, 9.0, 2.0)]}}
-    found = summaries(rounds)
-    plain = dict.fromkeys(KEPT, 2.0) | {"num_rounds": 3}
-    assert found == [{"concurrency": 4, "methods": {"plain": plain}, "ratios": {}}]
-    print_http_results(found)
-    assert "TTFT" in capsys.readouterr().out
+    rounds = {
+        4: {
+            name: [dict.fromkeys(KEPT, scale * value) for value in (1.0, 9.0, 2.0)]
+            for name, scale in (("plain", 1), ("auto", 3))
+        }
+    }
+    (found,) = summaries(rounds)
+    assert found["batch"] == 4
+    assert found["methods"]["plain"]["tokens_per_s"] == 2
+    assert found["methods"]["auto"]["p99_itl_ms"] == 6
+    assert found["ratios"]["auto/plain"]["ratio"] == pytest.approx(3)
+    print_results([found])
+    assert "first token" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- the proposer
+# ---------------------------------------------------------------- the command
 
 
-def test_proposer_is_timed_at_its_contexts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every context is reached, a few tokens a step, by every request."""
-    seen: list[tuple[int, int]] = []
+@pytest.mark.parametrize(
+    ("verb", "flag"), [("throughput", "--max-concurrency"), ("latency", "--batch-size")]
+)
+def test_verb_says_how_requests_follow(verb: str, flag: str) -> None:
+    args = parsed(verb, flag, "2", "4", "--num-iters", "3", "--methods", "plain", "k2")
+    plan = bench.plan_of(args)
+    assert plan.batches == [2, 4]
+    assert plan.rounds == 3
+    assert plan.is_continuous == (verb == "throughput")
+    assert [method.name for method in plan.methods] == ["plain", "k2"]
 
-    def recorder(num_reqs: int, options: MethodOptions) -> proposer_time.Propose:
-        def propose(token_ids: np.ndarray, num_tokens: np.ndarray) -> None:
-            known = int(num_tokens[0])
-            assert (num_tokens == known).all()
-            assert token_ids[:, :known].any(axis=1).all()
-            seen.append((num_reqs, known))
 
-        return propose
+def test_verb_lengths_is_one_engine() -> None:
+    plan = bench.plan_of(parsed("lengths"))
+    assert plan.host is not None
+    assert plan.host.name == "auto"
+    assert all(method.setting for method in plan.methods)
+    with pytest.raises(ValueError, match="of 'lengths' only"):
+        bench.plan_of(parsed("throughput", "--methods", "plain", "k0"))
 
-    monkeypatch.setattr(proposer_time, "CONTEXTS", (64, 256))
-    monkeypatch.setattr(proposer_time, "_ngram", recorder)
-    times = proposer_time.proposer_times(Words(), 2, 4, MethodOptions(None))
-    assert [(t["proposer"], t["num_context_tokens"]) for t in times] == [
-        ("llma", 64),
-        ("llma", 256),
-        ("ngram", 64),
-        ("ngram", 256),
-    ]
-    assert seen[0] == (2, 64 - 4 * 8)
-    assert seen[8] == (2, 64)
-    assert seen[-1] == (2, 256)
-    print_proposer_times(times)
-    assert "llma" in capsys.readouterr().out
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args([*arguments])
+
+
+def test_sizes_as_vllm_reads_them() -> None:
+    sizes = {"512M": 512 << 20, "2G": 2 << 30, "1K": 1024, "77": 77}
+    for text, size in sizes.items():
+        found = parsed("serve", "--kv-cache-memory-bytes", text)
+        assert found.kv_cache_memory_bytes == size
 
 
 def test_sigterm_ends_a_bench_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +279,7 @@ def test_sigterm_ends_a_bench_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(bench, "_compare", compare)
     with pytest.raises(KeyboardInterrupt):
-        cli.main(["bench", "--model", "TARGET"])
+        cli.main(["bench", "throughput", "--model", "TARGET"])
     assert ended == [True]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -284,6 +290,6 @@ def test_default_models_of_an_installed_package(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(bench, "SHIPPED_MODELS", tmp_path)
-    assert cli.main(["bench", "--quick"]) == 1
+    assert cli.main(["bench", "throughput"]) == 1
     said = capsys.readouterr().err
     assert "--model and --draft-model" in said

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tests.module_at import module_at
 from vllm_emssd.bench.comparison import compare_all
-from vllm_emssd.bench.harness import Measurement
+from vllm_emssd.bench.harness import Rounds
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
 
@@ -45,31 +45,28 @@ def made_round(seconds: float, outputs: list[list[int]], sampled: int) -> Round:
 
 
 @pytest.fixture
-def measured() -> Measurement:
+def measured() -> Rounds:
     """At two at once `emssd auto` is twice as fast as plain, at one half as fast, and
     there its second output goes another way."""
     right, wrong = [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 9, 6]]
-    return Measurement(
-        rounds={
-            1: {
-                "plain": [made_round(1.0, right, 1) for _ in range(2)],
-                "emssd auto": [made_round(2.0, right, 2), made_round(2.0, wrong, 2)],
-            },
-            2: {
-                "plain": [made_round(1.0, right, 1) for _ in range(2)],
-                "emssd auto": [made_round(0.5, right, 2) for _ in range(2)],
-            },
+    return {
+        1: {
+            "plain": [made_round(1.0, right, 1) for _ in range(2)],
+            "emssd auto": [made_round(2.0, right, 2), made_round(2.0, wrong, 2)],
         },
-        forwards={1: {}, 2: {}},
-    )
+        2: {
+            "plain": [made_round(1.0, right, 1) for _ in range(2)],
+            "emssd auto": [made_round(0.5, right, 2) for _ in range(2)],
+        },
+    }
 
 
 def test_table_tells_speeds_acceptance_rows_and_sameness(
-    demo: ModuleType, measured: Measurement
+    demo: ModuleType, measured: Rounds
 ) -> None:
     requests = [Request([1], 3, {}), Request([1], 3, {})]
     prompts = demo.Prompts(["question", "edit"], requests)
-    results = compare_all(measured, [1, 1], k=0)
+    results = compare_all(measured)
     console = Console(width=120)
     with console.capture() as capture:
         console.print(demo.make_table(measured, results, prompts))
@@ -80,8 +77,8 @@ def test_table_tells_speeds_acceptance_rows_and_sameness(
     assert ours == "emssd auto 3 (0.50) 12 (2.00) 2.00 1.00 2.00+0.33 1 of 2"
 
 
-def test_loss_is_told(demo: ModuleType, measured: Measurement) -> None:
-    results = compare_all(measured, [1, 1], k=0)
+def test_loss_is_told(demo: ModuleType, measured: Rounds) -> None:
+    results = compare_all(measured)
     assert list(demo.losses(results)) == [
         "emssd auto is slower than plain at 1 at once, by 50.0%."
     ]
@@ -89,7 +86,7 @@ def test_loss_is_told(demo: ModuleType, measured: Measurement) -> None:
 
 @pytest.mark.parametrize(("dtype", "excuses"), [("float32", 0), ("bfloat16", 1)])
 def test_another_output_is_told(
-    demo: ModuleType, measured: Measurement, dtype: str, excuses: int
+    demo: ModuleType, measured: Rounds, dtype: str, excuses: int
 ) -> None:
     names = ["plain", "emssd auto"]
     said = list(demo.describe_differences(measured, names, Words(), dtype))
@@ -100,10 +97,8 @@ def test_another_output_is_told(
     assert len(said) == 1 + excuses
 
 
-def test_an_output_that_ends_early_differs(
-    demo: ModuleType, measured: Measurement
-) -> None:
-    measured.rounds[2]["emssd auto"][0].outputs[0] = [1]
+def test_an_output_that_ends_early_differs(demo: ModuleType, measured: Rounds) -> None:
+    measured[2]["emssd auto"][0].outputs[0] = [1]
     _, early = demo.differences(measured, "emssd auto")
     assert (early.prompt, early.position, early.tokens) == (0, 1, (2, None))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,22 +10,24 @@ import pytest
 from torch import nn
 
 from vllm_emssd.bench import harness
-from vllm_emssd.bench.engine_process import EngineOptions, _Engine
+from vllm_emssd.bench.engine_process import (
+    GPU_SHARE,
+    EngineOptions,
+    _Engine,
+    shared_gpu,
+)
 from vllm_emssd.bench.harness import Plan, measure
-from vllm_emssd.bench.methods import Method, Setting
-from vllm_emssd.bench.provenance import COMMIT, commit
+from vllm_emssd.bench.methods import Method, in_one_engine
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
-from vllm_emssd.bench.step_profiler import Stopwatch
-from vllm_emssd.commands.bench import GPU_SHARE, add_arguments, plan_of, shared_gpu
+from vllm_emssd.bench.step_profiler import StepProfiler
 
-ONE_ENGINE = ["--one-engine", "--draft-model", "d", "--methods"]
 METHODS = [Method("plain", None), Method("other", {})]
-OPTIONS = EngineOptions("model", "tokenizer", max_model_len=64, max_num_seqs=2)
+OPTIONS = EngineOptions({"model": "model"})
 
 
 def requests(*max_tokens: int) -> list[Request]:
-    return [Request([1], n, {}, 0.0, "") for n in max_tokens]
+    return [Request([1], n, {}) for n in max_tokens]
 
 
 class NotedEngine:
@@ -35,12 +35,11 @@ class NotedEngine:
 
     made: list[NotedEngine]
     starts: list[str]  # what began to start, and what was waited for
+    rounds: list[tuple[Any, ...]]  # setting, sizes of batches, at once, continuous
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
-        self.method, self.is_closed = method, False
+        self.method, self.num_runs, self.is_closed = method, 0, False
         NotedEngine.starts.append(f"start {method.name}")
-        self.runs: list[tuple[list[int], int, bool]] = []  # of batches, at once, ...
-        self.settings: list[Setting | None] = []
         NotedEngine.made.append(self)
 
     def wait_until_ready(self) -> None:
@@ -51,11 +50,11 @@ class NotedEngine:
         batches: list[list[Request]],
         max_concurrency: int,
         is_continuous: bool,
-        setting: Setting | None = None,
+        setting: Any,
     ) -> Round:
         sizes = [len(batch) for batch in batches]
-        self.runs.append((sizes, max_concurrency, is_continuous))
-        self.settings.append(setting)
+        NotedEngine.rounds.append((setting, sizes, max_concurrency, is_continuous))
+        self.num_runs += 1
         return Round()
 
     def close(self) -> None:
@@ -64,20 +63,20 @@ class NotedEngine:
 
 @pytest.fixture(autouse=True)
 def noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    NotedEngine.made, NotedEngine.starts = [], []
+    NotedEngine.made, NotedEngine.starts, NotedEngine.rounds = [], [], []
     monkeypatch.setattr(harness, "EngineProcess", NotedEngine)
     monkeypatch.setattr(harness, "PAUSE_S", 0.0)
 
 
 def test_engines_start_anew_and_all_their_rounds_are_kept() -> None:
     plan = Plan(METHODS, batches=[1, 2], rounds=2, starts=3)
-    measured = measure(plan, OPTIONS, requests(4, 4))
+    rounds = measure(plan, OPTIONS, requests(4, 4))
     assert [e.method.name for e in NotedEngine.made] == ["plain", "other"] * 3
     assert all(engine.is_closed for engine in NotedEngine.made)
-    assert {len(r) for by in measured.rounds.values() for r in by.values()} == {3 * 2}
-    assert measured.rounds.keys() == measured.forwards.keys() == {1, 2}
+    assert rounds.keys() == {1, 2}
+    assert {len(r) for by in rounds.values() for r in by.values()} == {3 * 2}
     per_engine = 2 * (plan.rounds + plan.warm_up)
-    assert {len(engine.runs) for engine in NotedEngine.made} == {per_engine}
+    assert {engine.num_runs for engine in NotedEngine.made} == {per_engine}
 
 
 def test_engines_start_one_by_one_or_together() -> None:
@@ -91,35 +90,30 @@ def test_engines_start_one_by_one_or_together() -> None:
     assert NotedEngine.starts == [start_plain, start_other, wait_plain, wait_other]
 
 
-@pytest.mark.parametrize(
-    ("host", "rpc", "arguments"),
-    [
-        ("auto", "emssd_fix_draft_length", {"k0": 0, "auto": None, "k3": 3}),
-        (
-            "mixed-auto",
-            "emssd_use_proposer",
-            {"llma-auto": "llma", "mixed-auto": None, "auto": "draft_model"},
-        ),
-    ],
-)
-def test_methods_take_turns_in_one_engine(
-    host: str, rpc: str, arguments: dict[str, int | str | None]
-) -> None:
-    methods = [Method(name, {}) for name in arguments]
-    plan = Plan(methods, [2], rounds=1, starts=2, in_one_engine=True)
-    measured = measure(plan, OPTIONS, requests(4, 4))
-    assert [e.method.name for e in NotedEngine.made] == [host, host]
+def test_methods_take_turns_in_one_engine() -> None:
+    host, methods = in_one_engine([Method(n, {}) for n in ("k0", "auto", "k3")])
+    plan = Plan(methods, [2], rounds=1, starts=2, host=host)
+    rounds = measure(plan, OPTIONS, requests(4, 4))
+    assert [e.method.name for e in NotedEngine.made] == ["auto", "auto"]
     # The round that warms up goes backwards.
-    asked = [(rpc, argument) for argument in arguments.values()]
-    assert NotedEngine.made[0].settings == [*reversed(asked), *asked]
-    assert {name: len(r) for name, r in measured.rounds[2].items()} == dict.fromkeys(
-        arguments, 2
-    )
+    asked = [method.setting for method in methods]
+    assert [r[0] for r in NotedEngine.rounds] == [*reversed(asked), *asked] * 2
+    assert {n: len(r) for n, r in rounds[2].items()} == {"k0": 2, "auto": 2, "k3": 2}
 
 
-def test_each_engine_is_left_as_it_is_with_one_for_each_method() -> None:
-    measure(Plan(METHODS, [2], rounds=1), OPTIONS, requests(4, 4))
-    assert [e.settings for e in NotedEngine.made] == [[None, None]] * 2
+@pytest.mark.parametrize(("is_continuous", "sizes"), [(False, [2, 2]), (True, [6])])
+def test_batches_one_after_the_other_or_all_requests_at_once(
+    is_continuous: bool, sizes: list[int]
+) -> None:
+    plan = Plan(METHODS, [2], 1, num_prompts=3, is_continuous=is_continuous)
+    measure(plan, OPTIONS, requests(4, 4, 4, 4, 4, 4))
+    assert NotedEngine.rounds == [(None, sizes, 2, is_continuous)] * 4
+
+
+def test_whole_batches() -> None:
+    plan = Plan(METHODS, [1, 4, 24], rounds=3, num_prompts=6)
+    assert [plan.num_requests(batch) for batch in plan.batches] == [6, 8, 24]
+    assert plan.most_requests() == 24
 
 
 @pytest.mark.parametrize("num_engines", [1, 4])
@@ -131,13 +125,6 @@ def test_engines_share_a_gpu(monkeypatch: pytest.MonkeyPatch, num_engines: int) 
     assert share * num_engines == pytest.approx(GPU_SHARE)
 
 
-def test_a_copy_of_the_code_says_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(COMMIT, "abc1234")
-    assert commit(Path("/")) == "abc1234"
-    monkeypatch.delenv(COMMIT)
-    assert commit(Path("/")) == ""
-
-
 def test_steps_of_requests_of_an_earlier_round_are_not_recorded() -> None:
     """Scheduled asynchronously, a step of the last round comes with the next."""
     scheduler = SimpleNamespace(update_from_output=lambda scheduled, output: "updated")
@@ -146,8 +133,10 @@ def test_steps_of_requests_of_an_earlier_round_are_not_recorded() -> None:
     core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
     executor = SimpleNamespace(driver_worker=worker)
     engine = SimpleNamespace(engine_core=core, model_executor=executor)
-    stopwatch = Stopwatch(SimpleNamespace(llm_engine=engine))
-    stopwatch.request_index["new"] = 0
+    profiler = StepProfiler(SimpleNamespace(llm_engine=engine))
+    profiler.add("old")
+    done = profiler.start_round()
+    profiler.add("new")
     scheduled = SimpleNamespace(
         num_scheduled_tokens={"old": 3, "new": 2},
         scheduled_spec_decode_tokens={"old": [-1, -1], "new": [5]},
@@ -156,17 +145,7 @@ def test_steps_of_requests_of_an_earlier_round_are_not_recorded() -> None:
         sampled_token_ids=[[7], [5, 6]], req_id_to_index={"old": 0, "new": 1}
     )
     assert scheduler.update_from_output(scheduled, output) == "updated"
-    assert stopwatch.round.steps == [[RequestStep(0, 2, 1, 2)]]
-
-
-@pytest.mark.parametrize(("is_continuous", "sizes"), [(False, [2, 2]), (True, [6])])
-def test_batches_one_after_the_other_or_all_requests_at_once(
-    is_continuous: bool, sizes: list[int]
-) -> None:
-    plan = Plan(METHODS, [2], 1, min_requests=3, is_continuous=is_continuous)
-    measure(plan, OPTIONS, requests(4, 4, 4, 4, 4, 4))
-    wanted = {str((sizes, 2, is_continuous))}
-    assert {str(run) for e in NotedEngine.made for run in e.runs} == wanted
+    assert done.steps == [[RequestStep(0, 2, 1, 2)]]
 
 
 class CountingEngine:
@@ -177,9 +156,6 @@ class CountingEngine:
         self.total: dict[str, int] = {}
         self.aborted: list[str] = []
         self.concurrency: list[int] = []
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.left)
 
     def step(self) -> list[Any]:
         self.concurrency.append(len(self.left))
@@ -228,23 +204,3 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
     assert sum(map(len, done)) == num_tokens
     assert counting.concurrency == seen
     assert len(counting.aborted) == num_aborted
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--http", "--starts", "2"], "leave out --starts"),
-        (["--http", "--continuous"], "leave out --starts, --start-together"),
-        (["--continuous", "--methods", "llma", "llma-padded"], "runs whole batches"),
-        (["--draft-model", "d", "--methods", "plain", "k0"], "needs --one-engine"),
-        ([*ONE_ENGINE, "auto", "stock"], "leave out stock"),
-        ([*ONE_ENGINE, "k1", "k2"], "add one of them to --methods"),
-        ([*ONE_ENGINE, "mixed-auto", "auto", "k2"], "leave out k2"),
-        ([*ONE_ENGINE, "auto", "k17"], "no kN above --auto-tokens"),
-    ],
-)
-def test_flags_that_do_not_go_together_are_refused(flags: list[str], says: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    with pytest.raises(ValueError, match=says):
-        plan_of(parser.parse_args(["--methods", "plain", *flags]))

@@ -14,10 +14,8 @@ from vllm_emssd.bench.vanilla import (
     DecodeCounts,
     Verified,
     VerifiedRequest,
-    padded_input_counts,
     replay,
-    unpadded_counts,
-    vanilla_counts,
+    replay_round,
 )
 
 # Two requests; the first accepts more and finishes first, and both draft unequally.
@@ -25,36 +23,26 @@ LONG = VerifiedRequest(10, [Verified(3, 3), Verified(0, 0)])
 SHORT = VerifiedRequest(6, [Verified(1, 0), Verified(2, 1), Verified(1, 1)])
 
 
-def test_unpadded_by_hand() -> None:
-    rows = [(4, 14), (1, 15), (2, 8), (3, 10), (2, 11)]
-    assert unpadded_counts([LONG, SHORT]) == DecodeCounts(
-        num_rows=12, num_kv_slots=58, num_row_slots=sum(r * s for r, s in rows)
-    )
-
-
-def test_padded_inputs_by_hand() -> None:
-    rows = [(4, 14), (3, 17), (4, 10), (3, 10), (2, 11)]
-    assert padded_input_counts([LONG, SHORT]) == DecodeCounts(
-        num_rows=16, num_kv_slots=62, num_row_slots=sum(r * s for r, s in rows)
-    )
-
-
-def test_vanilla_by_hand() -> None:
-    """Aligned lengths before the steps: 10, 14 (4 accepted), 16 (2); own lengths of
-    the short one: 6, 7, 9. The long one left after two steps."""
-    rows = [(4, 14), (4, 14), (3, 17), (3, 17), (2, 18)]
-    assert vanilla_counts([LONG, SHORT]) == DecodeCounts(
-        num_rows=16,
-        num_kv_slots=80,
-        num_row_slots=sum(r * s for r, s in rows),
-        num_padding_slots=4 + 7 + 7,
-        most_padding_slots=7,
-    )
+def test_three_rules_by_hand() -> None:
+    """Vanilla's aligned lengths before the steps are 10, 14 (4 accepted), 16 (2); own
+    lengths of the short one 6, 7, 9. The long one left after two steps."""
+    found = replay([[LONG, SHORT]])
+    own = [(4, 14), (1, 15), (2, 8), (3, 10), (2, 11)]  # rows, positions read
+    padded_inputs = [(4, 14), (3, 17), (4, 10), (3, 10), (2, 11)]
+    vanilla = [(4, 14), (4, 14), (3, 17), (3, 17), (2, 18)]
+    for counts, steps in (
+        (found.unpadded, own),
+        (found.padded_inputs, padded_inputs),
+        (found.vanilla, vanilla),
+    ):
+        rows, slots = map(sum, zip(*steps, strict=True))
+        assert counts == DecodeCounts(num_rows=rows, num_kv_slots=slots)
 
 
 def test_equal_requests_need_no_padding() -> None:
     same = [VerifiedRequest(8, [Verified(2, 1), Verified(2, 2)])] * 3
-    assert vanilla_counts(same) == padded_input_counts(same) == unpadded_counts(same)
+    found = replay([same])
+    assert found.vanilla == found.padded_inputs == found.unpadded
 
 
 def test_impossible_trace() -> None:
@@ -74,16 +62,10 @@ def test_replay_of_batches_in_turn() -> None:
             [RequestStep(short, 2, 1, 2)],
         ]
 
-    found = replay(Round(steps=steps(0) + steps(2)), [10, 6, 10, 6], batch_size=2)
-    for counts, of_one in (
-        (found.unpadded, unpadded_counts),
-        (found.padded_inputs, padded_input_counts),
-        (found.vanilla, vanilla_counts),
-    ):
-        one = of_one([LONG, SHORT])
-        assert counts == one + one
-        assert counts.num_rows == 2 * one.num_rows
-        assert counts.most_padding_slots == one.most_padding_slots
+    done = Round(steps=steps(0) + steps(2))
+    found = replay_round(done, [10, 6, 10, 6], batch_size=2)
+    assert found == replay([[LONG, SHORT], [LONG, SHORT]])
+    assert found.vanilla.num_rows == 2 * replay([[LONG, SHORT]]).vanilla.num_rows
 
 
 # ---------------------------------------------------------------- against the real one
@@ -142,15 +124,10 @@ def test_a_vanilla_that_pads_counts_the_same(
 
     traces = [trace for _, trace in expected]
     assert naive.accepted == [[tuple(s) for s in trace.steps] for trace in traces]
-    counts = vanilla_counts(traces)
-    for name in (
-        "num_rows",
-        "num_kv_slots",
-        "num_row_slots",
-        "num_padding_slots",
-        "most_padding_slots",
-    ):
-        assert getattr(naive, name) == getattr(counts, name), name
+    found = replay([traces])
+    assert naive.num_rows == found.vanilla.num_rows
+    assert naive.num_kv_slots == found.vanilla.num_kv_slots
     assert any(s.num_accepted for trace in traces for s in trace.steps)
     assert any(s.num_accepted < s.num_drafts for trace in traces for s in trace.steps)
-    assert (counts.num_padding_slots > 0) == (batch_size > 1)
+    pads = found.vanilla.num_kv_slots > found.padded_inputs.num_kv_slots
+    assert pads == (batch_size > 1)

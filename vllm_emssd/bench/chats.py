@@ -7,8 +7,10 @@ documents where there is a checkout, Python's manual, held-out source files.
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, cycle
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_emssd.bench import corpus
-from vllm_emssd.bench.copying import commonest_name
 from vllm_emssd.bench.corpus import Text
 from vllm_emssd.bench.request import Prompt, Tokenizer
 
@@ -24,6 +25,7 @@ REPOSITORY = Path(__file__).parents[2]  # in a checkout
 OWN_DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
 PASSAGE_CHARS = range(500, 1600)
 CODE_CHARS = range(300, 1200)
+IDENTIFIER = re.compile(r"[A-Za-z_]\w{2,}")
 MAX_PROMPTS = 96  # of a kind
 
 Builder = Callable[[Tokenizer, int], list[Prompt]]
@@ -164,3 +166,9 @@ def _parts(document: Text) -> Iterator[Text]:
         part = f"{part}\n\n{text}" if part else text
     if len(part) in PASSAGE_CHARS:
         yield Text(document.source, part)
+
+
+def commonest_name(code: str) -> str:
+    """The identifier that occurs most often; of equals the first."""
+    names = [n for n in IDENTIFIER.findall(code) if not keyword.iskeyword(n)]
+    return Counter(names).most_common(1)[0][0] if names else "self"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from vllm_emssd.bench.harness import Measurement
-from vllm_emssd.bench.kv_price import estimate, row_slot_ms
-from vllm_emssd.bench.machine_speed import slowness
-from vllm_emssd.bench.methods import AUTOMATIC, FIXED_LENGTH
+from vllm_emssd.bench.harness import Rounds
+from vllm_emssd.bench.methods import AUTOMATIC, FIXED_LENGTH, MIXED, VLLM_OWN
 from vllm_emssd.bench.round import Round
-from vllm_emssd.bench.row_costs import row_cost
-from vllm_emssd.bench.vanilla import replay
+from vllm_emssd.bench.vanilla import replay_round
 
 NUM_RESAMPLES = 4000
 COVERAGE = 0.95
@@ -29,20 +26,9 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("llma", "ngram-longest"),
     ("llma", "suffix"),
     ("llma", "llma-padded"),
-    ("auto", "emssd"),
-    ("llma-auto", "llma"),
-    ("mixed-auto", "auto"),
-    ("mixed-auto", "llma-auto"),
+    ("llma-auto", "llma-padded"),
     ("mixed-auto", "suffix"),
 )
-# Unpadded and padded sides of the paper's vanilla.
-PADDED: dict[str, str] = {"llma": "llma-padded", "emssd": "padded"}
-# Methods that choose by themselves, against the better of those a user chooses from.
-AGAINST_BEST: dict[str, tuple[str, ...]] = {
-    "auto": ("plain", "stock"),
-    "llma-auto": ("plain", "ngram"),
-    "mixed-auto": ("auto", "llma-auto"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,182 +65,84 @@ def spread(seconds: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def compare(
-    batch: int, rounds: dict[str, list[Round]], k: int, in_one_engine: bool = False
-) -> dict[str, Any]:
-    """One batch size, all methods."""
-    seconds = {name: [r.s_per_token for r in done] for name, done in rounds.items()}
-    return {
-        "batch": batch,
-        "methods": {name: _summary(done) for name, done in rounds.items()},
-        "ratios": ratios(seconds),
-        "at_equal_speed": (
-            at_equal_speed(rounds) if in_one_engine and _saw_target(rounds) else None
-        ),
-        "saving": saving(batch, rounds, k) if _tells_saving(rounds) else None,
-    }
-
-
-def at_equal_speed(rounds: dict[str, list[Round]]) -> dict[str, dict[str, float]]:
-    """The ratios had the machine been as slow in all rounds."""
-    slow = slowness(rounds)
-    return ratios(
-        {
-            name: [r.s_per_token / s for r, s in zip(done, slow[name], strict=True)]
-            for name, done in rounds.items()
-        }
-    )
-
-
-def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """By name: `emssd/stock`, `auto/best(plain, stock)`. In one engine that speculates,
-    `k0` is what comes nearest to plain decoding."""
-    plain = "plain" if "plain" in seconds else "k0"
-    over_plain = [(name, plain) for name in seconds if name != plain]
-    pairs: dict[str, tuple[str, tuple[str, ...]]] = {
-        f"{a}/{b}": (a, (b,)) for a, b in (*over_plain, *PAIRS)
-    }
-    lengths = tuple(n for n in seconds if n == "plain" or FIXED_LENGTH.fullmatch(n))
-    if len(lengths) > 1:
-        pairs[f"{AUTOMATIC}/best({', '.join(lengths)})"] = (AUTOMATIC, lengths)
-    for name, others in AGAINST_BEST.items():
-        pairs[f"{name}/best({', '.join(others)})"] = (name, others)
-    return {
-        title: asdict(speed_ratio(seconds[name], [seconds[other] for other in others]))
-        for title, (name, others) in pairs.items()
-        if {name, *others} <= seconds.keys()
-    }
-
-
-def geometric_means(
-    results: Sequence[dict[str, Any]], which: str = "ratios"
-) -> dict[str, float]:
-    """Of each ratio, over the batch sizes."""
-    return {
-        title: float(
-            np.exp(np.mean([np.log(r[which][title]["ratio"]) for r in results]))
-        )
-        for title in results[0][which]
-    }
-
-
-def compare_all(
-    measured: Measurement,
-    num_prompt_tokens: Sequence[int],
-    k: int,
-    in_one_engine: bool = False,
-) -> list[dict[str, Any]]:
-    """One result a batch size. num_prompt_tokens: of the workload's requests."""
+def compare_all(rounds: Rounds) -> list[dict[str, Any]]:
+    """One result for each number of requests at once."""
     return [
-        compare(batch, rounds, k, in_one_engine)
-        | {"vanilla": vanilla(batch, measured, num_prompt_tokens)}
-        for batch, rounds in measured.rounds.items()
+        {
+            "batch": batch,
+            "methods": {name: summary(done) for name, done in by_method.items()},
+            "ratios": ratios(
+                {n: [r.s_per_token for r in done] for n, done in by_method.items()}
+            ),
+        }
+        for batch, by_method in rounds.items()
     ]
 
 
-def vanilla(
-    batch: int, measured: Measurement, num_prompt_tokens: Sequence[int]
-) -> dict[str, Any]:
-    """Of each unpadded method that ran beside its padded twin: what the paper's
-    vanilla would have computed, and, where K/V was priced, taken."""
-    rounds, estimates = measured.rounds[batch], {}
-    for name, padded in PADDED.items():
-        if not {name, padded} <= rounds.keys():
-            continue
-        num_requests = 1 + max(e.request for s in rounds[name][0].steps for e in s)
-        lens = num_prompt_tokens[:num_requests]
-        replays = [replay(done, lens, batch) for done in rounds[name]]
-        price = row_slot_ms(measured.forwards[batch].get(padded, ()))
-        estimates[name] = estimate(replays, rounds[name], rounds[padded], price)
-    return estimates
+def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Of seconds a token by method and round: `emssd/stock`, `auto/best(plain, stock)`.
+
+    The base is `plain`; in one engine that speculates, `k0` comes nearest to it.
+    """
+    base = "plain" if "plain" in seconds else "k0"
+    lengths = [name for name in seconds if FIXED_LENGTH.fullmatch(name)]
+    others = [n for n in seconds if n == "plain" or VLLM_OWN.fullmatch(n)]
+    ours = [name for name in seconds if name not in others + lengths]
+    compared = [(name, [base]) for name in seconds if name != base]
+    compared += [(a, [b]) for a, b in PAIRS]
+    compared += [(name, others) for name in ours if len(others) > 1]
+    if len(lengths) > 1:
+        has_plain = ["plain"] if "plain" in seconds else []
+        compared.append((AUTOMATIC, has_plain + lengths))
+    compared.append((MIXED, [AUTOMATIC, "llma-auto"]))
+    return {
+        _title(name, against): asdict(
+            speed_ratio(seconds[name], [seconds[other] for other in against])
+        )
+        for name, against in compared
+        if {name, *against} <= seconds.keys()
+    }
 
 
-def _summary(rounds: list[Round]) -> dict[str, Any]:
+def _title(name: str, against: Sequence[str]) -> str:
+    is_one = len(against) == 1
+    return f"{name}/{against[0]}" if is_one else f"{name}/best({', '.join(against)})"
+
+
+def padding(
+    batch: int, rounds: Mapping[str, Sequence[Round]], num_prompt_tokens: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """What the paper's vanilla would have computed for the drafts that our unpadded
+    methods made. Of whole batches.
+
+    num_prompt_tokens: of the workload's requests.
+    """
+    return {
+        name: asdict(
+            replay_round(
+                rounds[name][0],
+                num_prompt_tokens[: len(rounds[name][0].outputs)],
+                batch,
+            )
+        )
+        for name in ("llma", "llma-auto", "emssd")
+        if name in rounds
+    }
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians over the rounds; the histogram is of all rounds together."""
-    dicts = [r.as_dict() for r in rounds]
-    accepted = sum((Counter(d["accepted_histogram"]) for d in dicts), Counter())
-
-    def middle(of: Callable[[dict[str, Any]], float]) -> float:
-        return float(median(map(of, dicts)))
-
+    accepted = sum((r.accepted_histogram() for r in rounds), Counter())
     return {
         "tokens_per_s": 1 / median(r.s_per_token for r in rounds),
-        "seconds": median(r.seconds for r in rounds),
         "spread": spread([r.s_per_token for r in rounds]),
         "num_rounds": len(rounds),
-        **{
-            name: middle(lambda d, name=name: d[name])  # type: ignore[misc]
-            for name in (
-                "num_steps",
-                "num_request_steps",
-                "num_draft_tokens",
-                "num_accepted_tokens",
-                "accepted_per_request_step",
-                "accepted_per_verified_row",
-                "target_rows",
-                "target_rows_decode",
-                "draft_rows",
-                "draft_forwards",
-                "num_preemptions",
-            )
-        },
-        "step_ms": {
-            part: middle(lambda d, of=of: of(d) / d["num_steps"])  # type: ignore[misc]
-            for part, of in STEP_PARTS.items()
-        },
-        "accepted_histogram": dict(sorted(accepted.items(), key=lambda n: int(n[0]))),
+        **_medians([r.counts() for r in rounds]),
+        "step_ms": _medians([r.step_ms() for r in rounds]),
+        "accepted_histogram": dict(sorted(accepted.items())),
+        "emssd_stats": _medians([r.emssd_stats for r in rounds]),
     }
 
 
-# How a step's time splits. Drafting's own part is what its models do not take.
-STEP_PARTS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "target": lambda d: d["target_ms"],
-    "draft model": lambda d: d["draft_ms"] + d["draft_logits_ms"],
-    "drafting, rest": lambda d: d["propose_ms"] - d["draft_ms"] - d["draft_logits_ms"],
-    "rest": lambda d: d["seconds"] * 1e3 - d["target_ms"] - d["propose_ms"],
-}
-
-
-def _tells_saving(rounds: dict[str, list[Round]]) -> bool:
-    """Rows of both models were timed, of stock and emssd."""
-    return {"stock", "emssd"} <= rounds.keys() and _saw_target(rounds)
-
-
-def _saw_target(rounds: dict[str, list[Round]]) -> bool:
-    """Each forward was timed: on a GPU, those replayed from a full graph are not."""
-    return all(
-        r.saw_target_forwards and r.target_forwards
-        for done in rounds.values()
-        for r in done
-    )
-
-
-def saving(batch: int, rounds: dict[str, list[Round]], k: int) -> dict[str, float]:
-    """emssd against stock: what the rows saved should earn, and what they did."""
-    most_rows = batch * (k + 2)
-    draft = [f for s in ("stock", "emssd") for r in rounds[s] for f in r.draft_forwards]
-    target = [f for done in rounds.values() for r in done for f in r.target_forwards]
-    _, draft_row_ms = row_cost(draft, most_rows)
-    _, target_row_ms = row_cost(target, most_rows)
-    ours, stock = rounds["emssd"], rounds["stock"]
-    num_tokens = median(r.num_tokens for r in ours)
-    rows_saved = num_tokens * (
-        median(r.draft_rows / r.num_tokens for r in stock)
-        - median(r.draft_rows / r.num_tokens for r in ours)
-    )
-    predicted_s = rows_saved * draft_row_ms / 1e3
-    saved_s = num_tokens * (
-        median(r.s_per_token for r in stock) - median(r.s_per_token for r in ours)
-    )
-    forwards_ms = median(r.draft_ms + r.logits_ms for r in ours)
-    own_ms = median(r.propose_ms - r.draft_ms - r.logits_ms for r in ours)
-    return {
-        "draft_row_ms": draft_row_ms,
-        "target_row_ms": target_row_ms,
-        "row_cost_ratio": draft_row_ms / target_row_ms,
-        "draft_rows_saved": rows_saved,
-        "predicted_saving_s": predicted_s,
-        "saving_s": saved_s,
-        "saving_over_predicted": saved_s / predicted_s,
-        "bookkeeping_over_forwards": own_ms / forwards_ms,
-    }
+def _medians(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(median(d[key] for d in dicts)) for key in dicts[0]}

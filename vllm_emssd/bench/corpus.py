@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import random
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,14 +22,6 @@ MIN_PROSE_CHARS = 400
 class Text:
     source: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentedFunction:
-    source: str
-    signature: str  # name(arguments)
-    definition: str  # the def line, then the docstring as it stands there
-    docstring: str  # without its indentation
 
 
 def is_held_out(name: str) -> bool:
@@ -66,31 +56,6 @@ def _readable(path: Path) -> str | None:
     text = path.read_text(encoding="utf-8", errors="replace")
     is_generated = "generated" in text[:400].lower()
     return None if is_generated or not text.isascii() else text
-
-
-@cache
-def documented_functions() -> tuple[DocumentedFunction, ...]:
-    """Functions and classes of the held-out files that say what they do."""
-    found = [one for text in held_out_sources() for one in _documented(text)]
-    random.Random(0).shuffle(found)
-    return tuple(found)
-
-
-def _documented(text: Text) -> Iterator[DocumentedFunction]:
-    lines = text.text.splitlines()
-    for node in ast.walk(ast.parse(text.text)):
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        docstring = ast.get_docstring(node)
-        if docstring is None or len(docstring) < MIN_PROSE_CHARS:
-            continue
-        end = node.body[0].end_lineno
-        yield DocumentedFunction(
-            source=f"{text.source}:{node.lineno}",
-            signature=f"{node.name}({ast.unparse(node.args)})",
-            definition="\n".join(lines[node.lineno - 1 : end]),
-            docstring=docstring,
-        )
 
 
 @cache

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,30 @@ from vllm_emssd.bench.round import Round
 
 PREEMPTIONS = "vllm:num_preemptions"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"  # stock samples drafted rows wrongly on the CPU
+GPU_SHARE = 0.9  # of its memory, for all engines together
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Alike for every method of a run."""
 
-    model: str
-    tokenizer: str
-    max_model_len: int
-    max_num_seqs: int
-    dtype: str = "bfloat16"
-    kv_cache_mib: int = 512
+    engine_args: dict[str, Any]  # as `vllm.LLM` takes them, `model` among them
     fix_cpu_sampling: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # more of `vllm.LLM`'s
     logs: Path | None = None  # folder that gets what each engine prints
 
 
 class EngineError(RuntimeError):
     """An engine did not start, or died; its own message is in it."""
+
+
+def shared_gpu(num_engines: int) -> dict[str, Any]:
+    """What each engine may ask for of a GPU on which all run: K/V caches have a size of
+    their own, and this is what vLLM wants to find free."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu_memory_utilization": GPU_SHARE / num_engines}
 
 
 class EngineProcess:
@@ -45,7 +51,7 @@ class EngineProcess:
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
         context = multiprocessing.get_context("spawn")
-        self.method = method
+        self._name = method.name
         self._pipe, child = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(method, options, child), daemon=True
@@ -88,12 +94,12 @@ class EngineProcess:
         except EOFError:
             self._process.join(timeout=10)
             raise EngineError(
-                f"the engine of {self.method.name!r} died, exit code "
+                f"the engine of {self._name!r} died, exit code "
                 f"{self._process.exitcode}; -9 is the kernel's for want of memory: "
-                "compare fewer methods, or lower --kv-cache-mib"
+                "compare fewer methods, or lower --kv-cache-memory-bytes"
             ) from None
         if isinstance(answer, str) and answer != "ready":
-            raise EngineError(f"the engine of {self.method.name!r} failed:\n{answer}")
+            raise EngineError(f"the engine of {self._name!r} failed:\n{answer}")
         return answer
 
 
@@ -130,29 +136,17 @@ class _Engine:
             os.environ[CPU_FIXES_SWITCH] = "1"
         from vllm import LLM
 
-        from vllm_emssd.bench.step_profiler import Stopwatch
+        from vllm_emssd.bench.step_profiler import StepProfiler
 
         self._llm = LLM(
-            options.model,
-            tokenizer=options.tokenizer,
-            dtype=options.dtype,  # type: ignore[arg-type]
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            kv_cache_memory_bytes=options.kv_cache_mib << 20,
+            **options.engine_args,
             speculative_config=method.speculative_config,
-            **(
-                {
-                    "enforce_eager": True,
-                    "enable_prefix_caching": False,
-                    "disable_log_stats": False,
-                    "use_tqdm_on_load": False,
-                    "seed": 0,
-                }
-                | options.options
-            ),
+            disable_log_stats=False,
+            use_tqdm_on_load=False,
+            seed=0,
         )
         self._is_emssd = (method.speculative_config or {}).get("method") == "emssd"
-        self._stopwatch = Stopwatch(self._llm)
+        self._profiler = StepProfiler(self._llm)
         self._num_requests = 0
         self._setting: Setting | None = None
 
@@ -166,8 +160,7 @@ class _Engine:
         if setting is not None and setting != self._setting:
             method, argument = self._setting = setting
             self._llm.collective_rpc(method, args=(argument,))
-        self._stopwatch.round = done = Round()
-        self._stopwatch.request_index.clear()
+        done = self._profiler.start_round()
         stats, preemptions = self._emssd_stats(), self._num_preemptions()
         start = time.perf_counter()
         for batch in batches:
@@ -188,23 +181,14 @@ class _Engine:
         engine = self._llm.llm_engine
         outputs: dict[str, Sequence[int]] = {}
         running: set[str] = set()
-        waiting = sorted(batch, key=lambda request: request.arrival_ms)
-        start = time.perf_counter()
-        while waiting or engine.has_unfinished_requests():
-            elapsed_ms = (time.perf_counter() - start) * 1e3
-            while (
-                waiting
-                and waiting[0].arrival_ms <= elapsed_ms
-                and len(running) < max_concurrency
-            ):
-                name = self._add(waiting.pop(0))
+        waiting = deque(batch)
+        while waiting or running:
+            while waiting and len(running) < max_concurrency:
+                name = self._add(waiting.popleft())
                 running.add(name)
                 outputs[name] = []
             if is_continuous and not waiting:
                 break
-            if not engine.has_unfinished_requests():
-                time.sleep((waiting[0].arrival_ms - elapsed_ms) / 1e3)
-                continue
             for output in engine.step():
                 tokens = output.outputs[0].token_ids  # type: ignore[union-attr]
                 outputs[output.request_id] = tokens
@@ -221,15 +205,11 @@ class _Engine:
             ignore_eos=not request.stops_at_eos,
             **request.sampling,
         )
-        index = self._stopwatch.request_index
         self._num_requests += 1
         name = str(self._num_requests)
-        req_id = self._llm.llm_engine.add_request(
-            name,
-            {"prompt_token_ids": request.prompt_token_ids},
-            params,
-        )
-        index[req_id] = len(index)
+        prompt = {"prompt_token_ids": request.prompt_token_ids}
+        req_id = self._llm.llm_engine.add_request(name, prompt, params)  # type: ignore[arg-type]
+        self._profiler.add(req_id)
         return name
 
     def _emssd_stats(self) -> dict[str, int]:

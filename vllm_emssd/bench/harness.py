@@ -1,4 +1,4 @@
-"""Runs all methods on the same batches, in turns, so that whatever else the machine
+"""Runs all methods on the same requests, in turns, so that whatever else the machine
 does falls on all alike."""
 
 from __future__ import annotations
@@ -6,239 +6,125 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from vllm_emssd.bench.engine_process import EngineOptions, EngineProcess
-from vllm_emssd.bench.kv_price import Forward, decode_forwards, stretched
-from vllm_emssd.bench.methods import Method, Setting, host_of, setting_of
+from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 
 PAUSE_S = 0.3  # until an idle engine's OpenMP threads stop spinning (200 ms)
 
-T = TypeVar("T")  # what a method gives for a round, or is run by
-Rounds = dict[int, dict[str, list[Round]]]  # batch size -> method -> rounds
+S = TypeVar("S")  # what runs a method: an engine or a server
+T = TypeVar("T")  # what it gives for a round
+Results = dict[int, dict[str, list[T]]]  # requests at once -> method -> its rounds
+Rounds = Results[Round]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. A round of a batch size is at least `min_requests` requests, in
-    batches one after the other."""
+    """What to run. A round at `batch` requests at once is at least `num_prompts`
+    requests, a multiple of `batch`."""
 
     methods: Sequence[Method]
     batches: Sequence[int]
     rounds: int
-    min_requests: int = 1
+    num_prompts: int = 1
     warm_up: int = 1  # rounds of each batch size that are not kept, after each start
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
     starts_together: bool = False  # what starts keeps several cores busy
-    in_one_engine: bool = False  # see `methods.host_of`
-    priced: Sequence[str] = ()  # methods that also run with stretched contexts
+    host: Method | None = None  # whose engine runs all methods, by their settings
 
     def num_requests(self, batch: int) -> int:
-        """Of one round: whole batches. A continuous one ends when none is left to
-        start, so it has one more."""
-        num_batches = max(1, -(-self.min_requests // batch)) + self.is_continuous
+        """Of one round. A continuous one ends when none is left to start, so it has
+        `batch` more."""
+        num_batches = max(1, -(-self.num_prompts // batch)) + self.is_continuous
         return batch * num_batches
-
-    def engines(self) -> Sequence[Method]:
-        """The methods that have an engine."""
-        host = host_of(self.methods) if self.in_one_engine else None
-        return self.methods if host is None else [host]
-
-    def hosts(
-        self, engines: Sequence[EngineProcess]
-    ) -> Iterator[tuple[Method, EngineProcess]]:
-        """Each method, and the engine that runs it."""
-        one = [*engines] * len(self.methods) if self.in_one_engine else engines
-        return zip(self.methods, one, strict=True)
-
-    def setting(self, method: Method) -> Setting | None:
-        """What its engine is told before its turn, if anything."""
-        host = host_of(self.methods) if self.in_one_engine else None
-        return None if host is None else setting_of(method, host)
-
-    def num_turns(self) -> int:
-        """Of all batch sizes: rounds of every method."""
-        return self.starts * len(self.batches) * (self.rounds + self.warm_up)
 
     def most_requests(self) -> int:
         return max(self.num_requests(batch) for batch in self.batches)
 
 
-def in_batches(requests: Sequence[Request], size: int) -> list[list[Request]]:
-    return [list(requests[i : i + size]) for i in range(0, len(requests), size)]
+def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> Rounds:
+    """One engine for each method, or one for all."""
 
-
-@dataclass(slots=True)
-class Measurement:
-    rounds: Rounds = field(default_factory=dict)
-    # batch size -> method -> decoding steps over short and long contexts
-    forwards: dict[int, dict[str, list[Forward]]] = field(default_factory=dict)
-
-    def add(self, other: Measurement) -> None:
-        """The same batch sizes and methods, measured again."""
-        _add(self.rounds, other.rounds)
-        _add(self.forwards, other.forwards)
-
-    def as_dict(self) -> dict[int, dict[str, list[dict[str, Any]]]]:
-        """Every round: by batch size, then by method."""
-        return {
-            batch: {
-                name: [r.as_dict() for r in done] for name, done in by_method.items()
-            }
-            for batch, by_method in self.rounds.items()
-        }
-
-    def last_costs(self) -> dict[str, Any]:
-        """What forwards cost by the engine's own tables in the end; empty where no
-        method has automatic lengths."""
-        found: dict[str, Any] = {}
-        for by_method in self.rounds.values():
-            for done in by_method.values():
-                for one in done:
-                    found = one.emssd_costs or found
-        return found
-
-
-def _add(
-    known: dict[int, dict[str, list[T]]], more: dict[int, dict[str, list[T]]]
-) -> None:
-    for batch, by_method in more.items():
-        of_batch = known.setdefault(batch, {})
-        for name, found in by_method.items():
-            of_batch.setdefault(name, []).extend(found)
-
-
-def measure(
-    plan: Plan, options: EngineOptions, requests: Sequence[Request]
-) -> Measurement:
-    """Raises ValueError where there are too few requests."""
-    if len(requests) < plan.most_requests():
-        raise ValueError(
-            f"the workload has {len(requests)} requests, {plan.most_requests()} are "
-            "needed: lower --batches or --min-requests, or give a larger workload"
-        )
-    measured = Measurement()
-    with progress_bars() as progress:
-        bar = progress.add_task("rounds", total=plan.num_turns())
-        for _ in range(plan.starts):
-            measured.add(_measure_once(plan, options, requests, progress, bar))
-    return measured
-
-
-def _measure_once(
-    plan: Plan,
-    options: EngineOptions,
-    requests: Sequence[Request],
-    progress: Progress,
-    bar: TaskID,
-) -> Measurement:
-    """From the start of all engines to their end."""
-    measured = Measurement()
-    with contextlib.ExitStack() as stack:
-        engines = start_each(
-            "engines",
-            plan.engines(),
-            lambda method: _running(method, options, plan.starts_together),
-            progress,
-            stack,
-        )
-        if plan.starts_together:
-            for engine in engines:
+    @contextlib.contextmanager
+    def start(method: Method) -> Iterator[EngineProcess]:
+        engine = EngineProcess(method, options)
+        try:
+            if not plan.starts_together:
                 engine.wait_until_ready()
-        for batch in plan.batches:
-            progress.update(bar, description=f"batch {batch}")
-            chosen = requests[: plan.num_requests(batch)]
-            size = len(chosen) if plan.is_continuous else batch
-            batches = in_batches(chosen, size)
-            how = (batches, batch, plan.is_continuous)
-            runs = [
-                (method, partial(engine.run, *how, plan.setting(method)))
-                for method, engine in plan.hosts(engines)
-            ]
-            measured.rounds[batch] = in_turns(plan, runs, lambda: progress.advance(bar))
-            measured.forwards[batch] = {
-                engine.method.name: _stretched(engine, batches[0], options)
-                for engine in engines
-                if engine.method.name in plan.priced
-            }
-    return measured
+            yield engine
+        finally:
+            engine.close()
 
-
-def in_turns(
-    plan: Plan,
-    runs: Sequence[tuple[Method, Callable[[], T]]],
-    advance: Callable[[], None],
-) -> dict[str, list[T]]:
-    """The kept rounds by method. Every other time the methods go backwards."""
-    rounds: dict[str, list[T]] = {method.name: [] for method, _ in runs}
-    for i in range(plan.rounds + plan.warm_up):
-        for method, run in runs if i % 2 else reversed(runs):
-            done = run()
-            if i >= plan.warm_up:
-                rounds[method.name].append(done)
-            time.sleep(PAUSE_S)
-        advance()
-    return rounds
-
-
-def _stretched(
-    engine: EngineProcess, batch: list[Request], options: EngineOptions
-) -> list[Forward]:
-    forwards: list[Forward] = []
-    for requests in stretched(batch, options.max_model_len):
-        lens = [len(request.prompt_token_ids) for request in requests]
-        forwards += decode_forwards(engine.run([requests], len(requests)), lens)
-    return forwards
-
-
-def start_each(
-    what: str,
-    methods: Sequence[Method],
-    start: Callable[[Method], contextlib.AbstractContextManager[T]],
-    progress: Progress,
-    stack: contextlib.ExitStack,
-) -> list[T]:
-    """One after the other, each as soon as `start` is done with the one before."""
-    bar = progress.add_task(what, total=len(methods))
-    started = []
-    for method in methods:
-        progress.update(bar, description=f"start {method.name}")
-        started.append(stack.enter_context(start(method)))
-        progress.advance(bar)
-    progress.update(bar, description=what)
-    return started
-
-
-@contextlib.contextmanager
-def _running(
-    method: Method, options: EngineOptions, starts_together: bool
-) -> Iterator[EngineProcess]:
-    engine = EngineProcess(method, options)
-    try:
-        if not starts_together:
+    def wait(engine: EngineProcess) -> None:
+        if plan.starts_together:
             engine.wait_until_ready()
-        yield engine
-    finally:
-        engine.close()
+
+    def run(engine: EngineProcess, method: Method, batch: int) -> Round:
+        chosen = requests[: plan.num_requests(batch)]
+        size = len(chosen) if plan.is_continuous else batch
+        batches = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return engine.run(batches, batch, plan.is_continuous, method.setting)
+
+    return take_turns(plan, start, run, wait)
 
 
-def progress_bars() -> Progress:
+def take_turns(
+    plan: Plan,
+    start: Callable[[Method], contextlib.AbstractContextManager[S]],
+    run: Callable[[S, Method, int], T],
+    wait: Callable[[S], None] = lambda side: None,
+) -> Results[T]:
+    """All sides stay up and run a round each in turn, every other time backwards.
+
+    Args:
+        start: one after the other; the side ends with its context.
+        run: a round of a method, with so many requests at once.
+        wait: until a side that has started can run.
+    """
+    results: Results[T] = {
+        batch: {method.name: [] for method in plan.methods} for batch in plan.batches
+    }
+    num_rounds = plan.starts * len(plan.batches) * (plan.rounds + plan.warm_up)
+    with _progress_bars() as progress:
+        bar = progress.add_task("rounds", total=num_rounds)
+        for _ in range(plan.starts):
+            with contextlib.ExitStack() as stack:
+                started = []
+                for method in [plan.host] if plan.host else plan.methods:
+                    progress.update(bar, description=f"start {method.name}")
+                    started.append(stack.enter_context(start(method)))
+                for side in started:
+                    wait(side)
+                sides = started * (len(plan.methods) // len(started))
+                turns = list(zip(sides, plan.methods, strict=True))
+                for batch in plan.batches:
+                    progress.update(bar, description=f"{batch} at once")
+                    for i in range(-plan.warm_up, plan.rounds):
+                        for side, method in turns[:: -1 if i % 2 else 1]:
+                            done = run(side, method, batch)
+                            if i >= 0:
+                                results[batch][method.name].append(done)
+                            time.sleep(PAUSE_S)
+                        progress.advance(bar)
+    return results
+
+
+def _progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description:20}"),
         BarColumn(),

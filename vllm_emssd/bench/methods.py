@@ -5,94 +5,71 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
+from vllm_emssd.config import MOST_AUTO_DRAFTS
+
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
-    "stock": "vLLM's draft_model, K drafts",
-    "ngram": "vLLM's ngram, llma's lengths: check_length to match, copy_length drafts",
+    "stock": "vLLM's draft_model, K drafts; stock-kN: N drafts",
+    "ngram": "vLLM's ngram with the lengths of llma: 2 tokens must agree, 7 drafts",
     "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
-    "suffix": "vLLM's suffix (arctic-inference), copy_length drafts, no old answers",
-    "emssd": "emssd draft model, K drafts",
-    "kN": "emssd draft model, N drafts (k1, k2, ...; with --one-engine k0 too)",
+    "suffix": "vLLM's suffix (arctic-inference), 7 drafts, no old answers",
+    "emssd": "emssd draft model, K drafts; kN: N drafts",
     "auto": "emssd draft model, automatic lengths",
-    "padded": "emssd draft model, K drafts, padded inputs (unpad_inputs: false)",
-    "llma": "emssd copy, copy_length drafts",
+    "padded": "emssd draft model, K drafts, padded inputs (the paper's vanilla)",
+    "llma": "emssd copy, 7 drafts",
     "llma-auto": "emssd copy, automatic lengths",
-    "llma-padded": "emssd copy, padded inputs",
-    "mixed": "emssd copy or draft model per request, copy_length or K drafts",
+    "llma-padded": "emssd copy, 7 drafts, padded inputs (the paper's vanilla)",
+    "mixed": "emssd copy or draft model per request, 7 or K drafts",
     "mixed-auto": "the same, automatic lengths",
     "NAME={...}": "any --speculative-config, under a name",
 }
+VLLM_OWN = re.compile(r"(stock|ngram|suffix)(-.*)?")
 FIXED_LENGTH = re.compile(r"k(0|[1-9]\d*)")
 AUTOMATIC = "auto"  # whose engine runs fixed lengths too
 MIXED = "mixed-auto"  # whose engine runs each of its proposers alone too
 PROPOSERS_OF_MIXED = {MIXED: None, AUTOMATIC: "draft_model", "llma-auto": "llma"}
 NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded", "mixed", "mixed-auto"}
+CHECK_LENGTH, COPY_LENGTH = 2, 7  # emssd's defaults
 LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    name: str
-    speculative_config: dict[str, Any] | None
-
 
 # A method of our workers, and its argument, for `collective_rpc`.
 Setting = tuple[str, int | str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class MethodOptions:
-    """What the methods share. Lengths in tokens."""
-
-    draft_model: str | None
-    num_speculative_tokens: int = 5
-    auto_tokens: int = 16
-    check_length: int = 2
-    copy_length: int = 7
+class Method:
+    name: str
+    speculative_config: dict[str, Any] | None
+    setting: Setting | None = None  # tells an engine that runs several methods
 
 
-def fixed_length(method: Method) -> int | None:
-    """Drafts of every request; None where a policy chooses. Of `auto` and `kN`."""
-    match = FIXED_LENGTH.fullmatch(method.name)
-    return None if match is None else int(match.group(1))
-
-
-def host_of(methods: Sequence[Method]) -> Method | None:
-    """Of methods that are to take turns in one engine, the one whose engine it is."""
-    by_name = {method.name: method for method in methods}
-    return by_name.get(MIXED) or by_name.get(AUTOMATIC)
-
-
-def setting_of(method: Method, host: Method) -> Setting | None:
-    """What makes the host's engine run as `method`; None where nothing does."""
-    if host.name == MIXED:
-        if method.name not in PROPOSERS_OF_MIXED:
-            return None
-        return "emssd_use_proposer", PROPOSERS_OF_MIXED[method.name]
-    length = fixed_length(method)
-    if length is None and method.name != AUTOMATIC:
-        return None
-    return "emssd_fix_draft_length", length
-
-
-def parse_method(text: str, options: MethodOptions) -> Method:
+def parse_method(
+    text: str, draft_model: str | None, num_speculative_tokens: int = 5
+) -> Method:
     """Raises ValueError for a name that is not known, or without its draft model."""
     name, is_custom, config = text.partition("=")
     if is_custom:
         return Method(name, _custom(name, config))
-    needs_draft_model = name in NEEDS_DRAFT_MODEL or FIXED_LENGTH.fullmatch(name)
-    if needs_draft_model and options.draft_model is None:
+    base, num_drafts = name, num_speculative_tokens
+    if length := re.fullmatch(rf"(stock-)?{FIXED_LENGTH.pattern}", name):
+        base, num_drafts = "stock" if length[1] else "emssd", int(length[2])
+    if base in NEEDS_DRAFT_MODEL and draft_model is None:
         raise ValueError(f"method {name!r} needs --draft-model")
     if name == "suffix" and find_spec("arctic_inference") is None:
         raise ValueError(
             "method 'suffix' needs the package arctic-inference; install it with "
             "'pip install arctic-inference==0.1.1'"
         )
-    return Method(name, _known(name, options))
+    known = _known(draft_model, num_drafts)
+    if base not in known:
+        raise ValueError(
+            f"unknown method {name!r}; choose from {', '.join(DESCRIPTIONS)}"
+        )
+    return Method(name, known[base])
 
 
 def _custom(name: str, config: str) -> dict[str, Any]:
@@ -105,53 +82,70 @@ def _custom(name: str, config: str) -> dict[str, Any]:
     return parsed
 
 
-def _known(name: str, options: MethodOptions) -> dict[str, Any] | None:
-    stock = {
-        "method": "draft_model",
-        "model": options.draft_model,
-        "num_speculative_tokens": options.num_speculative_tokens,
-    }
-    fixed = stock | {"method": "emssd", "draft_length": "fixed"}
-    auto = {"draft_length": "auto", "num_speculative_tokens": options.auto_tokens}
-    llma = {
-        "method": "emssd",
-        "draft_length": "fixed",
-        "check_length": options.check_length,
-        "copy_length": options.copy_length,
-    }
-    mixed = fixed | llma | {"proposer": "mixed"}
+def _known(
+    draft_model: str | None, num_drafts: int
+) -> dict[str, dict[str, Any] | None]:
+    drafts = {"model": draft_model, "num_speculative_tokens": num_drafts}
+    fixed = {"method": "emssd", "draft_length": "fixed"}
+    auto = {"draft_length": "auto"}
+    most = {"num_speculative_tokens": MOST_AUTO_DRAFTS}
+    padded = {"unpad_inputs": False}
+    llma = fixed | {"check_length": CHECK_LENGTH, "copy_length": COPY_LENGTH}
+    mixed = drafts | llma | {"proposer": "mixed"}
     ngram = {
         "method": "ngram",
-        "num_speculative_tokens": options.copy_length,
-        "prompt_lookup_min": options.check_length,
-        "prompt_lookup_max": options.check_length,
+        "num_speculative_tokens": COPY_LENGTH,
+        "prompt_lookup_min": CHECK_LENGTH,
+        "prompt_lookup_max": CHECK_LENGTH,
     }
     # Answers are not remembered: in a bench each request comes once a round.
     suffix = {
         "method": "suffix",
-        "num_speculative_tokens": options.copy_length,
+        "num_speculative_tokens": COPY_LENGTH,
         "suffix_decoding_max_cached_requests": 0,
     }
-    known: dict[str, dict[str, Any] | None] = {
+    return {
         "plain": None,
-        "stock": stock,
+        "stock": drafts | {"method": "draft_model"},
         "ngram": ngram,
         "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
-        "emssd": fixed,
-        "auto": fixed | auto,
-        "padded": fixed | {"unpad_inputs": False},
+        "emssd": drafts | fixed,
+        "auto": drafts | fixed | auto | most,
+        "padded": drafts | fixed | padded,
         "llma": llma,
-        "llma-auto": llma | {"draft_length": "auto"},
-        "llma-padded": llma | {"unpad_inputs": False},
+        "llma-auto": llma | auto,
+        "llma-padded": llma | padded,
         "mixed": mixed,
-        "mixed-auto": mixed | auto,
+        "mixed-auto": mixed | auto | most,
     }
-    if name in known:
-        return known[name]
-    length = FIXED_LENGTH.fullmatch(name)
-    if length is None:
+
+
+def in_one_engine(methods: Sequence[Method]) -> tuple[Method, list[Method]]:
+    """The method whose engine runs all of them, and each with what tells it to.
+
+    Raises ValueError where no engine can.
+    """
+    by_name = {method.name: method for method in methods}
+    host = by_name.get(MIXED) or by_name.get(AUTOMATIC)
+    if host is None:
         raise ValueError(
-            f"unknown method {name!r}; choose from {', '.join(DESCRIPTIONS)}"
+            "'lengths' runs in the engine of 'auto' or 'mixed-auto': add one of them "
+            "to --methods"
         )
-    return fixed | {"num_speculative_tokens": int(length.group(1))}
+    return host, [replace(method, setting=_setting(method, host)) for method in methods]
+
+
+def _setting(method: Method, host: Method) -> Setting:
+    if host.name == MIXED and method.name in PROPOSERS_OF_MIXED:
+        return "emssd_use_proposer", PROPOSERS_OF_MIXED[method.name]
+    length = FIXED_LENGTH.fullmatch(method.name)
+    if host.name == AUTOMATIC and method.name == AUTOMATIC:
+        return "emssd_fix_draft_length", None
+    if host.name == AUTOMATIC and length and int(length[1]) <= MOST_AUTO_DRAFTS:
+        return "emssd_fix_draft_length", int(length[1])
+    raise ValueError(
+        f"the engine of {host.name!r} cannot run {method.name!r}: 'lengths' compares "
+        f"'auto' with kN up to {MOST_AUTO_DRAFTS}, or 'mixed-auto' with 'auto' and "
+        "'llma-auto'"
+    )

@@ -1,11 +1,11 @@
-"""One request of a workload: a prompt and how to go on from it."""
+"""One request of a workload: a prompt, and how to go on from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-# Of vLLM's SamplingParams: what a line of a workload may set for itself.
+# Of vLLM's SamplingParams: what a line of a file may set for itself.
 SAMPLING_KEYS = (
     "temperature",
     "top_p",
@@ -31,19 +31,17 @@ class Prompt:
     text: str
     max_tokens: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
-    arrival_ms: float | None = None
     source: str = ""
     stops_at_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ready for an engine. Arrives `arrival_ms` after its batch started."""
+    """Ready for an engine."""
 
     prompt_token_ids: list[int]
     max_tokens: int
     sampling: dict[str, Any]  # keys of SAMPLING_KEYS
-    arrival_ms: float = 0.0
     source: str = ""
     stops_at_eos: bool = False  # else it goes on to max_tokens
 

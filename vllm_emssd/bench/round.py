@@ -52,17 +52,6 @@ class Round:
             return sum(entry.num_scheduled for step in self.steps for entry in step)
         return sum(rows for rows, _ in self.target_forwards)
 
-    @property
-    def draft_ms(self) -> float:
-        return sum(ms for _, ms in self.draft_forwards)
-
-    @property
-    def target_ms(self) -> float:
-        """0 where not all were seen: what they took is in the rest then."""
-        if not self.saw_target_forwards:
-            return 0.0
-        return sum(ms for _, ms in self.target_forwards)
-
     def decode_steps(self) -> list[RequestStep]:
         """Steps after a request's first token: those that could have had drafts."""
         seen: set[int] = set()
@@ -75,11 +64,11 @@ class Round:
                     seen.add(entry.request)
         return decode
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the result file: thousands of forwards a round, so their sums."""
+    def counts(self) -> dict[str, float]:
+        """Sums over the round."""
         decode = self.decode_steps()
-        num_accepted = sum(entry.num_sampled - 1 for entry in decode)
         num_drafts = sum(entry.num_drafts for entry in decode)
+        num_accepted = sum(entry.num_sampled - 1 for entry in decode)
         return {
             "seconds": self.seconds,
             "num_tokens": self.num_tokens,
@@ -88,24 +77,27 @@ class Round:
             "num_draft_tokens": num_drafts,
             "num_accepted_tokens": num_accepted,
             "accepted_per_request_step": num_accepted / max(len(decode), 1),
-            "accepted_histogram": _histogram(e.num_sampled - 1 for e in decode),
-            "drafted_histogram": _histogram(e.num_drafts for e in decode),
-            "target_forwards": len(self.target_forwards),
             "target_rows": self.target_rows,
             "target_rows_decode": len(decode) + num_drafts,
-            "accepted_per_verified_row": num_accepted
-            / max(len(decode) + num_drafts, 1),
-            "draft_forwards": len(self.draft_forwards),
             "draft_rows": self.draft_rows,
-            "target_ms": self.target_ms,
-            "draft_ms": self.draft_ms,
-            "draft_logits_ms": self.logits_ms,
-            "propose_ms": self.propose_ms,
+            "draft_forwards": len(self.draft_forwards),
             "num_preemptions": self.num_preemptions,
-            "emssd_stats": self.emssd_stats,
-            "emssd_costs": self.emssd_costs,
         }
 
+    def step_ms(self) -> dict[str, float]:
+        """How a step's time splits. Where not all target forwards were seen, what they
+        took is in the rest."""
+        seen = self.target_forwards if self.saw_target_forwards else []
+        target_ms = sum(ms for _, ms in seen)
+        draft_ms = sum(ms for _, ms in self.draft_forwards) + self.logits_ms
+        parts = {
+            "target": target_ms,
+            "draft model": draft_ms,
+            "drafting, rest": self.propose_ms - draft_ms,
+            "rest": self.seconds * 1e3 - target_ms - self.propose_ms,
+        }
+        return {name: ms / max(len(self.steps), 1) for name, ms in parts.items()}
 
-def _histogram(values: Any) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items())}
+    def accepted_histogram(self) -> Counter[int]:
+        """Request-steps by the number of drafts accepted."""
+        return Counter(entry.num_sampled - 1 for entry in self.decode_steps())

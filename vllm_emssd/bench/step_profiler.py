@@ -9,17 +9,27 @@ from typing import Any
 from vllm_emssd.bench.round import RequestStep, Round
 
 
-class Stopwatch:
+class StepProfiler:
     """Hooks on the models, the runner and the scheduler of one in-process engine."""
 
     def __init__(self, llm: Any) -> None:
         engine_core = llm.llm_engine.engine_core.engine_core
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.round = Round()
-        self.request_index: dict[str, int] = {}  # engine's request id -> in the round
+        self._request_index: dict[str, int] = {}  # engine's request id -> in the round
         self._time_forwards(runner.model, "target_forwards")
         self._time_drafting(runner)
         self._record_steps(engine_core.scheduler)
+
+    def start_round(self) -> Round:
+        """What is recorded from now on goes into the round returned."""
+        self.round = Round()
+        self._request_index.clear()
+        return self.round
+
+    def add(self, req_id: str) -> None:
+        """The next request of the round, by the engine's own id."""
+        self._request_index[req_id] = len(self._request_index)
 
     def _time_drafting(self, runner: Any) -> None:
         """Of either runner: V2 calls its drafter a speculator."""
@@ -69,14 +79,14 @@ class Stopwatch:
             drafts = scheduler_output.scheduled_spec_decode_tokens
             step = [
                 RequestStep(
-                    self.request_index[req_id],
+                    self._request_index[req_id],
                     num_scheduled,
                     len(drafts.get(req_id, ())),
                     len(_sampled(model_runner_output, req_id)),
                 )
                 for req_id, num_scheduled in scheduled.items()
                 # scheduled asynchronously, the last round's may still come
-                if req_id in self.request_index
+                if req_id in self._request_index
             ]
             if step:
                 self.round.steps.append(step)

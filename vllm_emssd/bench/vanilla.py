@@ -42,69 +42,46 @@ class VerifiedRequest:
 
 @dataclass(slots=True)
 class DecodeCounts:
-    """Of a batch's decoding, prompts excluded. A slot is one position of the cache."""
+    """Of decoding, prompts excluded."""
 
     num_rows: int = 0  # fed to the target
-    num_kv_slots: int = 0  # read: summed over steps and requests
-    num_row_slots: int = 0  # pairs of a row and a slot: attention's work
-    num_padding_slots: int = 0  # of those read, the ones that are masked for all rows
-    most_padding_slots: int = 0  # held at once
+    num_kv_slots: int = 0  # cache positions read: summed over steps and requests
 
-    def add(self, num_rows: int, num_slots: int, num_padding: int = 0) -> None:
+    def add(self, num_rows: int, num_slots: int) -> None:
         """One request in one step."""
         self.num_rows += num_rows
         self.num_kv_slots += num_slots
-        self.num_row_slots += num_rows * num_slots
-        self.num_padding_slots += num_padding
-
-    def __add__(self, other: DecodeCounts) -> DecodeCounts:
-        """Of two batches, one after the other."""
-        return DecodeCounts(
-            self.num_rows + other.num_rows,
-            self.num_kv_slots + other.num_kv_slots,
-            self.num_row_slots + other.num_row_slots,
-            self.num_padding_slots + other.num_padding_slots,
-            max(self.most_padding_slots, other.most_padding_slots),
-        )
 
 
-def unpadded_counts(requests: Sequence[VerifiedRequest]) -> DecodeCounts:
-    """EMS-SD: own rows, own cache."""
-    counts = DecodeCounts()
-    for request in requests:
-        kv_len = request.num_prompt_tokens
-        for num_drafts, num_accepted in request.steps:
-            counts.add(1 + num_drafts, kv_len + 1 + num_drafts)
-            kv_len += 1 + num_accepted
-    return counts
+@dataclass(slots=True)
+class Replay:
+    """The same drafts and acceptance under three rules."""
+
+    unpadded: DecodeCounts  # EMS-SD: own rows, own cache
+    padded_inputs: DecodeCounts  # rows of the longest draft, own cache
+    vanilla: DecodeCounts  # rows of the longest draft, caches padded to one length
 
 
-def padded_input_counts(requests: Sequence[VerifiedRequest]) -> DecodeCounts:
-    """The paper's "unpad KV only": rows of the longest draft, own cache."""
-    counts = DecodeCounts()
+def replay(batches: Sequence[Sequence[VerifiedRequest]]) -> Replay:
+    """Of batches one after the other, each padded by itself."""
+    found = Replay(DecodeCounts(), DecodeCounts(), DecodeCounts())
+    for batch in batches:
+        _replay_batch(batch, found)
+    return found
+
+
+def _replay_batch(requests: Sequence[VerifiedRequest], found: Replay) -> None:
     kv_lens = [request.num_prompt_tokens for request in requests]
+    aligned_len = max(kv_lens)  # prompts are padded too
     for step in _aligned_steps(requests):
-        num_rows = 1 + max(verified.num_drafts for _, verified in step)
+        padded_rows = 1 + max(verified.num_drafts for _, verified in step)
         for i, verified in step:
-            counts.add(num_rows, kv_lens[i] + num_rows)
-            kv_lens[i] += 1 + verified.num_accepted
-    return counts
-
-
-def vanilla_counts(requests: Sequence[VerifiedRequest]) -> DecodeCounts:
-    """Rows of the longest draft, and caches padded to one length. Prompts too."""
-    counts = DecodeCounts()
-    kv_lens = [request.num_prompt_tokens for request in requests]
-    aligned_len = max(kv_lens)
-    for step in _aligned_steps(requests):
-        num_rows = 1 + max(verified.num_drafts for _, verified in step)
-        padding = [aligned_len - kv_lens[i] for i, _ in step]
-        counts.most_padding_slots = max(counts.most_padding_slots, sum(padding))
-        for (i, verified), num_padding in zip(step, padding, strict=True):
-            counts.add(num_rows, aligned_len + num_rows, num_padding)
+            num_rows = 1 + verified.num_drafts
+            found.unpadded.add(num_rows, kv_lens[i] + num_rows)
+            found.padded_inputs.add(padded_rows, kv_lens[i] + padded_rows)
+            found.vanilla.add(padded_rows, aligned_len + padded_rows)
             kv_lens[i] += 1 + verified.num_accepted
         aligned_len += 1 + max(verified.num_accepted for _, verified in step)
-    return counts
 
 
 def _aligned_steps(
@@ -115,35 +92,19 @@ def _aligned_steps(
         yield [(i, v) for i, v in enumerate(verified) if v is not None]
 
 
-def traces_of(done: Round, num_prompt_tokens: Sequence[int]) -> list[VerifiedRequest]:
-    """A round's requests, in the order they were added."""
+def replay_round(
+    done: Round, num_prompt_tokens: Sequence[int], batch_size: int
+) -> Replay:
+    """Of a round in whole batches of a method that does not pad.
+    num_prompt_tokens: [num_requests], in the order they were added.
+    """
     steps: list[list[Verified]] = [[] for _ in num_prompt_tokens]
     for entry in done.decode_steps():
         steps[entry.request].append(Verified(entry.num_drafts, entry.num_sampled - 1))
-    return [
+    requests = [
         VerifiedRequest(length, of_request)
         for length, of_request in zip(num_prompt_tokens, steps, strict=True)
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """One acceptance trace under the three rules."""
-
-    unpadded: DecodeCounts
-    padded_inputs: DecodeCounts
-    vanilla: DecodeCounts
-
-
-def replay(done: Round, num_prompt_tokens: Sequence[int], batch_size: int) -> Replay:
-    """`done`: a round with real drafts only, so one of a method that does not pad.
-    num_prompt_tokens: [num_requests], of batches of `batch_size` one after the other.
-    """
-    traces = traces_of(done, num_prompt_tokens)
-    batches = [traces[i : i + batch_size] for i in range(0, len(traces), batch_size)]
-    return Replay(
-        *(
-            sum(map(count, batches), DecodeCounts())
-            for count in (unpadded_counts, padded_input_counts, vanilla_counts)
-        )
+    return replay(
+        [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     )

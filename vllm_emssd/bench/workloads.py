@@ -1,7 +1,8 @@
-"""Workloads: which prompts, how long, sampled how, arriving when."""
+"""Workloads: which prompts, how long, sampled how."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -9,48 +10,34 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm_emssd.bench import chats, copying, corpus
+from vllm_emssd.bench import chats, corpus
 from vllm_emssd.bench.chats import Builder
-from vllm_emssd.bench.prompt_files import read_jsonl
-from vllm_emssd.bench.public_sets import (
-    PUBLIC_SETS,
-    public_prompts,
-    sharegpt_prompts,
-)
-from vllm_emssd.bench.request import Prompt, Request, Tokenizer
+from vllm_emssd.bench.request import SAMPLING_KEYS, Prompt, Request, Tokenizer
 
 SHIPPED_MODELS = Path(__file__).parents[2] / "models"  # in a checkout
 
 DESCRIPTIONS: dict[str, str] = {
-    "copy": "copy-heavy held-out text: renamed files, quotations, documentation",
-    "copy-rename": "a source file, then the same with one name changed",
-    "copy-quote": "a part of Python's manual, then quoted",
-    "copy-document": "a function with its docstring, then its documentation",
-    "completion": "held-out source files cut anywhere (models/prompts.jsonl)",
+    "completion": "held-out source files, cut anywhere (models/prompts.jsonl)",
     "prose": "Python's manual, cut anywhere",
-    "mixed": "copy, completion and prose in turns",
-    "half-copy": "copy and completion in turns",
-    "half-copy-random": "copy, greedy, and prose at temperature 0.7, in turns",
+    "half-random": "completion, greedy, and prose at temperature 1, in turns",
     "question": "open questions to a chat model; answers end where the model ends them",
     "summary": "passages of this project's documents and Python's manual, to sum up",
     "edit": "passages and functions, to be returned with a small change",
     "chats": "question, edit and summary in turns",
-    "half-random": "completion, greedy, and prose at temperature 1, in turns",
-    **{name: known.description for name, known in PUBLIC_SETS.items()},
-    "hf:OWNER/NAME:SPLIT:COLUMN": "a data set of Hugging Face's",
-    "sharegpt:FILE.json": "a ShareGPT file",
-    "FILE.jsonl": "a line a request: prompt (or turns), max_tokens, temperature, ...",
+    "custom": "--dataset-path: a JSON object a line, with `prompt`, and if wanted "
+    "`output_tokens`, `temperature`, ...",
 }
+FILE_KEYS = ("prompt", "output_tokens", "source", *SAMPLING_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """Defaults for what a line does not say itself. Lengths in tokens."""
+    """Defaults for what a prompt does not say itself. Lengths in tokens."""
 
     max_tokens: int = 96
     max_prompt_tokens: int = 512
     sampling: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
-    arrival_interval_ms: float = 0.0  # 0: all at once
+    path: Path | None = None  # of `custom`
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +54,7 @@ class Workload:
                 [len(r.prompt_token_ids) for r in self.requests]
             ),
             "max_tokens": _range([r.max_tokens for r in self.requests]),
-            "last_arrival_ms": max(r.arrival_ms for r in self.requests),
             "sampling": _distinct(r.sampling for r in self.requests),
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same of each request, beside the rounds."""
-        return {
-            "name": self.name,
-            "num_prompt_tokens": [len(r.prompt_token_ids) for r in self.requests],
-            "max_tokens": [r.max_tokens for r in self.requests],
-            "sampling": [r.sampling for r in self.requests],
-            "arrival_ms": [r.arrival_ms for r in self.requests],
-            "sources": [r.source for r in self.requests],
         }
 
 
@@ -102,9 +77,16 @@ def load_workload(
 
     Raises ValueError for one that is not known or cannot be loaded.
     """
-    prompts = _prompts(name, tokenizer, options.max_prompt_tokens, num_requests)
+    if name == "custom":
+        prompts = read_prompts(options.path)
+    elif name in BUILDERS:
+        prompts = BUILDERS[name](tokenizer, options.max_prompt_tokens)
+    else:
+        raise ValueError(
+            f"unknown dataset {name!r}; choose from {', '.join(DESCRIPTIONS)}"
+        )
     if not prompts:
-        raise ValueError(f"workload {name!r} has no prompts on this machine")
+        raise ValueError(f"dataset {name!r} has no prompts on this machine")
     repeated = list(prompts) * (num_requests // len(prompts) + 1)
     return Workload(name, requests_of(repeated[:num_requests], tokenizer, options))
 
@@ -118,48 +100,46 @@ def requests_of(
             tokenizer.encode(prompt.text)[-options.max_prompt_tokens :],
             options.max_tokens if prompt.max_tokens is None else prompt.max_tokens,
             options.sampling | prompt.sampling,
-            (
-                i * options.arrival_interval_ms
-                if prompt.arrival_ms is None
-                else prompt.arrival_ms
-            ),
             prompt.source,
             prompt.stops_at_eos,
         )
-        for i, prompt in enumerate(prompts)
+        for prompt in prompts
     ]
 
 
-def _prompts(
-    name: str, tokenizer: Tokenizer, max_prompt_tokens: int, num_prompts: int
-) -> Sequence[Prompt]:
-    if name in BUILDERS:
-        return BUILDERS[name](tokenizer, max_prompt_tokens)
-    if name in PUBLIC_SETS or name.startswith("hf:"):
-        return public_prompts(name, num_prompts)
-    if name.startswith("sharegpt:"):
-        return sharegpt_prompts(_existing(name.removeprefix("sharegpt:")))
-    if name.endswith(".jsonl"):
-        return read_jsonl(_existing(name))
-    raise ValueError(
-        f"unknown workload {name!r}; choose from {', '.join(DESCRIPTIONS)}"
-    )
-
-
-def _existing(name: str) -> Path:
-    if not Path(name).exists():
-        raise ValueError(f"workload: {name} does not exist")
-    return Path(name)
+def read_prompts(path: Path | None) -> list[Prompt]:
+    """Of a JSONL file. Raises ValueError with the number of a line that is wrong."""
+    if path is None or not path.is_file():
+        raise ValueError(f"--dataset-path: there is no file {path or ''}")
+    prompts = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if unknown := line.keys() - {*FILE_KEYS}:
+                raise ValueError(f"unknown keys {sorted(unknown)}; known: {FILE_KEYS}")
+            prompts.append(
+                Prompt(
+                    line["prompt"],
+                    max_tokens=line.get("output_tokens"),
+                    sampling={key: line[key] for key in SAMPLING_KEYS if key in line},
+                    source=line.get("source", ""),
+                )
+            )
+        except KeyError:
+            raise ValueError(f"{path}:{number}: no 'prompt'") from None
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return prompts
 
 
 def _completion(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
     path = SHIPPED_MODELS / "prompts.jsonl"
     if not path.exists():
         raise ValueError(
-            "workload 'completion' is in the repository only, and this is an installed "
+            "dataset 'completion' is in the repository only, and this is an installed "
             "package; choose another, e.g. prose"
         )
-    return read_jsonl(path)
+    return read_prompts(path)
 
 
 def _prose(tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
@@ -196,17 +176,8 @@ CHATS: dict[str, Builder] = {
 BUILDERS: dict[str, Builder] = {
     **CHATS,
     "chats": _in_turns(*CHATS.values()),
-    "copy": copying.copying_prompts,
-    "copy-rename": copying.renamed_files,
-    "copy-quote": copying.quotations,
-    "copy-document": copying.docstrings_to_documentation,
     "completion": _completion,
     "prose": _prose,
-    "mixed": _in_turns(copying.copying_prompts, _completion, _prose),
-    "half-copy": _in_turns(copying.copying_prompts, _completion),
-    "half-copy-random": _in_turns(
-        _at_temperature(0.0, copying.copying_prompts), _at_temperature(0.7, _prose)
-    ),
     "half-random": _in_turns(
         _at_temperature(0.0, _completion), _at_temperature(1.0, _prose)
     ),

@@ -1,4 +1,4 @@
-"""`vllm-emssd plot`: the figures of a result of `vllm-emssd bench`."""
+"""`vllm-emssd plot`: the figure of each result of `vllm-emssd bench`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path(), metavar="DIR", help="for the PNGs"
+        "-o", "--output-dir", type=Path, default=Path(), help="for RESULT-speed-up.png"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from vllm_emssd.bench.plots import draw_all
+        from vllm_emssd.bench.plots import draw_result
     except ImportError:
         print(
             "vllm-emssd plot needs matplotlib: pip install matplotlib", file=sys.stderr
         )
         return 1
     for path in args.results:
+        figure = args.output_dir / f"{path.stem}-speed-up.png"
         try:
-            result = json.loads(path.read_text())
-            drawn = draw_all(result, args.output, path.stem)
+            draw_result(json.loads(path.read_text()), figure)
         except (OSError, ValueError) as error:
             print(f"vllm-emssd plot: {path}: {error}", file=sys.stderr)
             return 1
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 1
-        print("\n".join(map(str, drawn)))
+        print(figure)
     return 0
