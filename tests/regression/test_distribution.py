@@ -87,8 +87,9 @@ def test_doctor_of_the_wheel(clean: Path, tmp_path: Path) -> None:
 
 def test_simulate_of_the_wheel(clean: Path, tmp_path: Path) -> None:
     """It brings its trace and cost tables."""
-    command = [clean / "vllm-emssd", "simulate", "--batches", "2", "--max-tokens", "8"]
-    command += ["--min-requests", "2", "--output", tmp_path / "predicted.json"]
+    command = [clean / "vllm-emssd", "simulate", "predict", "--max-concurrency", "2"]
+    command += ["--output-len", "8", "--num-prompts", "2"]
+    command += ["--output-json", tmp_path / "predicted.json"]
     run(*command, cwd=tmp_path, PYTHONPATH="")
     predicted = json.loads((tmp_path / "predicted.json").read_text())
     assert {"plain", "auto"} <= {one["method"] for one in predicted["results"]}
@@ -96,4 +97,4 @@ def test_simulate_of_the_wheel(clean: Path, tmp_path: Path) -> None:
 
 def test_bench_of_the_wheel_explains_itself(clean: Path, tmp_path: Path) -> None:
     shown = run(clean / "vllm-emssd", "bench", "--help", cwd=tmp_path, PYTHONPATH="")
-    assert "--save-rounds" in shown
+    assert "throughput" in shown

@@ -10,12 +10,11 @@ from vllm_emssd.simulate.costs import CostFile, ModelCosts
 from vllm_emssd.simulate.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
 
 
-def header(k: int, kind: str = "draft_model") -> TraceHeader:
+def header(k: int) -> TraceHeader:
     return TraceHeader(
         format=TRACE_FORMAT,
-        kind=kind,
         target="target",
-        draft="draft" if kind == "draft_model" else None,
+        draft="draft",
         k=k,
         confidence="made up",
         provenance={"command": "a test"},
@@ -34,9 +33,9 @@ def request(
     )
 
 
-def trace(*requests: RequestTrace, kind: str = "draft_model") -> Trace:
-    k = len(requests[0].confidences[0]) if requests[0].confidences else 7
-    return Trace(header=header(k, kind), requests=list(requests))
+def trace(*requests: RequestTrace) -> Trace:
+    k = len(requests[0].confidences[0])
+    return Trace(header=header(k), requests=list(requests))
 
 
 def constant_trace(
@@ -66,7 +65,6 @@ def random_trace(seed: int, k: int, num_requests: int = 5, longest: int = 30) ->
 def straight_costs(draft_row_ms: float = 1.0, speculation_ms: float = 0.5) -> CostFile:
     """Target: 9 ms and 1 a row; fixed: 1 ms and 1 a request."""
     return CostFile(
-        kind="computed",
         target=ModelCosts(model="target", points=[(1, 10.0), (1000, 1009.0)]),
         draft=ModelCosts(
             model="draft",

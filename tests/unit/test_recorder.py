@@ -118,11 +118,3 @@ def test_other_sampling_is_refused() -> None:
     asked = Request(PROMPTS[0], MAX_TOKENS, {"temperature": 1.0, "top_k": 3})
     with pytest.raises(ValueError, match="leave out"):
         recorder.record_trace(made, [asked])
-
-
-@pytest.mark.usefixtures("load_pair")
-def test_llma_needs_the_tokens_alone() -> None:
-    made = TraceRecorder("target", None, K, "float32", "a test")
-    trace = made.record_ids(PROMPTS[0], MAX_TOKENS)
-    trace.check(made.header)
-    assert (made.header.kind, trace.accepted, trace.confidences) == ("llma", [], [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.unit.made_traces import (
     straight_costs,
     trace,
 )
-from vllm_emssd.simulate.costs import load_costs
 from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
@@ -29,7 +27,6 @@ ALL = [
     Decoding("fixed", 3),
     Decoding("padded", 3),
     Decoding("auto", 4),
-    Decoding("oracle", 4),
 ]
 
 
@@ -248,103 +245,30 @@ def test_automatic_drafts_nothing_beyond_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "min_requests", "measured"), [(1, 6, 6), (4, 6, 8), (6, 1, 6), (8, 9, 16)]
+    ("batch", "num_prompts", "ended"), [(1, 6, 6), (4, 6, 8), (6, 1, 6), (8, 9, 16)]
 )
-def test_whole_batches_are_counted_and_the_warm_up_is_not(
-    batch: int, min_requests: int, measured: int
+def test_prompts_are_whole_batches_and_the_warm_up_is_not_counted(
+    batch: int, num_prompts: int, ended: int
 ) -> None:
+    """All of one length: when those before have ended, the last sample a token each."""
     found, costs = constant_trace(2, 5, 6, 50), straight_costs()
     setting = Setting(batch)
-    outcome = simulate(found, costs, Decoding("auto", 5), setting, 30, min_requests)
-    assert outcome.num_tokens == measured * 30
+    outcome = simulate(found, costs, Decoding("fixed", 2), setting, 30, num_prompts)
+    assert outcome.num_tokens == ended * 30 + batch
 
 
-# ---------------------------------------------------------------- bounds, arrivals
-
-
-def test_foresight_drafts_only_what_is_accepted_by_hand() -> None:
-    """Of TWO the first request's pair, then the second's one: 3 steps, as with fixed 2,
-    whose other 3 drafts fail."""
-    counters = run_once(TWO, Decoding("oracle", 2)).counters
-    assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (3, 3)
-    assert counters.num_steps == 3
-
-
-@pytest.mark.parametrize("batch", [1, 3, 5])
-@pytest.mark.parametrize("seed", range(5))
-def test_no_policy_does_better_than_foresight(seed: int, batch: int) -> None:
-    """Constant costs a row: the best plan of each step is the best of all."""
-    found, costs = random_trace(seed, k=4), straight_costs(draft_row_ms=0.3)
-
-    def speed(method: Decoding) -> float:
-        setting = Setting(batch)
-        return simulate(
-            found, costs, method, setting, 30, 5, is_continuous=True
-        ).tokens_per_s
-
-    oracle = speed(Decoding("oracle", 4))
-    for name, k in [("plain", 0), ("fixed", 1), ("fixed", 4), ("auto", 4)]:
-        assert speed(Decoding(name, k)) <= 1.001 * oracle
-
-
-def test_continuous_requests_leave_no_place_empty() -> None:
+def test_no_place_is_left_empty() -> None:
     """Outputs of 1 and 20 tokens in turns, two at once: in whole batches the long one
-    ends alone."""
+    would end alone."""
     found = trace(*(request(2, [0] * n, 2) for n in (1, 20) * 3))
-
-    def run(is_continuous: bool) -> Outcome:
-        return simulate(
-            found, straight_costs(), Decoding("plain"), Setting(2), 20, 6, is_continuous
-        )
-
-    batches, continuous = run(is_continuous=False), run(is_continuous=True)
-    assert (batches.num_tokens, batches.counters.num_steps) == (3 * 21, 3 * 20)
-    assert continuous.num_tokens == 2 * continuous.counters.num_steps
-    assert continuous.num_tokens > 2 * 21, "ends when the last of eight starts"
-
-
-# ---------------------------------------------------------------- llma
-
-
-def copying_trace() -> Trace:
-    """The output goes on repeating the prompt; a second one repeats nothing."""
-    repeating = request(6, [], 7).model_copy(
-        update={"prompt_ids": [1, 2, 3] * 2, "output_ids": [1, 2, 3] * 10}
-    )
-    new = request(6, [], 7).model_copy(update={"output_ids": list(range(50, 80))})
-    return trace(repeating, new, kind="llma")
-
-
-def test_copies_from_the_tokens_alone() -> None:
-    outcome = run_once(copying_trace(), Decoding("fixed", 7))
-    counters = outcome.counters
-    # 23 tokens: the first one plainly, then 8 a step; the other request one by one.
-    assert counters.num_request_steps == (1 + math.ceil(22 / 8)) + 23
-    assert counters.num_accepted_tokens == 3 * 7
-    assert (outcome.draft_ms, counters.num_draft_forwards) == (0, 0)
-
-
-def test_automatic_copies() -> None:
-    counters = run_once(copying_trace(), Decoding("auto", 7)).counters
-    assert counters.num_accepted_tokens > 10
+    outcome = simulate(found, straight_costs(), Decoding("plain"), Setting(2), 20, 6)
+    assert outcome.num_tokens == 2 * outcome.counters.num_steps
+    assert outcome.num_tokens > 2 * 21, "ends when the last of eight starts"
 
 
 # ---------------------------------------------------------------- refusals
 
 
 def test_more_drafts_than_recorded() -> None:
-    with pytest.raises(ValueError, match=r"k = 4.*larger --k"):
+    with pytest.raises(ValueError, match=r"k = 4.*record more"):
         run_once(random_trace(0, k=4), Decoding("fixed", 5))
-
-
-@pytest.mark.parametrize("name", ["padded", "oracle"])
-def test_llma_has_no_drafter(name: Literal["padded", "oracle"]) -> None:
-    with pytest.raises(ValueError, match=f"{name}.*llma"):
-        run_once(copying_trace(), Decoding(name, 5))
-
-
-def test_shipped_roofline_predicts_more_with_a_perfect_drafter() -> None:
-    costs, found = load_costs("h100-llama-70b-1b"), constant_trace(5, 5)
-    plain = simulate(found, costs, Decoding("plain"), Setting(1), 40, 4)
-    fixed = simulate(found, costs, Decoding("fixed", 5), Setting(1), 40, 4)
-    assert fixed.tokens_per_s > 2 * plain.tokens_per_s

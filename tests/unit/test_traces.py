@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.made_traces import header, random_trace
+from tests.unit.made_traces import random_trace
 from vllm_emssd.simulate.traces import load_trace, save_trace
 
 
@@ -45,10 +45,9 @@ def drop(line: int, key: str) -> Callable[[list[dict[str, Any]]], None]:
     [
         (spoil(0, format="other/1"), r"line 1 \(header\).*format"),
         (drop(0, "format"), r"line 1.*format"),
-        (spoil(0, kind="eagle"), r"line 1.*kind"),
         (spoil(0, k=0), r"line 1.*k"),
         (spoil(0, draft=None), r"line 1.*draft"),
-        (spoil(0, extra=1), r"line 1.*extra"),
+        (spoil(2, extra=1), r"line 3.*extra"),
         (spoil(2, prompt_ids=[]), r"line 3.*prompt_ids"),
         (spoil(2, prompt_ids=["x"]), r"line 3.*prompt_ids"),
         (spoil(2, output_ids=[-1]), r"line 3.*output_ids"),
@@ -85,16 +84,3 @@ def test_no_trace_at_all(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=name):
         load_trace(tmp_path / name)
-
-
-def test_llma_has_tokens_only(tmp_path: Path) -> None:
-    lines = lines_of(k=7)
-    lines[0] = header(7, "llma").model_dump()
-    file = tmp_path / "t.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ValueError, match="accepted has"):
-        load_trace(file)
-    for line in lines[1:]:
-        del line["accepted"], line["confidences"]
-    file.write_text("\n".join(map(json.dumps, lines)))
-    assert load_trace(file).requests[0].accepted == []

@@ -16,7 +16,6 @@ from vllm_emssd import __version__
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
 from vllm_emssd.draft_length.acceptance import MARGINAL
 from vllm_emssd.simulate.costs import CostFile, load_costs, shipped_costs
-from vllm_emssd.simulate.learned_costs import costs_of_result
 from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
@@ -29,153 +28,137 @@ from vllm_emssd.simulate.traces import SHIPPED_TRACE, Trace, load_trace, save_tr
 if TYPE_CHECKING:
     from rich.console import Console
 
-Results = dict[int, dict[Decoding, Outcome]]  # by batch
+Results = dict[int, dict[Decoding, Outcome]]  # by requests at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trace", type=Path, default=SHIPPED_TRACE, help="default: the shipped pair's"
-    )
-    parser.add_argument(
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_predict(verbs)
+    _add_record(verbs)
+
+
+def _add_predict(verbs: Any) -> None:
+    text = "predict speeds from a trace and a cost table, without vLLM"
+    add = verbs.add_parser("predict", help=text, description=text).add_argument
+    add("--trace", type=Path, default=SHIPPED_TRACE, help="default: the shipped pair's")
+    add(
         "--costs",
         default="cpu-2core-epyc",
         help=f"a file or one of {', '.join(shipped_costs())} (default: %(default)s)",
     )
-    _add_numbers(parser, "--batches", [1, 2, 4, 8, 16, 24, 32], "requests at once")
-    _add_numbers(parser, "--fixed", [1, 2, 3, 5, 8], "K of fixed lengths")
-    _add_numbers(parser, "--padded", [5], "K of vLLM's own draft_model")
-    parser.add_argument(
-        "--oracle",
-        action="store_true",
-        help="also lengths by what will be accepted, which no policy can know: a bound",
-    )
-    parser.add_argument(
+    for name, default, means in (
+        ("--max-concurrency", [1, 2, 4, 8, 16, 24, 32], "requests at once"),
+        ("--fixed", [1, 2, 3, 5, 8], "K of fixed lengths"),
+        ("--padded", [5], "K of vLLM's own draft_model"),
+    ):
+        shown = f"{means} (default: {' '.join(map(str, default))})"
+        add(name, type=_positive, nargs="+", default=default, metavar="N", help=shown)
+    add(
         "--num-speculative-tokens",
         type=_positive,
         metavar="K",
         help="most drafts of automatic lengths (default: all that were recorded)",
     )
-    parser.add_argument(
-        "--max-tokens", type=_positive, default=128, help="output length, at most"
+    add(
+        "--output-len", type=_positive, default=128, help="tokens of an answer, at most"
     )
-    parser.add_argument("--max-num-batched-tokens", type=_positive, default=4096)
-    parser.add_argument(
-        "--cached-prompts",
+    add(
+        "--num-prompts",
+        type=_positive,
+        help="at least, as in 'vllm-emssd bench' (default: the whole trace)",
+    )
+    add("--max-num-batched-tokens", type=_positive, default=4096)
+    add(
+        "--block-size",
         type=_positive,
         default=0,
-        metavar="BLOCK",
         help="prompts are cached by whole blocks of so many tokens (default: not)",
     )
-    parser.add_argument(
-        "--min-requests",
-        type=_positive,
-        help="at each batch size, as in 'vllm-emssd bench' (default: the whole trace)",
-    )
-    parser.add_argument(
-        "--continuous",
-        action="store_true",
-        help="a request starts as soon as another has ended, as in 'vllm-emssd bench'",
-    )
-    parser.add_argument("--output", type=Path, metavar="JSON")
-    parser.add_argument(
-        "--learn-costs",
-        type=Path,
-        metavar="RESULT",
-        help="write to --output the costs that a result of 'vllm-emssd bench' shows, "
-        "with the methods plain and auto in it",
-    )
-    _add_recording(parser)
+    add("--output-json", type=Path, metavar="FILE")
 
 
-def _add_numbers(
-    parser: argparse.ArgumentParser, name: str, default: list[int], text: str
-) -> None:
-    shown = " ".join(map(str, default))
-    parser.add_argument(
-        name,
-        type=_positive,
-        nargs="+",
-        default=default,
-        metavar="N",
-        help=f"{text} (default: {shown})",
-    )
+def _add_record(verbs: Any) -> None:
+    text = "record a trace from a pair of models, with transformers"
+    add = verbs.add_parser("record", help=text, description=text).add_argument
+    add("trace", type=Path, metavar="TRACE.jsonl[.gz]", help="written")
+    add("--model", required=True, help="target: folder or name")
+    add("--draft-model", required=True)
+    add("--dataset-name", default="completion", help="as in 'vllm-emssd bench'")
+    add("--dataset-path", type=Path, metavar="FILE.jsonl", help="of custom")
+    add("--num-prompts", type=_positive, default=32)
+    add("--input-len", type=_positive, default=512, help="tokens of a prompt, at most")
+    add("--output-len", type=_positive, default=128, help="tokens of an answer")
+    add("--num-speculative-tokens", type=_positive, default=8, help="most to replay")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
 
 
-def _add_recording(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "recording", "make a trace instead of simulating (needs transformers)"
-    )
-    group.add_argument("--record", type=Path, metavar="TRACE", help=".jsonl[.gz]")
-    group.add_argument("--model", help="target: folder or name")
-    group.add_argument("--draft-model", help="without it the trace is for llma")
-    group.add_argument(
-        "--workload",
-        default="completion",
-        metavar="NAME|FILE.jsonl",
-        help="prompts, as in 'vllm-emssd bench' (default: %(default)s)",
-    )
-    group.add_argument("--num-requests", type=_positive, default=32)
-    group.add_argument("--max-prompt-tokens", type=_positive, default=512)
-    group.add_argument("--k", type=_positive, default=8, help="most drafts to replay")
-    group.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        if args.record is not None:
-            _record(args)
-        elif args.learn_costs is not None:
-            _learn_costs(args)
-        else:
-            _simulate(args)
+        _record(args) if args.verb == "record" else _predict(args)
     except (OSError, ValueError) as error:
-        print(f"vllm-emssd simulate: {error}", file=sys.stderr)
+        print(f"vllm-emssd simulate {args.verb}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-# ---------------------------------------------------------------- simulating
+def _record(args: argparse.Namespace) -> None:
+    from vllm_emssd.simulate.recorder import TraceRecorder, record_trace
+
+    recorder = TraceRecorder(
+        args.model,
+        args.draft_model,
+        args.num_speculative_tokens,
+        args.dtype,
+        shlex.join(["vllm-emssd", *sys.argv[1:]]),
+    )
+    options = WorkloadOptions(args.output_len, args.input_len, path=args.dataset_path)
+    workload = load_workload(
+        args.dataset_name, recorder.tokenizer, options, args.num_prompts
+    )
+    trace = record_trace(recorder, workload.requests)
+    save_trace(trace, args.trace)
+    accepted = [a for r in trace.requests for a in r.accepted[1:]]
+    mean = sum(accepted) / max(len(accepted), 1)
+    print(
+        f"{len(trace.requests)} requests in {args.trace}; {mean:.2f} of "
+        f"{trace.header.k} drafts accepted, on average over positions"
+    )
 
 
-def _simulate(args: argparse.Namespace) -> None:
+def _predict(args: argparse.Namespace) -> None:
     trace, costs = load_trace(args.trace), load_costs(args.costs)
-    methods = _methods(args, trace)
+    methods = [
+        Decoding("plain"),
+        *(Decoding("fixed", k) for k in args.fixed),
+        *(Decoding("padded", k) for k in args.padded),
+        Decoding("auto", args.num_speculative_tokens or trace.header.k),
+    ]
     for method in methods:
         check_method(method, trace)
-    min_requests = args.min_requests or len(trace.requests)
+    num_prompts = args.num_prompts or len(trace.requests)
     results: Results = {}
-    for batch in args.batches:
-        setting = Setting(
-            batch,
-            max(args.max_num_batched_tokens, batch),
-            cached_block=args.cached_prompts,
-        )
+    for batch in args.max_concurrency:
+        num_rows = max(args.max_num_batched_tokens, batch)
+        setting = Setting(batch, num_rows, cached_block=args.block_size)
         results[batch] = {
             method: simulate(
-                trace,
-                costs,
-                method,
-                setting,
-                args.max_tokens,
-                min_requests,
-                args.continuous,
+                trace, costs, method, setting, args.output_len, num_prompts
             )
             for method in methods
         }
     _print(results, trace, costs)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(_as_json(results, trace, costs), indent=1))
-
-
-def _methods(args: argparse.Namespace, trace: Trace) -> list[Decoding]:
-    most = trace.header.k
-    methods = [Decoding("plain"), *(Decoding("fixed", k) for k in args.fixed)]
-    if trace.header.kind == "draft_model":
-        methods += [Decoding("padded", k) for k in args.padded]
-    longest = args.num_speculative_tokens or most
-    methods += [Decoding("auto", longest)]
-    return [*methods, Decoding("oracle", longest)] if args.oracle else methods
+    if args.output_json is not None:
+        args.output_json.parent.mkdir(parents=True, exist_ok=True)
+        args.output_json.write_text(
+            json.dumps(_as_json(results, trace, costs), indent=1)
+        )
 
 
 def _as_json(results: Results, trace: Trace, costs: CostFile) -> dict[str, Any]:
@@ -208,7 +191,12 @@ def _print(results: Results, trace: Trace, costs: CostFile) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(f"trace: {_pair(trace)}; costs: {costs.kind}, {_machine(costs)}")
+    machine = costs.provenance.get("machine", "machine unknown")
+    console.print(
+        f"trace: {len(trace.requests)} requests of {trace.header.target}, drafts by "
+        f"{trace.header.draft}; costs: {costs.target.model} and {costs.draft.model} on "
+        f"{machine}"
+    )
     methods = list(next(iter(results.values())))
     for title, cells in (
         ("predicted tokens/s (x plain)", _speeds),
@@ -216,7 +204,7 @@ def _print(results: Results, trace: Trace, costs: CostFile) -> None:
         ("ms that deciding the lengths took a step, on this machine", _deciding),
     ):
         table = Table(title=title)
-        for column in ("batch", *map(str, methods)):
+        for column in ("at once", *map(str, methods)):
             table.add_column(column, justify="right")
         for batch, by_method in results.items():
             table.add_row(str(batch), *cells(by_method))
@@ -251,8 +239,6 @@ def _print_reliability(console: Console, results: Results) -> None:
         for outcome in by_method.values()
         if outcome.reliability is not None
     }
-    if not found:
-        return
     table = Table(
         title="chance of being accepted, auto: predicted, observed (verified drafts)",
         caption="marginal: drafts predicted to bring what verifying them costs, which "
@@ -277,54 +263,3 @@ def _reliability(sums: np.ndarray, has_cost: bool) -> str:
     predicted, observed, cost = sums[1:] / num_drafts
     text = f"{predicted:.2f}, {observed:.2f} ({num_drafts})"
     return f"{text} | {cost:.2f}" if has_cost else text
-
-
-def _pair(trace: Trace) -> str:
-    header = trace.header
-    drafts = header.draft if header.kind == "draft_model" else "llma"
-    return f"{len(trace.requests)} requests of {header.target}, drafts by {drafts}"
-
-
-def _machine(costs: CostFile) -> str:
-    machine = costs.provenance.get("machine", "machine unknown")
-    return f"{costs.target.model} and {costs.draft.model} on {machine}"
-
-
-# ---------------------------------------------------------------- learning costs
-
-
-def _learn_costs(args: argparse.Namespace) -> None:
-    if args.output is None:
-        raise ValueError("--learn-costs needs --output, the cost table to write")
-    costs = costs_of_result(json.loads(args.learn_costs.read_text()))
-    args.output.write_text(costs.model_dump_json(indent=1) + "\n")
-
-
-# ---------------------------------------------------------------- recording
-
-
-def _record(args: argparse.Namespace) -> None:
-    from vllm_emssd.simulate.recorder import TraceRecorder, record_trace
-
-    if not args.model:
-        raise ValueError("--record needs --model, the target")
-    command = shlex.join(["vllm-emssd", *sys.argv[1:]])
-    recorder = TraceRecorder(args.model, args.draft_model, args.k, args.dtype, command)
-    options = WorkloadOptions(args.max_tokens, args.max_prompt_tokens)
-    workload = load_workload(
-        args.workload, recorder.tokenizer, options, args.num_requests
-    )
-    trace = record_trace(recorder, workload.requests)
-    save_trace(trace, args.record)
-    print(f"{len(trace.requests)} requests in {args.record}")
-    accepted = [a for r in trace.requests for a in r.accepted[1:]]
-    if accepted:
-        mean = sum(accepted) / len(accepted)
-        print(f"{mean:.2f} of {args.k} drafts accepted, on average over positions")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

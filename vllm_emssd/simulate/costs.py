@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,7 +29,7 @@ class ModelCosts(BaseModel):
 
 
 class CostFile(BaseModel):
-    """Prices of a machine and a pair of models.
+    """Costs of a machine and a pair of models, measured.
 
     `fixed` is what a step costs besides the forwards (scheduling, sampling, reading the
     requests' K/V where the tables leave that out), by requests in the step;
@@ -39,7 +39,6 @@ class CostFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["measured", "computed"]
     target: ModelCosts
     draft: ModelCosts
     fixed: list[Point] = Field(min_length=1)  # (requests, ms), requests rising
@@ -57,15 +56,10 @@ class CostFile(BaseModel):
         ms = table_of(self.fixed).at(num_reqs)
         return ms + self.speculation_ms * speculates
 
-    def step_costs(self, num_reqs: int, drafts_are_free: bool) -> StepCosts:
+    def step_costs(self, num_reqs: int) -> StepCosts:
         """What the engine's meter would have told a policy at this batch size."""
-        target = table_of(self.target.points)
-        if drafts_are_free:
-            return StepCosts(
-                target, table_of([(1, 0.0)]), self.fixed_ms(num_reqs, True)
-            )
         return StepCosts(
-            target,
+            table_of(self.target.points),
             table_of(self.draft.points),
             self.fixed_ms(num_reqs, False),
             self.speculation_ms,

@@ -1,10 +1,9 @@
-"""The drafting half of a simulated step: our proposers on a replayed drafter."""
+"""The drafting half of a simulated step: our proposer on a replayed drafter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -13,23 +12,8 @@ from vllm_emssd.draft_length import DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
-from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.simulate.replay_drafter import ReplayDrafter
 from vllm_emssd.simulate.request import SimulatedRequest
-
-
-class Drafting(Protocol):
-    def admit(self, req_id: str, num_cached: int) -> None:
-        """A request comes; both models have the K/V of its first tokens."""
-        ...
-
-    def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None: ...
-
-    def draft(self, requests: Sequence[SimulatedRequest]) -> float:
-        """Give every request its next drafts. Returns the milliseconds it took."""
-        ...
-
-    def release(self, req_ids: Sequence[str]) -> None: ...
 
 
 def draft_batch(
@@ -56,29 +40,6 @@ def draft_batch(
         is_sampling=np.array([r.num_sampled > 0 for r in requests]),
         max_draft_tokens=most,
     )
-
-
-class CopyDrafting:
-    """llma: drafts follow from the tokens alone and cost nothing to make."""
-
-    def __init__(self, proposer: LlmaProposer, k: int, knows_the_end: bool) -> None:
-        self._proposer, self._k, self._knows_the_end = proposer, k, knows_the_end
-
-    def admit(self, req_id: str, num_cached: int) -> None:
-        """Its index is made when it first drafts."""
-
-    def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None:
-        self._proposer.record_verified(req_id, num_drafts, accepted)
-
-    def draft(self, requests: Sequence[SimulatedRequest]) -> float:
-        batch = draft_batch(requests, self._k, self._knows_the_end)
-        drafts = self._proposer.propose(batch)
-        for request, tokens in zip(requests, drafts, strict=True):
-            request.drafts = tokens
-        return 0.0
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        self._proposer.release(req_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +77,7 @@ class ModelDrafting:
         )
 
     def admit(self, req_id: str, num_cached: int) -> None:
+        """A request comes; both models have the K/V of its first tokens."""
         self._blocks[req_id] = block = self._free_blocks.pop()
         self._cursor.update_blocks([AdmittedRequest(req_id, [block], 0)], [])
         self._cursor.advance(req_id, num_cached)
@@ -124,23 +86,20 @@ class ModelDrafting:
         self._proposer.record_verified(req_id, num_drafts, accepted)
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> float:
+        """Give every request its next drafts. Returns the milliseconds it took."""
         num_sampling = sum(r.num_sampled > 0 for r in requests)
         if self._proposer.skips_step(num_sampling):
             for request in requests:
                 request.drafts = []
             return 0.0
-        self._look_up(requests)
+        self._drafter.begin_step(
+            [r.trace for r in requests], [r.num_output for r in requests], self._k
+        )
         batch = draft_batch(requests, self._k, self._knows_the_end)
         drafts = self._proposer.propose(batch)
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
         return self._drafter.take_ms()
-
-    def _look_up(self, requests: Sequence[SimulatedRequest]) -> None:
-        """The drafts that this step may make."""
-        self._drafter.begin_step(
-            [r.trace for r in requests], [r.num_output for r in requests], self._k
-        )
 
     def release(self, req_ids: Sequence[str]) -> None:
         self._proposer.release(req_ids)

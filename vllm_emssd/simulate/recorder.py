@@ -30,27 +30,23 @@ class TraceRecorder:
     """Runs both models.
 
     Args:
-        target, draft: folders or names of causal language models with one vocabulary;
-            without a drafter, a trace for llma is recorded.
+        target, draft: folders or names of causal language models with one vocabulary.
         k: most drafts that can be replayed.
     """
 
     def __init__(
-        self, target: str, draft: str | None, k: int, dtype: str, command: str
+        self, target: str, draft: str, k: int, dtype: str, command: str
     ) -> None:
         self._k = k
         self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(target)
         self._target: Any = _load(target, dtype)
-        self._draft: Any = None if draft is None else _load(draft, dtype)
+        self._draft: Any = _load(draft, dtype)
         self._header = TraceHeader(
             format=TRACE_FORMAT,
-            kind="llma" if draft is None else "draft_model",
             target=Path(target).name,
-            draft=None if draft is None else Path(draft).name,
+            draft=Path(draft).name,
             k=k,
-            confidence="match_len / (match_len + 1), from the tokens"
-            if draft is None
-            else "highest probability of the drafter's distribution",
+            confidence="highest probability of the drafter's distribution",
             provenance={
                 "command": command,
                 "vllm_emssd": vllm_emssd.__version__,
@@ -73,8 +69,6 @@ class TraceRecorder:
         self, prompt_ids: list[int], max_tokens: int, temperature: float = 0.0
     ) -> RequestTrace:
         output_ids = self._output(prompt_ids, max_tokens + self._k, temperature)
-        if self._draft is None:
-            return RequestTrace(prompt_ids=prompt_ids, output_ids=output_ids)
         # Position p is drafted after from the token before it.
         text = torch.tensor(prompt_ids + output_ids[: max_tokens - 1])
         tokens, confidences = self._drafts(text, len(prompt_ids) - 1)

@@ -48,10 +48,6 @@ class ReplayDrafter:
                 ]
                 self._confidence[i] = request.confidences[p][:k]
 
-    def num_acceptable(self) -> np.ndarray:
-        """Drafts of each batch row that the target will accept. [num_reqs] int64"""
-        return (self._tokens != REJECTED).sum(axis=1)
-
     def take_ms(self) -> float:
         """Milliseconds of the forwards since the last call."""
         ms, self._ms = self._ms, 0.0

@@ -23,18 +23,12 @@ from vllm_emssd.draft_length import (
     FixedDraftLength,
 )
 from vllm_emssd.metrics import Counters
-from vllm_emssd.proposers.copier import Copier
-from vllm_emssd.proposers.copy_lengths import CopyLengths
-from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.simulate.costs import CostFile
 from vllm_emssd.simulate.drafters import (
-    CopyDrafting,
     DrafterSetting,
-    Drafting,
     ModelDrafting,
     PaddedDrafting,
 )
-from vllm_emssd.simulate.oracle import ForesightDrafting, ForesightDraftLength
 from vllm_emssd.simulate.request import SimulatedRequest
 from vllm_emssd.simulate.traces import RequestTrace, Trace
 
@@ -44,10 +38,10 @@ class Decoding:
     """How a batch is decoded, with at most `k` drafts a request and step.
 
     plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
-    own `draft_model`. oracle: as `auto`, were it known what is accepted; a bound.
+    own `draft_model`.
     """
 
-    name: Literal["plain", "fixed", "padded", "auto", "oracle"]
+    name: Literal["plain", "fixed", "padded", "auto"]
     k: int = 0
 
     @property
@@ -61,12 +55,10 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The engine's limits, and how llma copies."""
+    """The engine's limits."""
 
     max_num_seqs: int
     max_num_batched_tokens: int = 4096  # vLLM's default for LLM() on a CPU
-    check_length: int = 2
-    copy_length: int = 7
     cached_block: int = 0  # tokens: prompts are cached by whole blocks of it; 0: not
 
 
@@ -134,12 +126,11 @@ class SimulatedEngine:
             len(r.prompt_ids) + len(r.output_ids) for r in trace.requests
         )
         self._costs, self._setting = costs, setting
-        is_llma = trace.header.kind == "llma"
-        self._prices = costs.step_costs(setting.max_num_seqs, drafts_are_free=is_llma)
-        self._policy: _Timed | None = None  # or the lengths of copies
-        self._drafting = self._make_drafting(method, is_llma)
+        self._prices = costs.step_costs(setting.max_num_seqs)
+        self._policy: _Timed | None = None
+        self._drafting = self._make_drafting(method) if method.speculates else None
         # vLLM leaves room for a row more of each request with a draft model.
-        self._draft_slots = int(method.speculates and not is_llma)
+        self._draft_slots = int(method.speculates)
         self._waiting: deque[SimulatedRequest] = deque()
         self._running: list[SimulatedRequest] = []
         self._ended: list[str] = []  # released in the next step
@@ -164,44 +155,25 @@ class SimulatedEngine:
         self._ended += [request.req_id for request in self._running]
         self._running = []
 
-    def _make_drafting(self, method: Decoding, is_llma: bool) -> Drafting | None:
-        if not method.speculates:
-            return None
-        setting, k = self._setting, method.k
-        if is_llma:
-            k = min(k, setting.copy_length)
-        is_auto = method.name == "auto"
-        if is_llma:
-            lengths = self._policy = _Timed(
-                CopyLengths(self._prices if is_auto else None)
-            )
-            proposer = LlmaProposer(
-                Copier(setting.check_length),
-                setting.copy_length,
-                lengths,  # type: ignore[arg-type]
-            )
-            return CopyDrafting(proposer, k, knows_the_end=is_auto)
+    def _make_drafting(self, method: Decoding) -> ModelDrafting:
+        setting, is_auto = self._setting, method.name == "auto"
         policy: DraftLengthPolicy = FixedDraftLength()
         if is_auto:
-            acceptance = AcceptanceEstimator(k)
+            acceptance = AcceptanceEstimator(method.k)
             policy = AutoDraftLength(self._prices, acceptance, may_trim=True)
             self.outcome.reliability = acceptance.reliability
         self._policy = _Timed(policy)
         drafter = DrafterSetting(
             self._prices,
-            k,
+            method.k,
             setting.max_num_seqs,
             setting.max_num_batched_tokens,
             self._max_model_len,
         )
-        counters = self.outcome.counters
-        if method.name == "oracle":
-            oracle = ForesightDraftLength(self._prices)
-            return ForesightDrafting(oracle, counters, drafter)
         drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
         return drafting(
             self._policy,  # type: ignore[arg-type]
-            counters,
+            self.outcome.counters,
             drafter,
             knows_the_end=is_auto,
         )
@@ -232,8 +204,7 @@ class SimulatedEngine:
         batch = [r for r in self._running if r.num_scheduled]
         self._verify(batch)
         draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
-        speculates = draft_ms > 0 or isinstance(self._drafting, CopyDrafting)
-        ms = self._costs.fixed_ms(len(batch), speculates)
+        ms = self._costs.fixed_ms(len(batch), speculates=draft_ms > 0)
         ms += self._prices.target.at(num_rows)
         self.outcome.draft_ms += draft_ms
         self.outcome.ms += ms + draft_ms
@@ -295,10 +266,8 @@ def check_method(method: Decoding, trace: Trace) -> None:
     if method.speculates and method.k > trace.header.k:
         raise ValueError(
             f"{method} asks for {method.k} drafts, but the trace holds k = "
-            f"{trace.header.k}: ask for fewer, or record it again with a larger --k"
+            f"{trace.header.k}: ask for fewer, or record more"
         )
-    if method.name in ("padded", "oracle") and trace.header.kind == "llma":
-        raise ValueError(f"{method.name} is of a draft model, but the trace is of llma")
 
 
 def simulate(
@@ -307,31 +276,25 @@ def simulate(
     method: Decoding,
     setting: Setting,
     max_tokens: int,
-    min_requests: int,
-    is_continuous: bool = False,
+    num_prompts: int,
 ) -> Outcome:
-    """Decode the trace's first requests in batches of `setting.max_num_seqs`.
+    """Decode the trace's first requests, `setting.max_num_seqs` of them at once.
 
-    A batch arrives once the one before has ended, as `vllm-emssd bench` times them. A
-    first batch warms up: it counts for what the policy learns, not for time.
+    All arrive at once; one starts as soon as another has ended, and it is over when
+    none is left to start, as `vllm-emssd bench throughput` times them. A first time
+    warms up: it counts for what the policy learns, not for time.
 
     Args:
-        min_requests: as many, at least, in whole batches; the trace is repeated where
-            it has fewer.
-        is_continuous: all requests arrive at once, as one batch of which
-            `setting.max_num_seqs` run: one starts as soon as another has ended. Ends
-            when none is left to start, so there is a batch more.
+        num_prompts: as many, at least, and `setting.max_num_seqs` more; the trace is
+            repeated where it has fewer.
     """
     size, num_requests = setting.max_num_seqs, len(trace.requests)
-    num_batches = max(1, -(-min_requests // size)) + is_continuous
+    num_started = (max(1, -(-num_prompts // size)) + 1) * size
     engine = SimulatedEngine(trace, costs, method, setting)
-    chosen = [trace.requests[i % num_requests] for i in range(num_batches * size)]
-    step = len(chosen) if is_continuous else size
-    batches = [chosen[i : i + step] for i in range(0, len(chosen), step)]
-    engine.run(batches[-1], max_tokens, is_continuous)
+    chosen = [trace.requests[i % num_requests] for i in range(num_started)]
+    engine.run(chosen, max_tokens, is_continuous=True)
     warm_up = replace(engine.outcome, counters=replace(engine.outcome.counters))
-    for batch in batches:
-        engine.run(batch, max_tokens, is_continuous)
+    engine.run(chosen, max_tokens, is_continuous=True)
     return difference(engine.outcome, warm_up)
 
 

@@ -20,30 +20,22 @@ SHIPPED_TRACE = Path(
     str(files("vllm_emssd.simulate") / "data" / "shipped-pair.jsonl.gz")
 )
 
-Kind = Literal["draft_model", "llma"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 TokenId = Annotated[int, Field(ge=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class TraceHeader(BaseModel):
-    """What was recorded, and how."""
+    """What was recorded, and how. Keys of earlier versions are passed over."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     format: Literal["vllm-emssd-trace/1"]
-    kind: Kind  # llma: token ids only, for its drafts follow from them
     target: str  # model name
-    draft: str | None  # model name
+    draft: str  # model name
     k: int = Field(ge=1, le=128)  # most drafts that can be replayed
     confidence: str  # what the confidences mean
     provenance: dict[str, str]  # command, versions
-
-    @model_validator(mode="after")
-    def _draft_is_named(self) -> TraceHeader:
-        if (self.kind == "draft_model") != (self.draft is not None):
-            raise ValueError("'draft' names the draft model, and is null for llma")
-        return self
 
 
 class RequestTrace(BaseModel):
@@ -58,8 +50,8 @@ class RequestTrace(BaseModel):
     prompt_ids: list[TokenId] = Field(min_length=1)
     output_ids: list[TokenId]  # [num_output_tokens + k]
     # Drafts made at p that agree with the output, up to the first that does not.
-    accepted: list[int] = []  # [num_output_tokens], 0..k; empty for llma
-    confidences: list[list[Probability]] = []  # [num_output_tokens][k]; empty for llma
+    accepted: list[int]  # [num_output_tokens], 0..k
+    confidences: list[list[Probability]]  # [num_output_tokens][k]
 
     def check(self, header: TraceHeader) -> None:
         """Raise ValueError where the request does not fit the header."""
@@ -69,12 +61,10 @@ class RequestTrace(BaseModel):
                 f"output_ids has {len(self.output_ids)} tokens; more than k = "
                 f"{header.k} are needed"
             )
-        wanted = num_positions if header.kind == "draft_model" else 0
         for name in ("accepted", "confidences"):
-            if len(getattr(self, name)) != wanted:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries, not {wanted}"
-                )
+            found = len(getattr(self, name))
+            if found != num_positions:
+                raise ValueError(f"{name} has {found} entries, not {num_positions}")
         if any(not 0 <= a <= header.k for a in self.accepted):
             raise ValueError(f"accepted must be within 0..{header.k}")
         if any(len(row) != header.k for row in self.confidences):
@@ -101,7 +91,7 @@ class Trace(BaseModel):
 
 def save_trace(trace: Trace, path: Path) -> None:
     lines = [trace.header.model_dump_json()]
-    lines += [r.model_dump_json(exclude_defaults=True) for r in trace.requests]
+    lines += [r.model_dump_json() for r in trace.requests]
     data = ("\n".join(lines) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     # No time stamp: the same trace makes the same file.
@@ -117,7 +107,9 @@ def load_trace(path: Path) -> Trace:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a trace: {error}") from None
     if not lines:
-        raise ValueError(f"{path} is empty; record it with 'vllm-emssd simulate'")
+        raise ValueError(
+            f"{path} is empty; record it with 'vllm-emssd simulate record'"
+        )
     header = _parse(TraceHeader, lines[0], f"{path}, line 1 (header)")
     requests = [
         _parse(RequestTrace, line, f"{path}, line {number}")
