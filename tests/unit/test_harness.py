@@ -1,4 +1,4 @@
-"""Who runs what, when: with engines that only take notes."""
+"""The order in which methods run, with engines that only take notes."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ def test_fixed_cost_by_requests() -> None:
     costs = straight_costs(speculation_ms=0.5)
     assert costs.fixed_ms(4, speculates=False) == pytest.approx(5.0)
     assert costs.fixed_ms(4, speculates=True) == pytest.approx(5.5)
-    prices = costs.step_costs(4)
-    assert (prices.fixed_ms, prices.speculation_ms) == pytest.approx((5.0, 0.5))
-    assert prices.draft.points == [(1, 1.0), (1000, 1000.0)]
+    per_step = costs.step_costs(4)
+    assert (per_step.fixed_ms, per_step.speculation_ms) == pytest.approx((5.0, 0.5))
+    assert per_step.draft.points == [(1, 1.0), (1000, 1000.0)]
 
 
 def test_unknown_name_lists_the_known() -> None:

@@ -1,1 +1,1 @@
-"""Measuring methods side by side, and predicting them: traces, prices, a simulator."""
+"""Measures methods of speculative decoding side by side."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(Path(vllm_emssd.__file__).parent),
         "vllm": version("vllm"),
@@ -42,6 +43,12 @@ def provenance() -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "environment": environment(),
     }
+
+
+def _program() -> str:
+    """`python -m vllm_emssd` is the same program as `vllm-emssd`."""
+    path = Path(sys.argv[0])
+    return "vllm-emssd" if path.name == "__main__.py" else path.name
 
 
 def environment() -> dict[str, str | None]:

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb = verbs.add_parser(
             name,
             help=text,
+            usage="%(prog)s [options]",
             description=f"{text[0].upper()}{text[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=f"methods:\n{_listing(methods.DESCRIPTIONS)}\n\n"
@@ -84,7 +85,11 @@ def _add_methods(parser: argparse.ArgumentParser, default: list[str]) -> None:
     )
     target = SHIPPED_MODELS / "target"
     add("--model", default=str(target), help="target (default: the repository's own)")
-    add("--draft-model", help="default: the repository's own, with its target")
+    add(
+        "--draft-model",
+        metavar="MODEL",
+        help="default: the repository's own, with its target",
+    )
 
 
 def _add_requests(parser: argparse.ArgumentParser, at_once: str) -> None:
@@ -98,7 +103,12 @@ def _add_requests(parser: argparse.ArgumentParser, at_once: str) -> None:
         metavar="N",
         help="requests at once, one number or several (default: 1 8 24)",
     )
-    add("--dataset-name", default="completion", metavar="NAME", help="below")
+    add(
+        "--dataset-name",
+        default="completion",
+        metavar="NAME",
+        help="below (default: %(default)s)",
+    )
     add(
         "--dataset-path",
         type=Path,
@@ -108,34 +118,54 @@ def _add_requests(parser: argparse.ArgumentParser, at_once: str) -> None:
     add(
         "--num-prompts",
         type=int,
+        metavar="N",
         default=1,
         help="requests in a round, at least; always a multiple of those at once",
     )
     add(
         "--input-len",
         type=int,
+        metavar="N",
         default=512,
         help="tokens of a prompt, at most (default: %(default)s)",
     )
     add(
         "--output-len",
         type=int,
+        metavar="N",
         default=96,
         help="tokens of an answer (default: %(default)s)",
     )
-    add("--temperature", type=float, default=0.0, help="where the dataset sets none")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="where the dataset sets none",
+    )
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "engine", "vLLM's own options, alike for every method"
     ).add_argument
-    add("--tokenizer", help="default: the model's")
+    add("--tokenizer", metavar="MODEL", help="default: --model")
     add("--dtype", default="bfloat16", help="default: %(default)s")
-    add("--max-model-len", type=int, help="default: what the requests need")
-    add("--kv-cache-memory-bytes", type=_bytes, default="512M", help="default: 512M")
     add(
-        "--block-size", type=int, help="tokens of a K/V block; prompts are cached by it"
+        "--max-model-len", type=int, metavar="N", help="default: what the requests need"
+    )
+    add(
+        "--kv-cache-memory-bytes",
+        type=_bytes,
+        default="512M",
+        metavar="SIZE",
+        help="default: 512M",
+    )
+    add(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="tokens of a K/V block; prompts are cached by it",
     )
     add("--enforce-eager", action="store_true", help="do not compile, which is default")
     add(
@@ -151,12 +181,14 @@ def _add_rounds(parser: argparse.ArgumentParser, has_engines: bool) -> None:
     add(
         "--num-iters",
         type=int,
+        metavar="N",
         default=5,
         help="rounds of each method that count (default: %(default)s)",
     )
     add(
         "--num-iters-warmup",
         type=int,
+        metavar="N",
         default=1,
         help="rounds before them: they fill the prefix cache (default: %(default)s)",
     )
@@ -164,6 +196,7 @@ def _add_rounds(parser: argparse.ArgumentParser, has_engines: bool) -> None:
         add(
             "--starts",
             type=int,
+            metavar="N",
             default=1,
             help="of all engines, each with so many rounds: evens out what a process "
             "has of good or bad luck for as long as it lives",

@@ -1,6 +1,6 @@
-"""The engine without models: vLLM's scheduling, our proposers, and prices for time.
+"""The engine without models: vLLM's scheduling, our proposer, and costs for time.
 
-Everything that decides is the code the engine runs: proposers, draft cursor, policies,
+Everything that decides is the code the engine runs: proposer, draft cursor, policies,
 counters. Replaced are the models, by a recorded trace, and the clock, by a cost table.
 As in the engine a step schedules, computes the target's rows, keeps a prefix of the
 drafts, and drafts for the next one; vLLM's own drafter for requests that end in it too.
@@ -126,7 +126,7 @@ class SimulatedEngine:
             len(r.prompt_ids) + len(r.output_ids) for r in trace.requests
         )
         self._costs, self._setting = costs, setting
-        self._prices = costs.step_costs(setting.max_num_seqs)
+        self._step_costs = costs.step_costs(setting.max_num_seqs)
         self._policy: _Timed | None = None
         self._drafting = self._make_drafting(method) if method.speculates else None
         # vLLM leaves room for a row more of each request with a draft model.
@@ -160,11 +160,11 @@ class SimulatedEngine:
         policy: DraftLengthPolicy = FixedDraftLength()
         if is_auto:
             acceptance = AcceptanceEstimator(method.k)
-            policy = AutoDraftLength(self._prices, acceptance, may_trim=True)
+            policy = AutoDraftLength(self._step_costs, acceptance, may_trim=True)
             self.outcome.reliability = acceptance.reliability
         self._policy = _Timed(policy)
         drafter = DrafterSetting(
-            self._prices,
+            self._step_costs,
             method.k,
             setting.max_num_seqs,
             setting.max_num_batched_tokens,
@@ -205,7 +205,7 @@ class SimulatedEngine:
         self._verify(batch)
         draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
         ms = self._costs.fixed_ms(len(batch), speculates=draft_ms > 0)
-        ms += self._prices.target.at(num_rows)
+        ms += self._step_costs.target.at(num_rows)
         self.outcome.draft_ms += draft_ms
         self.outcome.ms += ms + draft_ms
         if self._policy is not None:
@@ -219,7 +219,7 @@ class SimulatedEngine:
         self._ended = []
 
     def _schedule(self) -> int:
-        """Who runs first, then who waits, while rows are left. Returns the rows."""
+        """Running requests first, then waiting ones. Returns the rows used."""
         left, num_rows = self._setting.max_num_batched_tokens, 0
         for request in self._running:
             rows = request.schedule(max(left - self._draft_slots, 0))
