@@ -192,15 +192,15 @@ def _add_rounds(parser: argparse.ArgumentParser, has_engines: bool) -> None:
         default=1,
         help="rounds before them: they fill the prefix cache (default: %(default)s)",
     )
+    add(
+        "--starts",
+        type=int,
+        metavar="N",
+        default=1,
+        help="of everything, each with so many rounds: evens out what a process has of "
+        "good or bad luck for as long as it lives (default: %(default)s)",
+    )
     if has_engines:
-        add(
-            "--starts",
-            type=int,
-            metavar="N",
-            default=1,
-            help="of all engines, each with so many rounds: evens out what a process "
-            "has of good or bad luck for as long as it lives",
-        )
         add(
             "--start-together",
             action="store_true",
@@ -315,7 +315,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         rounds=args.num_iters,
         num_prompts=args.num_prompts,
         warm_up=args.num_iters_warmup,
-        starts=getattr(args, "starts", 1),
+        starts=args.starts,
         is_continuous=args.verb in ("throughput", "lengths"),
         starts_together=getattr(args, "start_together", False),
         host=host,
