@@ -86,14 +86,15 @@ def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]
     """
     base = "plain" if "plain" in seconds else "k0"
     lengths = [name for name in seconds if FIXED_LENGTH.fullmatch(name)]
-    others = [n for n in seconds if n == "plain" or VLLM_OWN.fullmatch(n)]
-    ours = [name for name in seconds if name not in others + lengths]
+    plain = ["plain"] if "plain" in seconds else []
+    vllm_own = [name for name in seconds if VLLM_OWN.fullmatch(name)]
+    ours = [name for name in seconds if name not in plain + vllm_own + lengths]
     compared = [(name, [base]) for name in seconds if name != base]
     compared += [(a, [b]) for a, b in PAIRS]
-    compared += [(name, others) for name in ours if len(others) > 1]
+    for others in (vllm_own, plain + vllm_own):
+        compared += [(name, others) for name in ours if others]
     if len(lengths) > 1:
-        has_plain = ["plain"] if "plain" in seconds else []
-        compared.append((AUTOMATIC, has_plain + lengths))
+        compared.append((AUTOMATIC, plain + lengths))
     compared.append((MIXED, [AUTOMATIC, "llma-auto"]))
     return {
         _title(name, against): asdict(
