@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Serve chats, edits and summaries with and without emssd, and compare.
 
 The chat model is SmolLM2-135M-Instruct from the package index, with the draft model
@@ -12,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Iterator
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from fetch_smollm2 import FetchError, fetch_pair
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -32,38 +28,24 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from scripts.fetch_smollm2 import FetchError, fetch_pair
 from vllm_emssd.bench.comparison import compare_all
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions, shared_gpu
 from vllm_emssd.bench.harness import Plan, Rounds, measure
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.plots import SIZE, draw_speed_up
 from vllm_emssd.bench.provenance import provenance
-from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.workloads import CHATS, WorkloadOptions, load_workload
-from vllm_emssd.integration.cpu.settings import (
-    cpu_settings,
-    has_nvidia_gpu,
-    num_cpus,
-)
+from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, num_cpus
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
-MAX_PROMPT_TOKENS = 320
+MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
-MAX_MODEL_LEN = 512
-COPIES = {"check_length": 2, "copy_length": 7}
 
 Result = dict[str, Any]  # of one number of requests at once
-console = Console()
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """What is asked, and of which kind each is."""
-
-    kinds: list[str]
-    requests: list[Request]
+console = Console(highlight=False)
 
 
 def parse_options() -> argparse.Namespace:
@@ -75,173 +57,107 @@ def parse_options() -> argparse.Namespace:
     add("--shipped", action="store_true", help="the shipped pair, no chat model")
     add("--model", help="a chat model of your own; needs --draft-model")
     add("--draft-model", help="with the same tokenizer")
-    add("--batches", type=int, nargs="+", help="chats at once (default: 1 8 24)")
-    add("--rounds", type=int, help="timed, of each method and number of chats")
-    add(
-        "--dtype",
-        default="float32",
-        help="default: float32, in which equal methods give equal tokens; bfloat16 "
-        "rounds differently with the number of rows, and near-ties may differ",
-    )
+    add("--dtype", default="float32", help="in bfloat16 near-ties may differ")
     add("--figure", type=Path, default=Path("demo.png"), help="where to draw it")
     options = parser.parse_args()
     if (options.model is None) != (options.draft_model is None):
         parser.error("--model and --draft-model go together")
-    options.batches = options.batches or ([8, 24] if options.quick else [1, 8, 24])
-    options.rounds = options.rounds or (2 if options.quick else 3)
-    if min(options.batches) < 1 or max(options.batches) > NUM_PROMPTS:
-        parser.error(f"--batches must be from 1 to {NUM_PROMPTS}")
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return options
 
 
-def choose_pair(options: argparse.Namespace) -> tuple[Path | str, Path | str]:
+def choose_pair(options: argparse.Namespace) -> tuple[str, str]:
     if options.model is not None:
         return options.model, options.draft_model
     if not options.shipped:
         try:
-            return fetch_pair(say=lambda text: console.print(text, highlight=False))
+            target, draft = fetch_pair()
+            return str(target), str(draft)
         except FetchError as error:
-            console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+            console.print(f"[yellow]{escape(str(error))}[/]")
             console.print("Going on with the small pair that is in the repository.")
-    return MODELS / "target", MODELS / "draft"
+    return str(MODELS / "target"), str(MODELS / "draft")
 
 
-def read_prompts(tokenizer: Any, max_tokens: int) -> Prompts:
-    """24, the kinds in turns; completions where the model has no chat template."""
-    workload, kinds = "chats", [*CHATS]
-    if tokenizer.chat_template is None:
-        workload, kinds = "completion", ["completion"]
-    options = WorkloadOptions(max_tokens, MAX_PROMPT_TOKENS)
-    requests = load_workload(workload, tokenizer, options, NUM_PROMPTS).requests
-    return Prompts(kinds * (NUM_PROMPTS // len(kinds)), requests)
-
-
-def list_methods(draft_model: Path | str, quick: bool) -> list[Method]:
-    model = {"model": str(draft_model)}
-    stock = model | {"method": "draft_model"}
-    auto = model | {
-        "method": "emssd",
-        "draft_length": "auto",
-        "num_speculative_tokens": 8,
-    }
-    ngram = {
-        "method": "ngram",
-        "num_speculative_tokens": COPIES["copy_length"],
-        "prompt_lookup_min": COPIES["check_length"],
-        "prompt_lookup_max": COPIES["check_length"],
-    }
+def list_methods(draft_model: str, quick: bool) -> list[Method]:
+    stock = {"method": "draft_model", "model": draft_model}
+    auto = {"method": "emssd", "model": draft_model, "draft_length": "auto"}
+    ngram = {"method": "ngram", "num_speculative_tokens": 7}  # as far as emssd copies
+    ngram |= {"prompt_lookup_min": 2, "prompt_lookup_max": 2}
     return [
         Method("plain", None),
         *(
             Method(f"stock K={k}", stock | {"num_speculative_tokens": k})
-            for k in ((2, 5) if quick else (1, 3, 5))
+            for k in ((1, 5) if quick else (1, 2, 5))
         ),
         Method("stock ngram", ngram),
         Method("emssd auto", auto),
-        Method("emssd mixed", auto | COPIES | {"proposer": "mixed"}),
+        Method("emssd mixed", auto | {"proposer": "mixed"}),
     ]
 
 
-def make_table(measured: Rounds, results: list[Result], prompts: Prompts) -> Table:
-    kinds = list(dict.fromkeys(prompts.kinds))
+# ---------------------------------------------------------------- what is said of it
+
+
+def make_table(measured: Rounds, results: list[Result], kinds: list[str]) -> Table:
+    """A row a method; `kinds` has the kind of each prompt."""
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\n\nmethod", no_wrap=True)
-    for result in results:
-        title = f"tokens/s\n(over plain)\n{result['batch']} at once"
+    batches = [result["batch"] for result in results]
+    titles = [f"tokens/s\n(over plain)\n{batch} at once" for batch in batches]
+    titles += [f"tokens\na step,\n{kind}" for kind in dict.fromkeys(kinds)]
+    for title in (*titles, "rows a token\n\ntarget+draft", "same as\nplain's\noutputs"):
         table.add_column(title, justify="right", no_wrap=True)
-    for kind in kinds:
-        table.add_column(f"tokens\na step,\n{kind}", justify="right", no_wrap=True)
-    for title in ("rows a token\n\ntarget+draft", "same as\nplain's\noutputs"):
-        table.add_column(title, justify="right", no_wrap=True)
-    total = num_outputs(measured)
-    for name, of_method in measured[results[-1]["batch"]].items():
-        last = of_method[-1]
+    for name, rounds in measured[batches[-1]].items():
+        last = rounds[-1]
         rows = (last.target_rows / last.num_tokens, last.draft_rows / last.num_tokens)
-        same = total - len(list(differences(measured, name)))
+        same = len(kinds) - len(different_prompts(measured, name))
         table.add_row(
             name,
             *(format_speed(result, name) for result in results),
-            *(f"{tokens_a_step(last, prompts, kind):.2f}" for kind in kinds),
-            f"{rows[0]:.2f}+{rows[1]:.2f}",
-            f"[{'green' if same == total else 'red'}]{same} of {total}[/]",
+            *(f"{tokens_a_step(last, kinds, k):.2f}" for k in dict.fromkeys(kinds)),
+            "{:.2f}+{:.2f}".format(*rows),
+            f"[{'green' if same == len(kinds) else 'red'}]{same} of {len(kinds)}[/]",
         )
     return table
 
 
-def num_outputs(measured: Rounds) -> int:
-    """Of different prompts."""
-    return max(len(rounds["plain"][0].outputs) for rounds in measured.values())
-
-
 def format_speed(result: Result, name: str) -> str:
-    speed = f"{result['methods'][name]['tokens_per_s']:.0f}"
-    if name == "plain":
-        return f"{speed} (1.00)"
-    ratio = result["ratios"][f"{name}/plain"]["ratio"]
-    return f"{speed} ([{'red' if ratio < 1 else 'green'}]{ratio:.2f}[/])"
+    speeds = {name: found["tokens_per_s"] for name, found in result["methods"].items()}
+    ratio = 1.0 if name == "plain" else result["ratios"][f"{name}/plain"]["ratio"]
+    return f"{speeds[name]:.0f} ([{'red' if ratio < 1 else 'green'}]{ratio:.2f}[/])"
 
 
-def tokens_a_step(done: Round, prompts: Prompts, kind: str) -> float:
+def tokens_a_step(done: Round, kinds: list[str], kind: str) -> float:
     """Of requests of one kind, after their first token."""
-    sampled = [
-        entry.num_sampled
-        for entry in done.decode_steps()
-        if prompts.kinds[entry.request] == kind
-    ]
-    return sum(sampled) / len(sampled) if sampled else math.nan
+    steps = [s.num_sampled for s in done.decode_steps() if kinds[s.request] == kind]
+    return sum(steps) / max(len(steps), 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    prompt: int
-    position: int  # of the first token that differs
-    tokens: tuple[int | None, int | None]  # plain's and the method's there
-
-
-def differences(measured: Rounds, name: str) -> Iterator[Difference]:
-    """By prompt, the first round of any batch size that is not as plain's first."""
-    wanted: dict[int, list[int]] = {}
-    for rounds in measured.values():
-        for prompt, tokens in enumerate(rounds["plain"][0].outputs):
-            wanted.setdefault(prompt, tokens)
-    found: set[int] = set()
+def different_prompts(measured: Rounds, name: str) -> dict[int, list[list[int]]]:
+    """Prompts of which an output of any round is not plain's: plain's, and that."""
+    largest = max(measured)
+    plain, found = measured[largest]["plain"][0].outputs, {}
     for rounds in measured.values():
         for done in rounds[name]:
             for prompt, tokens in enumerate(done.outputs):
-                if tokens != wanted[prompt] and prompt not in found:
-                    found.add(prompt)
-                    yield _difference(prompt, wanted[prompt], tokens)
-
-
-def _difference(prompt: int, wanted: list[int], tokens: list[int]) -> Difference:
-    pairs = zip_longest(wanted, tokens)
-    position, both = next((i, pair) for i, pair in enumerate(pairs) if len({*pair}) > 1)
-    return Difference(prompt, position, both)
+                if tokens != plain[prompt]:
+                    found.setdefault(prompt, [plain[prompt], tokens])
+    return found
 
 
 def describe_differences(
-    measured: Rounds, names: Iterable[str], tokenizer: Any, dtype: str
+    measured: Rounds, methods: list[Method], tokenizer: Any
 ) -> Iterator[str]:
-    for name in names:
-        found = list(differences(measured, name))
-        if not found:
-            continue
-        first = found[0]
-        plain, own = (
-            "the end" if token is None else repr(tokenizer.decode([token]))
-            for token in first.tokens
-        )
-        yield (
-            f"{name}: {len(found)} of {num_outputs(measured)} outputs are not plain's; "
-            f"the first is of prompt {first.prompt + 1}, from token "
-            f"{first.position + 1} on: {own} where plain has {plain}."
-        )
-        if dtype != "float32":
+    """A sentence for each method whose outputs are not plain decoding's."""
+    for name in (method.name for method in methods):
+        found = different_prompts(measured, name)
+        for prompt, outputs in islice(found.items(), 1):
+            pairs = enumerate(zip_longest(*outputs), 1)
+            at, tokens = next(pair for pair in pairs if len({*pair[1]}) > 1)
+            plain, own = (i if i is None else tokenizer.decode([i]) for i in tokens)
             yield (
-                f"In {dtype} a near-tie may go another way where rows are computed in "
-                "other numbers, without emssd too; --dtype float32 tells."
+                f"{name}: {len(found)} outputs are not plain's; in that of prompt "
+                f"{prompt + 1}, token {at} is {own!r} where plain has {plain!r}."
             )
 
 
@@ -251,12 +167,21 @@ def losses(results: list[Result]) -> Iterator[str]:
         speeds = {name: m["tokens_per_s"] for name, m in result["methods"].items()}
         others = [name for name in speeds if not name.startswith("emssd")]
         best = max(others, key=speeds.__getitem__)
-        for name in speeds:
-            if name not in others and speeds[name] < speeds[best]:
+        for name, speed in speeds.items():
+            if name not in others and speed < speeds[best]:
                 yield (
                     f"{name} is slower than {best} at {result['batch']} at once, by "
-                    f"{1 - speeds[name] / speeds[best]:.1%}."
+                    f"{1 - speed / speeds[best]:.1%}."
                 )
+
+
+def describe_run(model: str, dtype: str) -> str:
+    """What a reader needs to repeat the numbers."""
+    made = provenance()
+    machine = made["gpus"][0] if made["gpus"] else f"{made['machine']}, eager"
+    versions = f"vLLM {made['vllm']}, torch {made['torch']}, commit {made['commit']}"
+    command = shlex.join(["scripts/demo", *sys.argv[1:]])
+    return f"{Path(model).name}, {dtype}; {machine}; {versions}; {command}"
 
 
 def draw(results: list[Result], caption: str, path: Path) -> None:
@@ -264,68 +189,52 @@ def draw(results: list[Result], caption: str, path: Path) -> None:
     axes = figure.subplots()
     draw_speed_up(axes, {"results": results})
     axes.set_title("chats, edits and summaries")
-    axes.set_xlabel("requests at once")
     figure.text(0.01, 0.005, caption, fontsize=6, color="grey")
     figure.savefig(path, dpi=150)
 
 
-def describe_run(model: Path | str, dtype: str) -> str:
-    """What a reader needs to repeat the numbers."""
-    made = provenance()
-    machine = made["gpus"][0] if made["gpus"] else made["machine"]
-    versions = f"vLLM {made['vllm']}, torch {made['torch']}, commit {made['commit']}"
-    command = shlex.join(["scripts/demo", *sys.argv[1:]])
-    return f"{Path(model).name}, {dtype}; {machine}; {versions}; {command}"
+# ---------------------------------------------------------------- the command
 
 
 def run(options: argparse.Namespace) -> int:
     model, draft_model = choose_pair(options)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = read_prompts(tokenizer, 64 if options.quick else 96)
     methods = list_methods(draft_model, options.quick)
     logs = Path(tempfile.mkdtemp(prefix="emssd-demo-"))
     console.print(f"comparing {len(methods)} methods; vLLM's logs: {logs}")
-    plan = Plan(methods, options.batches, options.rounds, starts_together=True)
-    measured = measure(
-        plan, engine_options(str(model), options, logs, len(methods)), prompts.requests
-    )
-    results = compare_all(measured)
-    names = [method.name for method in methods]
-    console.print(make_table(measured, results, prompts))
-    wrong = list(describe_differences(measured, names, tokenizer, options.dtype))
-    for sentence in [*wrong, *losses(results)]:
-        console.print(f"[red]{escape(sentence)}[/]", highlight=False)
-    said = describe_run(model, options.dtype)
-    draw(results, said, options.figure)
-    console.print(escape(said), highlight=False, soft_wrap=True)
-    console.print(
-        f"figure: {options.figure}; vLLM's logs: {logs}\n"
-        f"serve it: {escape(serve_command(str(model), methods[-2]))}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return 1 if wrong else 0
+    is_chat = tokenizer.chat_template is not None
+    workload = WorkloadOptions(48 if options.quick else 64, MAX_PROMPT_TOKENS)
+    name = "chats" if is_chat else "completion"
+    requests = load_workload(name, tokenizer, workload, NUM_PROMPTS).requests
+    kinds = [*CHATS] * (NUM_PROMPTS // 3) if is_chat else [name] * NUM_PROMPTS
 
-
-def engine_options(
-    model: str, options: argparse.Namespace, logs: Path, num_engines: int
-) -> EngineOptions:
-    """Prompts are cached, as vLLM does by default: the rounds time decoding."""
     engine_args = {
         "model": model,
         "dtype": options.dtype,
         "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": max(options.batches),
+        "max_num_seqs": NUM_PROMPTS,
         "kv_cache_memory_bytes": KV_CACHE_MIB << 20,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": True,  # as by default: the rounds time decoding
         "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
     }
-    return EngineOptions(engine_args | shared_gpu(num_engines), logs=logs)
+    engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
+    batches, rounds = ([8, 24], 2) if options.quick else ([1, 8, 24], 3)
+    plan = Plan(methods, batches, rounds, starts_together=True)
+    measured = measure(plan, engines, requests)
 
-
-def serve_command(model: str, method: Method) -> str:
-    config = json.dumps(method.speculative_config)
-    return shlex.join(["vllm", "serve", model, "--speculative-config", config])
+    results = compare_all(measured)
+    console.print(make_table(measured, results, kinds))
+    wrong = [*describe_differences(measured, methods, tokenizer)]
+    for sentence in [*wrong, *losses(results)]:
+        console.print(f"[red]{escape(sentence)}[/]")
+    said = describe_run(model, options.dtype)
+    draw(results, said, options.figure)
+    config = json.dumps(methods[-2].speculative_config)
+    command = shlex.join(["vllm", "serve", model, "--speculative-config", config])
+    console.print(
+        escape(f"{said}\nfigure: {options.figure}\nserve it: {command}"), soft_wrap=True
+    )
+    return 1 if wrong else 0
 
 
 def main() -> int:
@@ -336,7 +245,7 @@ def main() -> int:
     try:
         return run(parse_options())
     except EngineError as error:
-        console.print(escape(str(error)), style="red", highlight=False)
+        console.print(escape(str(error)), style="red")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -94,7 +94,7 @@ ensure_environment() {
         install_all
         echo "$state $repo" >"$stamp"
     fi
-    export PATH=$venv/bin:$PATH
+    export PATH=$venv/bin:$PATH PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 }
 
 # On the CPU: what `vllm-emssd serve` sets, with threads bound to no core.
