@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from multiprocessing import shared_memory
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts import launch_ray
@@ -50,6 +51,14 @@ def test_joining_without_the_token(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"{token} is missing: copy it from the head's machine" in done.stderr
     assert not token.exists()
+
+
+def test_a_head_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_ray, "READY_SECONDS", 10)
+    address = f"127.0.0.1:{free_port()}"
+    args, _ = launch_ray.parse(["worker", "--head", address])
+    with pytest.raises(launch_ray.LaunchError, match=f"not answer at {address}"):
+        launch_ray.start_ray(args)
 
 
 def head(folder: Path, *before: str) -> Tree:
@@ -109,24 +118,25 @@ def test_segments_of_killed_workers_are_removed(
     holder, path = hold_a_segment()
     memory.sweep()
     used_by_another = mmap.mmap(os.open(path, os.O_RDWR), 1)
-    read: list[list[int]] = []
-    who_has_open = memory._who_has_open
+    read: list[set[str]] = []
+    users = memory.users
     monkeypatch.setattr(
         memory,
-        "_who_has_open",
-        lambda names, pids: read.append(pids) or who_has_open(names, pids),
+        "users",
+        lambda names, processes: read.append(names) or users(names, processes),
     )
-    monkeypatch.setattr(launch_ray, "NEW_SECONDS", 0)
+    monkeypatch.setattr(SharedMemory, "LOOKS", 0)  # others may be new on this machine
     memory.sweep()
     assert path.exists()
     assert read == []
     holder.kill()  # not waited for: dead, and still a child
-    assert wait_for(lambda: not launch_ray.is_alive(holder.pid), 10)
+    process = psutil.Process(holder.pid)
+    assert wait_for(lambda: not launch_ray.is_alive(process), 10)
     memory.sweep()
     assert path.exists()
     used_by_another.close()
-    # This process has it open no more, but is alive; ask again as if it had ended.
-    memory._holders[path.name] = {holder.pid}
+    # This process has it mapped no more, but is alive; ask again as if it had ended.
+    memory._users[path.name] = [process]
     memory.sweep()
     assert not path.exists()
     holder.wait()
