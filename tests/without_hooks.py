@@ -7,18 +7,17 @@ from contextlib import contextmanager
 
 from vllm.plugins import load_general_plugins
 
-from vllm_emssd.integration.hooks import hook as hooks
-from vllm_emssd.integration.hooks.hook import Hook
+from vllm_emssd.integration.hooks.hook import Hook, install, is_installed, undo
 
 
 @contextmanager
 def without(taken: Sequence[Hook]) -> Iterator[None]:
     """As in a process that has not loaded the plugin; afterwards as it was before."""
     load_general_plugins()  # once a process: in the block it would be undone
-    ours = [hook for hook in taken if hooks.is_installed(hook)]
-    hooks.undo(ours)
+    ours = [hook for hook in taken if is_installed(hook)]
+    undo(ours)
     try:
         yield
     finally:
-        hooks.undo(taken)
-        hooks.install(ours)
+        undo(taken)
+        install(ours)

@@ -37,7 +37,7 @@ from vllm.v1.worker import block_table, mamba_utils
 
 from vllm_emssd.integration import scheduler
 from vllm_emssd.integration.cpu import fixes as cpu_fixes
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import installed
 
 UNTOUCHED = -9  # what a kernel must leave alone
 PAD_SLOT_ID = -1
@@ -66,7 +66,7 @@ def _registered_kernels() -> None:
 
 @pytest.fixture
 def _cpu_fixes() -> Iterator[None]:
-    with hooks.installed(cpu_fixes.CPU_FIXES):
+    with installed(cpu_fixes.CPU_FIXES):
         yield
 
 

@@ -114,13 +114,13 @@ def serve_another(name: str, num_tokens: int) -> tuple[Series, list[int]]:
 
 def forked() -> Series:
     """What a forked process shows. Before it ends it does what ours does at exit."""
-    from vllm_emssd.integration.metrics import prometheus
+    from vllm_emssd.integration import metrics
 
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         os.write(writer, json.dumps(shown()).encode())
-        for engine in prometheus._collector.engines:
-            prometheus._forget(engine)
+        for engine in metrics._collector.engines:
+            metrics._forget(engine)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as file:

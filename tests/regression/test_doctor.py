@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import subprocess
@@ -9,16 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_emssd.integration.doctor.finding import Finding, State
 
 import vllm_emssd
 from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
-from vllm_emssd.integration.doctor import checks as checkup
-from vllm_emssd.integration.doctor.finding import Finding, State
-from vllm_emssd.integration.hooks import compat
-from vllm_emssd.integration.hooks import hook as hooks
-from vllm_emssd.integration.hooks.inventory import INVENTORY, describe, hook_rows
+from vllm_emssd.integration.doctor import checks as checks
+from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
+from vllm_emssd.integration.hooks import compat, inventory
+from vllm_emssd.integration.hooks.hook import is_installed
+from vllm_emssd.integration.hooks.inventory import INVENTORY, describe
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_this_environment_can_serve(found: dict[str, Finding]) -> None:
     assert [f for f in found.values() if f.state is State.WRONG] == []
     assert found["plugin"].state is State.OK
     assert found["plugin, new process"].state is State.OK
-    assert set(found) >= {"vllm-emssd", "vllm", "python", "torch", "device", "hook"}
+    assert set(found) >= {"vllm-emssd", "vllm", "python", "torch", "device", "hooks"}
 
 
 def test_whatever_is_not_right_says_what_to_change(found: dict[str, Finding]) -> None:
@@ -94,8 +96,8 @@ def test_a_check_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_device() -> Finding:
         raise OSError("no driver")
 
-    monkeypatch.setattr(checkup, "check_device", check_device)
-    [finding] = [f for f in checkup.findings() if f.about == "check device"]
+    monkeypatch.setattr(checks, "check_device", check_device)
+    [finding] = [f for f in checks.findings() if f.about == "check device"]
     assert finding.state is State.WRONG
     assert "no driver" in finding.found
 
@@ -116,7 +118,7 @@ def test_an_unsupported_vllm_leaves_the_plugin_off(
     )
     with without(INVENTORY):
         vllm_emssd.register()
-        assert not hooks.is_installed(INVENTORY[0])
+        assert not is_installed(INVENTORY[0])
     assert 'pip install "vllm==0.32.*"' in warnings[-1]
 
 
@@ -149,16 +151,13 @@ def test_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for hook in INVENTORY:
         assert hook.target in out
-    [frontend] = [
-        row for row in hook_rows() if "create_speculative_config" in row.target
-    ]
-    assert describe(frontend) in out
-    assert frontend.state == "in place"
+    assert describe(FRONTEND_HOOK) in out
+    assert is_installed(FRONTEND_HOOK)
 
 
 def test_vllm_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat.vllm, "__version__", "0.31.0")
-    finding = checkup.check_version()
+    finding = checks.check_version()
     assert finding.state is State.WRONG
     assert 'pip install "vllm==0.32.*"' in finding.fix
 
@@ -168,25 +167,23 @@ def test_no_distribution_called_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    finding = checkup.check_distribution_name()
+    finding = checks.check_distribution_name()
     assert finding.state is State.WRONG
     assert "packaging/vllm-name" in finding.fix
 
 
 def test_plugin_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
-    finding = checkup.check_plugin_here()
+    finding = checks.check_plugin_here()
     assert finding.state is State.WRONG
     assert "pip install vllm-emssd" in finding.fix
 
 
 def test_a_hook_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     drifted = dataclasses.replace(INVENTORY[0], signature="self, other")
-    monkeypatch.setattr(checkup, "INVENTORY", (drifted,))
+    monkeypatch.setattr(inventory, "INVENTORY", (drifted,))
     with without(INVENTORY):
-        [finding] = checkup.check_hooks()
+        finding = checks.check_hooks()
     assert finding.state is State.WRONG
     assert "expected (self, other)" in finding.fix
 
@@ -203,8 +200,8 @@ def test_preloads(
     preload: str, state: State, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LD_PRELOAD", preload)
-    monkeypatch.setattr(checkup, "find_preloads", list)
-    finding = checkup.check_preloads()
+    monkeypatch.setattr(checks, "find_preloads", list)
+    finding = checks.check_preloads()
     assert finding.state is state
     assert advice in finding.fix
 
@@ -212,8 +209,8 @@ def test_preloads(
 def test_preloads_that_are_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     paths = [Path("/v/libiomp5.so"), Path("/u/libtcmalloc_minimal.so.4")]
-    monkeypatch.setattr(checkup, "find_preloads", lambda: paths)
-    fix = checkup.check_preloads().fix
+    monkeypatch.setattr(checks, "find_preloads", lambda: paths)
+    fix = checks.check_preloads().fix
     assert fix.endswith("LD_PRELOAD=/v/libiomp5.so:/u/libtcmalloc_minimal.so.4")
 
 
@@ -237,7 +234,7 @@ def test_threads(
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(checkup, "num_cpus", lambda: cpus)
-    finding = checkup.check_threads()
+    monkeypatch.setattr(checks, "num_cpus", lambda: cpus)
+    finding = checks.check_threads()
     assert finding.state is state
     assert advice in finding.fix

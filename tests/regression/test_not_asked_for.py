@@ -34,10 +34,10 @@ def test_runner_hook_is_gone_after_start() -> None:
     import vllm.v1.worker.cpu_worker as cpu_worker
 
     from vllm_emssd.integration.cpu.worker import CPU_RUNNER_HOOK
-    from vllm_emssd.integration.hooks import hook as hooks
+    from vllm_emssd.integration.hooks.hook import is_installed
 
     run("draft_model")
-    assert not hooks.is_installed(CPU_RUNNER_HOOK)
+    assert not is_installed(CPU_RUNNER_HOOK)
     assert cpu_worker.CPUModelRunner.__module__ == "vllm.v1.worker.cpu_model_runner"
 
 

@@ -7,7 +7,7 @@ from vllm import _custom_ops
 
 from tests.without_hooks import without
 from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK, MOST_ROW_COUNTS
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import installed
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ def test_layers_keep_as_many_as_ragged_batches_have(
 
     with without([KERNELS_HOOK]):
         monkeypatch.setattr(_custom_ops, "create_onednn_mm", create)
-        with hooks.installed([KERNELS_HOOK]):
+        with installed([KERNELS_HOOK]):
             assert _custom_ops.create_onednn_mm(None, *asked) == kept  # type: ignore
         assert _custom_ops.create_onednn_mm is create

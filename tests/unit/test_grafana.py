@@ -12,7 +12,7 @@ import pytest
 import vllm
 from prometheus_client.samples import Sample
 
-from vllm_emssd.integration.metrics.prometheus import EmssdCollector, ServedEngine
+from vllm_emssd.integration.metrics import EmssdCollector, ServedEngine
 from vllm_emssd.metrics import COUNTER_NAMES, SharedCounters
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "vllm-emssd.json"

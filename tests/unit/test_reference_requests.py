@@ -16,12 +16,12 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_emssd.config import parse_speculative_config
 from vllm_emssd.integration.frontend import serving
-from vllm_emssd.integration.frontend.engine_tag import attach_tag
 from vllm_emssd.integration.frontend.serving import (
     ADD_REQUEST_HOOK,
     INPUT_PROCESSOR_HOOK,
 )
-from vllm_emssd.integration.references import (
+from vllm_emssd.integration.metrics import attach_tag
+from vllm_emssd.integration.request_options import (
     MAX_BYTES_PER_TOKEN,
     prediction_of,
     reference_of,

@@ -10,7 +10,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_emssd.integration.request_limits import RequestLimits, check_request_limit
+from vllm_emssd.integration.request_options import RequestLimits, check_request_limit
 
 WRONG = [-1, True, 1.0, "2", None, [1]]
 

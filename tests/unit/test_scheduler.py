@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_emssd.integration import scheduler
-from vllm_emssd.integration.placeholder_drafts import (
+from vllm_emssd.integration.scheduler import (
     drop_placeholder_drafts,
     with_drafts_made,
 )

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 
 import vllm_emssd
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration.frontend.engine_tag import attach_tag
-from vllm_emssd.integration.metrics import prometheus
+from vllm_emssd.integration import metrics
+from vllm_emssd.integration.metrics import attach_tag
 from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
 
 PACKAGE = Path(vllm_emssd.__file__).parent
@@ -106,10 +106,10 @@ def test_counters_are_readable_by_their_user_only(
         parallel_config=SimpleNamespace(rank=0, data_parallel_index=0),
     )
     owner = type("FrontEnd", (), {})()
-    prometheus.show_on_metrics(owner, config)
+    metrics.show_on_metrics(owner, config)
     [directory] = tmp_path.iterdir()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert prometheus.open_shared_counters(config) is not None
+    assert metrics.open_shared_counters(config) is not None
     assert [path.name for path in directory.iterdir()] == ["0.counters"]
     del owner
     assert not directory.exists()

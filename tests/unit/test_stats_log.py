@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from vllm_emssd.integration.metrics.stats_log import (
+from vllm_emssd.integration.metrics import (
     INTERVAL_SECONDS,
     StatsLog,
     describe,

@@ -239,10 +239,10 @@ class LoggedStats:
     """The lines of the log that tell what was counted, one a step."""
 
     def __enter__(self) -> list[str]:
-        from vllm_emssd.integration.metrics import stats_log
+        from vllm_emssd.integration import metrics
 
         self._patch, lines = pytest.MonkeyPatch(), []
-        self._patch.setattr(stats_log, "INTERVAL_SECONDS", 0.0)
+        self._patch.setattr(metrics, "INTERVAL_SECONDS", 0.0)
         logger = logging.getLogger("vllm.emssd.stats")
         self._patch.setattr(logger, "info", lambda text, *args: lines.append(args[1]))
         return lines

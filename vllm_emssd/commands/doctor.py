@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import platform
-from collections.abc import Iterator
-from importlib import import_module
-from typing import Any
 
-from vllm_emssd import __version__
-from vllm_emssd.integration.doctor.finding import Finding, State, did_not_work
-
-NEEDED = {
-    "torch": "it comes with vLLM",
-    "vllm": "pip install 'vllm-emssd[vllm]' on an NVIDIA GPU, else 'vllm-emssd[cpu]'",
-}
+from vllm_emssd.integration.doctor import Finding, State, findings, plugin_is_on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,33 +34,6 @@ def run(args: argparse.Namespace) -> int:
     return int(is_bad)
 
 
-def findings() -> Iterator[Finding]:
-    """All checks. What the others import is imported first, and ends them if it fails:
-    the command is for installations that are broken, too."""
-    yield Finding("vllm-emssd", State.OK, __version__)
-    yield Finding("python", State.OK, platform.python_version())
-    for name, how in NEEDED.items():
-        try:
-            version = import_module(name).__version__
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                yield did_not_work(name, error)
-            else:
-                yield Finding(name, State.WRONG, "is not installed", how)
-            return
-        except Exception as error:  # of what a broken one may raise, anything
-            yield did_not_work(name, error)
-            return
-        if name == "torch":
-            yield Finding(name, State.OK, version)
-    try:
-        checkup: Any = import_module("vllm_emssd.integration.doctor.checks")
-    except Exception as error:
-        yield did_not_work("vllm", error)
-        return
-    yield from checkup.findings()
-
-
 def describe(finding: Finding) -> str:
     line = f"{finding.state:5}  {finding.about}: {finding.found}"
     if finding.fix:
@@ -79,10 +42,9 @@ def describe(finding: Finding) -> str:
 
 
 def _print_hooks() -> int:
-    from vllm_emssd.integration.doctor.checks import plugin_is_on
-    from vllm_emssd.integration.hooks.inventory import describe, hook_rows
+    from vllm_emssd.integration.hooks import inventory
+    from vllm_emssd.integration.hooks.hook import difference
 
     plugin_is_on()  # as vLLM loads it: what is always in place is in place now
-    rows = hook_rows()
-    print("\n".join(map(describe, rows)))
-    return 0 if all(row.is_ok for row in rows) else 1
+    print("\n".join(map(inventory.describe, inventory.INVENTORY)))
+    return int(any(map(difference, inventory.INVENTORY)))

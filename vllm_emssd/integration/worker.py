@@ -1,19 +1,26 @@
-"""What all our worker classes share, whatever the device."""
+"""Our workers: what they share, and the one for GPUs.
+
+The CPU's is apart (`cpu/worker.py`): vLLM's module for it makes no-ops of torch's CUDA
+streams, events and copies as soon as it is imported.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_emssd.integration.memory_advice import memory_advice
-from vllm_emssd.metrics import Counters
+# What torch's CPU allocator says; it raises a plain RuntimeError.
+_CPU_WORDS = ("can't allocate memory", "not enough memory")
 
 
 class EmssdWorkerMixin(Worker):
-    """Counters and costs over RPC, lengths by measured costs once the models are warm,
-    and what to lower where a start runs out of memory."""
+    """Counters and costs over RPC, automatic lengths once the models are warm, and what
+    to lower where a start runs out of memory."""
 
     model_runner: Any  # one of ours
 
@@ -33,12 +40,12 @@ class EmssdWorkerMixin(Worker):
 
     def emssd_stats(self) -> dict[str, int]:
         """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
-        counters: Counters = self.model_runner.counters
-        return counters.as_dict()
+        counts: dict[str, int] = self.model_runner.counters.as_dict()
+        return counts
 
     def emssd_costs(self) -> dict[str, Any]:
-        """What this rank's automatic lengths are decided by, as it is now: (rows, ms)
-        of `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
+        """The costs that this rank's automatic lengths go by now: (rows, ms) of
+        `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
         costs: dict[str, Any] = self.model_runner.costs_now()
         return costs
 
@@ -64,3 +71,32 @@ class EmssdWorkerMixin(Worker):
         if not hasattr(self.model_runner, "use_proposer"):
             raise ValueError("only the V1 runner has a mixed proposer")
         self.model_runner.use_proposer(proposer)
+
+
+class UnpadGPUWorker(EmssdWorkerMixin):
+    def _make_model_runner(self) -> Any:
+        if self.use_v2_model_runner:
+            from vllm_emssd.integration.v2.runner import UnpadGPUModelRunnerV2
+
+            return UnpadGPUModelRunnerV2(self.vllm_config, self.device)
+        from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
+
+        return UnpadGPUModelRunner(self.vllm_config, self.device)
+
+
+@contextmanager
+def memory_advice(doing: str) -> Iterator[None]:
+    """Turn running out of memory in the block into a RuntimeError that says what to
+    lower. All other errors pass through."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        is_known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_known and not any(words in str(error) for words in _CPU_WORDS):
+            raise
+        raise RuntimeError(
+            f'"method": "emssd" ran out of memory while {doing}. Lower '
+            "--kv-cache-memory-bytes (on a GPU --gpu-memory-utilization, on a CPU "
+            "VLLM_CPU_KVCACHE_SPACE), --max-num-seqs or --max-model-len, or choose a "
+            f"smaller draft 'model'. {error}"
+        ) from error

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_emssd.integration.hooks import hook as hooks
-from vllm_emssd.integration.hooks.hook import Hook
+from vllm_emssd.integration.hooks.hook import Hook, install
 
 
 def expand_batch_to_tokens(
@@ -44,7 +43,6 @@ CPU_FIXES = [
             "top_k and top_p of drafted rows are uninitialised memory"
         ),
         signature="x, cu_num_tokens, num_tokens, replace_from, replace_to",
-        upstream="write through to the caller's tensor in its own dtype",
         remove_when="_expand_kernel_impl fills a float32 output on the CPU",
         make=_make,
         when="in an emssd worker on a CPU; for stock with EMSSD_CPU_FIXES=1",
@@ -55,4 +53,4 @@ CPU_FIXES = [
 
 def install_cpu_fixes() -> None:
     """Install the fixes that this vLLM needs. After its CPU kernels are registered."""
-    hooks.install(CPU_FIXES)
+    install(CPU_FIXES)

@@ -32,7 +32,6 @@ KERNELS_HOOK = Hook(
     target="vllm._custom_ops:create_onednn_mm",
     why="linear layers keep the kernels of 32 row counts; ragged batches have more",
     signature="weight, primitive_cache_size",
-    upstream="create_onednn_mm's default of 128 row counts, not 32",
     remove_when="linear layers keep the kernels of all row counts they meet",
     make=_make,
     when="while an emssd worker on a CPU loads its models",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from vllm.distributed import get_tp_group
+from vllm.distributed.device_communicators.cpu_communicator import (
+    CpuCommunicator,
+    _CPUSHMDistributed,
+)
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_emssd.integration.cpu.fixes import install_cpu_fixes
 from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK
-from vllm_emssd.integration.cpu.shared_memory import remove_names
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import Hook, installed
 from vllm_emssd.integration.v1.runner import UnpadCPUModelRunner
 from vllm_emssd.integration.worker import EmssdWorkerMixin
 
-CPU_RUNNER_HOOK = hooks.Hook(
+CPU_RUNNER_HOOK = Hook(
     target="vllm.v1.worker.cpu_worker:CPUModelRunner",
     why="CPUWorker.init_device names its runner class",
     signature="vllm_config, device",
-    upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
     remove_when="CPUWorker builds its runner in an overridable method",
     make=lambda stock: UnpadCPUModelRunner,
     when="while an emssd worker makes its device ready",
@@ -31,11 +35,10 @@ def _make_cpu_runner_v2(stock: Any) -> Any:
     return UnpadCPUModelRunnerV2
 
 
-CPU_RUNNER_V2_HOOK = hooks.Hook(
+CPU_RUNNER_V2_HOOK = Hook(
     target="vllm.v1.worker.cpu.model_runner:CPUModelRunner",
     why="the same for the V2 runner, which runs on CPUs with Triton",
     signature="vllm_config, device",
-    upstream="a _make_model_runner method on CPUWorker, as the GPU worker has",
     remove_when="CPUWorker builds its runner in an overridable method",
     make=_make_cpu_runner_v2,
     when="while an emssd worker makes its device ready for the V2 runner",
@@ -54,10 +57,25 @@ class FixedCPUWorker(CPUWorker):
 class UnpadCPUWorker(EmssdWorkerMixin, FixedCPUWorker):
     def init_device(self) -> None:
         is_v2 = self.use_v2_model_runner
-        with hooks.installed([CPU_RUNNER_V2_HOOK if is_v2 else CPU_RUNNER_HOOK]):
+        with installed([CPU_RUNNER_V2_HOOK if is_v2 else CPU_RUNNER_HOOK]):
             super().init_device()
-        remove_names()
+        remove_shared_memory_names()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with hooks.installed([KERNELS_HOOK]):
+        with installed([KERNELS_HOOK]):
             super().load_model(*args, **kwargs)
+
+
+def remove_shared_memory_names() -> None:
+    """Remove the names in /dev/shm of the segments that vLLM's CPU workers of a machine
+    share. Once all have opened them, which making the group waits for, nobody needs the
+    names; but those of a worker that is killed, as Ray does, would stay, and the memory
+    with them, until the machine restarts."""
+    group = get_tp_group()
+    communicator = group.device_communicator
+    if not isinstance(communicator, CpuCommunicator):
+        return
+    collectives = communicator.dist_module
+    if isinstance(collectives, _CPUSHMDistributed):
+        name = f"{collectives.group_name}_{group.rank_in_group}"
+        Path("/dev/shm", name).unlink(missing_ok=True)

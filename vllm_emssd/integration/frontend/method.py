@@ -29,16 +29,15 @@ from vllm_emssd.integration.frontend.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
 )
-from vllm_emssd.integration.frontend.engine_tag import attach_tag
 from vllm_emssd.integration.frontend.model_limits import (
     refuse_drafter,
     refuse_target,
     refuse_wrong_verification,
 )
 from vllm_emssd.integration.frontend.serving import install_serving_hooks
-from vllm_emssd.integration.hooks import hook as hooks
 from vllm_emssd.integration.hooks.compat import check_vllm_version
-from vllm_emssd.integration.metrics.stats_log import LOG_STATS_KEY
+from vllm_emssd.integration.hooks.hook import Hook, install
+from vllm_emssd.integration.metrics import LOG_STATS_KEY, attach_tag
 from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_options
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
 CPU_WORKER = "vllm_emssd.integration.cpu.worker.UnpadCPUWorker"
 FIXED_CPU_WORKER = "vllm_emssd.integration.cpu.worker.FixedCPUWorker"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"
-GPU_WORKER = "vllm_emssd.integration.gpu_worker.UnpadGPUWorker"
+GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
 SCHEDULER = "vllm_emssd.integration.scheduler.make_scheduler"
 COPY_DRAFTER = "vllm_emssd.integration.v1.copy_drafter.CopyDrafter"
 
@@ -72,7 +71,7 @@ _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
 
 def install_frontend_hook() -> None:
     """Teach vLLM the method."""
-    hooks.install([FRONTEND_HOOK])
+    install([FRONTEND_HOOK])
 
 
 def _make_hook(
@@ -95,11 +94,10 @@ def _make_hook(
     return create_speculative_config
 
 
-FRONTEND_HOOK = hooks.Hook(
+FRONTEND_HOOK = Hook(
     target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
     why="vLLM's speculative methods are a closed list",
     signature="self, target_model_config, target_parallel_config",
-    upstream="options for custom_class, then its worker and scheduler class",
     remove_when="a plugin's custom_class brings its options, worker and scheduler",
     make=_make_hook,
     when="always; passes every other method through",

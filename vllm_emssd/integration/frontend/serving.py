@@ -1,9 +1,8 @@
 """The process that serves an emssd engine: what it does beside vLLM's own front end.
 
-It accepts requests that stock refuses with speculation, checks their limits of drafts,
-turns references into token ids, and shows the engine's counters on `/metrics`. The
-hooks are installed wherever a config for emssd is made or unpickled, and act only for
-engines that have one.
+It accepts requests that stock refuses with speculation, checks what they say in their
+extra arguments, and shows the engine's counters on `/metrics`. The hooks are installed
+wherever a config for emssd is made or unpickled, and act on engines of emssd only.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
-from vllm_emssd.integration.frontend.engine_tag import tag_of
-from vllm_emssd.integration.hooks import hook as hooks
-from vllm_emssd.integration.metrics.prometheus import show_on_metrics
-from vllm_emssd.integration.references import (
-    PREDICTION_HOOK,
+from vllm_emssd.integration.hooks.hook import Hook, install
+from vllm_emssd.integration.metrics import show_on_metrics, tag_of
+from vllm_emssd.integration.request_options import (
+    REFERENCE_KEY,
+    check_request_limit,
     has_text_reference,
+    prediction_of,
     tokenize_reference,
 )
-from vllm_emssd.integration.request_limits import check_request_limit
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -40,11 +39,10 @@ def _make_validation_hook(stock: Callable[..., None]) -> Callable[..., None]:
     return _validate_spec_decode
 
 
-VALIDATION_HOOK = hooks.Hook(
+VALIDATION_HOOK = Hook(
     target="vllm.sampling_params:SamplingParams._validate_spec_decode",
     why="stock refuses min_p and logit_bias with speculation; emssd honours both",
     signature="self, speculative_config",
-    upstream="min_p and logit_bias in the rejection sampler",
     remove_when="stock's V1 rejection sampler applies min_p and logit_bias",
     make=_make_validation_hook,
     when="in processes that a config for emssd reaches; passes other methods through",
@@ -52,58 +50,36 @@ VALIDATION_HOOK = hooks.Hook(
 )
 
 
-def serve_engine(processor: Any) -> Callable[[SamplingParams], None] | None:
-    """Called with each InputProcessor, before its engine starts: show the counters of
-    an emssd engine. Returns what is to be done to each request's own copy of its
-    sampling parameters; None for an engine without emssd."""
-    config: VllmConfig = processor.vllm_config
-    if tag_of(config.speculative_config) is None:
-        return None
-    show_on_metrics(processor, config)
-
-    def process_params(params: SamplingParams) -> None:
-        check_request_limit(params)
-        tokenize_reference(processor, params)
-
-    return process_params
-
-
 def _make_init(stock: Callable[..., None]) -> Callable[..., None]:
     def __init__(  # noqa: N807  it takes the place of one
         self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
     ) -> None:
-        self.vllm_config = vllm_config
-        process_params = serve_engine(self)
-        if process_params is not None:
+        if tag_of(vllm_config.speculative_config) is not None:
+            show_on_metrics(self, vllm_config)
             # Before vLLM's __init__, which keeps a reference to this method.
-            self.process_inputs = partial(
-                _process_inputs, self.process_inputs, process_params
-            )
+            self.process_inputs = partial(_process_inputs, self, self.process_inputs)
         stock(self, vllm_config, *args, **kwargs)
 
     return __init__
 
 
 def _process_inputs(
-    stock: Callable[..., EngineCoreRequest],
-    process_params: Callable[[SamplingParams], None],
-    *args: Any,
-    **kwargs: Any,
+    processor: Any, stock: Callable[..., EngineCoreRequest], *args: Any, **kwargs: Any
 ) -> EngineCoreRequest:
     request = stock(*args, **kwargs)
     if request.sampling_params is not None:
-        process_params(request.sampling_params)
+        check_request_limit(request.sampling_params)
+        tokenize_reference(processor, request.sampling_params)
     return request
 
 
-INPUT_PROCESSOR_HOOK = hooks.Hook(
+INPUT_PROCESSOR_HOOK = Hook(
     target="vllm.v1.engine.input_processor:InputProcessor.__init__",
     why=(
         "here an engine's front end is made: its counters are shown, and its requests' "
         "references checked and tokenized where errors reach the client"
     ),
     signature="self, vllm_config, renderer, mm_registry",
-    upstream="a hook for plugins to validate extra_args",
     remove_when="vLLM lets a plugin process SamplingParams.extra_args",
     make=_make_init,
     when="in processes that a config for emssd reaches; acts on engines of emssd only",
@@ -130,7 +106,7 @@ def _make_add_request(
     return add_request
 
 
-ADD_REQUEST_HOOK = hooks.Hook(
+ADD_REQUEST_HOOK = Hook(
     target="vllm.v1.engine.async_llm:AsyncLLM.add_request",
     why="a long text must not be tokenized on the server's event loop",
     signature=(
@@ -138,11 +114,37 @@ ADD_REQUEST_HOOK = hooks.Hook(
         "tokenization_kwargs, trace_headers, priority, data_parallel_rank, session_id, "
         "prompt_text, reasoning_ended, reasoning_parser_kwargs, kv_hints"
     ),
-    upstream="a hook for plugins to validate extra_args, off the event loop",
     remove_when="vLLM lets a plugin process SamplingParams.extra_args",
     make=_make_add_request,
     when="likewise; acts on requests with a text reference only",
     patch="0009-sampling-params-processors",
+)
+
+
+def _make_to_sampling_params(
+    stock: Callable[..., SamplingParams],
+) -> Callable[..., SamplingParams]:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
+        params = stock(self, *args, **kwargs)
+        prediction = prediction_of(self)
+        extra_args = params.extra_args or {}
+        if prediction is not None and extra_args.get(REFERENCE_KEY) is None:
+            params.extra_args = {**extra_args, REFERENCE_KEY: prediction}
+        return params
+
+    return to_sampling_params
+
+
+PREDICTION_HOOK = Hook(
+    target=(
+        "vllm.entrypoints.openai.chat_completion.protocol:"
+        "ChatCompletionRequest.to_sampling_params"
+    ),
+    why="vLLM accepts OpenAI's prediction field but does not hand it on",
+    signature="self, max_tokens, default_sampling_params",
+    remove_when="vLLM hands prediction on in SamplingParams",
+    make=_make_to_sampling_params,
+    when="in processes that a config for emssd reaches; requests with prediction only",
 )
 
 SERVING_HOOKS = (
@@ -155,4 +157,4 @@ SERVING_HOOKS = (
 
 def install_serving_hooks() -> None:
     """Idempotent. Raises RuntimeError where one does not fit this vLLM."""
-    hooks.install(SERVING_HOOKS)
+    install(SERVING_HOOKS)

@@ -1,9 +1,8 @@
 """Replacing a name of vLLM's, where it offers no extension point.
 
-Every replacement in the plugin is a `Hook` (all are listed in `inventory.py`): what is
-replaced, why, the signature it was written against, and what would remove it. A changed
-signature stops the start; a set of hooks is installed wholly or not at all; installing
-twice is installing once; undo restores the original object.
+Every replacement in the plugin is a `Hook`; `inventory.py` lists all. A changed
+signature stops the start, hooks are installed all or none, installing twice is
+installing once, and undo restores the original object.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
 
@@ -25,7 +24,6 @@ class Hook:
     target: str  # "module:Class.attribute"
     why: str
     signature: str  # of the original, as inspect prints its parameter names
-    upstream: str  # the change that would make the hook unnecessary
     remove_when: str
     make: Callable[[Any], Any]  # original -> replacement
     when: str = ""  # it is in place
@@ -54,43 +52,32 @@ def parameter_names(function: Any) -> str:
     return ", ".join(inspect.signature(function).parameters)
 
 
-def check(hook: Hook) -> None:
-    """Raise RuntimeError where the target is missing or has another signature."""
+def difference(hook: Hook) -> str:
+    """What differs in this vLLM so that the hook cannot be installed, and the versions
+    that fit; "" where it can."""
     try:
         found = parameter_names(hook.original())
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(_drift(hook, f"is missing ({error})")) from error
-    if found != hook.signature:
-        raise RuntimeError(
-            _drift(hook, f"takes ({found}), expected ({hook.signature})")
-        )
-
-
-State = Literal["in place", "ready", "changed"]
-
-
-def state_of(hook: Hook) -> tuple[State, str]:
-    """How a hook stands in this process, and for a changed one the difference.
-
-    "in place"; "ready" to be installed, the signature is as expected; or "changed", so
-    that it cannot be installed.
-    """
-    if is_installed(hook):
-        return "in place", ""
-    try:
-        check(hook)
-    except RuntimeError as error:
-        return "changed", str(error)
-    return "ready", ""
+        what = f"is missing ({error})"
+    else:
+        if found == hook.signature:
+            return ""
+        what = f"takes ({found}), expected ({hook.signature})"
+    return (
+        f"vllm-emssd: {hook.target} {what}. This vLLM differs from the ones the plugin "
+        f"was written against ({SUPPORTED_VLLM}); install one of those, or a newer "
+        "vllm-emssd."
+    )
 
 
 def install(hooks: Sequence[Hook]) -> None:
     """Install all hooks or, where one does not fit this vLLM, none. Idempotent.
 
-    Raises: RuntimeError naming the target, what differs and the versions that fit.
+    Raises: RuntimeError with its `difference`.
     """
     for hook in hooks:
-        check(hook)
+        if differs := difference(hook):
+            raise RuntimeError(differs)
     replacements = []
     for hook in hooks:
         if hook.target not in _originals:
@@ -123,11 +110,3 @@ def installed(hooks: Sequence[Hook]) -> Iterator[None]:
         yield
     finally:
         undo(ours)
-
-
-def _drift(hook: Hook, what: str) -> str:
-    return (
-        f"vllm-emssd: {hook.target} {what}. This vLLM differs from the ones the plugin "
-        f"was written against ({SUPPORTED_VLLM}); install one of those, or a newer "
-        "vllm-emssd."
-    )

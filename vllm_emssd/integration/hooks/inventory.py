@@ -1,20 +1,14 @@
-"""Every name of vLLM's that the plugin replaces, and how each stands.
-
-`hook_rows` is what `vllm-emssd doctor --hooks` prints.
-"""
+"""Every name of vLLM's that the plugin replaces, as `vllm-emssd doctor --hooks` prints
+it."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vllm_emssd.integration.cpu.fixes import CPU_FIXES
 from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK
 from vllm_emssd.integration.cpu.worker import CPU_RUNNER_HOOK, CPU_RUNNER_V2_HOOK
 from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
 from vllm_emssd.integration.frontend.serving import SERVING_HOOKS
-from vllm_emssd.integration.hooks import hook as hooks
-from vllm_emssd.integration.hooks.hook import Hook, State
+from vllm_emssd.integration.hooks.hook import Hook, difference, is_installed
 from vllm_emssd.integration.v1.sampling import LOGITSPROCS_HOOK
 
 # After the worker, whose module must come before vLLM's V2 runner on a CPU.
@@ -31,61 +25,22 @@ INVENTORY: tuple[Hook, ...] = (
     KERNELS_HOOK,
 )
 
-STATE_MEANS: dict[State, str] = {
-    "in place": "in place in this process",
-    "ready": "not in place here; the signature is as expected",
-    "changed": "does not fit this vLLM",
-}
 
-
-@dataclass(frozen=True, slots=True)
-class HookRow:
-    """One hook as a person reads it."""
-
-    target: str
-    state: State
-    detail: str  # of "changed": what differs, and the versions that work
-    when: str
-    why: str
-    upstream: str
-    remove_when: str
-    patch: str
-
-    @property
-    def is_ok(self) -> bool:
-        return self.state != "changed"
-
-
-def hook_rows(inventory: Sequence[Hook] = INVENTORY) -> list[HookRow]:
-    """The state of every hook in this process. Imports the modules they are in."""
-    rows = []
-    for hook in inventory:
-        state, detail = hooks.state_of(hook)
-        rows.append(
-            HookRow(
-                target=hook.target,
-                state=state,
-                detail=detail,
-                when=hook.when,
-                why=hook.why,
-                upstream=hook.upstream,
-                remove_when=hook.remove_when,
-                patch=hook.patch,
-            )
-        )
-    return rows
-
-
-def describe(row: HookRow) -> str:
-    """A row as a few lines of text."""
-    lines = [f"{row.target}", f"    state:       {STATE_MEANS[row.state]}"]
-    patch = f" (patches/{row.patch}.patch)" if row.patch else ""
-    if row.detail:
-        lines.append(f"                 {row.detail}")
-    lines += [
-        f"    in place:    {row.when}",
-        f"    why:         {row.why}",
-        f"    upstream:    {row.upstream}{patch}",
-        f"    remove when: {row.remove_when}",
+def describe(hook: Hook) -> str:
+    """A hook and its state in this process, as a few lines of text."""
+    if differs := difference(hook):
+        state = f"does not fit this vLLM\n                 {differs}"
+    elif is_installed(hook):
+        state = "in place in this process"
+    else:
+        state = "not in place here; the signature is as expected"
+    lines = [
+        hook.target,
+        f"    state:       {state}",
+        f"    in place:    {hook.when}",
+        f"    why:         {hook.why}",
+        f"    remove when: {hook.remove_when}",
     ]
+    if hook.patch:
+        lines.append(f"    offered as:  patches/{hook.patch}.patch")
     return "\n".join(lines)

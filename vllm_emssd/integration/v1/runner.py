@@ -29,17 +29,16 @@ from vllm_emssd.integration.drafting import (
     max_draft_tokens,
 )
 from vllm_emssd.integration.failure_policy import FailurePolicy
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import (
     draft_group,
     keep_windows_whole,
     refuse_states,
     remake_metadata_builders,
 )
-from vllm_emssd.integration.metrics.publisher import Publisher
+from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.references import reference_of
-from vllm_emssd.integration.request_limits import RequestLimits
+from vllm_emssd.integration.request_options import RequestLimits, reference_of
 from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_async_v1
 from vllm_emssd.integration.v1.automatic_lengths import AutomaticLengthsMixin
 from vllm_emssd.integration.v1.drafter import PagedDrafter
@@ -77,7 +76,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         refuse_async_v1(vllm_config)
         spec_config = vllm_config.speculative_config
-        with _stock_drafter_allowed(spec_config), hooks.installed([LOGITSPROCS_HOOK]):
+        with _stock_drafter_allowed(spec_config), installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)
         self.sampler = UnpadSampler(
             self.model_config.logprobs_mode, self.model_config.use_fp64_gumbel

@@ -26,7 +26,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.verification import VerifiedRows
 
@@ -46,13 +46,12 @@ def _make_logitsprocs_hook(
     return build_logitsprocs
 
 
-LOGITSPROCS_HOOK = hooks.Hook(
+LOGITSPROCS_HOOK = Hook(
     target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
     why="with speculation, stock leaves out min_p, logit_bias and custom processors",
     signature=(
         "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs"
     ),
-    upstream="logits processors in the V1 rejection sampler",
     remove_when="stock builds all processors with speculation on",
     make=_make_logitsprocs_hook,
     when="while an emssd worker makes its runner",

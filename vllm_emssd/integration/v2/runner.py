@@ -39,9 +39,9 @@ from vllm_emssd.integration.costs import (
     time_target,
 )
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
-from vllm_emssd.integration.metrics.publisher import Publisher
+from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
 from vllm_emssd.integration.v2.ragged_graphs import takes_ragged_graphs
@@ -93,7 +93,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
         refuse_options(self.emssd_config)
         refuse_deployment(vllm_config, self.emssd_config)
-        with hooks.installed([INIT_SPECULATOR_HOOK]):
+        with installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._is_async = vllm_config.scheduler_config.async_scheduling
         # With acceptance not yet recorded, oldest first; None for a step of no rows.

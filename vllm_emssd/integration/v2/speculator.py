@@ -49,8 +49,8 @@ from vllm_emssd.integration.drafting import (
 )
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.kv_cache import draft_group
-from vllm_emssd.integration.placeholder_drafts import with_drafts_made
-from vllm_emssd.integration.request_limits import RequestLimits
+from vllm_emssd.integration.request_options import RequestLimits
+from vllm_emssd.integration.scheduler import with_drafts_made
 from vllm_emssd.integration.v2.cudagraphs import MOST_FIRST_ROWS
 from vllm_emssd.integration.v2.drafter import (
     BatchOnDevice,

@@ -6,14 +6,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.integration.hooks import hook as hooks
+from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
-INIT_SPECULATOR_HOOK = hooks.Hook(
+INIT_SPECULATOR_HOOK = Hook(
     target="vllm.v1.worker.gpu.model_runner:init_speculator",
     why="the V2 runner builds its speculator by a closed list",
     signature="vllm_config, device, req_states",
-    upstream="a registry for speculators, or an overridable method of the runner",
     remove_when="a subclass of the V2 runner can choose its speculator",
     make=lambda stock: _make_speculator,
     when="while an emssd worker makes its V2 runner",

@@ -1,1 +1,0 @@
-"""What `vllm-emssd doctor` looks at."""

@@ -1,0 +1,221 @@
+"""Where an engine's counters are shown: on `/metrics`, and in one log line a minute.
+
+The process that serves an engine makes a directory for it, names it in the engine's
+config, which its workers get, and registers a collector that reads it when scraped. The
+first worker of each data-parallel rank writes there. The directory goes when the engine
+does, or when the process that made it exits. With several API servers vLLM's `/metrics`
+collects from its own files only, and these counters are not on it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+from vllm.logger import init_logger
+
+from vllm_emssd.metrics import (
+    COUNTER_HELP,
+    Counters,
+    SharedCounters,
+    read_shared_counters,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.emssd.stats")
+
+PREFIX = "vllm_emssd:"
+LOG_STATS_KEY = "emssd_log_stats"  # in VllmConfig.additional_config
+INTERVAL_SECONDS = 60.0
+
+
+@dataclass
+class EngineTag:
+    """Marks vLLM's config as one for emssd, in every process that the config reaches.
+
+    An attribute of vLLM's SpeculativeConfig: pickled with it, but not hashed. So it may
+    hold what differs from start to start, for which vLLM would compile the model anew
+    if `additional_config` held it. A copy of the config has a tag of its own.
+    """
+
+    counters_dir: str | None = None  # set by the process that serves the engine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled: the config came from another process (Ray Serve makes it in a
+        task), and this process may be the one that serves the engine."""
+        from vllm_emssd.integration.frontend.serving import install_serving_hooks
+
+        self.__dict__.update(state)
+        install_serving_hooks()
+
+
+def attach_tag(spec_config: Any) -> None:
+    spec_config.emssd_tag = EngineTag()
+
+
+def tag_of(spec_config: Any) -> EngineTag | None:
+    """The tag of vLLM's SpeculativeConfig; None for any other method, or none."""
+    return getattr(spec_config, "emssd_tag", None)
+
+
+# ------------------------------------------------------- in the serving process
+
+
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    directory: Path
+    model_name: str
+    process_id: int  # a forked process does not serve its parent's engines
+
+
+class EmssdCollector(Collector):
+    """Yields `vllm_emssd:*_total`, labelled like vLLM's own counters.
+
+    Of two engines with the same model name and index in one process the later one is
+    shown, as vLLM does.
+    """
+
+    def __init__(self) -> None:
+        self.engines: list[ServedEngine] = []  # oldest first
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        counts_of = {
+            (engine.model_name, str(index)): counts
+            for engine in self.engines
+            if engine.process_id == os.getpid()
+            for index, counts in read_shared_counters(engine.directory)
+        }
+        for family in self.describe():
+            name = family.name.removeprefix(PREFIX)
+            for labels, counts in counts_of.items():
+                family.add_metric(labels, counts[name])
+            yield family
+
+    def describe(self) -> Iterator[CounterMetricFamily]:
+        """Named up front, so that registering reads nothing."""
+        for name, text in COUNTER_HELP.items():
+            yield CounterMetricFamily(
+                PREFIX + name, text, labels=("model_name", "engine")
+            )
+
+
+_collector = EmssdCollector()
+
+
+def show_on_metrics(owner: object, vllm_config: VllmConfig) -> None:
+    """Show an engine's counters for as long as `owner` lives. Called before the
+    engine's workers get the config."""
+    tag = tag_of(vllm_config.speculative_config)
+    assert tag is not None, "only engines with emssd have counters"
+    directory = Path(tempfile.mkdtemp(prefix="vllm-emssd-"))
+    tag.counters_dir = str(directory)
+    model_name = vllm_config.model_config.served_model_name
+    if not _collector.engines:
+        REGISTRY.register(_collector)
+    engine = ServedEngine(directory, model_name, os.getpid())
+    _collector.engines.append(engine)
+    weakref.finalize(owner, _forget, engine)
+
+
+def _forget(engine: ServedEngine) -> None:
+    if engine.process_id != os.getpid():
+        return
+    shutil.rmtree(engine.directory, ignore_errors=True)
+    _collector.engines.remove(engine)
+    if not _collector.engines:
+        REGISTRY.unregister(_collector)
+
+
+# --------------------------------------------------------------- in the worker
+
+
+class Publisher:
+    """Shows the first rank's counters; those of the others are the same."""
+
+    def __init__(self, counters: Counters, vllm_config: VllmConfig) -> None:
+        self._counters = counters
+        self._shared = open_shared_counters(vllm_config)
+        self._log: StatsLog | None = None
+        parallel_config = vllm_config.parallel_config
+        if parallel_config.rank == 0 and vllm_config.additional_config.get(
+            LOG_STATS_KEY
+        ):
+            self._log = StatsLog(counters, parallel_config.data_parallel_index)
+
+    def step_done(self) -> None:
+        if self._shared is not None:
+            self._shared.publish(self._counters)
+        if self._log is not None:
+            self._log.step_done()
+
+
+def open_shared_counters(vllm_config: VllmConfig) -> SharedCounters | None:
+    """None where another worker of the engine publishes, or where the process that
+    serves the engine is on another machine or shows no counters."""
+    tag = tag_of(vllm_config.speculative_config)
+    parallel_config = vllm_config.parallel_config
+    if tag is None or tag.counters_dir is None or parallel_config.rank != 0:
+        return None
+    directory = Path(tag.counters_dir)
+    if not directory.is_dir():
+        return None
+    return SharedCounters(directory, parallel_config.data_parallel_index)
+
+
+class StatsLog:
+    """Logs what the counters gained since the last line, at most once an interval."""
+
+    def __init__(
+        self,
+        counters: Counters,
+        engine_index: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._counters = counters
+        self._engine_index = engine_index
+        self._clock = clock
+        self._last_time = clock()
+        self._last_counts = counters.as_dict()
+
+    def step_done(self) -> None:
+        now = self._clock()
+        if now - self._last_time < INTERVAL_SECONDS:
+            return
+        counts = self._counters.as_dict()
+        gained = {name: n - self._last_counts[name] for name, n in counts.items()}
+        logger.info("Engine %03d: %s", self._engine_index, describe(gained))
+        self._last_time, self._last_counts = now, counts
+
+
+def describe(gained: dict[str, int]) -> str:
+    """The line, from what each counter gained."""
+    drafted, accepted = gained["num_draft_tokens"], gained["num_accepted_tokens"]
+    parts = [
+        f"Drafted: {drafted} tokens",
+        f"Accepted: {accepted} tokens ({_percent(accepted, drafted)})",
+    ]
+    for kind in ("draft", "verify"):
+        padded = gained[f"num_padded_{kind}_rows"]
+        saved = padded - gained[f"num_{kind}_rows"]
+        if padded or kind == "verify":  # copies have no draft rows
+            share = _percent(saved, padded)
+            parts.append(f"{kind.capitalize()} rows saved: {saved} ({share})")
+    if failed := gained["num_failed_proposals"]:
+        parts.append(f"Failed proposals: {failed}")
+    return "emssd metrics: " + ", ".join(parts)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole if whole else 0:.1f}%"

@@ -1,1 +1,0 @@
-"""Where counters are shown."""
