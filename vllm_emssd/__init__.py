@@ -20,9 +20,10 @@ def register() -> None:
         from vllm_emssd.integration.hooks.compat import check_vllm_version
 
         check_vllm_version()
-        from vllm_emssd.integration.frontend.method import install_frontend_hook
+        from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
+        from vllm_emssd.integration.hooks.hook import install
 
-        install_frontend_hook()
+        install([FRONTEND_HOOK])
     except (ImportError, RuntimeError) as error:
         logging.getLogger("vllm.emssd").warning(
             'vllm-emssd is off, "method": "emssd" is not available: %s', error

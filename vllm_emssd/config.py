@@ -40,7 +40,7 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
 }
 ProposerName = Literal["draft_model", "llma", "mixed"]
 DraftLengthName = Literal["fixed", "auto"]
-MOST_FIXED_DRAFTS, MOST_AUTO_DRAFTS = 8, 16  # of a draft model, by default
+MAX_FIXED_DRAFTS, MAX_AUTO_DRAFTS = 8, 16  # of a draft model, by default
 PROPOSER_GROUP = "vllm_emssd.proposers"  # entry points by which packages bring more
 
 
@@ -63,7 +63,7 @@ class EmssdConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     proposer: Annotated[str, BeforeValidator(_known_proposer)]
-    num_speculative_tokens: int = Field(default=MOST_FIXED_DRAFTS, ge=1, le=128)
+    num_speculative_tokens: int = Field(default=MAX_FIXED_DRAFTS, ge=1, le=128)
     draft_length: DraftLengthName = "auto"
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
@@ -71,20 +71,9 @@ class EmssdConfig(BaseModel):
     ragged_graphs: StrictBool = False
 
     @classmethod
-    def carried_by(cls, additional_config: Any) -> EmssdConfig | None:
-        """The options of an engine, from its `VllmConfig.additional_config`; None for
-        who did not ask for emssd."""
-        if not isinstance(additional_config, Mapping):
-            return None
-        options = additional_config.get(ADDITIONAL_CONFIG_KEY)
-        return None if options is None else cls(**options)
-
-    @classmethod
-    def of_worker(cls, additional_config: Any) -> EmssdConfig:
-        """The same, where emssd was asked for."""
-        config = cls.carried_by(additional_config)
-        assert config is not None, "our workers are chosen with our options"
-        return config
+    def carried_by(cls, additional_config: Mapping[str, Any]) -> EmssdConfig:
+        """The options of an engine with emssd, from `VllmConfig.additional_config`."""
+        return cls(**additional_config[ADDITIONAL_CONFIG_KEY])
 
     # Proposers of other packages do neither.
     @property
@@ -96,7 +85,7 @@ class EmssdConfig(BaseModel):
         return self.proposer in ("llma", "mixed")
 
     @property
-    def most_draft_tokens(self) -> int:
+    def max_draft_tokens(self) -> int:
         """Of a request and step, drafted or copied: what vLLM must make room for."""
         if self.proposer == "mixed":
             return max(self.num_speculative_tokens, self.copy_length)
@@ -105,7 +94,6 @@ class EmssdConfig(BaseModel):
 
 _OUR_KEYS = frozenset(EmssdConfig.model_fields)
 _LONGEST_SHOWN = 100  # characters
-_COPY_KEYS = ("check_length", "copy_length")
 
 
 def parse_speculative_config(
@@ -121,33 +109,27 @@ def parse_speculative_config(
 
     Raises: ValueError naming the key and the fix.
     """
-    stock_keys = set(stock_keys)
-    known = _OUR_KEYS | stock_keys
+    known = _OUR_KEYS | set(stock_keys)
     for key in asked:
         if key not in known:
-            raise ValueError(_unknown_key(key, known))
+            raise _unknown_key(key, known)
         if key in REFUSED_STOCK_KEYS and asked[key] not in (None, False):
-            raise ValueError(_error(key, REFUSED_STOCK_KEYS[key]))
+            raise _error(key, REFUSED_STOCK_KEYS[key])
 
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
     model = asked.get("model")
     ours.setdefault("proposer", "draft_model" if model else "llma")
-    if ours["proposer"] in get_args(ProposerName):
-        _check_pairs(ours, model)
-    elif model and ours["proposer"] in plugin_proposers():
-        raise ValueError(
-            _error("model", f"proposer {ours['proposer']!r} uses no model; remove it")
-        )
+    _check_pairs(ours, model)
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise _explained(error) from None
+    most = ours.get("num_speculative_tokens")
     if config.proposer == "llma":
-        most = ours.get("num_speculative_tokens", config.copy_length)
-        most = min(most, config.copy_length)
-        config = config.model_copy(update={"num_speculative_tokens": most})
+        most = min(most or config.copy_length, config.copy_length)
     elif config.uses_draft_model and config.draft_length == "auto":
-        most = ours.get("num_speculative_tokens", MOST_AUTO_DRAFTS)
+        most = most or MAX_AUTO_DRAFTS
+    if most is not None:
         config = config.model_copy(update={"num_speculative_tokens": most})
     stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
     return config, stock
@@ -155,27 +137,15 @@ def parse_speculative_config(
 
 def _check_pairs(ours: Mapping[str, Any], model: Any) -> None:
     proposer = ours["proposer"]
-    if proposer == "llma" and model:
-        raise ValueError(
-            _error(
-                "model",
-                f"proposer {proposer!r} uses no model; remove it, or use 'mixed' to "
-                "copy and draft",
-            )
-        )
-    if proposer != "llma" and not model:
-        raise ValueError(
-            _error("proposer", f"{proposer!r} needs 'model', a draft model")
-        )
-    if proposer == "draft_model":
-        for key in _COPY_KEYS:
-            if key in ours:
-                raise ValueError(
-                    _error(
-                        key,
-                        'only "proposer": "llma" and "mixed" copy; remove one of them',
-                    )
-                )
+    if proposer in ("draft_model", "mixed") and not model:
+        raise _error("proposer", f"{proposer!r} needs 'model', a draft model")
+    if model and (proposer == "llma" or proposer in plugin_proposers()):
+        rather = ", or use 'mixed' to copy and draft" if proposer == "llma" else ""
+        raise _error("model", f"proposer {proposer!r} uses no model; remove it{rather}")
+    for key in ("check_length", "copy_length"):
+        if proposer == "draft_model" and key in ours:
+            fix = 'only "proposer": "llma" and "mixed" copy; remove one of them'
+            raise _error(key, fix)
 
 
 def _shown(value: Any) -> str:
@@ -184,24 +154,26 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _error(key: str, fix: str) -> str:
-    return f'--speculative-config: {_shown(key)} with "method": "{METHOD}": {fix}.'
-
-
-def _unknown_key(key: str, known: Iterable[str]) -> str:
-    # Cut, as the search takes quadratic time.
-    close = difflib.get_close_matches(key[:_LONGEST_SHOWN], sorted(known), n=1)
-    ours = ", ".join(sorted(_OUR_KEYS))
-    hint = f"did you mean {close[0]!r}?" if close else "remove it"
-    return (
-        _error(key, f"unknown key; {hint}")
-        + f" Keys of emssd: {ours}; vLLM's own keys keep their meaning."
+def _error(key: str, fix: str, more: str = "") -> ValueError:
+    return ValueError(
+        f'--speculative-config: {_shown(key)} with "method": "{METHOD}": {fix}.{more}'
     )
 
 
-def _explain(error: ValidationError) -> str:
-    reasons = []
-    for detail in error.errors():
-        key = ".".join(map(str, detail["loc"]))
-        reasons.append(f"{key!r}: {detail['msg']}, got {_shown(detail['input'])}")
-    return f'--speculative-config with "method": "{METHOD}": ' + "; ".join(reasons)
+def _unknown_key(key: str, known: Iterable[str]) -> ValueError:
+    # Cut, as the search takes quadratic time.
+    close = difflib.get_close_matches(key[:_LONGEST_SHOWN], sorted(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "remove it"
+    keys = f" Keys of emssd: {', '.join(sorted(_OUR_KEYS))}; vLLM's own keys keep their"
+    return _error(key, f"unknown key; {hint}", f"{keys} meaning.")
+
+
+def _explained(error: ValidationError) -> ValueError:
+    reasons = [
+        f"{'.'.join(map(str, detail['loc']))!r}: {detail['msg']}, "
+        f"got {_shown(detail['input'])}"
+        for detail in error.errors()
+    ]
+    return ValueError(
+        f'--speculative-config with "method": "{METHOD}": ' + "; ".join(reasons)
+    )

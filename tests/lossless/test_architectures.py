@@ -36,7 +36,7 @@ from tests.lossless.architectures import (
     prompts,
     table,
 )
-from vllm_emssd.integration.frontend import model_limits
+from vllm_emssd.integration import unsupported
 
 NUM_TOKENS = 40
 FIXED = {"method": "emssd", "draft_length": "fixed", "num_speculative_tokens": 4}
@@ -207,12 +207,12 @@ def test_on_gpus_recurrent_state_beside_attention_is_taken(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM takes it back there, as the worker checks layer by layer."""
-    monkeypatch.setattr(model_limits.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(unsupported.current_platform, "is_cpu", lambda: False)
 
     def refuse(example: str) -> None:
         (row,) = (row for row in INVENTORY if row.example == example)
         config = ModelConfig(str(models(row)), skip_tokenizer_init=True)
-        model_limits.refuse_target(config)
+        unsupported.refuse_target(config)
 
     refuse("Granite 4")
     with pytest.raises(ValueError, match=r"has recurrent state.* --speculative-config"):

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_emssd.integration.doctor.finding import Finding, State
 
 import vllm_emssd
 from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
-from vllm_emssd.integration.doctor import checks as checks
+from vllm_emssd.integration import doctor as checks
+from vllm_emssd.integration.doctor import Finding, State
 from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
 from vllm_emssd.integration.hooks import compat, inventory
 from vllm_emssd.integration.hooks.hook import is_installed

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_emssd
 from tests.engine import DRAFT, TARGET
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
-from vllm_emssd.integration import unsupported as v2_limits
+from vllm_emssd.integration import unsupported
 from vllm_emssd.integration.frontend import method as frontend
 from vllm_emssd.integration.hooks import compat
 from vllm_emssd.integration.metrics import tag_of
@@ -178,7 +178,7 @@ def test_automatic_lengths_need_probabilities_on_the_v2_runner() -> None:
         speculative_config=SimpleNamespace(use_local_argmax_reduction=True)
     )
     with pytest.raises(ValueError, match=r"'use_local_argmax_reduction'.* remove"):
-        v2_limits.refuse_deployment(vllm_config, EmssdConfig(proposer="draft_model"))
+        unsupported.refuse_deployment(vllm_config, EmssdConfig(proposer="draft_model"))
 
 
 @pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])

@@ -82,12 +82,12 @@ def test_all_of_ours_are_taken() -> None:
 def test_mixed_drafts_and_copies_each_up_to_its_own_length() -> None:
     config, stock = parse(proposer="mixed", model="draft", copy_length=20)
     assert (config.num_speculative_tokens, config.copy_length) == (16, 20)
-    assert config.most_draft_tokens == 20
+    assert config.max_draft_tokens == 20
     assert config.uses_draft_model
     assert config.copies
     assert stock == {"model": "draft"}
-    assert parse(proposer="mixed", model="draft")[0].most_draft_tokens == 16
-    assert parse(copy_length=3)[0].most_draft_tokens == 3
+    assert parse(proposer="mixed", model="draft")[0].max_draft_tokens == 16
+    assert parse(copy_length=3)[0].max_draft_tokens == 3
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.unit.draft_batches import batch_of
 from vllm_emssd.draft_length import StepInfo
-from vllm_emssd.proposers import copier as copier_module
+from vllm_emssd.proposers import llma
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
-from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.llma import Copy, LlmaProposer
 from vllm_emssd.proposers.ngram_index import (
     MAX_CANDIDATES,
     MAX_MATCH_LENGTH,
@@ -51,7 +50,7 @@ def batch_asking(requests: list[AskedDrafts]) -> DraftBatch:
 
 
 def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
-    return LlmaProposer(Copier(check_length), copy_length, CopyLengths())
+    return LlmaProposer(check_length, copy_length, CopyLengths())
 
 
 def expected(tokens: list[int], check_length: int, length: int) -> list[int]:
@@ -176,7 +175,7 @@ def test_lengths_are_chosen_by_length_of_the_match(
     requests: list[AskedDrafts],
 ) -> None:
     lengths = HalvesCopies()
-    proposer = LlmaProposer(Copier(2), 7, lengths)
+    proposer = LlmaProposer(2, 7, lengths)
     batch = batch_asking(requests)
     drafts = proposer.propose(batch)
     [(step, confidence)] = lengths.told
@@ -196,12 +195,11 @@ def test_lengths_are_chosen_by_length_of_the_match(
 
 def test_lengths_hear_of_verification_and_release() -> None:
     lengths = HalvesCopies()
-    proposer = LlmaProposer(Copier(2), 7, lengths)
+    proposer = LlmaProposer(2, 7, lengths)
     proposer.record_verified("a", 3, 2)
     proposer.record_verified("b", 0, 0)
-    proposer.record_unused("c")
     proposer.release(["a"])
-    assert lengths.observed == [("a", 3, 2), ("b", 0, 0), ("c", 0, 0)]
+    assert lengths.observed == [("a", 3, 2), ("b", 0, 0)]
     assert lengths.released == ["a"]
 
 
@@ -229,62 +227,61 @@ def test_work_per_new_token_does_not_grow(check_length: int) -> None:
             assert sum(map(len, index._ends.values())) == num_entries
 
 
-def copier_of(texts: dict[str, list[int]]) -> Copier:
-    copier = Copier(2)
-    for req_id, tokens in texts.items():
-        copy = copier.find(req_id, np.array(tokens, dtype=np.int32), len(tokens), 3)
-        copier.record_proposed(req_id, copy)
-    return copier
+REPEATS = [5, 6, 7, 8, 5, 6]
+
+
+def proposer_with(num_reqs: int) -> LlmaProposer:
+    """Requests r0, r1, ... have been proposed like copies."""
+    proposer = proposer_of(2, 3)
+    texts = {f"r{i}": REPEATS for i in range(num_reqs)}
+    proposer.propose(batch_of(texts, [3] * num_reqs))
+    return proposer
+
+
+def find(proposer: LlmaProposer, req_id: str) -> Copy:
+    [copy] = proposer.find(batch_of({req_id: REPEATS}, [3]))
+    return copy
 
 
 def test_a_new_request_expects_what_others_saw_of_like_copies() -> None:
-    text = np.array([5, 6, 7, 8, 5, 6], dtype=np.int32)
     expectations = []
     for num_accepted in (0, 3):
-        copier = copier_of({f"r{i}": text.tolist() for i in range(8)})
-        before = copier.find("before", text, 6, 3).acceptance
+        proposer = proposer_with(8)
+        before = find(proposer, "before").acceptance
         for i in range(8):
-            copier.observe(f"r{i}", 3, num_accepted)
-        expectations += [copier.find("after", text, 6, 3).acceptance, before]
+            proposer.record_verified(f"r{i}", 3, num_accepted)
+        expectations += [find(proposer, "after").acceptance, before]
     bad, guess, good, same_guess = expectations
     assert bad < guess == same_guess < good
 
 
 def test_copies_that_fail_everywhere_are_tried_again_in_the_end() -> None:
-    text = np.array([5, 6, 7, 8, 5, 6], dtype=np.int32)
-    copier = copier_of({f"r{i}": text.tolist() for i in range(60)})
+    proposer = proposer_with(60)
     for i in range(60):
-        copier.observe(f"r{i}", 3, 0)
-    assert copier.find("new", text, 6, 3).token_ids == []
-    tries = (copier.find("new", text, 6, 3).token_ids for _ in range(200))
-    assert any(tries)
+        proposer.record_verified(f"r{i}", 3, 0)
+    assert find(proposer, "new").token_ids == []
+    assert any(find(proposer, "new").token_ids for _ in range(200))
 
 
 def test_what_all_requests_saw_fades_once_a_step_not_once_a_request() -> None:
     """One step of 64 requests whose copies hold outweighs one of one that did not."""
-    text = [5, 6, 7, 8, 5, 6]
-    copier = copier_of({f"r{i}": text for i in range(64)})
-    copier.begin_step()
+    proposer = proposer_with(64)
     for i in range(64):
-        copier.observe(f"r{i}", 3, 3)
-    [pool] = copier._pools.values()
+        proposer.record_verified(f"r{i}", 3, 3)
+    [pool] = proposer._pools.values()
     assert pool.tested == 64 * 3
-    copier.begin_step()
-    copy = copier.find("r0", np.array(text, dtype=np.int32), 6, 3)
-    copier.record_proposed("r0", copy)
-    copier.observe("r0", 3, 0)
+    proposer.propose(batch_of({"r0": REPEATS}, [3]))
+    proposer.record_verified("r0", 3, 0)
     assert pool.tested == pytest.approx(0.98 * 64 * 3 + 1)
 
 
 def test_a_long_prompt_is_indexed_over_several_steps() -> None:
     """So that no step stalls; all requests of a step share what it may take in."""
-    copier = Copier(2)
-    long = np.arange(2 * copier_module._INDEXED_A_STEP + 10) % 50_000
-    text = np.concatenate([long, [7, 8, 9, 7, 8]])
-    found = []
-    for _ in range(3):
-        copier.begin_step()
-        short = copier.find("short", np.array([7, 8, 9, 7, 8]), 5, 1)
-        found.append((copier.find("long", text, len(text), 1).token_ids, short))
-    assert [tokens for tokens, _ in found] == [[], [], [9]]
-    assert all(short.token_ids == [9] for _, short in found)
+    long = np.arange(2 * llma._INDEXED_A_STEP + 10) % 50_000
+    texts = {"short": [7, 8, 9, 7, 8], "long": [*long.tolist(), 7, 8, 9, 7, 8]}
+    proposer, batch = proposer_of(2, 1), batch_of(texts, [1, 1])
+    assert [proposer.propose(batch) for _ in range(3)] == [
+        [[9], []],
+        [[9], []],
+        [[9], [9]],
+    ]

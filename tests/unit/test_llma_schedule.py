@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Scheduler, Setup
 from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 
@@ -36,16 +36,16 @@ class FailsAtTimes(CopyLengths):
 
 
 class CopyEngine:
-    """The simulated scheduler with a proposer that copies, and beside it one copier for
-    each request alone, which knows of no batch, no pause and no other request."""
+    """The simulated scheduler with a proposer that copies, and beside it one for each
+    request alone, which knows of no batch, no pause and no other request."""
 
     def __init__(self, setup: Setup, check_length: int, copy_length: int) -> None:
         self._setup, self._rng = setup, random.Random(setup.seed)
         self._scheduler = Scheduler(setup, self._rng)
         self._check_length, self._copy_length = check_length, copy_length
         lengths = FailsAtTimes(self._rng, setup.failure_chance)
-        self._proposer = LlmaProposer(Copier(check_length), copy_length, lengths)
-        self._alone: dict[Request, Copier] = {}
+        self._proposer = LlmaProposer(check_length, copy_length, lengths)
+        self._alone: dict[Request, LlmaProposer] = {}
         self.seen = self._scheduler.seen
 
     def run(self) -> Counter[str]:
@@ -66,7 +66,7 @@ class CopyEngine:
                 num_accepted = self._scheduler.verify(request)
                 verified = (request.req_id, num_drafts, num_accepted)
                 self._proposer.record_verified(*verified)
-                self._copier_of(request).observe(*verified)
+                self._alone_of(request).record_verified(*verified)
             else:
                 request.num_computed_tokens = end
         batch = self._batch(requests, is_sampling)
@@ -80,35 +80,32 @@ class CopyEngine:
             self._check(requests, expected, drafts)
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
-        assert set(self._proposer._copier._requests) <= self._scheduler.known_req_ids
+        assert set(self._proposer._requests) <= self._scheduler.known_req_ids
         self._scheduler.finish()
 
-    def _copier_of(self, request: Request) -> Copier:
-        return self._alone.setdefault(request, Copier(self._check_length))
+    def _alone_of(self, request: Request) -> LlmaProposer:
+        alone = LlmaProposer(self._check_length, self._copy_length, CopyLengths())
+        return self._alone.setdefault(request, alone)
 
-    def _found_alone(self, requests: list[Request], batch: DraftBatch) -> list[Copy]:
+    def _found_alone(
+        self, requests: list[Request], batch: DraftBatch
+    ) -> list[list[int]]:
         found = []
-        for copier in self._alone.values():
-            copier.begin_step()
         for i, request in enumerate(requests):
-            most = min(int(batch.max_draft_tokens[i]), self._copy_length)
-            copy = NO_COPY
-            if batch.is_sampling[i] and most:
-                known = np.array(request.tokens, np.int32)
-                copy = self._copier_of(request).find(
-                    request.req_id, known, request.num_prompt_tokens, most
-                )
-            found.append(copy)
+            alone = batch_of(
+                {request.req_id: request.tokens},
+                batch.max_draft_tokens[i : i + 1],
+                batch.is_sampling[i : i + 1],
+                num_prompt_tokens=[request.num_prompt_tokens],
+            )
+            found += self._alone_of(request).propose(alone)
         return found
 
     def _check(
-        self, requests: list[Request], expected: list[Copy], drafts: list[list[int]]
+        self, requests: list[Request], expected: list[list[int]], drafts: Any
     ) -> None:
-        assert drafts == [copy.token_ids for copy in expected]
-        for request, copy in zip(requests, expected, strict=True):
-            if copy.token_ids:
-                self._copier_of(request).record_proposed(request.req_id, copy)
-                self.seen["copied"] += 1
+        assert drafts == expected
+        self.seen["copied"] += sum(map(bool, drafts))
 
     def _batch(self, requests: list[Request], is_sampling: list[bool]) -> DraftBatch:
         room = [self._setup.max_model_len - len(r.tokens) - 1 for r in requests]
@@ -141,7 +138,7 @@ def engines(draw: st.DrawFn) -> CopyEngine:
 def nothing_is_left_out() -> Iterator[None]:
     """Whether a copy seems worthless depends on how other requests' copies fared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_emssd.proposers.copier._WORTHLESS", 0.0)
+        patch.setattr("vllm_emssd.proposers.llma._WORTHLESS", 0.0)
         yield
 
 

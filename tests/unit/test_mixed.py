@@ -27,11 +27,10 @@ from vllm_emssd.draft_length import (
 )
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
-from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.mixed import DraftRecord, MixedProposer
+from vllm_emssd.proposers.llma import NO_COPY, Copy, LlmaProposer
+from vllm_emssd.proposers.mixed import MixedProposer
 from vllm_emssd.ragged import RaggedRows
 
 
@@ -44,7 +43,6 @@ class SpiedCopying(LlmaProposer):
         super().__init__(*args)
         self.drafts: list[list[int]] = []  # were none to draft
         self.verified: list[tuple[str, int, int]] = []
-        self.unused: list[str] = []  # requests whose copies were not verified
 
     def find(self, batch: DraftBatch) -> list[Copy]:
         copies = super().find(batch)
@@ -59,10 +57,6 @@ class SpiedCopying(LlmaProposer):
         self.verified.append(verified)
         super().record_verified(*verified)
 
-    def record_unused(self, req_id: str) -> None:
-        self.unused.append(req_id)
-        super().record_unused(req_id)
-
 
 class MixedEngine(Engine):
     """The simulated deployment with the mixed proposer: half of the requests bring a
@@ -72,7 +66,7 @@ class MixedEngine(Engine):
 
     def _make_proposer(self, policy: DraftLengthPolicy) -> MixedProposer:
         setup = self._setup
-        self._copying = SpiedCopying(Copier(2), setup.num_spec_tokens, CopyLengths())
+        self._copying = SpiedCopying(2, setup.num_spec_tokens, CopyLengths())
         self._copying.rng = random.Random(setup.seed)
         drafting = super()._make_proposer(policy)
         propose = drafting.propose
@@ -101,10 +95,10 @@ class MixedEngine(Engine):
         drafted = [v for v in verified if v[1] and v[0] not in self._has_copied]
         req_ids = sorted(v[0] for v in verified)
         assert [v for v in copying.verified if v[1]] == copied
-        assert sorted([v[0] for v in copying.verified] + copying.unused) == req_ids
+        assert sorted(v[0] for v in copying.verified) == req_ids
         assert [v for v in policy.observed if v[1]] == drafted
         assert sorted(v[0] for v in policy.observed) == req_ids
-        policy.observed, copying.verified, copying.unused = [], [], []
+        policy.observed, copying.verified = [], []
 
     _has_copied: frozenset[str] = frozenset()
 
@@ -202,7 +196,7 @@ class TellsTheDrafterOfCopies(MixedProposer):
         super().record_verified(req_id, *verified)
 
 
-class TellsTheCopierOfDrafts(MixedProposer):
+class TellsCopiesOfDrafts(MixedProposer):
     def record_verified(self, req_id: str, *verified: int) -> None:
         self._copied.add(req_id)
         super().record_verified(req_id, *verified)
@@ -214,7 +208,7 @@ class CopiesForWhoDrafts(MixedProposer):
 
 
 @pytest.mark.parametrize(
-    "broken", [TellsTheDrafterOfCopies, TellsTheCopierOfDrafts, CopiesForWhoDrafts]
+    "broken", [TellsTheDrafterOfCopies, TellsCopiesOfDrafts, CopiesForWhoDrafts]
 )
 def test_simulation_catches_planted_error(broken: type[MixedProposer]) -> None:
     with pytest.raises(AssertionError):
@@ -244,7 +238,7 @@ def mixed_of_one(
     cursor = DraftCursor(num_blocks=512, block_size=8)
     cursor.update_blocks([AdmittedRequest("r", range(512), 0)], [])
     drafter, fixed = OracleDrafter(), FixedDraftLength()
-    copying = LlmaProposer(Copier(2), copy_length, CopyLengths())
+    copying = LlmaProposer(2, copy_length, CopyLengths())
     if reference is not None:
         copying.add_reference("r", np.array(reference, dtype=np.int32))
     drafting = DraftModelProposer(drafter, cursor, fixed, Counters())
@@ -287,7 +281,7 @@ def test_copies_where_drafting_would_be_better_and_does_not_pay() -> None:
     assert proposer.propose(batch) == [[7]]
     assert drafter.num_rows == 0
     proposer.record_verified("r", 1, 1)
-    assert proposer._copying._copier._requests["r"].records, "as a copy"
+    assert proposer._copying._requests["r"].records, "as a copy"
 
 
 def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
@@ -392,29 +386,27 @@ def test_changing_proposers_keeps_the_text() -> None:
     assert drafter.num_rows > 0
 
 
-def test_the_record_of_all_fades_once_a_step_not_once_a_request() -> None:
-    record = DraftRecord()
+@pytest.mark.parametrize("num_requests", [1, 64])
+def test_the_record_of_drafts_fades_once_a_step(num_requests: int) -> None:
+    proposer, _ = mixed_of_one(None)
     for _ in range(200):
-        record.begin_step()
-        record.observe("r", 4, 4)
-    alone = record._pool.tested
-    many = DraftRecord()
-    for _ in range(200):
-        many.begin_step()
-        for i in range(64):
-            many.observe(f"r{i}", 4, 4)
-    assert many._pool.tested == pytest.approx(64 * alone)
+        proposer.propose(batch_of({"r": [1]}, [0]))
+        for _ in range(num_requests):
+            proposer.record_verified("r", 4, 4)
+    weights = sum(0.99**i for i in range(200))
+    assert proposer._drafts.tested == pytest.approx(4 * num_requests * weights)
 
 
-def test_without_prices_a_record_says_who_copies() -> None:
-    """What must be caught up, and drafts that failed, speak for the copy."""
-    record, copy = DraftRecord(), Copy([7], acceptance=0.75)
-    four, one = np.array([4]), np.array([1])
-    assert not record.prefers(["r"], [copy], four, one)
-    assert record.prefers(["r"], [copy], four, np.array([1500]))
-    assert not record.prefers(["r"], [NO_COPY], four, np.array([5000]))
+def test_without_costs_missing_rows_and_failed_drafts_speak_for_the_copy() -> None:
+    proposer, _ = mixed_of_one(None)
+
+    def gain(num_tokens: int) -> float:
+        batch = batch_of({"r": [1] * num_tokens}, [4])
+        [gain] = proposer._gains_of_drafts(batch, np.array([4]))
+        return gain
+
+    at_first = gain(2)
+    assert gain(1500) == pytest.approx(at_first - 1.498)
     for _ in range(20):
-        record.observe("r", 4, 0)
-    assert record.prefers(["r"], [copy], four, one)
-    record.release("r")
-    assert record.prefers(["r"], [copy], four, one), "the others' record stays"
+        proposer.record_verified("r", 4, 0)
+    assert gain(2) < at_first / 4

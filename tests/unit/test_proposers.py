@@ -21,7 +21,6 @@ from tests.proposer_example import (
 from tests.unit.draft_batches import batch_of
 from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
 from vllm_emssd.proposers.base import DraftBatch, Proposer
-from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.registry import plugin_proposer
@@ -60,7 +59,7 @@ def make(name: str, lengths: CopyLengths) -> Proposer:
         {"method": "emssd", "proposer": name}, STOCK_KEYS
     )
     if name == "llma":
-        return LlmaProposer(Copier(config.check_length), config.copy_length, lengths)
+        return LlmaProposer(config.check_length, config.copy_length, lengths)
     maker = plugin_proposer(name)
     assert maker is not None
     return maker(config, lengths)
@@ -189,7 +188,7 @@ def test_example_is_found_by_its_entry_point() -> None:
     assert (config.proposer, config.num_speculative_tokens) == (example_name(), 3)
     assert not config.uses_draft_model
     assert not config.copies
-    assert config.most_draft_tokens == 3
+    assert config.max_draft_tokens == 3
     assert stock == {}
     assert EmssdConfig(**config.model_dump()) == config  # as a worker reads it
 

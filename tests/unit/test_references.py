@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.unit.scripted_target import Replay, replay
-from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.reference import ReferencePointer, Standing
@@ -28,16 +27,16 @@ TOKENS = st.lists(st.integers(0, 3), max_size=60)
 def proposer_of(
     reference: list[int] | None, copy_length: int = 7, check_length: int = 2
 ) -> LlmaProposer:
-    proposer = LlmaProposer(Copier(check_length), copy_length, CopyLengths())
+    proposer = LlmaProposer(check_length, copy_length, CopyLengths())
     if reference is not None:
         proposer.add_reference("r", np.array(reference, dtype=np.int32))
     return proposer
 
 
-def aligned(reference: list[int], answer: list[int]) -> ReferencePointer:
-    alignment = ReferencePointer(np.array(reference), 2)
-    alignment.advance(answer, 0)
-    return alignment
+def pointer_after(reference: list[int], answer: list[int]) -> ReferencePointer:
+    pointer = ReferencePointer(np.array(reference), 2)
+    pointer.advance(answer, 0)
+    return pointer
 
 
 # ---------------------------------------------------------------- whole answers
@@ -124,23 +123,23 @@ def test_prompt_is_the_reference_once_a_stretch_of_it_was_copied() -> None:
 
 
 def test_departure_goes_on_behind_as_many_tokens() -> None:
-    alignment = aligned(list(range(20)), [0, 1, 2, 90])
-    assert alignment.standing is Standing.GUESSES
-    assert alignment.continuation(3) == [4, 5, 6]
+    pointer = pointer_after(list(range(20)), [0, 1, 2, 90])
+    assert pointer.standing is Standing.GUESSES
+    assert pointer.continuation(3) == [4, 5, 6]
 
 
 def test_departure_goes_on_behind_an_equal_token() -> None:
     """Two tokens instead of three: 5 is where both agree again."""
-    alignment = aligned(list(range(20)), [0, 1, 90, 91, 5])
-    assert alignment.continuation(3) == [6, 7, 8]
+    pointer = pointer_after(list(range(20)), [0, 1, 90, 91, 5])
+    assert pointer.continuation(3) == [6, 7, 8]
 
 
 def test_long_departure_is_not_guessed_at() -> None:
-    alignment = aligned(list(range(20)), [0, 1, 90, 91, 92])
-    assert alignment.continuation(3) == []
-    alignment.advance([7, 8], 0)
-    assert alignment.standing is Standing.FOLLOWS
-    assert alignment.continuation(3) == [9, 10, 11]
+    pointer = pointer_after(list(range(20)), [0, 1, 90, 91, 92])
+    assert pointer.continuation(3) == []
+    pointer.advance([7, 8], 0)
+    assert pointer.standing is Standing.FOLLOWS
+    assert pointer.continuation(3) == [9, 10, 11]
 
 
 REFERENCE = [1, 2, 50, 3, 4, 5, 50, 6, 7, 8, 50, 9]
@@ -158,19 +157,19 @@ REFERENCE = [1, 2, 50, 3, 4, 5, 50, 6, 7, 8, 50, 9]
 def test_edit_is_made_again_where_its_like_occurs(
     first: list[int], then: list[int]
 ) -> None:
-    alignment = aligned(REFERENCE, first)
-    assert alignment.continuation(20) == then
-    alignment.advance(then[:2], 0)
-    assert alignment.continuation(20) == then[2:]
+    pointer = pointer_after(REFERENCE, first)
+    assert pointer.continuation(20) == then
+    pointer.advance(then[:2], 0)
+    assert pointer.continuation(20) == then[2:]
 
 
 def test_edit_that_was_not_made_again_is_not_proposed_until_it_is() -> None:
     reference = [1, 2, 50, 3, 4, 5, 50, 6, 7, 8, 50, 9, 10, 11, 50, 12]
-    alignment = aligned(reference, [1, 2, 90, 3, 4, 5, 50, 6, 7, 8])
-    assert alignment.continuation(9) == [50, 9, 10, 11, 50, 12]
-    alignment.advance([90], 0)
-    assert alignment.standing is Standing.FOLLOWS
-    assert alignment.continuation(9) == [9, 10, 11, 90, 12]
+    pointer = pointer_after(reference, [1, 2, 90, 3, 4, 5, 50, 6, 7, 8])
+    assert pointer.continuation(9) == [50, 9, 10, 11, 50, 12]
+    pointer.advance([90], 0)
+    assert pointer.standing is Standing.FOLLOWS
+    assert pointer.continuation(9) == [9, 10, 11, 90, 12]
 
 
 # ---------------------------------------------------------------- whatever comes
@@ -207,10 +206,10 @@ def test_any_reference_gives_the_answer(
     emitted = seen.num_accepted_tokens + seen.num_forwards
     assert emitted == len(answer)
     known = {0, 1, *reference, *prompt, *answer}
-    alignment = ReferencePointer(np.array(reference, np.int32), check_length)
-    alignment.advance([1, *answer], 0)
+    pointer = ReferencePointer(np.array(reference, np.int32), check_length)
+    pointer.advance([1, *answer], 0)
     for length in (0, 1, copy_length):
-        copied = alignment.continuation(length)
+        copied = pointer.continuation(length)
         assert len(copied) <= length
         assert set(copied) <= known
 

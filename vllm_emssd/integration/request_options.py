@@ -109,7 +109,7 @@ def tokenize_reference(processor: Any, params: SamplingParams) -> None:
     reference = _option(params, REFERENCE_KEY)
     if reference is None:
         return
-    config = EmssdConfig.of_worker(processor.vllm_config.additional_config)
+    config = EmssdConfig.carried_by(processor.vllm_config.additional_config)
     token_ids = reference_token_ids(
         reference, processor.model_config, processor.tokenizer
     )

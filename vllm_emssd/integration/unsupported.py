@@ -1,23 +1,108 @@
-"""What does not work on vLLM's V2 model runner, or on a GPU only there, each with the
-flag to change."""
+"""What emssd does not do: models, options and deployments, each with the fix.
+
+Models and options are looked at in the front end, before anything is loaded; what vLLM
+settles later, in the worker. What only the loaded layers tell is in `kv_cache.py`. All
+raise ValueError.
+"""
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_emssd.config import EmssdConfig
+from vllm_emssd.config import METHOD, EmssdConfig
 
+METHOD_NAME = f'"method": "{METHOD}"'
 USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
 AUTO_NEEDS_V2 = (
     "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs, and on GPUs "
     'with "proposer": "draft_model" on vLLM\'s V2 model runner only; use '
     '"draft_length": "fixed".'
 )
+_REMOVE = "Remove --speculative-config"
+
+# ---------------------------------------------------------------------- models
+
+
+def refuse_target(target: ModelConfig) -> None:
+    """A target that cannot be speculated for."""
+    if target.runner_type != "generate":
+        raise ValueError(
+            f"{METHOD_NAME} needs a target that generates text, found --runner "
+            f"{target.runner_type}. {_REMOVE}."
+        )
+    if target.is_encoder_decoder:
+        raise ValueError(
+            f"{METHOD_NAME} does not support encoder-decoder targets, which vLLM does "
+            f"not verify drafts of. {_REMOVE}."
+        )
+    if target.supports_multimodal_inputs:
+        raise ValueError(
+            f"{METHOD_NAME} supports multimodal targets with text prompts only. Add "
+            "--language-model-only."
+        )
+    refuse_wrong_verification(target, METHOD_NAME)
+
+
+def refuse_wrong_verification(target: ModelConfig, method: str) -> None:
+    """A target whose drafts vLLM does not verify rightly.
+
+    Recurrent state (Mamba, linear attention, short convolution) is not taken back to
+    the last accepted token: of any model on a CPU, elsewhere of those without
+    attention. And on a CPU latent attention is wrong for several rows of a text.
+
+    Args:
+        method: which speculation, to begin the error with.
+    """
+    is_cpu = current_platform.is_cpu()
+    fix = f"{_REMOVE}, or serve this model on a GPU."
+    if target.is_attention_free or (target.is_hybrid and is_cpu):
+        why = (
+            "it has recurrent state, which vLLM does not take back there to the last "
+            "accepted token"
+        )
+        fix = f"{_REMOVE}." if target.is_attention_free else fix
+    elif target.use_mla and is_cpu:
+        why = (
+            "it has latent attention (MLA), which vLLM computes wrongly there for "
+            "several tokens at once"
+        )
+    else:
+        return
+    where = " on a CPU" if is_cpu else ""
+    raise ValueError(
+        f"{method} does not support {target.architecture}{where}: {why}, so answers "
+        f"would be wrong. {fix}"
+    )
+
+
+def refuse_drafter(spec_config: SpeculativeConfig) -> None:
+    """A model that cannot draft on its own."""
+    draft = spec_config.draft_model_config
+    what = ""
+    if spec_config.method != "draft_model":
+        what = f'is one that vLLM drafts with by its method "{spec_config.method}" only'
+    elif draft.is_hybrid or draft.is_attention_free:
+        what = "has recurrent state, which rejected drafts would spoil"
+    elif draft.is_encoder_decoder:
+        what = "is an encoder-decoder model"
+    elif draft.use_mla and current_platform.is_cpu():
+        what = "has latent attention (MLA), which vLLM drafts wrongly with on a CPU"
+    elif draft.uses_mrope:
+        what = "has multimodal rotary positions, which vLLM does not draft with"
+    if what:
+        raise ValueError(
+            f"--speculative-config: 'model' {draft.model!r} {what}. Choose another "
+            "'model', or remove it to copy from the text (llma)."
+        )
+
+
+# ---------------------------------------------------------------- vLLM's runners
 
 
 def refuse_options(config: EmssdConfig) -> None:
-    """Raise ValueError for options that the V1 runner alone has."""
+    """On the V2 runner, options that the V1 runner alone has."""
     if config.proposer != "draft_model":
         raise ValueError(
             f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
@@ -31,17 +116,17 @@ def refuse_options(config: EmssdConfig) -> None:
 
 
 def refuse_async_v1(vllm_config: VllmConfig) -> None:
-    """Raise ValueError where vLLM chose its V1 runner after the front end had let it
-    schedule asynchronously."""
+    """Where vLLM chose its V1 runner after the front end had let it schedule
+    asynchronously."""
     if vllm_config.scheduler_config.async_scheduling:
         raise ValueError(
-            '"method": "emssd" does not schedule asynchronously on vLLM\'s V1 model '
+            f"{METHOD_NAME} does not schedule asynchronously on vLLM's V1 model "
             f"runner, which vLLM chose here. {USE_V1}, or --no-async-scheduling."
         )
 
 
 def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
-    """Raise ValueError for what vLLM's V2 runner offers and emssd does not."""
+    """What vLLM's V2 runner offers and emssd does not."""
     spec_config = vllm_config.speculative_config
     if config.draft_length == "auto" and spec_config.use_local_argmax_reduction:
         raise ValueError(
@@ -55,11 +140,10 @@ def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
         )
     if vllm_config.watermark_config is not None:
         raise ValueError(
-            '"method": "emssd" does not support watermarking; remove '
-            "--watermark-config."
+            f"{METHOD_NAME} does not support watermarking; remove --watermark-config."
         )
     if vllm_config.parallel_config.prefill_context_parallel_size > 1:
         raise ValueError(
-            '"method": "emssd" does not support prefill context parallelism; set '
+            f"{METHOD_NAME} does not support prefill context parallelism; set "
             "--prefill-context-parallel-size 1."
         )

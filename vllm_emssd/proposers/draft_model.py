@@ -162,12 +162,6 @@ class DraftModelProposer:
         self._cursor.record_verified(req_id, num_accepted_tokens)
         self.policy.observe(req_id, num_draft_tokens, num_accepted_tokens)
 
-    def record_unused(self, req_id: str) -> None:
-        """The target verified drafts that another proposer made: none of what was fed
-        for this request earlier stays pending."""
-        self._cursor.record_verified(req_id, 0)
-        self.policy.observe(req_id, 0, 0)
-
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._cursor.release(req_id)

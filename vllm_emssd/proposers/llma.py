@@ -1,44 +1,138 @@
 """Drafts copied from the request's own text or its reference (LLMA, arXiv 2304.04487).
 
-Where the last `check_length` tokens occurred before, what followed then is
-proposed again. Among several occurrences the one whose preceding text agrees
-longest is copied, the latest of equals. EMS-SD uses lengths 2 and 7.
+Where the last `check_length` tokens occurred before, what followed then is proposed
+again; of several occurrences, after the one whose preceding text agrees longest, the
+latest of equals. Once a request has copied a stretch of its prompt, the prompt is its
+reference: an edit of a text in it is followed like that of a reference it brought.
+
+Copies of one *kind* come from the same source after a match of about the same length.
+Of the possible copies the one is taken that promises most, by how its kind fared in
+this request, else in all; before anything was verified, by the length of the match.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copier import NO_COPY, Copier, Copy
 from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.ngram_index import NgramIndex
+from vllm_emssd.proposers.reference import ReferencePointer, Standing
+
+_PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
+_FORGET = 0.9  # weight kept by what was seen before, each time
+_POOL_FORGET = 0.98  # the same of all requests' copies, each step that has news
+_IDLE_FORGET = 0.98  # each time a copy is not worth it, so that it is tried again
+_WORTHLESS = 0.1  # acceptance below which nothing is copied
+_INDEXED_A_STEP = 32768  # tokens of all requests: more would stall a step
+_REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
+_PROMPT_STRETCH = 16  # tokens of the prompt repeated, to take it as the reference
+_STANDING_PRIOR = {Standing.EDITS: 0.85, Standing.GUESSES: 0.5}
+
+_OWN_TEXT = "own text"
+_Kind = tuple[str, int]  # source, binary logarithm of the match length
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Tokens copied, and the chance that each is accepted once all before it are."""
+
+    token_ids: list[int]
+    acceptance: float
+    kind: _Kind = ("none", 0)
+    source: int = 0  # where it stands in the request's text, if it does,
+    match_len: int = 0  # and how many tokens agree before it
+
+    @property
+    def gain(self) -> float:
+        """Expected tokens accepted."""
+        return expected_accepted(self.acceptance, len(self.token_ids))
+
+
+NO_COPY = Copy([], 0.0)
+
+
+def expected_accepted(acceptance: float, num_drafts: int) -> float:
+    """Of drafts that are each accepted with this chance once all before them are."""
+    if acceptance >= 1:
+        return float(num_drafts)
+    return acceptance * (1 - acceptance**num_drafts) / (1 - acceptance)
+
+
+@dataclass(slots=True)
+class AcceptanceRecord:
+    """Drafts accepted, of those tested; old ones count less."""
+
+    accepted: float = 0.0
+    tested: float = 0.0
+
+    def acceptance(self, prior: float) -> float:
+        accepted = self.accepted + _PRIOR_TESTS * prior
+        return accepted / (self.tested + _PRIOR_TESTS)
+
+    def observe(self, num_drafts: int, num_accepted: int, keep: float) -> None:
+        """`keep`: the weight that older drafts keep."""
+        self.fade(keep)
+        self.accepted += num_accepted
+        self.tested += min(num_accepted + 1, num_drafts)
+
+    def fade(self, keep: float = _IDLE_FORGET) -> None:
+        self.accepted *= keep
+        self.tested *= keep
+
+
+@dataclass(slots=True)
+class _RequestCopies:
+    """The sources of one request and its record."""
+
+    index: NgramIndex
+    num_prompt_tokens: int
+    pointer: ReferencePointer | None
+    num_followed: int  # tokens of the text that the pointer has seen
+    records: dict[_Kind, AcceptanceRecord] = field(default_factory=dict)
+    pending: Copy | None = None  # not yet verified
 
 
 class LlmaProposer:
     """Copies only.
 
     Args:
+        check_length: tokens that must agree before anything is copied, >= 1.
         copy_length: most tokens copied a step, >= 1.
         lengths: how much of each copy is verified.
     """
 
-    def __init__(self, copier: Copier, copy_length: int, lengths: CopyLengths) -> None:
-        self._copier = copier
+    def __init__(
+        self, check_length: int, copy_length: int, lengths: CopyLengths
+    ) -> None:
+        self._check_length = check_length
         self._copy_length = copy_length
         self._lengths = lengths
+        self._references: dict[str, np.ndarray] = {}
+        self._requests: dict[str, _RequestCopies] = {}
+        self._pools: dict[_Kind, AcceptanceRecord] = {}  # of all requests
+        self._faded: set[_Kind] = set()  # pools that have faded in this step
+        self._num_to_index = _INDEXED_A_STEP  # tokens, in this step
+
+    def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
+        """A request brought a text to copy from. `token_ids`: [num_tokens] valid ids,
+        perhaps none. Before the request is first looked at."""
+        self._references[req_id] = token_ids
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         return self.choose(batch, self.find(batch))
 
     def find(self, batch: DraftBatch) -> list[Copy]:
         """What each request may copy, `NO_COPY` for those in prefill."""
-        self._copier.begin_step()
+        self._faded.clear()  # all copies of the step before have been observed
+        self._num_to_index = _INDEXED_A_STEP
         copies = [NO_COPY] * batch.num_reqs
         most = np.minimum(batch.max_draft_tokens, self._copy_length)
         for i in np.flatnonzero(batch.is_sampling & (most > 0)).tolist():
-            copies[i] = self._copier.find(
+            copies[i] = self._find(
                 batch.req_ids[i],
                 batch.token_ids[i, : batch.num_tokens[i]],
                 int(batch.num_prompt_tokens[i]),
@@ -56,26 +150,122 @@ class LlmaProposer:
         drafts = [copy.token_ids[:n] for copy, n in zip(copies, lens, strict=True)]
         for req_id, copy, tokens in zip(batch.req_ids, copies, drafts, strict=True):
             if tokens:
-                self._copier.record_proposed(req_id, copy)
+                self._requests[req_id].pending = copy
         return drafts
-
-    def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
-        self._copier.add_reference(req_id, token_ids)
 
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        self._copier.observe(req_id, num_draft_tokens, num_accepted_tokens)
-        self._lengths.observe(req_id, num_draft_tokens, num_accepted_tokens)
-
-    def record_unused(self, req_id: str) -> None:
-        """The target verified drafts that another proposer made: no copy of this
-        request stays pending."""
-        self._copier.observe(req_id, 0, 0)
-        self._lengths.observe(req_id, 0, 0)
+        verified = (num_draft_tokens, num_accepted_tokens)
+        self._lengths.observe(req_id, *verified)
+        request = self._requests.get(req_id)
+        if request is None or request.pending is None:
+            return
+        copy, request.pending = request.pending, None
+        if num_draft_tokens:
+            record = request.records.setdefault(copy.kind, AcceptanceRecord())
+            record.observe(*verified, keep=_FORGET)
+            pool = self._pools.setdefault(copy.kind, AcceptanceRecord())
+            # Fades once a step, however many requests there are: all news counts.
+            pool.observe(*verified, 1.0 if copy.kind in self._faded else _POOL_FORGET)
+            self._faded.add(copy.kind)
+            self._maybe_follow_prompt(request, copy, num_accepted_tokens)
 
     def release(self, req_ids: Iterable[str]) -> None:
-        req_ids = list(req_ids)
-        self._copier.release(req_ids)
         for req_id in req_ids:
             self._lengths.release(req_id)
+            self._requests.pop(req_id, None)
+            self._references.pop(req_id, None)
+
+    # ------------------------------------------------------------ one request
+
+    def _find(
+        self, req_id: str, token_ids: np.ndarray, num_prompt_tokens: int, length: int
+    ) -> Copy:
+        """At most `length` tokens to go on with, none where nothing is likely.
+        `token_ids`: [num_tokens] prompt and answer, all known tokens."""
+        request = self._up_to_date(req_id, token_ids, num_prompt_tokens)
+        if request is None:
+            return NO_COPY
+        # The reference comes first: of equals it is taken.
+        copies = (
+            self._copy_of_reference(request, length),
+            self._copy_of_own_text(request, length),
+        )
+        best = max(copies, key=lambda copy: copy.gain)
+        if best.token_ids and best.acceptance < _WORTHLESS:
+            request.records.get(best.kind, self._pools[best.kind]).fade()
+            return NO_COPY
+        return best
+
+    def _up_to_date(
+        self, req_id: str, token_ids: np.ndarray, num_prompt_tokens: int
+    ) -> _RequestCopies | None:
+        """None while a long prompt is not wholly indexed."""
+        request = self._requests.get(req_id)
+        if request is None or request.index.num_indexed > len(token_ids):
+            reference, pointer = self._references.get(req_id), None
+            if reference is not None and len(reference):
+                pointer = ReferencePointer(reference, self._check_length)
+            index = NgramIndex(self._check_length)
+            request = _RequestCopies(
+                index, num_prompt_tokens, pointer, num_prompt_tokens
+            )
+            self._requests[req_id] = request
+        num_indexed = request.index.num_indexed
+        end = min(len(token_ids), num_indexed + self._num_to_index)
+        self._num_to_index -= end - num_indexed
+        request.index.extend(token_ids[:end])
+        if end < len(token_ids):
+            return None
+        if request.pointer is not None:
+            request.pointer.advance(request.index.tokens, request.num_followed)
+            request.num_followed = len(token_ids)
+        return request
+
+    def _copy_of_reference(self, request: _RequestCopies, length: int) -> Copy:
+        pointer = request.pointer
+        if pointer is None:
+            return NO_COPY
+        standing, match_len = pointer.standing, pointer.run + _REFERENCE_HEAD_START
+        guess = _STANDING_PRIOR.get(standing, match_len / (match_len + 1))
+        kind = (standing.value, pointer.run.bit_length())
+        acceptance = self._acceptance(request, kind, guess)
+        return Copy(pointer.continuation(length), acceptance, kind)
+
+    def _copy_of_own_text(self, request: _RequestCopies, length: int) -> Copy:
+        match = request.index.longest_match()
+        if match is None:
+            return NO_COPY
+        source, match_len = match
+        tokens = request.index.tokens
+        # A copy that reaches the end goes on with what it just copied.
+        period = len(tokens) - source
+        copied = [tokens[source + j % period] for j in range(length)]
+        kind = (_OWN_TEXT, match_len.bit_length())
+        acceptance = self._acceptance(request, kind, match_len / (match_len + 1))
+        return Copy(copied, acceptance, kind, source, match_len)
+
+    def _acceptance(self, request: _RequestCopies, kind: _Kind, guess: float) -> float:
+        """`guess`: before any copy of the kind was verified."""
+        for records in (self._pools, request.records):
+            if kind in records:
+                guess = records[kind].acceptance(guess)
+        return guess
+
+    def _maybe_follow_prompt(
+        self, request: _RequestCopies, copy: Copy, num_accepted_tokens: int
+    ) -> None:
+        end = copy.source + num_accepted_tokens
+        run = copy.match_len + num_accepted_tokens
+        if (
+            request.pointer is None
+            and copy.kind[0] == _OWN_TEXT
+            and run >= _PROMPT_STRETCH
+            and end <= request.num_prompt_tokens
+        ):
+            tokens = request.index.tokens  # what was known when the copy was found
+            prompt = np.array(tokens[: request.num_prompt_tokens], dtype=np.int32)
+            request.pointer = ReferencePointer(prompt, self._check_length)
+            request.pointer.start_at(end, run)
+            request.num_followed = len(tokens) + num_accepted_tokens

@@ -1,97 +1,38 @@
 """Copies where that is likely right, drafts of a model elsewhere: chosen per request.
 
 A copy costs the drafter nothing. A request that copies is not fed to it, so its draft
-cursor stays behind and catches up when the request drafts again; the missed tokens are
-charged to drafting. Which of the two a request does depends on its known tokens and on
-how its earlier drafts fared, never on drafts not yet verified: copies are one-hot in
-the rejection sampler, drafts are what they are with the draft model alone.
+cursor stays behind, and the missed tokens are fed when the request drafts again. Which
+of the two a request does depends on its known tokens and on how earlier drafts fared,
+never on drafts not yet verified: copies are one-hot in the rejection sampler, drafts
+are what they are with the draft model alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from vllm_emssd.draft_length import Copies
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copier import (
+from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.llma import (
     AcceptanceRecord,
     Copy,
+    LlmaProposer,
     expected_accepted,
 )
-from vllm_emssd.proposers.draft_model import DraftModelProposer
-from vllm_emssd.proposers.llma import LlmaProposer
 
 DRAFT_MODEL, LLMA = "draft_model", "llma"  # as the options call them
 _PRIOR_ACCEPTANCE = 0.7  # of a model's drafts, until some were verified
-_PRIOR_TESTS = 4.0  # drafts that what is known of all requests is worth for one
-_POOL_FORGET = 0.99
+_FORGET = 0.99  # weight that older drafts keep, each step that has news
+_DRAFT_COST = 0.02  # in accepted tokens: a draft costs little, but not nothing;
+_MISSING_ROW_COST = 0.001  # missed text is charged over the steps to come
 
 
 def no_drafts(batch: DraftBatch) -> list[list[int]]:
     return [[] for _ in batch.req_ids]
-
-
-class DraftRecord:
-    """How a model's drafts fare, of each request and of all: what to go by where no
-    prices are known."""
-
-    def __init__(self) -> None:
-        self._pool = AcceptanceRecord()
-        self._has_faded = False  # the pool, in this step
-        self._requests: dict[str, AcceptanceRecord] = {}
-
-    def begin_step(self) -> None:
-        """All drafts of the step before have been observed."""
-        self._has_faded = False
-
-    def prefers(
-        self,
-        req_ids: Sequence[str],
-        copies: list[Copy],
-        num_drafts: np.ndarray,
-        missing_rows: np.ndarray,
-    ) -> np.ndarray:
-        """Which requests gain more by their copy than by so many drafts. A draft costs
-        little, but not nothing; missed text is charged over the steps to come.
-        [num_reqs] bool"""
-        cost = 0.02 * num_drafts + 0.001 * missing_rows
-        drafted = self.gains(req_ids, num_drafts) - cost
-        gains = np.array([copy.gain for copy in copies])
-        has_copy = np.array([bool(copy.token_ids) for copy in copies], dtype=bool)
-        return has_copy & (gains >= np.where(num_drafts > 0, drafted, 0.0))
-
-    def gains(self, req_ids: Sequence[str], num_drafts: np.ndarray) -> np.ndarray:
-        """How many of so many drafts are expected to be accepted. [num_reqs] float64"""
-        return np.array(
-            [
-                expected_accepted(self._acceptance(req_id), n) if n else 0.0
-                for req_id, n in zip(req_ids, num_drafts.tolist(), strict=True)
-            ]
-        )
-
-    def _acceptance(self, req_id: str) -> float:
-        pooled = self._pool.acceptance(_PRIOR_ACCEPTANCE)
-        record = self._requests.get(req_id)
-        return pooled if record is None else record.acceptance(pooled, _PRIOR_TESTS)
-
-    def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
-        if num_drafts:
-            keep = 1.0 if self._has_faded else _POOL_FORGET
-            self._pool.observe(num_drafts, num_accepted, keep)
-            self._has_faded = True
-            record = self._requests.setdefault(req_id, AcceptanceRecord())
-            record.observe(num_drafts, num_accepted)
-
-    def skip(self, req_id: str) -> None:
-        """It copied: what is known of its drafts grows old."""
-        if req_id in self._requests:
-            self._requests[req_id].fade()
-
-    def release(self, req_id: str) -> None:
-        self._requests.pop(req_id, None)
 
 
 class MixedProposer:
@@ -101,7 +42,7 @@ class MixedProposer:
         copying, drafting: the two proposers; each has its own policy.
         num_draft_tokens: most drafts the model makes for a request.
         weighs_copies: the drafting policy itself weighs drafts against copies; else
-            a record of how both fare decides.
+            what each is expected to bring decides.
     """
 
     def __init__(
@@ -115,7 +56,8 @@ class MixedProposer:
         self._drafting = drafting
         self._num_draft_tokens = num_draft_tokens
         self._weighs_copies = weighs_copies
-        self._record = DraftRecord()
+        self._drafts = AcceptanceRecord()  # of all requests
+        self._has_faded = False  # that record, in this step
         self._only: str | None = None
         self._copied: set[str] = set()  # requests whose drafts to verify are copies
 
@@ -132,11 +74,11 @@ class MixedProposer:
         self._only = only
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
-        self._record.begin_step()
+        self._has_faded = False
         may_draft = self._drafting.max_draft_tokens(batch)
         may_draft = np.minimum(may_draft, self._num_draft_tokens)
         if self._only == DRAFT_MODEL:
-            self._copied.difference_update(batch.req_ids)
+            self._note_copies(batch, no_drafts(batch))
             if self._drafting.skips_step(int(batch.is_sampling.sum())):
                 return no_drafts(batch)
             return self._drafting.propose(
@@ -163,31 +105,30 @@ class MixedProposer:
         if self._drafting.skips_step(int(batch.is_sampling.sum())):
             return no_drafts(batch)
         num_copied = np.array(list(map(len, copied)), dtype=np.int64)
-        gains = np.array(
-            [
-                expected_accepted(copy.acceptance, n)
-                for copy, n in zip(copies, num_copied.tolist(), strict=True)
-            ]
-        )
+        acceptance = [copy.acceptance for copy in copies]
+        gains = np.array(list(map(expected_accepted, acceptance, num_copied.tolist())))
         if not self._weighs_copies:
-            missing = self._drafting.missing_rows(batch)
-            copied_rather = self._record.prefers(
-                batch.req_ids, copies, may_draft, missing
-            )
-            may_draft = np.where(copied_rather & (num_copied > 0), 0, may_draft)
+            prefers = gains >= self._gains_of_drafts(batch, may_draft)
+            may_draft = np.where(prefers & (num_copied > 0), 0, may_draft)
         return self._drafting.propose(
             dataclasses.replace(
                 batch, max_draft_tokens=may_draft, copies=Copies(num_copied, gains)
             )
         )
 
+    def _gains_of_drafts(self, batch: DraftBatch, num_drafts: np.ndarray) -> np.ndarray:
+        """Accepted tokens to expect of so many drafts of each request, less what they
+        cost. [num_reqs] float64"""
+        acceptance = self._drafts.acceptance(_PRIOR_ACCEPTANCE)
+        gains = np.array([expected_accepted(acceptance, n) for n in num_drafts])
+        cost = _DRAFT_COST * num_drafts
+        cost += _MISSING_ROW_COST * self._drafting.missing_rows(batch)
+        return np.where(num_drafts > 0, gains - cost, 0.0)
+
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
-        """Whose drafts are copies now."""
+        """Which requests' drafts are copies now."""
         self._copied.difference_update(batch.req_ids)
-        for req_id, tokens in zip(batch.req_ids, copies, strict=True):
-            if tokens:
-                self._copied.add(req_id)
-                self._record.skip(req_id)
+        self._copied.update(r for r, c in zip(batch.req_ids, copies, strict=True) if c)
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
         self._copying.add_reference(req_id, token_ids)
@@ -195,21 +136,23 @@ class MixedProposer:
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        """Each proposer hears of its own drafts, and what the other's brought."""
+        """Each proposer hears of its own drafts, and that the other's brought it none:
+        then nothing of its own stays pending."""
         verified = (num_draft_tokens, num_accepted_tokens)
         if req_id in self._copied:
             self._copied.remove(req_id)
             self._copying.record_verified(req_id, *verified)
-            self._drafting.record_unused(req_id)
+            self._drafting.record_verified(req_id, 0, 0)
         else:
-            self._copying.record_unused(req_id)
+            self._copying.record_verified(req_id, 0, 0)
             self._drafting.record_verified(req_id, *verified)
-            self._record.observe(req_id, *verified)
+            if num_draft_tokens:
+                keep = 1.0 if self._has_faded else _FORGET
+                self._drafts.observe(*verified, keep)
+                self._has_faded = True
 
     def release(self, req_ids: Iterable[str]) -> None:
         req_ids = list(req_ids)
         self._copying.release(req_ids)
         self._drafting.release(req_ids)
         self._copied.difference_update(req_ids)
-        for req_id in req_ids:
-            self._record.release(req_id)

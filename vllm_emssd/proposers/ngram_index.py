@@ -48,7 +48,7 @@ class NgramIndex:
         ends = self._ends[tuple(tokens[-self._check_length :])]
         best, longest = 0, 0
         for end in reversed(ends[-MAX_CANDIDATES - 1 : -1]):  # the last is the end
-            # Who is to agree longer must agree there; most do not.
+            # A longer agreement must hold at this token too; most do not.
             if end <= longest or tokens[end - 1 - longest] != tokens[-1 - longest]:
                 continue
             length = self._agreement(end, tokens)

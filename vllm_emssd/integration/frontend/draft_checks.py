@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -54,39 +55,30 @@ def check_draft_weights(model: str, load_format: str) -> None:
 
     Models of the hub are not looked at: vLLM downloads them, whole or not at all.
     """
-    folder = Path(model)
+    folder, wrong = Path(model), ""
     if folder.is_absolute() and not folder.exists():
-        raise ValueError(_error(model, "does not exist; correct the path"))
-    if not folder.is_dir() or load_format not in _READ_AS_FILES:
-        return
+        wrong = "does not exist; correct the path"
+    elif folder.is_dir() and load_format in _READ_AS_FILES:
+        wrong = _wrong_in(folder)
+    if wrong:
+        raise ValueError(_error(model, wrong))
+
+
+def _wrong_in(folder: Path) -> str:
     if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        raise ValueError(
-            _error(
-                model, f"holds no weights ({', '.join(_WEIGHTS)}); download it again"
-            )
-        )
-    for name in _listed_shards(folder):
-        if not (folder / name).exists():
-            raise ValueError(
-                _error(model, f"lacks {name}, which {_INDEX} lists; download it again")
-            )
+        return f"holds no weights ({', '.join(_WEIGHTS)}); download it again"
+    index = folder / _INDEX
+    if index.exists():
+        for name in json.loads(index.read_text())["weight_map"].values():
+            if not (folder / name).exists():
+                return f"lacks {name}, which {_INDEX} lists; download it again"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
                 pass  # compares the header with the length of the file
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                _error(
-                    model, f"{path.name} is broken ({error}); download the file again"
-                )
-            ) from error
-
-
-def _listed_shards(folder: Path) -> set[str]:
-    index = folder / _INDEX
-    if not index.exists():
-        return set()
-    return set(json.loads(index.read_text())["weight_map"].values())
+            return f"{path.name} is broken ({error}); download the file again"
+    return ""
 
 
 def check_draft_tokenizer(
@@ -135,21 +127,18 @@ def _load_draft_tokenizer(
     model: str, revision: str | None, target: ModelConfig
 ) -> TokenizerLike:
     """In the target's tokenizer mode, or by its files where it has none for that."""
-
-    def load(mode: str) -> TokenizerLike:
-        return get_tokenizer(
-            model,
-            revision=revision,
-            trust_remote_code=target.trust_remote_code,
-            tokenizer_mode=mode,
-        )
-
+    load = partial(
+        get_tokenizer,
+        model,
+        revision=revision,
+        trust_remote_code=target.trust_remote_code,
+    )
     try:
-        return load(target.tokenizer_mode)
+        return load(tokenizer_mode=target.tokenizer_mode)
     except Exception:
         if target.tokenizer_mode == "auto":
             raise
-        return load("auto")
+        return load(tokenizer_mode="auto")
 
 
 def shares_alike(target: TokenizerLike, draft: TokenizerLike) -> dict[str, float]:
@@ -166,18 +155,14 @@ def shares_alike(target: TokenizerLike, draft: TokenizerLike) -> dict[str, float
         )
         for kind, text in SAMPLE_TEXTS.items()
     }
+    special_ids = zip(target.all_special_tokens, target.all_special_ids, strict=True)
     known = draft.get_vocab()
-    ids = {**target.get_added_vocab(), **_special_ids(target)}
+    ids = {**target.get_added_vocab(), **dict(special_ids)}
     both = [token for token in ids if token in known]
     if both:
         alike = sum(ids[token] == known[token] for token in both)
         shares["special tokens"] = alike / len(both)
     return shares
-
-
-def _special_ids(tokenizer: TokenizerLike) -> dict[str, int]:
-    tokens, ids = tokenizer.all_special_tokens, tokenizer.all_special_ids
-    return dict(zip(tokens, ids, strict=True))
 
 
 def _share(target_ids: Sequence[int], draft_ids: Sequence[int]) -> float:

@@ -1,14 +1,15 @@
 """Teaches vLLM's front end the method "emssd".
 
 `EngineArgs.create_speculative_config` is the one place where a user's
-`--speculative-config` becomes vLLM's. Asked for "emssd", the hook there validates
-the options, hands vLLM the part it knows, puts ours in `additional_config` (which
-reaches every process and the config hash), and picks our worker and scheduler
-classes through vLLM's own options. Asked for anything else it does nothing.
+`--speculative-config` becomes vLLM's. Asked for "emssd", the hook there validates the
+options, hands vLLM the part it knows, puts ours in `additional_config` (which reaches
+every process and the config hash), and picks our worker and scheduler classes through
+vLLM's own options. Asked for anything else it does nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from vllm.platforms import current_platform
 from vllm_emssd import __version__
 from vllm_emssd.config import (
     ADDITIONAL_CONFIG_KEY,
+    MAX_FIXED_DRAFTS,
     METHOD,
-    MOST_FIXED_DRAFTS,
     EmssdConfig,
     parse_speculative_config,
 )
@@ -29,16 +30,18 @@ from vllm_emssd.integration.frontend.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
 )
-from vllm_emssd.integration.frontend.model_limits import (
+from vllm_emssd.integration.frontend.serving import install_serving_hooks
+from vllm_emssd.integration.hooks.compat import check_vllm_version
+from vllm_emssd.integration.hooks.hook import Hook
+from vllm_emssd.integration.metrics import LOG_STATS_KEY, attach_tag
+from vllm_emssd.integration.unsupported import (
+    AUTO_NEEDS_V2,
+    METHOD_NAME,
     refuse_drafter,
+    refuse_options,
     refuse_target,
     refuse_wrong_verification,
 )
-from vllm_emssd.integration.frontend.serving import install_serving_hooks
-from vllm_emssd.integration.hooks.compat import check_vllm_version
-from vllm_emssd.integration.hooks.hook import Hook, install
-from vllm_emssd.integration.metrics import LOG_STATS_KEY, attach_tag
-from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,24 +57,21 @@ GPU_WORKER = "vllm_emssd.integration.worker.UnpadGPUWorker"
 SCHEDULER = "vllm_emssd.integration.scheduler.make_scheduler"
 COPY_DRAFTER = "vllm_emssd.integration.v1.copy_drafter.CopyDrafter"
 
-_OTHER_VOCABULARY = (
-    "--speculative-config: 'model' has a vocabulary of another size than the target. "
-    '"method": "emssd" needs a draft model with the target\'s tokenizer: choose '
-    "another 'model', or remove it to copy from the text (llma)."
-)
-
-_NO_TEXT = (
-    "--speculative-config: 'model' does not generate text. Choose another 'model', or "
-    "remove it to copy from the text (llma)."
-)
+# Words of vLLM's errors, and what to say instead.
+_WRONG_DRAFTERS = {
+    "same vocabulary size": (
+        "--speculative-config: 'model' has a vocabulary of another size than the "
+        'target. "method": "emssd" needs a draft model with the target\'s tokenizer: '
+        "choose another 'model', or remove it to copy from the text (llma)."
+    ),
+    "--runner draft": (
+        "--speculative-config: 'model' does not generate text. Choose another "
+        "'model', or remove it to copy from the text (llma)."
+    ),
+}
 
 # Filled in by vLLM itself, not by users.
 _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
-
-
-def install_frontend_hook() -> None:
-    """Teach vLLM the method."""
-    install([FRONTEND_HOOK])
 
 
 def _make_hook(
@@ -144,12 +144,11 @@ def _create_ours(
     check_vllm_version()
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
-    _refuse_unsupported(args, model_config, parallel_config)
+    _refuse_unsupported(args, stock_part, model_config, parallel_config)
     config = _settle_draft_length(config, asked)
     may_be_async = _settle_async_scheduling(args, config)
     if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
         refuse_options(config)
-    _refuse_other_draft_ranks(stock_part, parallel_config)
     model = stock_part.get("model")
     if model:
         check_draft_weights(model, args.load_format)
@@ -189,69 +188,74 @@ def _run_stock(
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
 ) -> SpeculativeConfig:
-    """Build vLLM's own config, leaving `args` as the user gave them."""
-    stock_part["num_speculative_tokens"] = config.most_draft_tokens
+    """vLLM's own config; `args` stay as the user gave them."""
+    stock_part["num_speculative_tokens"] = config.max_draft_tokens
     if config.uses_draft_model:
         stock_part |= {"method": "draft_model"}
     else:
         stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}
-    saved = {
-        name: getattr(args, name)
-        for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens")
-    }
-    args.speculative_config = stock_part
-    args.spec_method = args.spec_model = args.spec_tokens = None
+    stock_args = copy.copy(args)
+    stock_args.speculative_config = stock_part
+    stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
     try:
-        spec_config = stock(args, model_config, parallel_config)
+        spec_config = stock(stock_args, model_config, parallel_config)
     except ValueError as error:
-        if "same vocabulary size" in str(error):
-            raise ValueError(_OTHER_VOCABULARY) from error
-        if "--runner draft" in str(error):
-            raise ValueError(_NO_TEXT) from error
+        for words, message in _WRONG_DRAFTERS.items():
+            if words in str(error):
+                raise ValueError(message) from error
         raise
-    finally:
-        for name, value in saved.items():
-            setattr(args, name, value)
     assert spec_config is not None
     return spec_config
 
 
 def _refuse_unsupported(
-    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+    args: EngineArgs,
+    stock_part: dict[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
 ) -> None:
-    ours = {CPU_WORKER, GPU_WORKER}
-    if parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(
-            '"method": "emssd" does not support pipeline parallelism: vLLM\'s V1 '
-            "runner has the drafter on the last rank only. Set "
-            "--pipeline-parallel-size 1 (use --tensor-parallel-size instead)."
-        )
-    if parallel_config.worker_cls not in {"auto", *ours}:
-        raise ValueError(
-            f'"method": "emssd" brings its own worker class; remove --worker-cls '
-            f"{parallel_config.worker_cls}."
-        )
-    if args.scheduler_cls not in {None, SCHEDULER}:
-        raise ValueError(
-            '"method": "emssd" brings its own scheduler class; remove --scheduler-cls '
-            f"{args.scheduler_cls}."
-        )
-    if not isinstance(args.additional_config, dict):
-        raise ValueError(
-            '"method": "emssd" keeps its options in --additional-config, which must '
-            f"be a dictionary, got {type(args.additional_config).__name__}."
-        )
-    if parallel_config.decode_context_parallel_size > 1:
-        raise ValueError(
-            '"method": "emssd" does not support decode context parallelism; set '
-            "--decode-context-parallel-size 1."
-        )
-    if parallel_config.data_parallel_size > 1 and model_config.is_moe:
-        raise ValueError(
-            '"method": "emssd" does not support data parallelism with a mixture-of-'
-            "experts target, whose ranks must run drafters in step; set "
-            "--data-parallel-size 1."
-        )
+    parallel, num_ranks = parallel_config, parallel_config.tensor_parallel_size
+    draft_ranks = stock_part.get("draft_tensor_parallel_size")
+    for is_asked_for, what in (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "does not support pipeline parallelism: vLLM's V1 runner has the drafter "
+            "on the last rank only. Set --pipeline-parallel-size 1 (use "
+            "--tensor-parallel-size instead).",
+        ),
+        (
+            parallel.worker_cls not in {"auto", CPU_WORKER, GPU_WORKER},
+            f"brings its own worker class; remove --worker-cls {parallel.worker_cls}.",
+        ),
+        (
+            args.scheduler_cls not in {None, SCHEDULER},
+            "brings its own scheduler class; remove --scheduler-cls "
+            f"{args.scheduler_cls}.",
+        ),
+        (
+            not isinstance(args.additional_config, dict),
+            "keeps its options in --additional-config, which must be a dictionary, "
+            f"got {type(args.additional_config).__name__}.",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "does not support decode context parallelism; set "
+            "--decode-context-parallel-size 1.",
+        ),
+        (
+            parallel.data_parallel_size > 1 and model_config.is_moe,
+            "does not support data parallelism with a mixture-of-experts target, "
+            "whose ranks must run drafters in step; set --data-parallel-size 1.",
+        ),
+        (
+            draft_ranks not in (None, num_ranks),
+            f"splits the draft model over all workers of the target, but "
+            f"'draft_tensor_parallel_size' {draft_ranks} differs from "
+            f"--tensor-parallel-size {num_ranks}. Remove it, or make both the same.",
+        ),
+    ):
+        if is_asked_for:
+            raise ValueError(f"{METHOD_NAME} {what}")
     refuse_target(model_config)
 
 
@@ -272,7 +276,7 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
         )
         fixed: dict[str, Any] = {"draft_length": "fixed"}
         if config.uses_draft_model and asked.get("num_speculative_tokens") is None:
-            fixed["num_speculative_tokens"] = MOST_FIXED_DRAFTS
+            fixed["num_speculative_tokens"] = MAX_FIXED_DRAFTS
         return config.model_copy(update=fixed)
     has_v2 = use_v2 is not False and config.proposer == "draft_model"
     if not current_platform.is_cpu() and not has_v2:
@@ -319,17 +323,3 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
             f"; it can be asynchronous with {why}" if why else "",
         )
     return may_be_async
-
-
-def _refuse_other_draft_ranks(
-    stock_part: dict[str, Any], parallel_config: ParallelConfig
-) -> None:
-    """vLLM's V1 draft model raises in its workers; say so before they start."""
-    asked = stock_part.get("draft_tensor_parallel_size")
-    size = parallel_config.tensor_parallel_size
-    if asked not in (None, size):
-        raise ValueError(
-            f"--speculative-config: 'draft_tensor_parallel_size' {asked} differs from "
-            f"--tensor-parallel-size {size}: vLLM's V1 runner splits the draft model "
-            "over all workers of the target. Remove it, or make both the same."
-        )

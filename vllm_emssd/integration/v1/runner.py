@@ -50,7 +50,6 @@ from vllm_emssd.integration.v1.sampling import LOGITSPROCS_HOOK, UnpadSamplingMi
 from vllm_emssd.integration.v1.thinking_budget import ThinkingBudgets
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
-from vllm_emssd.proposers.copier import Copier
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
@@ -84,7 +83,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self.rejection_sampler = UnpadRejectionSampler(
             self.sampler, spec_config, self.device
         )
-        self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
+        self.emssd_config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.counters = Counters()
         self._ranks = Ranks(self.device)
         self._proposer: Proposer | None = None  # made with the KV cache
@@ -128,7 +127,7 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         lengths = CopyLengths(costs, check)
         if (make := plugin_proposer(config.proposer)) is not None:
             return make(config, lengths)
-        copying = LlmaProposer(Copier(config.check_length), config.copy_length, lengths)
+        copying = LlmaProposer(config.check_length, config.copy_length, lengths)
         if not config.uses_draft_model:
             return copying
         assert self.paged_drafter is not None
@@ -333,7 +332,7 @@ class UnpadCPUModelRunner(PaddedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
 
 class UnpadGPUModelRunner(UnpadRunnerMixin, GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        config = EmssdConfig.of_worker(vllm_config.additional_config)
+        config = EmssdConfig.carried_by(vllm_config.additional_config)
         if config.draft_length == "auto":  # this runner goes by the wall clock
             raise ValueError(AUTO_NEEDS_V2)
         super().__init__(vllm_config, device)

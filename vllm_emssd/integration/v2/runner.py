@@ -90,7 +90,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     cudagraph_manager: ModelCudaGraphManager | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        self.emssd_config = EmssdConfig.of_worker(vllm_config.additional_config)
+        self.emssd_config = EmssdConfig.carried_by(vllm_config.additional_config)
         refuse_options(self.emssd_config)
         refuse_deployment(vllm_config, self.emssd_config)
         with installed([INIT_SPECULATOR_HOOK]):

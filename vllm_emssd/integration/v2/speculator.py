@@ -85,7 +85,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         req_states: RequestState,
     ) -> None:
         super().__init__(vllm_config, device)
-        config = EmssdConfig.of_worker(vllm_config.additional_config)
+        config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.is_automatic = config.draft_length == "auto"
         self._ragged_graphs = config.ragged_graphs
         is_async = vllm_config.scheduler_config.async_scheduling
