@@ -1,17 +1,16 @@
 """A draft cursor for a host that learns late how many drafts were accepted.
 
-On a GPU the number of accepted drafts is on the device, and a host that waits for it
-leaves the device idle. Which rows the drafter needs can be bounded without it: of the
-drafts verified, the last `num_draft_tokens - num_fed_drafts` were never fed (one, after
-a step that drafted), all others need no row, however many are accepted. So the host
-*assumes* that many accepted: the span from the cursor to the assumed end has enough
-rows for every outcome, two for a request that drafted before. The device moves the span
-by `accepted - assumed` to where the request's text really ends, which may feed one
-token again: that writes the same K/V.
+On a GPU that number is on the device, and a host that waits for it leaves the device
+idle. The rows that the drafter needs can be bounded without it: of the drafts verified,
+the last `num_draft_tokens - num_fed_drafts` were never fed (one, after a step that
+drafted), all others need no row, however many are accepted. So the host *assumes* that
+many accepted, which gives rows enough for every outcome, and the device moves the span
+by `accepted - assumed` to where the text really ends. That may feed one token again,
+which writes the same K/V.
 
-How many rows are missing does not depend on the outcome either, so any number of steps
-may run before one is known. What each step fed is kept until then, and then recorded as
-if it had been known at once.
+As the number of missing rows does not depend on the outcome, any number of steps may
+run before one is known. What each step fed is kept until then, and recorded as if it
+had been known at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Flat rows of a ragged batch.
 
-A forward computes *rows*: one token position of one request each, those of a
-request adjacent, with no filler between requests. This file turns spans of
-positions into such rows and rows into KV-cache slots. numpy only.
+A forward computes *rows*: one token position of one request each, those of a request
+adjacent, with no filler between requests.
 """
 
 from __future__ import annotations
@@ -25,19 +24,14 @@ class RaggedRows:
     positions: np.ndarray  # [num_rows] int64
 
     def __post_init__(self) -> None:
-        if len(self.query_start_loc) != len(self.req_indices) + 1:
-            raise ValueError(
-                f"query_start_loc has {len(self.query_start_loc)} entries for "
-                f"{len(self.req_indices)} requests; one more than requests is needed"
-            )
-        if self.query_start_loc[0] != 0:
-            raise ValueError("query_start_loc must begin at 0")
-        if self.query_start_loc[-1] != len(self.positions):
-            raise ValueError(
-                f"query_start_loc ends at {self.query_start_loc[-1]}, "
-                f"but there are {len(self.positions)} rows"
-            )
-        if (np.diff(self.query_start_loc) < 1).any():
+        starts, num_reqs, num_rows = self.query_start_loc, self.num_reqs, self.num_rows
+        if len(starts) != num_reqs + 1:
+            what = f"query_start_loc has {len(starts)} entries for {num_reqs} requests"
+            raise ValueError(what)
+        if starts[0] != 0 or starts[-1] != num_rows:
+            what = f"query_start_loc begins at {starts[0]} and ends at {starts[-1]}"
+            raise ValueError(f"{what}, but there are {num_rows} rows")
+        if (np.diff(starts) < 1).any():
             raise ValueError("a request in a forward needs at least one row")
 
     @classmethod
@@ -115,11 +109,9 @@ class RaggedRows:
 
 
 def grant_rows(wanted: np.ndarray, budget: int) -> np.ndarray:
-    """Share `budget` rows so that the most requests get all they want.
-
-    The smallest wishes come first (ties: the lower index); the first that does
-    not fit gets what is left, later ones nothing. Shapes: [num_reqs] int64.
-    """
+    """Share `budget` rows so that the most requests get all they want: the smallest
+    wishes come first (ties: the lower index), the first that does not fit gets what is
+    left, later ones nothing. Shapes: [num_reqs] int64."""
     order = np.argsort(wanted, kind="stable")
     before = np.cumsum(wanted[order]) - wanted[order]
     granted: np.ndarray = np.empty_like(wanted)

@@ -1,6 +1,6 @@
 """Exact with automatic lengths, whatever they are.
 
-Real prices would settle on a few lengths; here every step gets random ones, so that
+Real costs would settle on a few lengths; here every step gets random ones, so that
 lengths change from step to step and request to request, 0 and full included.
 """
 
@@ -49,8 +49,8 @@ pytestmark = pytest.mark.slow
 
 
 @contextmanager
-def random_prices(llm: Any) -> Iterator[None]:
-    """Draw new prices after each step: drafts from free to far too expensive."""
+def random_costs(llm: Any) -> Iterator[None]:
+    """Draw new costs after each step: drafts from free to far too expensive."""
     meter = model_runner(llm)._step_costs
     rng = np.random.default_rng(0)
 
@@ -73,7 +73,7 @@ def _runs(name: str) -> tuple[Any, Any, Any, set[int], set[int]]:
     stop_counting_others()
     lengths: set[int] = set()
     rows_added: set[int] = set()
-    with running(CONFIGS[name]) as llm, random_prices(llm):
+    with running(CONFIGS[name]) as llm, random_costs(llm):
         runner = model_runner(llm)
         proposer = runner._proposer
         propose = proposer.propose
@@ -137,7 +137,7 @@ def test_idle_steps_change_no_token_and_end_when_drafts_pay() -> None:
             return propose(batch)
 
         proposer.propose = counted
-        meter.step_done = lambda learns_costs=True: None  # prices stay
+        meter.step_done = lambda learns_costs=True: None  # costs stay
         meter.costs.target = CostTable([1, 256], [4.0, 4.5])
         meter.costs.draft = CostTable([1], [1e4])
         assert greedy(llm, texts(24)) == expected

@@ -1,4 +1,4 @@
-"""vLLM's CPU stand-ins for its Triton kernels, against what the kernels promise.
+"""vLLM's CPU stand-ins for the Triton kernels that verification calls.
 
 Sampled and greedy speculation on the CPU runs on `vllm/utils/cpu_triton_utils.py`.
 Each replacement is launched the way vLLM launches it and compared with a plain
@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,10 +31,8 @@ from vllm.triton_utils import dispatcher
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.spec_decode import utils as spec_decode
-from vllm.v1.worker import block_table, mamba_utils
+from vllm.v1.worker import block_table
 
-from vllm_emssd.integration import scheduler
 from vllm_emssd.integration.cpu import fixes as cpu_fixes
 from vllm_emssd.integration.hooks.hook import installed
 
@@ -314,36 +311,6 @@ def test_stock_random_rejection_rejects_a_placeholder(one_hot: bool) -> None:
     np.testing.assert_array_equal(output, [[2, 1, UNTOUCHED]])
 
 
-def test_placeholders_are_not_scheduled() -> None:
-    """Ours: a -1 reaches neither rows, nor counts, nor the kernel above."""
-    output: Any = SimpleNamespace(
-        scheduled_spec_decode_tokens={"a": [-1, -1], "b": [5], "c": []},
-        num_scheduled_tokens={"a": 3, "b": 2, "c": 1},
-        total_num_scheduled_tokens=6,
-    )
-    scheduler.drop_placeholder_drafts(output)
-    assert output.scheduled_spec_decode_tokens == {"b": [5], "c": []}
-    assert output.num_scheduled_tokens == {"a": 1, "b": 2, "c": 1}
-    assert output.total_num_scheduled_tokens == 4
-
-
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason=(
-        "accepts a draft of probability 0 when the uniform sample is exactly 0, which "
-        "float64 makes a matter of 2**-53 a token: not worth a replacement"
-    ),
-)
-def test_stock_random_rejection_rejects_an_impossible_draft() -> None:
-    probs = np.array([[1, 0]], np.float32)
-    greedy = np.array([False])
-    output = launch_random_rejection(
-        [1], [1], probs, probs, int32([1]), [0], [0.0], greedy
-    )
-    np.testing.assert_array_equal(output, [[0, UNTOUCHED]])
-
-
 def test_draft_probs_of_another_dtype_are_refused() -> None:
     """Loudly, not misread: the kernels read float32 only."""
     output = untouched_output([1])
@@ -602,253 +569,7 @@ def test_seeded_request_does_not_depend_on_its_batch(one_hot: bool) -> None:
         )
 
 
-# ----- kernels that prepare a drafter's inputs -----
-
-
-@ragged
-def test_prepare_inputs_padded(counts: list[int]) -> None:
-    rng = np.random.default_rng(sum(counts))
-    num_reqs = len(counts)
-    valid = np.array([rng.integers(0, count + 2) for count in counts])
-    query_start_loc = starts([count + 1 for count in counts])
-    indices, rejected = (int32([UNTOUCHED] * num_reqs) for _ in range(2))
-    spec_decode._eagle_prepare_inputs_padded(
-        cumulative(counts),
-        int32(valid),
-        int32(query_start_loc),
-        indices,
-        rejected,
-        num_reqs,
-    )
-    expected = np.where(np.array(counts) > 0, np.array(counts) + 1 - valid, 0)
-    np.testing.assert_array_equal(rejected.numpy(), expected)
-    last = np.array(query_start_loc[1:]) - 1
-    np.testing.assert_array_equal(indices.numpy(), last - expected)
-
-
-@pytest.mark.parametrize("num_reqs", [1, 6])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("strided", [False, True])
-def test_prepare_next_token_padded(
-    num_reqs: int, dtype: torch.dtype, strided: bool
-) -> None:
-    rng = np.random.default_rng(num_reqs)
-    vocab_size, width = 4, 3
-    sampled = rng.integers(-1, vocab_size + 2, (num_reqs, width + 2))  # ids too large
-    sampled[:, 0] = [PLACEHOLDER, *[vocab_size - 1] * (num_reqs - 1)]
-    sampled[0] = PLACEHOLDER  # nothing valid: falls back
-    discarded = np.arange(num_reqs) == 2
-    backup = rng.integers(0, vocab_size, num_reqs + 3)  # a buffer of the largest batch
-    view = torch.tensor(sampled, dtype=dtype)[:, :width]
-    next_ids, valid = (int32([UNTOUCHED] * num_reqs) for _ in range(2))
-    spec_decode._eagle_prepare_next_token_padded(
-        view if strided else view.contiguous(),
-        torch.tensor(discarded),
-        int32(backup),
-        next_ids,
-        valid,
-        vocab_size,
-        width,
-        num_reqs,
-        view.stride(0) if strided else width,
-        BLOCK_SIZE_TOKENS=4,
-    )
-    for i, row in enumerate(sampled[:, :width]):
-        kept = [] if discarded[i] else [t for t in row if t != -1 and t < vocab_size]
-        assert int(valid[i]) == len(kept)
-        assert int(next_ids[i]) == (kept[-1] if kept else backup[i])
-
-
-@pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("num_padding", [0, 2])
-def test_step_slot_mapping(batch_size: int, num_padding: int) -> None:
-    rng = np.random.default_rng(batch_size)
-    block_size, max_model_len, n_blocks = 4, 14, 3  # one block short: clamped
-    positions = np.array([13, 0, 3, 12, 11])[:batch_size]  # 13 + 1 is too long
-    # A slice of a wider table, and slots beyond int32.
-    table = rng.integers(2**29, 2**30, (batch_size, n_blocks + 2)).astype(np.int32)
-    seq_lens = positions + 1
-    lens, positions_out = int32(seq_lens), int64([UNTOUCHED] * batch_size)
-    slots = int64([UNTOUCHED] * (batch_size + num_padding))
-    spec_decode.eagle_step_update_slot_mapping_and_metadata(
-        int64(positions),
-        torch.tensor(table)[:, :n_blocks],
-        lens,
-        block_size,
-        max_model_len,
-        positions_out,
-        slots,
-        batch_size + num_padding,
-    )
-    too_long = positions + 1 >= max_model_len
-    clamped = np.where(too_long, 0, positions + 1)
-    columns = np.minimum(clamped // block_size, n_blocks - 1)
-    blocks = table[np.arange(batch_size), columns].astype(np.int64)
-    expected = np.where(too_long, -1, blocks * block_size + clamped % block_size)
-    np.testing.assert_array_equal(slots.numpy(), [*expected, *[-1] * num_padding])
-    np.testing.assert_array_equal(positions_out.numpy(), clamped)
-    expected_lens = np.where(too_long, 1, np.minimum(seq_lens + 1, max_model_len))
-    np.testing.assert_array_equal(lens.numpy(), expected_lens)
-
-
-@dataclass
-class ExpandedRows:
-    """Buffers that `copy_and_expand_eagle_inputs_kernel` fills."""
-
-    input_ids: np.ndarray
-    positions: np.ndarray
-    is_rejected: np.ndarray
-    is_masked: np.ndarray
-    new_token_indices: np.ndarray
-    hidden_state_mapping: np.ndarray
-
-
-def expand_rows(
-    target_ids: np.ndarray,
-    target_positions: np.ndarray,
-    next_ids: np.ndarray,
-    lens: Sequence[int],
-    rejected: Sequence[int],
-    num_slots: int,
-    shift: bool,
-    buffers: ExpandedRows,
-) -> None:
-    """Each request: its valid tokens, the next, mask tokens (7), its rejected (0)."""
-    for req, start in enumerate(starts(lens)[:-1]):
-        end = start + lens[req] - rejected[req]
-        ids = target_ids[start + shift : end].tolist()
-        out = start + req * (num_slots - shift)
-        new = out + len(ids) + np.arange(num_slots)
-        row = [*ids, next_ids[req], *[7] * (num_slots - 1)]
-        rows = slice(out, out + len(row) + rejected[req])
-        buffers.input_ids[rows] = [*row, *[0] * rejected[req]]
-        positions = target_positions[start] + np.arange(len(row))
-        buffers.positions[rows] = [*positions, *[0] * rejected[req]]
-        buffers.is_rejected[rows] = [*[False] * len(row), *[True] * rejected[req]]
-        buffers.is_masked[rows] = False
-        buffers.is_masked[new[1:]] = True
-        buffers.new_token_indices[req * num_slots : (req + 1) * num_slots] = new
-        if shift:
-            source = slice(start, start + lens[req])
-            buffers.hidden_state_mapping[source] = out + np.arange(lens[req])
-
-
-def untouched_rows(num_rows: int, num_new: int, num_tokens: int) -> ExpandedRows:
-    def full(length: int, dtype: type) -> np.ndarray:
-        return np.full(length, UNTOUCHED, dtype)
-
-    return ExpandedRows(
-        input_ids=full(num_rows, np.int32),
-        positions=full(num_rows, np.int64),
-        is_rejected=np.ones(num_rows, bool),
-        is_masked=np.ones(num_rows, bool),
-        new_token_indices=full(num_new, np.int32),
-        hidden_state_mapping=full(num_tokens, np.int32),
-    )
-
-
-@pytest.mark.parametrize(
-    ("shift", "num_slots"), [(False, 1), (False, 3), (True, 3), (True, 1)]
-)
-@pytest.mark.parametrize(
-    ("lens", "rejected"), [([4, 1, 6, 3], [2, 0, 0, 1]), ([5], [0]), ([1], [0])]
-)
-def test_copy_and_expand_eagle_inputs(
-    lens: list[int], rejected: list[int], shift: bool, num_slots: int
-) -> None:
-    rng = np.random.default_rng(0)
-    num_tokens, num_reqs = sum(lens), len(lens)
-    ids, next_ids = rng.integers(8, 99, num_tokens), rng.integers(8, 99, num_reqs)
-    positions = np.concatenate([i * 10 + np.arange(n) for i, n in enumerate(lens)])
-    num_rows = num_tokens + (num_slots - shift) * num_reqs + 2  # 2: never written
-    found, expected = (
-        untouched_rows(num_rows, num_slots * num_reqs, num_tokens) for _ in range(2)
-    )
-    query_start_loc = starts(lens)
-    spec_decode._copy_and_expand_eagle_inputs(
-        target_token_ids_ptr=int32(ids),
-        target_positions_ptr=int64(positions),
-        next_token_ids_ptr=int32(next_ids),
-        out_input_ids_ptr=torch.from_numpy(found.input_ids),
-        out_positions_ptr=torch.from_numpy(found.positions),
-        out_is_rejected_token_mask_ptr=torch.from_numpy(found.is_rejected),
-        out_is_masked_token_mask_ptr=torch.from_numpy(found.is_masked),
-        out_new_token_indices_ptr=torch.from_numpy(found.new_token_indices),
-        out_hidden_state_mapping_ptr=torch.from_numpy(found.hidden_state_mapping),
-        query_start_loc_ptr=int32(query_start_loc),
-        query_end_loc_ptr=int32(query_start_loc[1:]) - 1 - int32(rejected),
-        padding_token_id=0,
-        parallel_drafting_token_id=7,
-        total_input_tokens=num_tokens,
-        num_padding_slots_per_request=num_slots,
-        shift_input_ids=shift,
-        BLOCK_SIZE_TOKENS=16,
-        batch_size=num_reqs,
-        num_blocks=1,
-    )
-    expand_rows(ids, positions, next_ids, lens, rejected, num_slots, shift, expected)
-    for name, array in vars(expected).items():
-        np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
-
-
-@pytest.mark.parametrize("has_rejected", [False, True])
-@pytest.mark.parametrize(
-    ("lens", "rejected"), [([4, 1, 6, 3], [2, 0, 0, 1]), ([5], [3])]
-)
-def test_copy_and_expand_dflash_inputs(
-    lens: list[int], rejected: list[int], has_rejected: bool
-) -> None:
-    rng = np.random.default_rng(0)
-    num_tokens, num_reqs, num_spec, block_size = sum(lens), len(lens), 2, 4
-    num_query = 1 + num_spec
-    next_ids = rng.integers(8, 99, num_reqs)
-    positions = np.concatenate([i + np.arange(n) for i, n in enumerate(lens)])
-    table = rng.integers(2**29, 2**30, (num_reqs, 2)).astype(np.int32)
-    out_ids = int32([UNTOUCHED] * (num_reqs * num_query))
-    context, context_slots = (int64([UNTOUCHED] * num_tokens) for _ in range(2))
-    query, query_slots = (int64([UNTOUCHED] * len(out_ids)) for _ in range(2))
-    indices = int32([UNTOUCHED] * (num_reqs * num_spec))
-    spec_decode._copy_and_expand_dflash_inputs(
-        next_token_ids_ptr=int32(next_ids),
-        target_positions_ptr=int64(positions),
-        out_input_ids_ptr=out_ids,
-        out_context_positions_ptr=context,
-        out_query_positions_ptr=query,
-        out_context_slot_mapping_ptr=context_slots,
-        out_query_slot_mapping_ptr=query_slots,
-        out_token_indices_ptr=indices,
-        block_table_ptr=torch.tensor(table),
-        query_start_loc_ptr=int32(starts(lens)),
-        num_rejected_tokens_ptr=int32(rejected) if has_rejected else 0,
-        block_table_stride=table.shape[1],
-        parallel_drafting_token_id=7,
-        block_size=block_size,
-        num_query_per_req=num_query,
-        num_speculative_tokens=num_spec,
-        total_input_tokens=num_tokens,
-        max_tokens_per_req=16,
-        triton_block_size=16,
-        has_num_rejected=has_rejected,
-    )
-
-    def slots(position: np.ndarray, repeats: Any) -> np.ndarray:
-        req = np.repeat(np.arange(num_reqs), repeats)
-        blocks = table[req, np.minimum(position // block_size, 1)].astype(np.int64)
-        return blocks * block_size + position % block_size
-
-    last = np.array(starts(lens)[1:]) - 1 - np.array(rejected) * has_rejected
-    rows = np.arange(len(out_ids)).reshape(num_reqs, num_query)
-    asked = (positions[last][:, None] + 1 + np.arange(num_query)).ravel()
-    np.testing.assert_array_equal(context.numpy(), positions)
-    np.testing.assert_array_equal(context_slots.numpy(), slots(positions, lens))
-    np.testing.assert_array_equal(query.numpy(), asked)
-    np.testing.assert_array_equal(query_slots.numpy(), slots(asked, num_query))
-    np.testing.assert_array_equal(indices.numpy(), rows[:, 1:].ravel())
-    expected_ids = np.where(rows == rows[:, :1], next_ids[:, None], 7)
-    np.testing.assert_array_equal(out_ids.numpy(), expected_ids.ravel())
-
-
-# ----- the target's slots, and copies of recurrent state -----
+# ----- the target's slots -----
 
 
 def launch_slot_mapping(lens: Sequence[int], num_padding: int) -> Any:
@@ -894,26 +615,3 @@ def test_slot_mapping(lens: list[int]) -> None:
 def test_stock_slot_mapping_pads() -> None:
     found, expected = launch_slot_mapping([3, 1], num_padding=3)
     np.testing.assert_array_equal(found[len(expected) :], [PAD_SLOT_ID] * 3)
-
-
-@pytest.mark.parametrize("sizes", [[5], [7, 0, 16, 1]], ids=str)
-def test_batch_memcpy(sizes: list[int]) -> None:
-    source = torch.arange(64, dtype=torch.uint8)
-    target = torch.full((64,), 255, dtype=torch.uint8)
-    offsets = torch.tensor(starts(sizes)[:-1])
-    mamba_utils.batch_memcpy(
-        (source.data_ptr() + offsets).to(torch.uint64),
-        (target.data_ptr() + 3 + offsets).to(torch.uint64),
-        int32(sizes),
-    )
-    expected = np.full(64, 255)
-    expected[3 : 3 + sum(sizes)] = np.arange(sum(sizes))
-    np.testing.assert_array_equal(target.numpy(), expected)
-
-
-def test_batch_memcpy_within_a_buffer() -> None:
-    """A state moves a column to the left over part of itself."""
-    state = torch.arange(10, dtype=torch.uint8)
-    pointers = [torch.tensor([state.data_ptr() + i]).to(torch.uint64) for i in (2, 0)]
-    mamba_utils.batch_memcpy(*pointers, int32([8]))
-    assert state.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 8, 9]

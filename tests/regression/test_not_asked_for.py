@@ -1,4 +1,4 @@
-"""Who does not ask for emssd gets vLLM exactly as it is."""
+"""Users who do not ask for emssd get vLLM exactly as it is."""
 
 from __future__ import annotations
 

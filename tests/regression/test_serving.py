@@ -85,7 +85,7 @@ def test_metrics_then_sigterm_in_mid_stream(tmp_path: Path) -> None:
 
 
 def test_without_the_plugin_the_method_is_unknown() -> None:
-    """What a user sees who set VLLM_PLUGINS="" and left the method in place."""
+    """What users see who set VLLM_PLUGINS="" and left the method in place."""
     code = (
         "from vllm.engine.arg_utils import EngineArgs\n"
         f"EngineArgs(model={TARGET!r}, max_model_len=512, "

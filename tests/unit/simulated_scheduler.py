@@ -176,8 +176,8 @@ class Scheduler:
 
     @property
     def known_req_ids(self) -> set[str]:
-        """Of whom the worker may keep state: the unfinished, and the finished of whom
-        it was not told yet."""
+        """Requests that the worker may keep state of: all but the finished ones that it
+        was told of."""
         requests = [*self._running, *self._waiting]
         return {r.req_id for r in requests} | set(self._finished)
 

@@ -46,7 +46,7 @@ class PagedKv:
     def slot(self, request: Request, position: int) -> int:
         return oracle.slot(request.block_ids, position, self._setup.block_size)
 
-    def take_in(self, schedule: Schedule) -> None:
+    def apply(self, schedule: Schedule) -> None:
         size = self._setup.block_size
         for block_id in schedule.fresh_block_ids:
             for slot in range(block_id * size, (block_id + 1) * size):
@@ -323,7 +323,7 @@ class Engine:
             ],
             [(r.req_id, tuple(block_ids)) for r, block_ids in schedule.extended],
         )
-        self._kv.take_in(schedule)
+        self._kv.apply(schedule)
         for request in schedule.admitted:
             num_trusted = self._kv.num_trusted(request)
             self._seen["cache hit, whole"] += num_trusted > 0
@@ -406,7 +406,7 @@ class Engine:
     ) -> None:
         """Drafts, rows and cursors are what a naive drafter of each request gives."""
         self._check_step(batch, num_cached)
-        feeds = self._who_feeds(batch, num_cached)
+        feeds = self._which_feed(batch, num_cached)
         asked = [
             n if fed else 0 for n, fed in zip(self._policy.asked, feeds, strict=True)
         ]
@@ -415,7 +415,7 @@ class Engine:
         lens = [
             min(n, self._policy.stopped.get(i, n)) if granted[i] == wanted[i] else 0
             for i, n in enumerate(asked)
-        ]  # who has not caught up does not draft
+        ]  # no drafts before all missing tokens are fed
         kept = self._policy.kept if any(granted) else lens
         assert self._policy.made == (lens if any(granted) else None)
         self._check_went_on(lens)
@@ -426,13 +426,13 @@ class Engine:
             assert cursor == self._kv.num_cached(request)
             by_others = cursor - num_cached[i] - granted[i]
             assert by_others >= 0
-            self._seen["caught up by another"] += by_others > 0
-            assert not lens[i] or cursor == len(request.tokens), "not caught up"
+            self._seen["filled by another"] += by_others > 0
+            assert not lens[i] or cursor == len(request.tokens), "not backfilled"
             self._check_costs(request, i, bool(batch.is_sampling[i]), lens[i])
             self._seen["stopped in mid-draft"] += 0 < lens[i] < asked[i]
             self._seen["trimmed by the policy"] += kept[i] < lens[i]
-            self._seen["caught up"] += wanted[i] > 2 and lens[i] > 0
-            self._seen["catch-up chunked"] += 0 < granted[i] < wanted[i]
+            self._seen["backfilled"] += wanted[i] > 2 and lens[i] > 0
+            self._seen["backfill chunked"] += 0 < granted[i] < wanted[i]
             request.drafts, request.has_drafted = drafts[i], lens[i] > 0
 
     def _check_step(self, batch: DraftBatch, num_cached: list[int]) -> None:
@@ -461,7 +461,7 @@ class Engine:
         )
 
     def _check_went_on(self, lens: list[int]) -> None:
-        """It was asked about who drafted, each with its own confidence."""
+        """It was asked about requests that drafted, each with its own confidence."""
         expected: list[tuple[list[int], list[float] | None]] = []
         for position in range(max(lens, default=0)):
             drafting = [i for i, n in enumerate(lens) if n > position]
@@ -474,8 +474,8 @@ class Engine:
             expected.append((drafting, told if self._setup.tells_confidence else None))
         assert self._policy.went_on == expected
 
-    def _who_feeds(self, batch: DraftBatch, num_cached: list[int]) -> list[bool]:
-        """Who drafts or feeds its prompt, and need not wait for another that is about
+    def _which_feed(self, batch: DraftBatch, num_cached: list[int]) -> list[bool]:
+        """Which requests feed rows, and need not wait for another that is about
         to write the same block."""
         feeds, claimed = [], set()
         for i, request in enumerate(self._requests):

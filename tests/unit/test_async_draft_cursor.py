@@ -43,14 +43,14 @@ class Pair:
         had_drafted = self.num_drafts > 0
         # The host counts drafts as accepted until it learns of them.
         counted = self.num_tokens + sum(n - a for n, a in self.pending)
-        reckoned = self.late.assume_accepted("a", counted, self.num_drafts)
-        reckoned_end = counted + 1 + reckoned
+        assumed = self.late.assume_accepted("a", counted, self.num_drafts)
+        assumed_end = counted + 1 + assumed
         self.num_tokens += 1 + num_accepted
-        moved_by = self.num_tokens - reckoned_end
+        moved_by = self.num_tokens - assumed_end
         self.in_time.record_verified("a", num_accepted)
         missing = self.num_tokens - self.in_time.draft_len("a")
         start = self.late.draft_len("a")
-        num_rows = min(reckoned_end - start, budget) if num_next is not None else 0
+        num_rows = min(assumed_end - start, budget) if num_next is not None else 0
         drafts = num_next or 0
         if num_rows:
             assert num_rows == budget or missing <= num_rows <= missing + 1
@@ -134,14 +134,14 @@ def test_the_runs_visit_what_they_claim() -> None:
 
 
 @pytest.mark.parametrize("num_late", [0, 1, 2])
-def test_two_rows_after_drafting_whatever_the_verdict(num_late: int) -> None:
+def test_two_rows_after_drafting_whatever_is_accepted(num_late: int) -> None:
     for num_accepted in range(K + 1):
         pair = Pair(num_late)
         pair.step(0, K, 100)
         for _ in range(4):
             counted = pair.num_tokens + sum(n - a for n, a in pair.pending)
-            reckoned = copy.deepcopy(pair.late).assume_accepted("a", counted, K)
-            assert reckoned == 1
+            assumed = copy.deepcopy(pair.late).assume_accepted("a", counted, K)
+            assert assumed == 1
             pair.step(num_accepted, K, 100)
             pair.check()
         assert pair.seen["chunked"] == 0
@@ -169,7 +169,7 @@ def test_a_request_released_meanwhile_is_not_recorded() -> None:
 
 
 @pytest.mark.parametrize("assumed", [0, 2])
-def test_another_reckoning_is_noticed(
+def test_another_assumption_is_noticed(
     monkeypatch: pytest.MonkeyPatch, assumed: int
 ) -> None:
     """The property fails for a bound that is too low, or that costs a row too many."""

@@ -43,10 +43,10 @@ def test_no_other_lengths_earn_more(
 ) -> None:
     made = [n for n, _ in copies]
     confidence = np.repeat([[c] for _, c in copies], 2, axis=1)
-    survival = confidence.cumprod(axis=1)
+    reached = confidence.cumprod(axis=1)
 
     def rate(lens: tuple[int, ...]) -> float:
-        tokens = len(lens) + sum(survival[i, :n].sum() for i, n in enumerate(lens))
+        tokens = len(lens) + sum(reached[i, :n].sum() for i, n in enumerate(lens))
         ms = costs.fixed_ms + costs.target.at(len(lens) + sum(lens))
         return float(tokens / max(ms, 1e-6))
 

@@ -155,4 +155,4 @@ def test_hits_are_not_trusted_where_others_fill_blocks() -> None:
 def test_unknown_request_breaks_loudly() -> None:
     cursor = cursor_of(0)
     with pytest.raises(KeyError):
-        cursor.update_blocks([], [("unheard of", [1])])
+        cursor.update_blocks([], [("unknown", [1])])

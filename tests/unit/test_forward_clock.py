@@ -23,7 +23,7 @@ class Stream:
 
 @dataclass
 class Event:
-    """Has neither `synchronize` nor `wait`: who calls them fails."""
+    """Has neither `synchronize` nor `wait`: a call to them fails."""
 
     stream: Stream
     place: int = -1

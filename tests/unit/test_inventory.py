@@ -132,7 +132,7 @@ def test_hooks_of_serving_come_with_a_config(method: str) -> None:
 def test_changed_front_end_switches_the_plugin_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Then vLLM goes on serving who did not ask for emssd."""
+    """Then vLLM keeps serving users who did not ask for emssd."""
 
     def drifted(self: EngineArgs, config: Any) -> None: ...
 

@@ -138,7 +138,7 @@ def test_released_request_leaves_nothing_to_its_successor() -> None:
     old, new = [9, *range(40), 1, 2], [*range(100, 160), 1, 2]
     proposer = proposer_of(2, 3)
     assert proposer.propose(batch_of({"a": old}, [3])) == [[3, 4, 5]]
-    proposer.release(["a", "unheard of"])
+    proposer.release(["a", "unknown"])
     assert proposer.propose(batch_of({"a": new}, [3])) == [[]]
 
 

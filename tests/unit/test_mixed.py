@@ -181,7 +181,7 @@ def test_simulation_visits_what_it_claims() -> None:
         "copied, cursor behind",
         "copied, as drafting came to nothing",
         "copied while drafting was skipped",
-        "caught up",
+        "backfilled",
         "drafted twice running",
         "left out with drafts pending",
         "preempted",
@@ -369,7 +369,7 @@ def test_one_of_the_two_may_be_left_out_and_come_back() -> None:
 
 
 class ChangesItsMind(MixedProposer):
-    """Another proposer each step; a drafter left out catches up."""
+    """Another proposer each step; a drafter left out is fed what it missed."""
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         self._steps = getattr(self, "_steps", 0) + 1

@@ -20,10 +20,9 @@ from tests.proposer_example import (
 )
 from tests.unit.draft_batches import batch_of
 from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
-from vllm_emssd.proposers.base import DraftBatch, Proposer
+from vllm_emssd.proposers.base import DraftBatch, Proposer, plugin_proposer
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.registry import plugin_proposer
 
 NUM_STEPS = 40
 VOCAB_SIZE = 4  # few, so that text repeats

@@ -1,16 +1,13 @@
 """A proposer that raises costs a step its drafts, not the server its life.
 
-Drafts are only ever an offer: without them the target decodes as it always does. The
-draft cursor moves only once the drafter was fed, so nothing is lost but time. With
-several tensor-parallel ranks that is not so: the others may be in the middle of a
-collective that this one left, and would wait for ever. There the error stops the
-engine. Data-parallel engines never wait for each other: those of mixture-of-experts
-targets, which would, are refused at the start.
+Without drafts the target decodes as it always does, and the draft cursor moves only
+once the drafter was fed. With several tensor-parallel ranks that is not so: the others
+may be in the middle of a collective that this one left, and would wait for ever. There
+the error stops the engine. Data-parallel engines never wait for each other: those of
+mixture-of-experts targets, which would, are refused at the start.
 """
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 from vllm.config import ParallelConfig
 from vllm.logger import init_logger
@@ -28,10 +25,7 @@ class FailurePolicy:
         self._is_alone = parallel_config.world_size == 1
         # vLLM's multiprocessing executor only logs what a rank other than the first
         # raises, and that rank goes on; it does notice a process that ends.
-        self._must_end_process = (
-            parallel_config.world_size > 1
-            and parallel_config.distributed_executor_backend == "mp"
-        )
+        self._must_end_process = parallel_config.distributed_executor_backend == "mp"
 
     def take(self, error: Exception) -> None:
         """Swallow `error`, or end this rank where other ranks wait for it.
@@ -39,8 +33,15 @@ class FailurePolicy:
         Raises: with several ranks SystemExit where processes are vLLM's own, else
         `error` itself.
         """
+        if not self._is_alone and self._must_end_process:
+            logger.error(
+                "The proposer failed on one of several ranks, which cannot go on "
+                "apart: stopping the engine.",
+                exc_info=error,
+            )
+            raise SystemExit(1) from error
         if not self._is_alone:
-            self._stop(error)
+            raise error
         self._counters.num_failed_proposals += 1
         if self._counters.num_failed_proposals == 1:
             logger.error(
@@ -49,13 +50,3 @@ class FailurePolicy:
                 "logged. Output stays exact.",
                 exc_info=error,
             )
-
-    def _stop(self, error: Exception) -> NoReturn:
-        if self._must_end_process:
-            logger.error(
-                "The proposer failed on one of several ranks, which cannot go on "
-                "apart: stopping the engine.",
-                exc_info=error,
-            )
-            raise SystemExit(1) from error
-        raise error

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-_MOST_KEPT = 1024  # forwards nobody has asked for; more than a step has
+_MAX_KEPT = 1024  # forwards nobody has asked for; more than a step has
 
 
 class ForwardClock(Protocol):
@@ -40,7 +40,7 @@ class WallClock:
     def __init__(self) -> None:
         self._started = 0.0
         self._stopped: float | None = None
-        self._timings: deque[tuple[int, float]] = deque(maxlen=_MOST_KEPT)
+        self._timings: deque[tuple[int, float]] = deque(maxlen=_MAX_KEPT)
 
     def start(self) -> None:
         self._started = self._stopped or time.perf_counter()
@@ -99,7 +99,7 @@ class EventClock:
     def __init__(self, make_event: Callable[[], Any] = _timing_event) -> None:
         self._make_event = make_event
         self._started: Any = None
-        self._pending: deque[tuple[int, Any, Any]] = deque(maxlen=_MOST_KEPT)
+        self._pending: deque[tuple[int, Any, Any]] = deque(maxlen=_MAX_KEPT)
         self._spare: list[Any] = []  # events that were read
 
     def start(self) -> None:

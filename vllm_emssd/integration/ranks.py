@@ -1,6 +1,6 @@
 """What the workers of one engine (its tensor-parallel ranks) tell each other.
 
-Data-parallel engines need not agree: each has its own requests and its own prices.
+Data-parallel engines need not agree: each has its own requests and its own costs.
 """
 
 from __future__ import annotations

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from importlib.metadata import entry_points
+from typing import Any, Protocol, cast
 
 import numpy as np
 
+from vllm_emssd.config import PROPOSER_GROUP, EmssdConfig, plugin_proposers
 from vllm_emssd.draft_length import Copies, StepInfo
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 
 
 class TokenIds(Protocol):
@@ -38,20 +41,10 @@ class DraftBatch:
     copies: Copies | None = None  # of requests that make no drafts
 
     def __post_init__(self) -> None:
-        num_reqs = len(self.req_ids)
-        for name in (
-            "num_tokens",
-            "num_prompt_tokens",
-            "num_scheduled_tokens",
-            "num_prefilled_tokens",
-            "is_sampling",
-            "max_draft_tokens",
-        ):
-            if len(getattr(self, name)) != num_reqs:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for "
-                    f"{num_reqs} requests"
-                )
+        for name in _ARRAYS:
+            if (num := len(getattr(self, name))) != self.num_reqs:
+                what = f"{name} has {num} entries for {self.num_reqs} requests"
+                raise ValueError(what)
 
     @property
     def num_reqs(self) -> int:
@@ -77,6 +70,9 @@ class DraftBatch:
         )
 
 
+_ARRAYS = [f.name for f in fields(DraftBatch) if f.type == "np.ndarray"]
+
+
 class Proposer(Protocol):
     """Makes drafts. State is keyed by request id; batch rows change between steps."""
 
@@ -96,3 +92,27 @@ class Proposer(Protocol):
     def release(self, req_ids: Iterable[str]) -> None:
         """Forget requests that finished or were aborted."""
         ...
+
+
+class MakeProposer(Protocol):
+    """What an entry point of the group `vllm_emssd.proposers` names: a class or a
+    function. CONTRIBUTING.md shows one."""
+
+    def __call__(self, config: EmssdConfig, lengths: CopyLengths) -> Proposer: ...
+
+
+def plugin_proposer(name: str) -> MakeProposer | None:
+    """Loads the entry point of that name; None where no package brings it.
+
+    Raises: whatever importing it raises; RuntimeError where two packages bring it.
+    """
+    if name not in plugin_proposers():
+        return None
+    found = entry_points(group=PROPOSER_GROUP, name=name)
+    places = sorted({entry.value for entry in found})
+    if len(places) > 1:
+        raise RuntimeError(
+            f"proposer {name!r} is brought by several packages: {', '.join(places)}. "
+            "Uninstall all but one."
+        )
+    return cast(MakeProposer, next(iter(found)).load())

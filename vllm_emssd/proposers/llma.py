@@ -267,5 +267,5 @@ class LlmaProposer:
             tokens = request.index.tokens  # what was known when the copy was found
             prompt = np.array(tokens[: request.num_prompt_tokens], dtype=np.int32)
             request.pointer = ReferencePointer(prompt, self._check_length)
-            request.pointer.start_at(end, run)
+            request.pointer.resume_at(end, run)
             request.num_followed = len(tokens) + num_accepted_tokens

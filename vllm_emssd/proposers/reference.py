@@ -1,4 +1,4 @@
-"""Following a reference that the answer mostly repeats, through the answer's edits.
+"""Follows a reference that the answer mostly repeats, through the answer's edits.
 
 While the answer agrees with the reference, the next tokens are those behind the
 pointer. Where it departs, what it wrote instead is collected until the end of the text
@@ -19,10 +19,10 @@ _NEAR = 64  # tokens skipped, at most, on the word of `check_length` tokens;
 _FAR_MATCH_LENGTH = 8  # for more, or to go back, so many must agree
 _LONGEST_EDIT = 16  # tokens replaced or written, for an edit to be remembered
 _ANCHOR_WINDOW = 8  # tokens behind a departure where one equal token is believed
-_MOST_GUESSES = 2  # tokens of a departure taken to replace as many
+_MAX_GUESSES = 2  # tokens of a departure taken to replace as many
 _LONGEST_DEPARTURE = 128  # tokens: a longer one is a text of its own
 _INDEXED_A_STEP = 16384  # tokens of a long reference, so that no step stalls
-_ANY = -1  # no token id
+_START = -1  # no token id: stands before the reference
 
 
 class Standing(Enum):
@@ -54,15 +54,12 @@ class ReferencePointer:
         self._check_length = check_length
         self._index = NgramIndex(check_length)
         self._tail_length = max(MAX_MATCH_LENGTH, check_length)  # to find the way back
-        self._edits: dict[tuple[int, int], _Edit] = {}
+        self._insertions: dict[int, _Edit] = {}  # by the token before
+        self._replacements: dict[int, _Edit] = {}  # by the first token replaced
         self._position = 0  # of the next reference token
         self._departure: list[int] | None = None  # written since the answer departed
         self._has_just_edited = False  # right before the pointer
         self.run = 0  # tokens followed since the pointer was last found anew
-
-    def start_at(self, position: int, run: int) -> None:
-        """The answer was found to repeat the reference up to here, `run` tokens."""
-        self._resume(position, run)
 
     @property
     def standing(self) -> Standing:
@@ -102,14 +99,14 @@ class ReferencePointer:
         if self._is_at(self._position, token):
             if edit is not None:
                 edit.held = False
-            self._resume(self._position + 1, self.run + 1)
+            self.resume_at(self._position + 1, self.run + 1)
         elif edit is not None and not edit.new:
             # It leaves out, so its first sign is the token behind.
             self._departure = [token]
             behind = self._position + len(edit.old)
             if self._is_at(behind, token):
                 edit.held = True
-                self._resume(behind + 1, self.run + 1)
+                self.resume_at(behind + 1, self.run + 1)
         else:
             self._departure = [token]
 
@@ -124,14 +121,14 @@ class ReferencePointer:
         if edit is not None:
             if len(edit.new) == len(departure):
                 edit.held = True
-                self._resume(self._position + len(edit.old), self.run)
+                self.resume_at(self._position + len(edit.old), self.run)
                 self._has_just_edited = True
             return
         match = self._match(tail) if len(departure) >= self._check_length else None
         if match is not None:
             end, agreed = match
             self._remember_edit(end, agreed)
-            self._resume(end, agreed)
+            self.resume_at(end, agreed)
         elif len(departure) >= _LONGEST_DEPARTURE:
             del departure[: -self._tail_length]
 
@@ -146,7 +143,8 @@ class ReferencePointer:
                 best = end, agreed
         return best
 
-    def _resume(self, position: int, run: int) -> None:
+    def resume_at(self, position: int, run: int) -> None:
+        """The answer was found to repeat the reference up to here, `run` tokens."""
         self._position, self._departure = position, None
         self._has_just_edited = False
         self.run = run
@@ -154,7 +152,8 @@ class ReferencePointer:
     # ------------------------------------------------------------ edits
 
     def _remember_edit(self, end: int, agreed: int) -> None:
-        """What stood between the departure and the match, and what stands there now."""
+        """What stood between the departure and the match, and what stands there now.
+        Wherever the like stands again, the edit may be made again."""
         assert self._departure is not None
         start = self._position
         common = min(agreed, len(self._departure), end - start)
@@ -164,26 +163,25 @@ class ReferencePointer:
         new = tuple(self._departure[: len(self._departure) - common])
         if max(len(old), len(new)) > _LONGEST_EDIT:
             return
-        before = self._reference[start - 1] if start else _ANY
-        behind = self._reference[start]
-        # For this very place, and for where an identifier stands in other company.
-        self._edits[before, behind] = _Edit(old, new)
-        self._edits[(_ANY, behind) if old else (before, _ANY)] = _Edit(old, new)
+        if old:
+            self._replacements[old[0]] = _Edit(old, new)
+        else:
+            before = self._reference[start - 1] if start else _START
+            self._insertions[before] = _Edit(old, new)
 
     def _edit_at(self, position: int, has_just_edited: bool) -> _Edit | None:
         """What the answer last wrote instead of the reference at such a place."""
-        if not self._edits or position >= len(self._reference):
+        if position >= len(self._reference):
             return None
-        before = self._reference[position - 1] if position else _ANY
-        behind = self._reference[position]
-        for key in ((before, behind), (before, _ANY), (_ANY, behind)):
-            edit = self._edits.get(key)
-            if edit is None or (has_just_edited and not edit.old):
-                continue  # one insertion is not followed by the same again
-            end = position + len(edit.old)
-            if tuple(self._reference[position:end]) == edit.old:
-                return edit
-        return None
+        before = self._reference[position - 1] if position else _START
+        edit = self._insertions.get(before)
+        if edit is not None and not has_just_edited:  # no insertion is made twice
+            return edit
+        edit = self._replacements.get(self._reference[position])
+        if edit is None:
+            return None
+        end = position + len(edit.old)
+        return edit if tuple(self._reference[position:end]) == edit.old else None
 
     def _begun_edit(self) -> _Edit | None:
         """The known edit that the departure so far is the beginning of."""
@@ -214,6 +212,6 @@ class ReferencePointer:
         window = self._reference[self._position : self._position + _ANCHOR_WINDOW]
         if self._departure[-1] in window:
             return self._position + window.index(self._departure[-1]) + 1
-        if len(self._departure) <= _MOST_GUESSES:
+        if len(self._departure) <= _MAX_GUESSES:
             return self._position + len(self._departure)
         return None

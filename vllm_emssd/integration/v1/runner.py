@@ -49,12 +49,11 @@ from vllm_emssd.integration.v1.rejection_sampler import (
 from vllm_emssd.integration.v1.sampling import LOGITSPROCS_HOOK, UnpadSamplingMixin
 from vllm_emssd.integration.v1.thinking_budget import ThinkingBudgets
 from vllm_emssd.metrics import Counters
-from vllm_emssd.proposers.base import DraftBatch, Proposer
+from vllm_emssd.proposers.base import DraftBatch, Proposer, plugin_proposer
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
-from vllm_emssd.proposers.registry import plugin_proposer
 from vllm_emssd.verification import ScheduledStep, pad_to_longest
 
 

@@ -41,9 +41,9 @@ from vllm_emssd.async_draft_cursor import AsyncDraftCursor
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
-from vllm_emssd.integration.confidence import highest_probability
 from vllm_emssd.integration.drafting import (
     block_updates,
+    highest_probability,
     make_draft_cursor,
     max_draft_tokens,
 )
