@@ -1,17 +1,38 @@
-"""A scheduler over paged, prefix-cached blocks, and the target's acceptance: no models.
+"""vLLM's own scheduler with our changes, over traffic made at random: no models.
 
-It does at random all that vLLM's may do to a drafter: admit, hit cached blocks, cut
-prefill into chunks, leave requests out, trim drafts, preempt, resume, abort, and
-reuse blocks and request ids.
+Requests share prompts, are cut into chunks, left out, preempted, resumed and aborted,
+and ids are used again. The target's acceptance is made up too.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
 
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1 import request as vllm_request
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from tests.engine import DRAFT_MODEL, TARGET
 from tests.oracle import VOCAB_SIZE
+from vllm_emssd.draft_cursor import AdmittedRequest
+from vllm_emssd.integration.drafting import block_updates
+from vllm_emssd.integration.scheduler import UnpadScheduler
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,7 @@ class Setup:
 
     @property
     def num_blocks(self) -> int:
-        return self.max_blocks_per_req + self.num_spare_blocks
+        return 1 + self.max_blocks_per_req + self.num_spare_blocks  # vLLM keeps one
 
 
 @dataclass(eq=False)
@@ -53,6 +74,7 @@ class Request:
     num_computed_tokens: int = 0
     drafts: list[int] = field(default_factory=list)  # pending
     has_drafted: bool = False  # in its last step since admission
+    sampled: list[int] = field(default_factory=list)  # in this step
 
 
 @dataclass
@@ -60,52 +82,46 @@ class Schedule:
     """What the worker is told of one step."""
 
     finished: list[str]
-    num_scheduled: dict[Request, int] = field(default_factory=dict)
-    admitted: list[Request] = field(default_factory=list)
-    extended: list[tuple[Request, list[int]]] = field(default_factory=list)
+    num_scheduled: dict[Request, int]
+    admitted: list[Request]
+    block_updates: tuple[list[AdmittedRequest], list[tuple[str, list[int]]]]
     fresh_block_ids: list[int] = field(default_factory=list)
 
 
-class BlockPool:
-    """Physical blocks, and which text the full ones hold."""
+@cache
+def _config() -> VllmConfig:
+    init_none_hash(sha256)
+    args = EngineArgs(TARGET, max_model_len=512, speculative_config=DRAFT_MODEL)
+    return args.create_engine_config()
 
-    def __init__(self, num_blocks: int, rng: random.Random) -> None:
-        self._rng = rng
-        self.free = set(range(num_blocks))
-        self._num_users = [0] * num_blocks
-        self._text_of: dict[int, tuple[int, ...]] = {}
-        self._block_of: dict[tuple[int, ...], int] = {}
 
-    def take_cached(self, tokens: list[int], block_size: int) -> list[int]:
-        """Blocks that hold leading tokens; one token at least stays to compute."""
-        hit = []
-        for end in range(block_size, len(tokens), block_size):
-            block_id = self._block_of.get(tuple(tokens[:end]))
-            if block_id is None:
-                break
-            hit.append(block_id)
-        for block_id in hit:
-            self.free.discard(block_id)
-            self._num_users[block_id] += 1
-        return hit
+def _config_of(setup: Setup) -> VllmConfig:
+    config = copy.copy(_config())
+    for part, name, value in (
+        ("scheduler_config", "max_num_seqs", setup.max_num_reqs),
+        ("scheduler_config", "max_num_batched_tokens", setup.token_budget),
+        ("model_config", "max_model_len", setup.max_model_len),
+        ("cache_config", "num_gpu_blocks", setup.num_blocks),
+        ("speculative_config", "num_speculative_tokens", setup.num_spec_tokens),
+    ):
+        vars(config)[part] = changed = copy.copy(vars(config)[part])
+        vars(changed)[name] = value  # past checks that a whole engine has to pass
+    return config
 
-    def take_fresh(self, num_blocks: int) -> list[int]:
-        chosen = self._rng.sample(sorted(self.free), num_blocks)
-        for block_id in chosen:
-            self.free.discard(block_id)
-            self._num_users[block_id] = 1
-            self._block_of.pop(self._text_of.pop(block_id, ()), None)
-        return chosen
 
-    def give_back(self, block_ids: list[int]) -> None:
-        for block_id in block_ids:
-            self._num_users[block_id] -= 1
-            if self._num_users[block_id] == 0:
-                self.free.add(block_id)
-
-    def remember(self, block_id: int, text: tuple[int, ...]) -> None:
-        if block_id not in self._text_of and text not in self._block_of:
-            self._text_of[block_id], self._block_of[text] = text, block_id
+def _make_scheduler(setup: Setup) -> UnpadScheduler:
+    shape = {"num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+    spec = FullAttentionSpec(block_size=setup.block_size, **shape)
+    no_grammars = SimpleNamespace(
+        validate_tokens=lambda request, tokens: tokens,
+        accept_tokens=lambda request, tokens: True,
+    )
+    return UnpadScheduler(
+        _config_of(setup),
+        KVCacheConfig(setup.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        no_grammars,
+        setup.block_size,
+    )
 
 
 class Scheduler:
@@ -113,35 +129,47 @@ class Scheduler:
 
     def __init__(self, setup: Setup, rng: random.Random) -> None:
         self._setup, self._rng = setup, rng
-        self._pool = BlockPool(setup.num_blocks, rng)
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
-        self._finished: list[str] = []  # since the worker was last told
+        self._vllm = _make_scheduler(setup)
+        self._hasher = get_request_block_hasher(setup.block_size, sha256)
+        self._requests: dict[str, Request] = {}
         self._texts = [self._random_tokens(setup.max_model_len) for _ in range(2)]
         self._num_req_ids = self._num_admissions = 0
         self._old_req_ids: list[str] = []
         self.seen: Counter[str] = Counter()  # what this run exercised
 
     def schedule(self) -> Schedule:
-        for request in [*self._running, *self._waiting]:
+        for request in list(self._requests.values()):
             if self._chance(0.03):
-                self.seen["aborted"] += 1
-                self._end(request)
-        self._schedule = Schedule(self._finished)
-        self._finished = []
-        self._budget = self._setup.token_budget
-        self._preempted: list[Request] = []
-        if self._running and self._chance(0.05):
-            self._preempt(self._rng.choice(self._running))
-        for request in self._shuffled(self._running):
-            if request in self._running:  # not preempted meanwhile
-                self._schedule_running(request)
-        while len(self._running) + len(self._waiting) < self._setup.max_num_reqs:
-            self._waiting.append(self._new_request())
-        for request in self._shuffled(self._waiting):
-            if request not in self._preempted and self._chance(0.7):
-                self._admit(request)
-        return self._schedule
+                self._abort(request)
+        if self._vllm.running and self._chance(0.05):
+            self.preempt_any()
+        if not self._requests or self._chance(0.4):  # several at once
+            while len(self._requests) < self._setup.max_num_reqs:
+                self._add_request()
+        self._rng.shuffle(self._vllm.running)
+        budget = self._setup.token_budget
+        if self._chance(0.3):
+            budget = self._rng.randint(1, budget)
+        self._vllm.max_num_scheduled_tokens = budget
+        self._output = output = self._vllm.schedule()
+        admitted, extended = block_updates(output, 0)
+        schedule = Schedule(
+            sorted(output.finished_req_ids),
+            {self._requests[r]: n for r, n in output.num_scheduled_tokens.items()},
+            [self._requests[told.req_id] for told in admitted],
+            (admitted, extended),
+        )
+        for req_id in (output.preempted_req_ids or set()) & self._requests.keys():
+            self._note_preemption(self._requests[req_id])
+        for told in admitted:
+            self._note_admission(self._requests[told.req_id], told)
+            hit = told.num_computed_tokens // self._setup.block_size
+            schedule.fresh_block_ids += told.block_ids[hit:]
+        for req_id, block_ids in extended:
+            self._requests[req_id].block_ids += block_ids
+            schedule.fresh_block_ids += block_ids
+        self._note_tokens(schedule)
+        return schedule
 
     def verify(self, request: Request) -> int:
         """The target accepts some drafts and adds a token. Returns how many."""
@@ -153,158 +181,123 @@ class Scheduler:
         if num_accepted < len(drafts) and bonus == drafts[num_accepted]:
             bonus = (bonus + 1) % VOCAB_SIZE  # rejected is rejected
         request.num_computed_tokens = len(request.tokens) + num_accepted
-        request.tokens = [*request.tokens, *drafts[:num_accepted], bonus]
+        request.sampled = [*drafts[:num_accepted], bonus]
+        request.tokens = [*request.tokens, *request.sampled]
         request.drafts = []
         return num_accepted
 
+    def finish(self) -> None:
+        """vLLM's scheduler hears what was sampled and drafted."""
+        ran = [self._requests[r] for r in self._output.num_scheduled_tokens]
+        req_ids = [request.req_id for request in ran]
+        self._vllm.update_from_output(
+            self._output,
+            ModelRunnerOutput(
+                req_ids,
+                {req_id: i for i, req_id in enumerate(req_ids)},
+                [request.sampled for request in ran],
+            ),
+        )
+        for request in ran:
+            request.sampled = []
+            if request.req_id not in self._vllm.requests:
+                self.seen["reached max_model_len"] += 1
+                self._forget(request)
+            elif self._chance(0.04):
+                self._end(request, RequestStatus.FINISHED_STOPPED)
+        self._vllm.update_draft_token_ids(
+            DraftTokenIds(req_ids, [list(request.drafts) for request in ran])
+        )
+        for req_id, known in self._vllm.requests.items():
+            assert list(known.all_token_ids) == self._requests[req_id].tokens
+
     def abort_any(self) -> None:
-        self.seen["aborted"] += 1
-        self._end(self._rng.choice([*self._running, *self._waiting]))
+        self._abort(self._rng.choice(list(self._requests.values())))
 
     def preempt_any(self) -> None:
         """As if its blocks were wanted; it may resume in the very next step."""
-        self._preempted = []
-        self._preempt(self._rng.choice(self._running))
+        chosen = self._rng.choice(self._vllm.running)
+        self._vllm.running.remove(chosen)
+        self._vllm._preempt_request(chosen, 0.0)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._vllm.running)
 
     @property
     def num_requests(self) -> int:
-        return len(self._running) + len(self._waiting)
+        return len(self._requests)
 
     @property
     def known_req_ids(self) -> set[str]:
         """Requests that the worker may keep state of: all but the finished ones that it
         was told of."""
-        requests = [*self._running, *self._waiting]
-        return {r.req_id for r in requests} | set(self._finished)
+        return set(self._requests) | self._vllm.finished_req_ids
 
-    def finish(self) -> None:
-        for request in list(self._schedule.num_scheduled):
-            is_full = len(request.tokens) >= self._setup.max_model_len
-            if is_full or self._chance(0.04):
-                self.seen["reached max_model_len"] += is_full
-                self._end(request)
+    # ------------------------------------------------------------ traffic
 
     def _chance(self, probability: float) -> bool:
         return self._rng.random() < probability
 
-    def _shuffled(self, requests: list[Request]) -> list[Request]:
-        return self._rng.sample(requests, len(requests))
-
     def _random_tokens(self, num_tokens: int) -> list[int]:
         return [self._rng.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
 
-    def _new_request(self) -> Request:
+    def _add_request(self) -> None:
         """Its prompt often begins as another text did, which may be an answer."""
         text, longest = self._rng.choice(self._texts), self._setup.max_model_len - 2
         shared = text[: self._rng.randint(0, longest - 1)]
         own = self._random_tokens(self._rng.randint(0 if shared else 1, 3))
         prompt = [*shared, *own][:longest]
         if self._old_req_ids and self._chance(0.1):
-            return Request(self._old_req_ids.pop(), prompt, len(prompt))
-        self._num_req_ids += 1
-        return Request(f"r{self._num_req_ids}", prompt, len(prompt))
+            req_id = self._old_req_ids.pop()
+        else:
+            self._num_req_ids += 1
+            req_id = f"r{self._num_req_ids}"
+        self._requests[req_id] = Request(req_id, prompt, len(prompt))
+        params = SamplingParams(max_tokens=2**40, ignore_eos=True)
+        self._vllm.add_request(
+            vllm_request.Request(
+                req_id, list(prompt), params, None, block_hasher=self._hasher
+            )
+        )
 
-    def _schedule_running(self, request: Request) -> None:
-        if self._chance(0.15):
-            self.seen["left out with drafts pending"] += bool(request.drafts)
-            return
-        num_drafts = len(request.drafts)
-        if self._chance(0.25):
-            num_drafts = self._rng.randint(0, num_drafts)
-        missing = len(request.tokens) - request.num_computed_tokens
-        num_scheduled = min(missing + num_drafts, self._budget)
-        if num_scheduled > 1 and missing > 1 and self._chance(0.5):
-            num_scheduled = self._rng.randint(1, num_scheduled - 1)
-        if num_scheduled < 1 or not self._make_room(request, num_scheduled):
-            return
-        num_fresh = self._num_blocks_missing(request, num_scheduled)
-        if num_fresh:
-            fresh = self._give_fresh(request, num_fresh)
-            self._schedule.extended.append((request, fresh))
-        self._take_tokens(request, num_scheduled)
+    def _abort(self, request: Request) -> None:
+        self.seen["aborted"] += 1
+        self._end(request, RequestStatus.FINISHED_ABORTED)
 
-    def _make_room(self, request: Request, num_scheduled: int) -> bool:
-        """Preempt others, in the end the request itself, until its blocks are free."""
-        num_fresh = self._num_blocks_missing(request, num_scheduled)
-        while num_fresh > len(self._pool.free):
-            scheduled = self._schedule.num_scheduled
-            victims = [r for r in self._running if r not in scheduled]
-            self._preempt(self._rng.choice(victims))
-            if request not in self._running:
-                return False
-        return True
+    def _end(self, request: Request, status: RequestStatus) -> None:
+        self._vllm.finish_requests(request.req_id, status)
+        self._forget(request)
 
-    def _admit(self, request: Request) -> None:
-        hit = self._pool.take_cached(request.tokens, self._setup.block_size)
-        request.block_ids = list(hit)
-        request.num_hit_tokens = len(hit) * self._setup.block_size
-        request.num_computed_tokens = request.num_hit_tokens
-        missing = len(request.tokens) - request.num_computed_tokens
-        num_scheduled = min(missing, self._budget)
-        if num_scheduled > 1 and self._chance(0.4):
-            num_scheduled = self._rng.randint(1, num_scheduled - 1)
-        num_fresh = self._num_blocks_missing(request, num_scheduled)
-        if num_scheduled < 1 or num_fresh > len(self._pool.free):
-            self._reset(request)
-            return
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.req_id]
+        self._old_req_ids.append(request.req_id)
+        self._texts.append(request.tokens)
+
+    # ------------------------------------------------------------ what was scheduled
+
+    def _note_preemption(self, request: Request) -> None:
+        self.seen["preempted"] += 1
+        request.block_ids, request.drafts, request.has_drafted = [], [], False
+
+    def _note_admission(self, request: Request, told: AdmittedRequest) -> None:
         self.seen["resumed"] += request.admission >= 0
         request.admission = self._num_admissions
         self._num_admissions += 1
-        self._give_fresh(request, num_fresh)
-        self._waiting.remove(request)
-        self._running.append(request)
-        self._schedule.admitted.append(request)
-        self._take_tokens(request, num_scheduled)
+        request.block_ids = list(told.block_ids)
+        request.num_hit_tokens = told.num_computed_tokens
+        request.num_computed_tokens = told.num_computed_tokens
 
-    def _num_blocks_missing(self, request: Request, num_scheduled: int) -> int:
-        """With room for the step's drafts, as vLLM's num_lookahead_tokens."""
-        end = request.num_computed_tokens + num_scheduled + self._setup.num_spec_tokens
-        end = min(end, self._setup.max_model_len)
-        return max(0, -(-end // self._setup.block_size) - len(request.block_ids))
-
-    def _give_fresh(self, request: Request, num_blocks: int) -> list[int]:
-        fresh = self._pool.take_fresh(num_blocks)
-        self._schedule.fresh_block_ids.extend(fresh)
-        request.block_ids.extend(fresh)
-        return fresh
-
-    def _take_tokens(self, request: Request, num_scheduled: int) -> None:
-        """As vLLM does, name the known blocks before they are computed: others may
-        hit them in this very step."""
-        self._schedule.num_scheduled[request] = num_scheduled
-        self._budget -= num_scheduled
-        end = request.num_computed_tokens + num_scheduled
-        num_drafts = max(0, end - len(request.tokens))
-        self.seen["drafts trimmed"] += num_drafts < len(request.drafts)
-        self.seen["prefill chunked"] += end < len(request.tokens)
-        request.drafts = request.drafts[:num_drafts]
-        size = self._setup.block_size
-        for i in range(min(end, len(request.tokens)) // size):
-            text = tuple(request.tokens[: (i + 1) * size])
-            self._pool.remember(request.block_ids[i], text)
-
-    def _preempt(self, request: Request) -> None:
-        self.seen["preempted"] += 1
-        self._running.remove(request)
-        self._waiting.append(request)
-        self._preempted.append(request)
-        self._reset(request)
-
-    def _reset(self, request: Request) -> None:
-        self._pool.give_back(request.block_ids)
-        request.block_ids, request.drafts = [], []
-        request.num_computed_tokens = 0
-        request.has_drafted = False
-
-    def _end(self, request: Request) -> None:
-        queue = self._running if request in self._running else self._waiting
-        queue.remove(request)
-        self._reset(request)
-        if request.admission >= 0:
-            self._finished.append(request.req_id)
-            self._old_req_ids.append(request.req_id)
-            self._texts.append(request.tokens)
+    def _note_tokens(self, schedule: Schedule) -> None:
+        scheduled_drafts = self._output.scheduled_spec_decode_tokens
+        for request, num_scheduled in schedule.num_scheduled.items():
+            drafts = list(scheduled_drafts.get(request.req_id, ()))
+            assert drafts == request.drafts[: len(drafts)]
+            self.seen["drafts trimmed"] += len(drafts) < len(request.drafts)
+            request.drafts = drafts
+            end = request.num_computed_tokens + num_scheduled
+            self.seen["prefill chunked"] += end < len(request.tokens)
+        for running in self._vllm.running:
+            request = self._requests[running.request_id]
+            if request not in schedule.num_scheduled and request.drafts:
+                self.seen["left out with drafts pending"] += 1

@@ -17,7 +17,7 @@ import torch
 from tests import oracle
 from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Schedule, Scheduler, Setup
-from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, StepInfo
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
@@ -316,13 +316,7 @@ class Engine:
         self._proposer.release(schedule.finished)
         assert self._policy.released == schedule.finished
         self._policy.released = []
-        self._cursor.update_blocks(
-            [
-                AdmittedRequest(r.req_id, tuple(r.block_ids), r.num_hit_tokens)
-                for r in schedule.admitted
-            ],
-            [(r.req_id, tuple(block_ids)) for r, block_ids in schedule.extended],
-        )
+        self._cursor.update_blocks(*schedule.block_updates)
         self._kv.apply(schedule)
         for request in schedule.admitted:
             num_trusted = self._kv.num_trusted(request)
