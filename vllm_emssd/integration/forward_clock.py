@@ -1,8 +1,8 @@
 """How long forwards take on the device that runs them.
 
-A CPU has computed a forward once the call returns, so the wall clock tells. A GPU was
-only asked to: events in its stream tell, once it has passed them. They are read then,
-which may be a step later; nothing waits for them.
+A CPU has computed a forward once the call returns, so the wall clock tells. On a GPU
+events in its stream do. They are read once it has passed them, which may be a step
+later; nothing waits for them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,25 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-_MAX_KEPT = 1024  # forwards nobody has asked for; more than a step has
+_MAX_KEPT = 1024  # forwards not yet asked for; more than a step has
 
 
 class ForwardClock(Protocol):
-    """Times one forward after the other."""
+    """Times one forward after the other, each of `num_rows`."""
 
     def start(self) -> None: ...
 
-    def stop(self, num_rows: int) -> None:
-        """The forward begun last has been called, with that many rows."""
-        ...
+    def stop(self, num_rows: int) -> None: ...
 
     def take_timings(self) -> list[tuple[int, float]]:
-        """(rows, ms) of the forwards whose time has become known since the last call,
-        in the order they were called."""
+        """(rows, ms) of forwards whose time has become known since the last call, in
+        order."""
         ...
 
 
 class WallClock:
-    """A forward right after another, before the times are taken, counts from the end of
-    the other: what one more forward costs has what is decided in between."""
+    """A forward that follows another, before the times are taken, counts from the end
+    of that one: what is decided between them is part of its cost."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -85,18 +83,13 @@ class ForwardTimer:
         self._ms = (time.perf_counter() - self._started) * 1e3
 
 
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
 class EventClock:
-    """By events in the current stream.
+    """By events in the current stream, CUDA's or what `make_event` gives."""
 
-    Args:
-        make_event: gives events that are like CUDA's, with timing.
-    """
-
-    def __init__(self, make_event: Callable[[], Any] = _timing_event) -> None:
+    def __init__(
+        self,
+        make_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
+    ) -> None:
         self._make_event = make_event
         self._started: Any = None
         self._pending: deque[tuple[int, Any, Any]] = deque(maxlen=_MAX_KEPT)

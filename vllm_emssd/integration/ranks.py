@@ -34,8 +34,8 @@ class Ranks:
 
     def check_agreement(self, decision: np.ndarray) -> None:
         """Compare a decision, integers or booleans of any shape, before it is acted on:
-        a rank that fed other rows to the drafter would hang the next collective, or add
-        up what does not belong together. Raises as `compare` does."""
+        a rank that fed other rows to the drafter would hang the next collective, or
+        spoil its sums. Raises as `compare` does."""
         data = np.ascontiguousarray(decision, dtype=np.int64).tobytes()
         self._fingerprint = zlib.crc32(data, self._fingerprint)
         self.compare(self._fingerprint)
@@ -43,9 +43,9 @@ class Ranks:
     def compare(self, fingerprint: int) -> None:
         """Raise RuntimeError, on every rank, unless all have the same fingerprint.
 
-        Goes the way of the models' own collectives: on CPUs of one machine that is
-        shared memory, tens of times faster than the CPU group's sockets, but for floats
-        only, so 32 bits travel as two halves.
+        By the models' own collectives: on CPUs of one machine these go through shared
+        memory, tens of times faster than the CPU group's sockets, but take floats only,
+        so 32 bits travel as two halves.
         """
         halves = torch.tensor(divmod(fingerprint, 1 << 16), dtype=torch.float32)
         gathered = self._group.all_gather(halves.to(self._device), dim=0)

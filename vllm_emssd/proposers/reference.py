@@ -26,7 +26,7 @@ _START = -1  # no token id: stands before the reference
 
 
 class Standing(Enum):
-    """What the pointer rests on."""
+    """What the pointer's place is known by."""
 
     FOLLOWS = "follows"
     EDITS = "edits"  # within an edit seen before
