@@ -110,7 +110,7 @@ async def _have_incident(
 
 
 async def _report(engine: Any, job: Job, completions: list[Any]) -> Report:
-    from vllm_emssd.integration.metrics import tag_of
+    from vllm_emssd.integration.frontend.serving import tag_of
     from vllm_emssd.metrics import read_shared_counters
 
     options = job.engine["speculative_config"]

@@ -14,8 +14,8 @@ from tests.engine import DRAFT, TARGET
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import unsupported
 from vllm_emssd.integration.frontend import method as frontend
+from vllm_emssd.integration.frontend.serving import tag_of
 from vllm_emssd.integration.hooks import compat
-from vllm_emssd.integration.metrics import tag_of
 from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
 
 

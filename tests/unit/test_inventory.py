@@ -16,7 +16,11 @@ import vllm_emssd
 from tests.engine import TARGET
 from tests.without_hooks import without
 from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
-from vllm_emssd.integration.frontend.serving import SERVING_HOOKS, VALIDATION_HOOK
+from vllm_emssd.integration.frontend.serving import (
+    SERVING_HOOKS,
+    VALIDATION_HOOK,
+    tag_of,
+)
 from vllm_emssd.integration.hooks import inventory
 from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
 from vllm_emssd.integration.hooks.hook import (
@@ -28,7 +32,6 @@ from vllm_emssd.integration.hooks.hook import (
     undo,
 )
 from vllm_emssd.integration.hooks.inventory import INVENTORY, describe
-from vllm_emssd.integration.metrics import tag_of
 
 NGRAM = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 PATCHES = Path(__file__).parent.parent.parent / "patches"

@@ -19,8 +19,8 @@ from vllm_emssd.integration.frontend import serving
 from vllm_emssd.integration.frontend.serving import (
     ADD_REQUEST_HOOK,
     INPUT_PROCESSOR_HOOK,
+    attach_tag,
 )
-from vllm_emssd.integration.metrics import attach_tag
 from vllm_emssd.integration.request_options import (
     MAX_BYTES_PER_TOKEN,
     prediction_of,
@@ -85,19 +85,19 @@ def test_text_needs_a_tokenizer() -> None:
         reference_token_ids("text", MODEL, None)
 
 
-def processor_of(asked: dict[str, Any] | None) -> Any:
-    """Stands in for vLLM's InputProcessor."""
-    options = {}
+def config_of(asked: dict[str, Any] | None) -> Any:
+    """Stands in for vLLM's config, of an engine with emssd or of another."""
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(),
+        model_config=SimpleNamespace(served_model_name="served"),
+    )
     if asked is not None:
-        config, _ = parse_speculative_config(
+        options, _ = parse_speculative_config(
             {"method": "emssd", **asked}, {"method", "model", "num_speculative_tokens"}
         )
-        options = {"emssd": config.model_dump()}
-    return SimpleNamespace(
-        vllm_config=SimpleNamespace(additional_config=options),
-        model_config=MODEL,
-        tokenizer=ByteTokenizer(),
-    )
+        config.additional_config = {"emssd": options.model_dump()}
+        attach_tag(config.speculative_config)
+    return config
 
 
 class Processor:
@@ -125,10 +125,7 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def processor_through_hook(asked: dict[str, Any] | None) -> Any:
     hooked = type("Hooked", (Processor,), {})
     hooked.__init__ = INPUT_PROCESSOR_HOOK.make(Processor.__init__)
-    config = processor_of(asked).vllm_config
-    config.speculative_config = SimpleNamespace()
-    if asked is not None:
-        attach_tag(config.speculative_config)
+    config = config_of(asked)
     return hooked(config, renderer=SimpleNamespace(_executor=ThreadPoolExecutor(1)))
 
 
@@ -143,7 +140,7 @@ def test_engine_with_emssd_is_shown_once_and_another_is_not_touched(
     metrics: list[Any],
 ) -> None:
     ours = processor_through_hook({})
-    assert metrics == [(ours, ours.vllm_config)]
+    assert metrics == [(ours, "served")]
     stock = processor_through_hook(None)
     assert len(metrics) == 1
     assert "process_inputs" not in vars(stock)

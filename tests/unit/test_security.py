@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 import vllm_emssd
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import metrics
-from vllm_emssd.integration.metrics import attach_tag
+from vllm_emssd.integration.frontend.serving import attach_tag
 from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
 
 PACKAGE = Path(vllm_emssd.__file__).parent
@@ -102,11 +102,10 @@ def test_counters_are_readable_by_their_user_only(
     attach_tag(spec_config)
     config = SimpleNamespace(
         speculative_config=spec_config,
-        model_config=SimpleNamespace(served_model_name="model"),
         parallel_config=SimpleNamespace(rank=0, data_parallel_index=0),
     )
     owner = type("FrontEnd", (), {})()
-    metrics.show_on_metrics(owner, config)
+    spec_config.emssd_tag.counters_dir = metrics.show_on_metrics(owner, "model")
     [directory] = tmp_path.iterdir()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert metrics.open_shared_counters(config) is not None

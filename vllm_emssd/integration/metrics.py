@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily
@@ -39,35 +39,6 @@ logger = init_logger("vllm.emssd.stats")
 PREFIX = "vllm_emssd:"
 LOG_STATS_KEY = "emssd_log_stats"  # in VllmConfig.additional_config
 INTERVAL_SECONDS = 60.0
-
-
-@dataclass
-class EngineTag:
-    """Marks vLLM's config as one for emssd, in every process that the config reaches.
-
-    An attribute of vLLM's SpeculativeConfig: pickled with it, but not hashed. So it may
-    hold what differs from start to start, for which vLLM would compile the model anew
-    if `additional_config` held it. A copy of the config has a tag of its own.
-    """
-
-    counters_dir: str | None = None  # set by the process that serves the engine
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled: the config came from another process (Ray Serve makes it in a
-        task), and this process may be the one that serves the engine."""
-        from vllm_emssd.integration.frontend.serving import install_serving_hooks
-
-        self.__dict__.update(state)
-        install_serving_hooks()
-
-
-def attach_tag(spec_config: Any) -> None:
-    spec_config.emssd_tag = EngineTag()
-
-
-def tag_of(spec_config: Any) -> EngineTag | None:
-    """The tag of vLLM's SpeculativeConfig; None for any other method, or none."""
-    return getattr(spec_config, "emssd_tag", None)
 
 
 # ------------------------------------------------------- in the serving process
@@ -114,19 +85,16 @@ class EmssdCollector(Collector):
 _collector = EmssdCollector()
 
 
-def show_on_metrics(owner: object, vllm_config: VllmConfig) -> None:
-    """Show an engine's counters for as long as `owner` lives. Called before the
-    engine's workers get the config."""
-    tag = tag_of(vllm_config.speculative_config)
-    assert tag is not None, "only engines with emssd have counters"
+def show_on_metrics(owner: object, model_name: str) -> str:
+    """Show an engine's counters for as long as `owner` lives. Returns the directory
+    that its workers are to write to."""
     directory = Path(tempfile.mkdtemp(prefix="vllm-emssd-"))
-    tag.counters_dir = str(directory)
-    model_name = vllm_config.model_config.served_model_name
     if not _collector.engines:
         REGISTRY.register(_collector)
     engine = ServedEngine(directory, model_name, os.getpid())
     _collector.engines.append(engine)
     weakref.finalize(owner, _forget, engine)
+    return str(directory)
 
 
 def _forget(engine: ServedEngine) -> None:
@@ -164,14 +132,11 @@ class Publisher:
 def open_shared_counters(vllm_config: VllmConfig) -> SharedCounters | None:
     """None where another worker of the engine publishes, or where the process that
     serves the engine is on another machine or shows no counters."""
-    tag = tag_of(vllm_config.speculative_config)
+    directory = vllm_config.speculative_config.emssd_tag.counters_dir
     parallel_config = vllm_config.parallel_config
-    if tag is None or tag.counters_dir is None or parallel_config.rank != 0:
+    if directory is None or parallel_config.rank or not Path(directory).is_dir():
         return None
-    directory = Path(tag.counters_dir)
-    if not directory.is_dir():
-        return None
-    return SharedCounters(directory, parallel_config.data_parallel_index)
+    return SharedCounters(Path(directory), parallel_config.data_parallel_index)
 
 
 class StatsLog:

@@ -30,10 +30,10 @@ from vllm_emssd.integration.frontend.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
 )
-from vllm_emssd.integration.frontend.serving import install_serving_hooks
+from vllm_emssd.integration.frontend.serving import attach_tag, install_serving_hooks
 from vllm_emssd.integration.hooks.compat import check_vllm_version
 from vllm_emssd.integration.hooks.hook import Hook
-from vllm_emssd.integration.metrics import LOG_STATS_KEY, attach_tag
+from vllm_emssd.integration.metrics import LOG_STATS_KEY
 from vllm_emssd.integration.unsupported import (
     AUTO_NEEDS_V2,
     METHOD_NAME,

@@ -8,6 +8,7 @@ wherever a config for emssd is made or unpickled, and act on engines of emssd on
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.async_utils import make_async
 
 from vllm_emssd.integration.hooks.hook import Hook, install
-from vllm_emssd.integration.metrics import show_on_metrics, tag_of
+from vllm_emssd.integration.metrics import show_on_metrics
 from vllm_emssd.integration.request_options import (
     REFERENCE_KEY,
     check_request_limit,
@@ -27,6 +28,33 @@ from vllm_emssd.integration.request_options import (
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.v1.engine import EngineCoreRequest
+
+
+@dataclass
+class EngineTag:
+    """Marks vLLM's config as one for emssd, in every process that the config reaches.
+
+    An attribute of vLLM's SpeculativeConfig: pickled with it, but not hashed. So it may
+    hold what differs from start to start, for which vLLM would compile the model anew
+    if `additional_config` held it. A copy of the config has a tag of its own.
+    """
+
+    counters_dir: str | None = None  # set by the process that serves the engine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled: the config came from another process (Ray Serve makes it in a
+        task), and this process may be the one that serves the engine."""
+        self.__dict__.update(state)
+        install_serving_hooks()
+
+
+def attach_tag(spec_config: Any) -> None:
+    spec_config.emssd_tag = EngineTag()
+
+
+def tag_of(spec_config: Any) -> EngineTag | None:
+    """The tag of vLLM's SpeculativeConfig; None for any other method, or none."""
+    return getattr(spec_config, "emssd_tag", None)
 
 
 def _make_validation_hook(stock: Callable[..., None]) -> Callable[..., None]:
@@ -54,8 +82,10 @@ def _make_init(stock: Callable[..., None]) -> Callable[..., None]:
     def __init__(  # noqa: N807  it takes the place of one
         self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
     ) -> None:
-        if tag_of(vllm_config.speculative_config) is not None:
-            show_on_metrics(self, vllm_config)
+        if (tag := tag_of(vllm_config.speculative_config)) is not None:
+            # Before the engine's workers get the config.
+            model_name = vllm_config.model_config.served_model_name
+            tag.counters_dir = show_on_metrics(self, model_name)
             # Before vLLM's __init__, which keeps a reference to this method.
             self.process_inputs = partial(_process_inputs, self, self.process_inputs)
         stock(self, vllm_config, *args, **kwargs)
