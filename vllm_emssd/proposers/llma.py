@@ -20,7 +20,7 @@ import numpy as np
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.ngram_index import NgramIndex
-from vllm_emssd.proposers.reference import ReferencePointer, Standing
+from vllm_emssd.proposers.reference import ReferencePointer
 
 _PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
 _FORGET = 0.9  # weight kept by what was seen before, each time
@@ -30,9 +30,8 @@ _WORTHLESS = 0.1  # acceptance below which nothing is copied
 _INDEXED_A_STEP = 32768  # tokens of all requests: more would stall a step
 _REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
 _PROMPT_STRETCH = 16  # tokens of the prompt repeated, to take it as the reference
-_STANDING_PRIOR = {Standing.EDITS: 0.85, Standing.GUESSES: 0.5}
 
-_OWN_TEXT = "own text"
+_OWN_TEXT, _REFERENCE = "own text", "reference"
 _Kind = tuple[str, int]  # source, binary logarithm of the match length
 
 
@@ -227,10 +226,9 @@ class LlmaProposer:
         pointer = request.pointer
         if pointer is None:
             return NO_COPY
-        standing, match_len = pointer.standing, pointer.run + _REFERENCE_HEAD_START
-        guess = _STANDING_PRIOR.get(standing, match_len / (match_len + 1))
-        kind = (standing.value, pointer.run.bit_length())
-        acceptance = self._acceptance(request, kind, guess)
+        match_len = pointer.run + _REFERENCE_HEAD_START
+        kind = (_REFERENCE, pointer.run.bit_length())
+        acceptance = self._acceptance(request, kind, match_len / (match_len + 1))
         return Copy(pointer.continuation(length), acceptance, kind)
 
     def _copy_of_own_text(self, request: _RequestCopies, length: int) -> Copy:

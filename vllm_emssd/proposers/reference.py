@@ -9,7 +9,6 @@ that is changed throughout costs a rejection the first time, not every time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 
@@ -23,14 +22,6 @@ _MAX_GUESSES = 2  # tokens of a departure taken to replace as many
 _LONGEST_DEPARTURE = 128  # tokens: a longer one is a text of its own
 _INDEXED_A_STEP = 16384  # tokens of a long reference, so that no step stalls
 _START = -1  # no token id: stands before the reference
-
-
-class Standing(Enum):
-    """What the pointer's place is known by."""
-
-    FOLLOWS = "follows"
-    EDITS = "edits"  # within an edit seen before
-    GUESSES = "guesses"  # within one that is new
 
 
 @dataclass(slots=True)
@@ -60,12 +51,6 @@ class ReferencePointer:
         self._departure: list[int] | None = None  # written since the answer departed
         self._has_just_edited = False  # right before the pointer
         self.run = 0  # tokens followed since the pointer was last found anew
-
-    @property
-    def standing(self) -> Standing:
-        if self._departure is None:
-            return Standing.FOLLOWS
-        return Standing.GUESSES if self._begun_edit() is None else Standing.EDITS
 
     def advance(self, text: list[int], start: int) -> None:
         """The answer grew by `text[start:]`. O(1) for each token."""
