@@ -31,7 +31,7 @@ class RaggedRows:
         if starts[0] != 0 or starts[-1] != num_rows:
             what = f"query_start_loc begins at {starts[0]} and ends at {starts[-1]}"
             raise ValueError(f"{what}, but there are {num_rows} rows")
-        if (np.diff(starts) < 1).any():
+        if not (starts[1:] > starts[:-1]).all():
             raise ValueError("a request in a forward needs at least one row")
 
     @classmethod

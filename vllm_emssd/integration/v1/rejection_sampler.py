@@ -73,18 +73,30 @@ def behind_drafts(
 ) -> LogitsProcessors:
     """The processors as they are for the row behind each request's drafts: of the
     built-in ones only `min_tokens` depends on how long the answer is there."""
-    moved = []
-    for processor in processors.all:
-        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks:
-            min_toks = processor.min_toks
-            processor = copy.copy(processor)
-            processor.min_toks = {
-                index: (least, range(len(output) + num_draft_tokens[index]), *rest)
-                for index, (least, output, *rest) in min_toks.items()
-            }
-            processor.update_state(None)  # drops those that reach their minimum
-        moved.append(processor)
-    return LogitsProcessors(moved)
+    if not any(
+        isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
+        for processor in processors.non_argmax_invariant
+    ):
+        return processors
+    return LogitsProcessors(
+        min_tokens_behind_drafts(processor, num_draft_tokens)
+        if isinstance(processor, MinTokensLogitsProcessor)
+        else processor
+        for processor in processors.all
+    )
+
+
+def min_tokens_behind_drafts(
+    processor: MinTokensLogitsProcessor, num_draft_tokens: list[int]
+) -> MinTokensLogitsProcessor:
+    """A copy for answers that are longer by their drafts. [num_reqs] drafts."""
+    ahead = copy.copy(processor)
+    ahead.min_toks = {
+        index: (least, range(len(output) + num_draft_tokens[index]), *rest)
+        for index, (least, output, *rest) in processor.min_toks.items()
+    }
+    ahead.update_state(None)  # drops those that reach their minimum
+    return ahead
 
 
 @dataclass(slots=True)
