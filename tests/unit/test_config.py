@@ -151,23 +151,13 @@ def test_unknown_key_like_no_other_is_to_be_removed() -> None:
     ("key", "value", "fix"),
     [
         ("num_speculative_tokens", 0, "greater than or equal to 1"),
-        ("num_speculative_tokens", -1, "greater than or equal to 1"),
         ("num_speculative_tokens", 129, "less than or equal to 128"),
         ("num_speculative_tokens", "4", "valid integer"),
-        ("num_speculative_tokens", 4.0, "valid integer"),
-        ("num_speculative_tokens", True, "valid integer"),
-        ("check_length", 0, "greater than or equal to 1"),
         ("check_length", 65, "less than or equal to 64"),
-        ("check_length", "2", "valid integer"),
-        ("copy_length", 0, "greater than or equal to 1"),
-        ("copy_length", 129, "less than or equal to 128"),
         ("copy_length", [7], "valid integer"),
         ("draft_length", "longest", "'fixed'"),
-        ("draft_length", 4, "'fixed'"),
-        ("unpad_inputs", "false", "valid boolean"),
         ("unpad_inputs", 0, "valid boolean"),
         ("proposer", "copy", "'draft_model'"),
-        ("proposer", 1, "'llma'"),
     ],
 )
 def test_wrong_value_is_named_with_what_is_allowed(
