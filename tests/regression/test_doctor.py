@@ -16,11 +16,12 @@ from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
 from vllm_emssd.integration import doctor as checks
+from vllm_emssd.integration import hook_inventory
 from vllm_emssd.integration.doctor import Finding, State
 from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
-from vllm_emssd.integration.hooks import compat, inventory
+from vllm_emssd.integration.hook_inventory import INVENTORY, describe
+from vllm_emssd.integration.hooks import compat
 from vllm_emssd.integration.hooks.hook import is_installed
-from vllm_emssd.integration.hooks.inventory import INVENTORY, describe
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_plugin_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hook_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     drifted = dataclasses.replace(INVENTORY[0], signature="self, other")
-    monkeypatch.setattr(inventory, "INVENTORY", (drifted,))
+    monkeypatch.setattr(hook_inventory, "INVENTORY", (drifted,))
     with without(INVENTORY):
         finding = checks.check_hooks()
     assert finding.state is State.WRONG

@@ -15,13 +15,14 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_emssd
 from tests.engine import TARGET
 from tests.without_hooks import without
+from vllm_emssd.integration import hook_inventory
 from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
 from vllm_emssd.integration.frontend.serving import (
     SERVING_HOOKS,
     VALIDATION_HOOK,
     tag_of,
 )
-from vllm_emssd.integration.hooks import inventory
+from vllm_emssd.integration.hook_inventory import INVENTORY, describe
 from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
 from vllm_emssd.integration.hooks.hook import (
     Hook,
@@ -31,7 +32,6 @@ from vllm_emssd.integration.hooks.hook import (
     parameter_names,
     undo,
 )
-from vllm_emssd.integration.hooks.inventory import INVENTORY, describe
 
 NGRAM = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 PATCHES = Path(__file__).parent.parent.parent / "patches"
@@ -47,7 +47,7 @@ def without_hooks() -> Iterator[None]:
 
 
 def test_every_hook_in_the_source_is_listed() -> None:
-    sources = Path(inventory.__file__).parents[1].rglob("*.py")
+    sources = Path(hook_inventory.__file__).parent.rglob("*.py")
     written = [t for path in sources for t in HOOK.findall(path.read_text())]
     assert len(INVENTORY) == len(written)
     assert len(INVENTORY) == len({hook.target for hook in INVENTORY})

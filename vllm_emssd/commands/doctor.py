@@ -42,9 +42,9 @@ def describe(finding: Finding) -> str:
 
 
 def _print_hooks() -> int:
-    from vllm_emssd.integration.hooks import inventory
+    from vllm_emssd.integration import hook_inventory
     from vllm_emssd.integration.hooks.hook import difference
 
     plugin_is_on()  # as vLLM loads it: what is always in place is in place now
-    print("\n".join(map(inventory.describe, inventory.INVENTORY)))
-    return int(any(map(difference, inventory.INVENTORY)))
+    print("\n".join(map(hook_inventory.describe, hook_inventory.INVENTORY)))
+    return int(any(map(difference, hook_inventory.INVENTORY)))

@@ -58,7 +58,7 @@ def findings() -> Iterator[Finding]:
         try:
             version = import_module(name).__version__
             if name == "vllm":
-                import_module("vllm_emssd.integration.hooks.inventory")
+                import_module("vllm_emssd.integration.hook_inventory")
         except Exception as error:  # a broken one may raise anything
             if isinstance(error, ModuleNotFoundError) and error.name == name:
                 yield Finding(name, State.WRONG, "is not installed", how)
@@ -209,10 +209,10 @@ def _plugin_finding(about: str, is_on: bool) -> Finding:
 
 
 def check_hooks() -> Finding:
-    from vllm_emssd.integration.hooks import inventory
+    from vllm_emssd.integration import hook_inventory
     from vllm_emssd.integration.hooks.hook import difference
 
-    hooks = inventory.INVENTORY
+    hooks = hook_inventory.INVENTORY
     different = {h.target: text for h in hooks if (text := difference(h))}
     if different:
         fix = "; ".join(different.values())

@@ -1,6 +1,6 @@
 """Replacing a name of vLLM's, where it offers no extension point.
 
-Every replacement in the plugin is a `Hook`; `inventory.py` lists all. A changed
+Every replacement in the plugin is a `Hook`; `hook_inventory.py` lists all. A changed
 signature stops the start, hooks are installed all or none, installing twice is
 installing once, and undo restores the original object.
 """
