@@ -98,7 +98,7 @@ def test_mixed_drafts_and_copies_each_up_to_its_own_length() -> None:
         ({"model": "draft", "proposer": "mixed"}, True, True),
     ],
 )
-def test_who_drafts_and_who_copies(
+def test_what_each_proposer_uses(
     asked: dict[str, Any], drafts: bool, copies: bool
 ) -> None:
     config, _ = parse(**asked)

@@ -153,7 +153,7 @@ class LetsTwoWriteOneBlock(DraftCursor):
 
 
 class WaitsForTheIdle(DraftCursor):
-    """Also for who will not feed the block."""
+    """Also for requests that will not feed the block."""
 
     def waits_for_another(self, req_ids: Sequence[str], feeds: Any) -> np.ndarray:
         return super().waits_for_another(req_ids, np.ones_like(feeds))

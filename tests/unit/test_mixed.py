@@ -202,13 +202,13 @@ class TellsCopiesOfDrafts(MixedProposer):
         super().record_verified(req_id, *verified)
 
 
-class CopiesForWhoDrafts(MixedProposer):
+class CopiesBesideDrafts(MixedProposer):
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
         super()._note_copies(batch, self._copying.drafts)
 
 
 @pytest.mark.parametrize(
-    "broken", [TellsTheDrafterOfCopies, TellsCopiesOfDrafts, CopiesForWhoDrafts]
+    "broken", [TellsTheDrafterOfCopies, TellsCopiesOfDrafts, CopiesBesideDrafts]
 )
 def test_simulation_catches_planted_error(broken: type[MixedProposer]) -> None:
     with pytest.raises(AssertionError):
@@ -327,7 +327,7 @@ def test_while_drafting_is_skipped_what_can_be_is_copied() -> None:
     assert told == [2, 2]
 
 
-def test_a_step_asks_once_how_much_is_copied_and_once_who_drafts() -> None:
+def test_a_step_asks_once_how_much_is_copied_and_once_what_is_drafted() -> None:
     """Idle steps would count double, and a probe could be lost."""
     costs = StepCosts(CostTable([1], [10.0]), CostTable([1], [1.0]), 1.0)
     proposer, _ = mixed_of_one(None, copy_length=3)
