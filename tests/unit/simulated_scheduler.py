@@ -140,9 +140,12 @@ class Scheduler:
     def schedule(self) -> Schedule:
         for request in list(self._requests.values()):
             if self._chance(0.03):
-                self._abort(request)
+                self.seen["aborted"] += 1
+                self._end(request, RequestStatus.FINISHED_ABORTED)
         if self._vllm.running and self._chance(0.05):
-            self.preempt_any()
+            chosen = self._rng.choice(self._vllm.running)  # it may resume at once
+            self._vllm.running.remove(chosen)
+            self._vllm._preempt_request(chosen, 0.0)
         if not self._requests or self._chance(0.4):  # several at once
             while len(self._requests) < self._setup.max_num_reqs:
                 self._add_request()
@@ -211,23 +214,6 @@ class Scheduler:
         for req_id, known in self._vllm.requests.items():
             assert list(known.all_token_ids) == self._requests[req_id].tokens
 
-    def abort_any(self) -> None:
-        self._abort(self._rng.choice(list(self._requests.values())))
-
-    def preempt_any(self) -> None:
-        """As if its blocks were wanted; it may resume in the very next step."""
-        chosen = self._rng.choice(self._vllm.running)
-        self._vllm.running.remove(chosen)
-        self._vllm._preempt_request(chosen, 0.0)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._vllm.running)
-
-    @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
     @property
     def known_req_ids(self) -> set[str]:
         """Requests that the worker may keep state of: all but the finished ones that it
@@ -260,10 +246,6 @@ class Scheduler:
                 req_id, list(prompt), params, None, block_hasher=self._hasher
             )
         )
-
-    def _abort(self, request: Request) -> None:
-        self.seen["aborted"] += 1
-        self._end(request, RequestStatus.FINISHED_ABORTED)
 
     def _end(self, request: Request, status: RequestStatus) -> None:
         self._vllm.finish_requests(request.req_id, status)

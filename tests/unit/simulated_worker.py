@@ -187,7 +187,6 @@ class CheckingDrafter:
     def __init__(self, setup: Setup, kv: PagedKv, rng: random.Random) -> None:
         self._block_size, self._kv, self._rng = setup.block_size, kv, rng
         self._failure_chance = setup.failure_chance
-        self.fails_next = False
         self._tells_confidence = setup.tells_confidence
         self.max_num_rows = setup.max_num_rows
         self.max_model_len = setup.drafter_max_model_len
@@ -232,8 +231,7 @@ class CheckingDrafter:
 
     def _rows_until_failure(self, num_rows: int) -> int:
         """Rows written before the forward fails; more than there are if it does not."""
-        fails = self.fails_next or self._rng.random() < self._failure_chance
-        self.fails_next = False
+        fails = self._rng.random() < self._failure_chance
         return self._rng.randint(0, num_rows) if fails else num_rows + 1
 
     def _feed(self, req_idx: int, position: int, slot: int, token: int) -> None:
@@ -269,9 +267,8 @@ class Engine:
         setup: Setup,
         make_cursor: Callable[..., DraftCursor] = DraftCursor,
         seen_by_proposer: Callable[[RandomLengths], DraftLengthPolicy] = lambda p: p,
-        rng: random.Random | None = None,
     ) -> None:
-        self._setup, self._rng = setup, rng or random.Random(setup.seed)
+        self._setup, self._rng = setup, random.Random(setup.seed)
         self.scheduler = Scheduler(setup, self._rng)
         self._seen = self.scheduler.seen
         self._kv = PagedKv(setup)
