@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import vllm
 
 from tests.engine import TARGET
@@ -45,34 +44,22 @@ def run_on(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("file", "renamed", "target"),
-    [
-        pytest.param(
-            "sampling_params.py",
-            [("_validate_spec_decode", "_validate_speculation")],
-            "vllm.sampling_params:SamplingParams._validate_spec_decode",
-            id="front end",
-        ),
-        pytest.param(
-            "v1/worker/gpu_model_runner.py",
-            [
-                (", build_logitsprocs", ", build_logitsprocs as build_processors"),
-                ("=build_logitsprocs(", "=build_processors("),
-            ],
-            "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
-            id="worker",
-        ),
-    ],
-)
-def test_start_with_emssd_names_the_target(
-    tmp_path: Path, file: str, renamed: list[tuple[str, str]], target: str
-) -> None:
-    root = doctored(tmp_path, file, *renamed)
+FILE = "v1/worker/gpu_model_runner.py"
+TARGET_NAME = "vllm.v1.worker.gpu_model_runner:build_logitsprocs"
+
+
+def test_start_with_emssd_names_the_target(tmp_path: Path) -> None:
+    """In the worker; of the front end see test_inventory.py."""
+    root = doctored(
+        tmp_path,
+        FILE,
+        (", build_logitsprocs", ", build_logitsprocs as build_processors"),
+        ("=build_logitsprocs(", "=build_processors("),
+    )
     done = run_on(root, "-c", START)
     assert done.returncode != 0
-    assert f"{target} is missing" in done.stderr
+    assert f"{TARGET_NAME} is missing" in done.stderr
     assert str(SUPPORTED_VLLM) in done.stderr
     listed = run_on(root, "-m", "vllm_emssd", "doctor")
     assert listed.returncode == 1
-    assert f"{target} is missing" in listed.stdout
+    assert f"{TARGET_NAME} is missing" in listed.stdout

@@ -74,7 +74,3 @@ def test_reader_skips_what_is_no_engine_of_this_version(tmp_path: Path) -> None:
     (tmp_path / "0.counters").write_bytes(bytes(8))
     (tmp_path / "note.txt").write_text("not a counter")
     assert list(read_shared_counters(tmp_path)) == [(1, counters_of(5).as_dict())]
-
-
-def test_reading_an_empty_directory(tmp_path: Path) -> None:
-    assert list(read_shared_counters(tmp_path)) == []
