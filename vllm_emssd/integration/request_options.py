@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -175,7 +175,12 @@ def _error(what: str) -> VLLMValidationError:
     return VLLMValidationError(f"{REFERENCE_KEY} {what}.", parameter=REFERENCE_KEY)
 
 
-_PREDICTION = TypeAdapter(dict[str, str | list[dict[str, str]]])
+class _Part(BaseModel):
+    text: str
+
+
+class _Prediction(BaseModel):
+    content: str | list[_Part]
 
 
 def prediction_of(request: Any) -> str | None:
@@ -185,13 +190,11 @@ def prediction_of(request: Any) -> str | None:
     if prediction is None:
         return None
     try:
-        content = _PREDICTION.validate_python(prediction)["content"]
-        if isinstance(content, str):
-            return content
-        return "".join(part["text"] for part in content)
-    except (ValidationError, KeyError) as error:
+        content = _Prediction.model_validate(prediction).content
+    except ValidationError as error:
         raise VLLMValidationError(
             'prediction must be {"type": "content", "content": TEXT}, where TEXT may '
             'be a list of {"type": "text", "text": TEXT}.',
             parameter="prediction",
         ) from error
+    return content if isinstance(content, str) else "".join(p.text for p in content)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
@@ -44,8 +45,6 @@ from vllm_emssd.integration.unsupported import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger("vllm.emssd")  # below "vllm", so that its handlers apply
@@ -74,22 +73,21 @@ _WRONG_DRAFTERS = {
 _INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
 
 
-def _make_hook(
-    stock: Callable[..., SpeculativeConfig | None],
-) -> Callable[..., SpeculativeConfig | None]:
+Create = Callable[..., SpeculativeConfig | None]
+
+
+def _make_hook(stock: Create) -> Create:
     def create_speculative_config(
         self: EngineArgs,
         target_model_config: ModelConfig,
         target_parallel_config: ParallelConfig,
     ) -> SpeculativeConfig | None:
-        asked = _asked(self)
-        if asked.get("method") != METHOD:
-            if asked and os.environ.get(CPU_FIXES_SWITCH) == "1":
-                use_fixed_cpu_worker(target_model_config, target_parallel_config)
-            return stock(self, target_model_config, target_parallel_config)
-        return _create_ours(
-            stock, self, asked, target_model_config, target_parallel_config
-        )
+        asked, configs = _asked(self), (target_model_config, target_parallel_config)
+        if asked.get("method") == METHOD:
+            return _create_ours(stock, self, asked, *configs)
+        if asked and os.environ.get(CPU_FIXES_SWITCH) == "1":
+            use_fixed_cpu_worker(*configs)
+        return stock(self, *configs)
 
     return create_speculative_config
 
@@ -135,7 +133,7 @@ def _asked(args: EngineArgs) -> dict[str, Any]:
 
 
 def _create_ours(
-    stock: Callable[..., SpeculativeConfig | None],
+    stock: Create,
     args: EngineArgs,
     asked: dict[str, Any],
     model_config: ModelConfig,
@@ -153,9 +151,15 @@ def _create_ours(
     if model:
         check_draft_weights(model, args.load_format)
 
-    spec_config = _run_stock(
-        stock, args, config, stock_part, model_config, parallel_config
-    )
+    stock_args = _stock_args(args, config, stock_part)
+    try:
+        spec_config = stock(stock_args, model_config, parallel_config)
+    except ValueError as error:
+        for words, message in _WRONG_DRAFTERS.items():
+            if words in str(error):
+                raise ValueError(message) from error
+        raise
+    assert spec_config is not None
     if config.uses_draft_model:
         refuse_drafter(spec_config)
     attach_tag(spec_config)
@@ -180,32 +184,18 @@ def _create_ours(
     return spec_config
 
 
-def _run_stock(
-    stock: Callable[..., SpeculativeConfig | None],
-    args: EngineArgs,
-    config: EmssdConfig,
-    stock_part: dict[str, Any],
-    model_config: ModelConfig,
-    parallel_config: ParallelConfig,
-) -> SpeculativeConfig:
-    """vLLM's own config; `args` stay as the user gave them."""
-    stock_part["num_speculative_tokens"] = config.max_draft_tokens
-    if config.uses_draft_model:
-        stock_part |= {"method": "draft_model"}
-    else:
-        stock_part |= {"method": "custom_class", "model": COPY_DRAFTER}
+def _stock_args(
+    args: EngineArgs, config: EmssdConfig, stock_part: dict[str, Any]
+) -> EngineArgs:
+    """A copy of `args` that asks for a method that vLLM knows."""
     stock_args = copy.copy(args)
-    stock_args.speculative_config = stock_part
     stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
-    try:
-        spec_config = stock(stock_args, model_config, parallel_config)
-    except ValueError as error:
-        for words, message in _WRONG_DRAFTERS.items():
-            if words in str(error):
-                raise ValueError(message) from error
-        raise
-    assert spec_config is not None
-    return spec_config
+    method = {"method": "draft_model"}
+    if not config.uses_draft_model:
+        method = {"method": "custom_class", "model": COPY_DRAFTER}
+    num_drafts = {"num_speculative_tokens": config.max_draft_tokens}
+    stock_args.speculative_config = stock_part | method | num_drafts
+    return stock_args
 
 
 def _refuse_unsupported(
