@@ -102,10 +102,10 @@ def _refused_prompts(llm: Any) -> None:
 
 
 def _nothing_is_kept_of_finished_requests(llm: Any) -> None:
-    greedy(llm, ["x"], max_tokens=2)  # a step tells the worker who finished
+    greedy(llm, ["x"], max_tokens=2)  # a step tells the worker which finished
     runner = model_runner(llm)
     assert len(runner.num_real_drafts) <= 1
     if runner._cursor is not None:
         assert len(runner._cursor._requests) <= 1
     else:
-        assert len(runner._proposer._copier._requests) <= 1
+        assert len(runner._proposer._requests) <= 1
