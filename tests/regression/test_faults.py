@@ -75,7 +75,7 @@ def test_failing_proposer_costs_drafts_only(
                 (ours, "record_verified", 13),
                 (ours._drafter, "forward", 17)
                 if proposer == "draft_model"
-                else (ours._copier, "find", 17),
+                else (ours, "_find", 17),
             )
             assert accepted_share(llm, generate) > 0.5 * healthy
         failures = [part.num_failures for part in broken]
