@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from vllm_emssd.config import MOST_AUTO_DRAFTS
+from vllm_emssd.config import MAX_AUTO_DRAFTS
 
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
@@ -88,7 +88,7 @@ def _known(
     drafts = {"model": draft_model, "num_speculative_tokens": num_drafts}
     fixed = {"method": "emssd", "draft_length": "fixed"}
     auto = {"draft_length": "auto"}
-    most = {"num_speculative_tokens": MOST_AUTO_DRAFTS}
+    most = {"num_speculative_tokens": MAX_AUTO_DRAFTS}
     padded = {"unpad_inputs": False}
     llma = fixed | {"check_length": CHECK_LENGTH, "copy_length": COPY_LENGTH}
     mixed = drafts | llma | {"proposer": "mixed"}
@@ -142,10 +142,10 @@ def _setting(method: Method, host: Method) -> Setting:
     length = FIXED_LENGTH.fullmatch(method.name)
     if host.name == AUTOMATIC and method.name == AUTOMATIC:
         return "emssd_fix_draft_length", None
-    if host.name == AUTOMATIC and length and int(length[1]) <= MOST_AUTO_DRAFTS:
+    if host.name == AUTOMATIC and length and int(length[1]) <= MAX_AUTO_DRAFTS:
         return "emssd_fix_draft_length", int(length[1])
     raise ValueError(
         f"the engine of {host.name!r} cannot run {method.name!r}: 'lengths' compares "
-        f"'auto' with kN up to {MOST_AUTO_DRAFTS}, or 'mixed-auto' with 'auto' and "
+        f"'auto' with kN up to {MAX_AUTO_DRAFTS}, or 'mixed-auto' with 'auto' and "
         "'llma-auto'"
     )
