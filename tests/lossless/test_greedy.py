@@ -160,32 +160,30 @@ def recorded_paths(llm: Any) -> Iterator[set[str]]:
     """By which rows tokens were sampled: in a step without drafts, in the row of a
     draft that was rejected, and in the one behind the last draft."""
     runner, paths = model_runner(llm), set()
-    plain, verify = runner.sampler.forward, runner.rejection_sampler.forward
+    plain, sample = runner.sampler.forward, runner._sample
 
     def sample_plainly(*args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("predict_bonus_token"):
             paths.add("no drafts")
         return plain(*args, **kwargs)
 
-    def verify_drafts(metadata: Any, *args: Any) -> Any:
-        output = verify(metadata, *args)
-        num_sampled = (output.sampled_token_ids != -1).sum(dim=1)
-        num_drafts = torch.tensor(metadata.num_draft_tokens)
-        has_drafts = num_drafts > 0
-        if (has_drafts & (num_sampled == num_drafts + 1)).any():
-            paths.add("behind all drafts")
-        if (has_drafts & (num_sampled <= num_drafts)).any():
-            paths.add("rejected draft")
+    def sample_any(logits: Any, metadata: Any) -> Any:
+        output = sample(logits, metadata)
+        if metadata is not None:
+            num_sampled = (output.sampled_token_ids != -1).sum(dim=1)
+            num_drafts = torch.tensor(metadata.num_draft_tokens)
+            has_drafts = num_drafts > 0
+            if (has_drafts & (num_sampled == num_drafts + 1)).any():
+                paths.add("behind all drafts")
+            if (has_drafts & (num_sampled <= num_drafts)).any():
+                paths.add("rejected draft")
         return output
 
-    runner.sampler.forward, runner.rejection_sampler.forward = (
-        sample_plainly,
-        verify_drafts,
-    )
+    runner.sampler.forward, runner._sample = sample_plainly, sample_any
     try:
         yield paths
     finally:
-        del runner.sampler.forward, runner.rejection_sampler.forward
+        del runner.sampler.forward, runner._sample
 
 
 def arrangements(case: str) -> dict[str, tuple[list[str], list[SamplingParams]]]:

@@ -28,6 +28,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v1.drafter import PagedDrafter
+from vllm_emssd.integration.v1.greedy_verification import (
+    is_all_greedy,
+    verify_greedily,
+)
 from vllm_emssd.verification import VerifiedRows
 
 logger = init_logger("vllm.emssd.sampling")
@@ -91,6 +95,15 @@ class UnpadSamplingMixin(GPUModelRunner):
             if logits is not None and len(logits) > self.input_batch.num_reqs:
                 logits = logits[spec_decode_metadata.bonus_logits_indices]
             spec_decode_metadata = None
+        if (
+            spec_decode_metadata is not None
+            and self.device.type == "cpu"
+            and not self.rejection_sampler.synthetic_mode
+            and is_all_greedy(self.input_batch.sampling_metadata)
+        ):
+            assert logits is not None
+            self.input_batch.sampling_metadata = sampling_metadata
+            return verify_greedily(spec_decode_metadata, logits)
         # A generator must not advance for a request whose prompt is not yet computed.
         saved = {
             i: generator.get_state() for i, generator in self._discarded_generators()
