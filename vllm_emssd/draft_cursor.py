@@ -127,11 +127,10 @@ class DraftCursor:
             raise ValueError(
                 f"cursor of {req_id} cannot go from {state.draft_len} to {draft_len}"
             )
-        first = state.draft_len // self._block_size
+        first, end = state.draft_len // self._block_size, draft_len // self._block_size
         state.draft_len = draft_len
-        self._block_is_valid[state.block_ids[first : draft_len // self._block_size]] = (
-            True
-        )
+        if first < end:
+            self._block_is_valid[state.block_ids[first:end]] = True
 
     def record_fed_drafts(self, req_id: str, num_fed_drafts: int) -> None:
         """The drafter was fed the first `num_fed_drafts` drafts it proposed.

@@ -66,14 +66,21 @@ class DeviceDrafts:
 
     def tolist(self) -> list[list[int]]:
         """Draft token ids of each batch row, those kept."""
-        drafts: list[list[int]] = [[] for _ in self.num_made]
+        drafts = np.empty((len(self.num_made), len(self.made)), dtype=np.int64)
         if self.made:
             # sync: the scheduler needs the drafts on the host
-            flat = iter(torch.cat([tokens for _, tokens in self.made]).tolist())
-            for requests, _ in self.made:
-                for i in requests.tolist():
-                    drafts[i].append(next(flat))
-        return [tokens[:n] for tokens, n in zip(drafts, self.num_kept, strict=True)]
+            flat = torch.cat([tokens for _, tokens in self.made]).cpu().numpy()
+            start = 0
+            for position, (requests, _) in enumerate(self.made):
+                end = start + len(requests)
+                drafts[requests, position] = flat[start:end]
+                start = end
+        return [
+            tokens[:num_kept]
+            for tokens, num_kept in zip(
+                drafts.tolist(), self.num_kept.tolist(), strict=True
+            )
+        ]
 
 
 class DraftModelProposer:
@@ -200,23 +207,27 @@ class DraftModelProposer:
         if drafting.size == 0:
             return []
 
-        active = drafting  # batch rows, the set only shrinks
+        active, lens = drafting, draft_lens[drafting]  # the set only shrinks
+        positions = batch.num_tokens[drafting]
         made: list[tuple[np.ndarray, torch.Tensor]] = []  # of each forward
-        for position in range(int(draft_lens.max())):
+        for position in range(int(lens.max())):
             made.append((active, tokens))
             goes_on = self.policy.continue_drafting(active, confidence, position)
             if self.policy.needs_confidence:  # else `plan` has decided
                 self._agree(goes_on)
-            goes_on = goes_on & (draft_lens[active] > position + 1)
-            if not goes_on.any():
+            goes_on = goes_on & (lens > position + 1)
+            num_rows = int(np.count_nonzero(goes_on))
+            if num_rows == 0:
                 break
-            if not goes_on.all():
-                active = active[goes_on]
+            if num_rows < len(active):
+                active, lens, positions = (
+                    of_each[goes_on] for of_each in (active, lens, positions)
+                )
                 tokens = tokens[torch.from_numpy(np.flatnonzero(goes_on))]
-            rows = RaggedRows.one_each(active, batch.num_tokens[active] + position)
+            rows = RaggedRows.one_each(active, positions + position)
             self._counters.num_draft_forwards += 1
-            self._counters.num_draft_rows += rows.num_rows
-            self._counters.num_draft_rows_decode += rows.num_rows
+            self._counters.num_draft_rows += num_rows
+            self._counters.num_draft_rows_decode += num_rows
             tokens, confidence = self._drafter.forward(
                 rows, tokens, rows.last_rows, position + 1
             )

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -22,7 +28,21 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_emssd.integration.drafting import highest_probability
 from vllm_emssd.integration.forward_clock import WallClock
+from vllm_emssd.integration.v1.greedy_verification import greedy_tokens
 from vllm_emssd.ragged import RaggedRows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _NextForwards:
+    """What the forwards after a step's first need, made at once: each has one row of
+    every request that drafts on, one position further than the forward before."""
+
+    first: int  # draft position of the first of them
+    positions: tuple[torch.Tensor, ...]  # of each forward, [num_reqs] int64
+    slots: tuple[torch.Tensor, ...]  # likewise
+    seq_lens: tuple[torch.Tensor, ...]  # likewise, int32
+    max_seq_len: int  # in the first
+    metadata: CommonAttentionMetadata  # moved on in place
 
 
 class PagedDrafter:
@@ -56,6 +76,8 @@ class PagedDrafter:
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
         self._draft_probs: dict[str, list[torch.Tensor]] = {}
         self._clock = WallClock()  # on GPUs this drafter is not timed
+        self._context: ForwardContext | None = None  # that later forwards may have
+        self._next_forwards: _NextForwards | None = None
 
     @property
     def draft_probs(self) -> dict[str, list[torch.Tensor]]:
@@ -93,7 +115,7 @@ class PagedDrafter:
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         stock = self._stock
-        hidden_states = self._run_model(rows, token_ids)
+        hidden_states = self._run_model(rows, token_ids, draft_position)
         if len(sampled_rows) == 0:
             return torch.empty(0, dtype=torch.int64, device=hidden_states.device), None
         if len(sampled_rows) < len(hidden_states):
@@ -133,8 +155,7 @@ class PagedDrafter:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self._draws_samples:
             return self._stock._sample_from_logits(logits, metadata)
-        # The first of equals, as argmax gives; on a CPU in a fifth of its time.
-        return logits.max(dim=-1).indices, None
+        return greedy_tokens(logits), None
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:
@@ -159,13 +180,30 @@ class PagedDrafter:
         return params is not None and params.structured_outputs is not None
 
     def _run_model(
-        self, rows: RaggedRows, token_ids: np.ndarray | torch.Tensor
+        self,
+        rows: RaggedRows,
+        token_ids: np.ndarray | torch.Tensor,
+        draft_position: int,
     ) -> torch.Tensor:
         """Returns hidden states, [num_rows, hidden_size]."""
         stock, num_rows = self._stock, rows.num_rows
         if isinstance(token_ids, np.ndarray):
             token_ids = async_tensor_h2d(token_ids, device=stock.device)
         stock.input_ids[:num_rows] = token_ids
+        if draft_position == 0 or self._context is None:
+            return self._run_any(rows)[:num_rows]
+        positions, context = self._next_forward(rows, draft_position, self._context)
+        with context:
+            hidden_states: torch.Tensor = stock.model(
+                input_ids=stock.input_ids[:num_rows],
+                positions=positions,
+                inputs_embeds=None,
+            )
+        return hidden_states
+
+    def _run_any(self, rows: RaggedRows) -> torch.Tensor:
+        """Any rows, padded to those of a CUDA graph if there is one."""
+        stock, num_rows = self._stock, rows.num_rows
         stock.positions[:num_rows] = async_tensor_h2d(
             rows.positions, device=stock.device
         )
@@ -184,17 +222,69 @@ class PagedDrafter:
                 num_input_rows, attn_metadata.slot_mapping
             ),
         ):
-            hidden_states = stock.model(
+            context = get_forward_context()
+            hidden_states: torch.Tensor = stock.model(
                 input_ids=stock.input_ids[:num_input_rows],
                 positions=stock.positions[:num_input_rows],
                 inputs_embeds=None,
             )
-        return hidden_states[:num_rows]
+        self._next_forwards = None
+        says_rows = mode != CUDAGraphMode.NONE or context.dp_metadata is not None
+        self._context = None if says_rows else context
+        return hidden_states
+
+    def _next_forward(
+        self, rows: RaggedRows, draft_position: int, context: ForwardContext
+    ) -> tuple[torch.Tensor, AbstractContextManager[None]]:
+        """Positions, [num_rows] int64, and the context to run the model in: the first
+        forward's, which says nothing of its row count."""
+        made = self._next_forwards
+        if made is None or made.metadata.num_reqs != rows.num_reqs:
+            made = self._next_forwards = self._make_next_forwards(rows, draft_position)
+        ahead = draft_position - made.first
+        metadata = made.metadata
+        metadata.seq_lens = metadata.seq_lens_cpu_upper_bound = made.seq_lens[ahead]
+        metadata.slot_mapping = made.slots[ahead]
+        metadata.max_seq_len = made.max_seq_len + ahead
+        _, per_layer = self._stock.build_per_group_and_layer_attn_metadata(metadata)
+        context.attn_metadata = per_layer
+        context.slot_mapping = dict.fromkeys(per_layer, metadata.slot_mapping)
+        context.moe_layer_index = 0
+        return made.positions[ahead], override_forward_context(context)
+
+    def _make_next_forwards(
+        self, rows: RaggedRows, draft_position: int
+    ) -> _NextForwards:
+        num_forwards = self._stock.num_speculative_tokens - draft_position
+        ahead = np.arange(max(num_forwards, 1))
+        # Requests that stop earlier do not come to the last of them.
+        positions = np.minimum(rows.positions + ahead[:, None], self.max_model_len - 1)
+        all_rows = RaggedRows.one_each(
+            np.tile(rows.req_indices, len(ahead)), positions.ravel()
+        )
+        device = self._stock.device
+        positions, slots, seq_lens = (
+            async_tensor_h2d(values, device=device).view(len(ahead), -1).unbind()
+            for values in (positions, self._slots(all_rows), all_rows.seq_lens)
+        )
+        return _NextForwards(
+            draft_position,
+            positions,
+            slots,
+            seq_lens,
+            int(rows.positions.max()) + 1,
+            self._attention_metadata(rows),
+        )
+
+    def _slots(self, rows: RaggedRows) -> np.ndarray:
+        return rows.slot_mapping(
+            self._block_table.block_table.np, self._stock.block_size
+        )
 
     def _attention_metadata(self, rows: RaggedRows) -> CommonAttentionMetadata:
         device = self._stock.device
-        block_table = self._block_table.block_table
-        slots = rows.slot_mapping(block_table.np, self._stock.block_size)
+        block_table = self._block_table.block_table.gpu
+        slots = self._slots(rows)
         query_start_loc = torch.from_numpy(rows.query_start_loc)
         seq_lens_np = rows.seq_lens
         seq_lens = torch.from_numpy(seq_lens_np)
@@ -207,7 +297,7 @@ class PagedDrafter:
             num_actual_tokens=rows.num_rows,
             max_query_len=1 if rows.has_one_row_each else int(rows.query_lens.max()),
             max_seq_len=int(seq_lens_np.max()),
-            block_table_tensor=block_table.gpu[req_indices],
+            block_table_tensor=block_table[req_indices],
             slot_mapping=async_tensor_h2d(slots, device=device),
             seq_lens_cpu_upper_bound=seq_lens,
         )
