@@ -10,12 +10,7 @@ import pytest
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration import forward_clock
-from vllm_emssd.integration.costs import (
-    StepCostMeter,
-    _learn,
-    _row_counts_of,
-)
-from vllm_emssd.integration.cpu.row_counts import RecentRowCounts
+from vllm_emssd.integration.costs import StepCostMeter, _learn
 from vllm_emssd.integration.forward_clock import ForwardTimer
 
 
@@ -61,7 +56,7 @@ def test_steps_without_drafts_leave_what_drafting_costs_more() -> None:
 
 def test_the_first_forward_of_a_row_count_is_no_price_unless_it_is_quick() -> None:
     table = CostTable([1, 64], [10.0, 20.0])
-    known = _row_counts_of(table)
+    known = {1, 64}
     _learn(table, [(rows, 60.0) for rows in range(2, 40)], known)
     assert table.points == [(1, 10.0), (64, 20.0)]
     _learn(table, [(rows, 12.0) for rows in range(40, 64)], known)
@@ -70,12 +65,6 @@ def test_the_first_forward_of_a_row_count_is_no_price_unless_it_is_quick() -> No
     _learn(table, [(39, 30.0), (64, 30.0)], known)
     assert table.at(1) > before[0]
     assert table.at(64) > before[1]
-
-
-def test_row_counts_met_longest_ago_are_forgotten() -> None:
-    known = RecentRowCounts(2, [7])
-    assert [known.meet(rows) for rows in (7, 8, 7, 9)] == [True, False, True, False]
-    assert [known.meet(rows) for rows in (7, 8)] == [True, False]
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -104,12 +93,12 @@ def test_pauses_between_requests_are_no_cost() -> None:
 
 def test_forwards_beyond_the_table_are_learned_from() -> None:
     table = CostTable([1, 128, 256], [20.0, 40.0, 60.0])
-    known = _row_counts_of(table)
+    known = {1, 128, 256}
     for _ in range(300):
         _learn(table, [(1600, 700.0)], known)
     assert table.at(1600) == pytest.approx(700.0, rel=0.05)
     slow = CostTable([1, 128, 256], [25.0, 50.0, 70.0])
-    _learn(slow, [(1600, 9000.0)], _row_counts_of(slow))
+    _learn(slow, [(1600, 9000.0)], {1, 128, 256})
     rows = [[rows for rows, _ in t.points] for t in (table, slow)]
     assert rows[0] == rows[1], "every rank's table has the same rows"
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +19,6 @@ from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.draft_length.cost import quickest_times
-from vllm_emssd.integration.cpu.onednn_cache import MOST_ROW_COUNTS
-from vllm_emssd.integration.cpu.row_counts import RecentRowCounts
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.proposers.draft_model import Drafter
 from vllm_emssd.ragged import RaggedRows
@@ -30,7 +26,7 @@ from vllm_emssd.ragged import RaggedRows
 logger = init_logger("vllm.emssd.step_costs")
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
-_PASSES = 5  # over the row counts; the first is warm-up
+_PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
 FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
@@ -52,22 +48,6 @@ class TimedForwards(Protocol):
 class TimedDrafter(Drafter, TimedForwards, Protocol):
     @property
     def max_num_reqs(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TimedPasses:
-    """(rows asked for, ms) of forwards."""
-
-    first: list[tuple[int, float]]  # of each row count, which gets ready for it
-    samples: list[tuple[int, float]]  # the later ones
-
-    @property
-    def preparing_ms(self) -> float:
-        """What the first forward of a row count takes more than others, in the median:
-        the very first one of all has more to get ready."""
-        quickest = quickest_times(self.samples)
-        more = [ms - quickest[rows] for rows, ms in self.first]
-        return max(float(np.median(more)), 0.0) if more else 0.0
 
 
 class StepCostMeter:
@@ -94,8 +74,8 @@ class StepCostMeter:
         self._num_steps = 0
         self._step_ended: float | None = None
         self._num_pauses = 0  # in a row
-        self._known_to_target = _row_counts_of(measured.target)
-        self._known_to_draft = _row_counts_of(measured.draft)
+        self._known_to_target = {rows for rows, _ in measured.target.points}
+        self._known_to_draft = {rows for rows, _ in measured.draft.points}
         self.measured = measured
         self.costs = measured if ranks.is_alone else copy(measured)
         self._take_over_costs()
@@ -176,20 +156,16 @@ class StepCostMeter:
         return "\n".join(lines)
 
 
-def _row_counts_of(table: CostTable) -> RecentRowCounts:
-    return RecentRowCounts(MOST_ROW_COUNTS, (rows for rows, _ in table.points))
-
-
-def _learn(
-    table: CostTable, timings: list[tuple[int, float]], known: RecentRowCounts
-) -> None:
-    """From forwards (rows, ms). The first of a row count also tells what getting ready
-    for it takes: it is a cost only where it is below what was thought. A table covers
-    all rows seen, whatever they took, and so has the same points on all ranks."""
+def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) -> None:
+    """From forwards (rows, ms). The first of a row count may be slow for once, as
+    kernels are made for it and memory is found: it is a cost only where it is below
+    what was thought. A table covers all rows seen, whatever they took, and so has the
+    same points on all ranks."""
     for rows, ms in timings:
         table.cover(rows)
-        if known.meet(rows) or ms < table.at(rows):
+        if rows in known or ms < table.at(rows):
             table.observe(rows, ms)
+        known.add(rows)
 
 
 def time_target(
@@ -197,8 +173,8 @@ def time_target(
     target: TimedForwards,
     most_rows: int,
     device: torch.device,
-) -> TimedPasses:
-    """Forwards, the row counts in turn.
+) -> list[tuple[int, float]]:
+    """Forwards (rows, ms), the row counts in turn.
 
     Args:
         run: a forward of the target with that many rows, each with some context.
@@ -237,8 +213,7 @@ def measure_drafter(
         )
     times = []
     for drafter.tells_confidence in (True, False):
-        samples = _in_passes(forwards, drafter, device).samples
-        times.append(quickest_times(samples))
+        times.append(quickest_times(_in_passes(forwards, drafter, device)))
     told, bare = times
     one_row_each = [n for n in bare if n <= drafter.max_num_reqs]
     more_ms = float(np.median([told[n] - bare[n] for n in one_row_each]))
@@ -249,17 +224,18 @@ def _in_passes(
     forwards: Mapping[int, Callable[[], object]],
     timed: TimedForwards,
     device: torch.device,
-) -> TimedPasses:
+) -> list[tuple[int, float]]:
     """All forwards, one after the other, and that again: what else the machine does for
     a while then slows one time of several row counts, not all of one."""
-    passes: list[list[tuple[int, float]]] = []
-    for _ in range(_PASSES):
-        passes.append([])
+    samples: list[tuple[int, float]] = []
+    for number in range(_PASSES):
         for num_rows, forward in forwards.items():
             forward()
             _finish(device)
-            passes[-1] += [(num_rows, ms) for _, ms in timed.take_timings()]
-    return TimedPasses(passes[0], list(chain(*passes[1:])))
+            timings = timed.take_timings()
+            if number:  # the first is warm-up
+                samples += [(num_rows, ms) for _, ms in timings]
+    return samples
 
 
 def _finish(device: torch.device) -> None:

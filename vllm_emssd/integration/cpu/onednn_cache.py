@@ -1,10 +1,11 @@
 """How many row counts a CPU keeps kernels for.
 
 oneDNN makes its kernels for one row count each, and vLLM's linear layers keep those of
-the 32 row counts used last. Padded batches have few; a ragged batch has another one
-almost every step, and making the kernels anew takes a fifth of a forward. So in emssd
-workers the layers keep more of them. That takes memory, though only for row counts that
-come up: 0.5 GiB for 200 of them, measured on 16 layers of hidden size 1024.
+the 32 row counts used last. Padded batches have few; ragged batches have more, prompts
+aside as many as `row_padding.ROW_COUNTS`, and making kernels anew takes a fifth of a
+forward. So in emssd workers the layers keep more of them. That takes memory, though
+only for row counts that come up: 0.5 GiB for 200 of them, measured on 16 layers of
+hidden size 1024.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from vllm_emssd.integration.hooks.hook import Hook
 
-MOST_ROW_COUNTS = 256
+MOST_ROW_COUNTS = 128
 
 
 def _make(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from vllm_emssd.integration.costs import (
     rows_to_measure,
     time_target,
 )
-from vllm_emssd.integration.cpu.row_padding import RowPadding
+from vllm_emssd.integration.cpu.row_padding import ROW_COUNTS, RowPadding
 from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.v1.drafter import PagedDrafter
@@ -110,15 +110,14 @@ class AutomaticLengthsMixin:
             )
             self.model.compute_logits(hidden_states[:num_rows])
 
-        timed = time_target(
-            run,
-            target,
-            rows_to_measure(most, self.max_num_tokens),
-            self.device,
-        )
-        self._row_padding = RowPadding(timed.samples, timed.preparing_ms)
+        most_rows = rows_to_measure(most, self.max_num_tokens)
+        for num_rows in ROW_COUNTS:  # makes their kernels
+            if num_rows <= most_rows:
+                run(num_rows)
+        samples = time_target(run, target, most_rows, self.device)
+        self._row_padding = RowPadding(samples)
         logger.info("Row counts quicker as larger ones: %s", self._row_padding)
-        target_costs = CostTable.from_samples(timed.samples)
+        target_costs = CostTable.from_samples(samples)
         draft_costs, confidence_ms = NO_DRAFT_MODEL, 0.0
         if drafter is not None:
             draft_costs, confidence_ms = measure_drafter(drafter, self.device)

@@ -168,13 +168,13 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
         with self.speculator.sitting_out_dummy_runs() as drafter:
             drafter.time_by(clock_of(device))
-            timed = time_target(
+            samples = time_target(
                 lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
                 target,
                 max(most, 1),
                 device,
             )
-            target_costs = CostTable.from_samples(timed.samples)
+            target_costs = CostTable.from_samples(samples)
             draft_costs, confidence_ms = measure_drafter(drafter, device)
         costs = StepCosts(target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms)
         return StepCostMeter(costs, target, drafter, self._ranks)
