@@ -8,21 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_emssd.draft_length import AcceptanceEstimator
-from vllm_emssd.draft_length.acceptance import MARGINAL, Calibration, MadeDrafts
+from vllm_emssd.draft_length.acceptance import Calibration
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 UNIT = st.floats(0, 1)
 
 
-def made(*confidence: float, survival: float = 0.5, cost: float = 0.1) -> MadeDrafts:
-    values = np.array(confidence, dtype=np.float64)
-    return MadeDrafts(values, np.full(values.size, survival), cost)
+def made(*confidence: float) -> np.ndarray:
+    return np.array(confidence, dtype=np.float64)
 
 
-def learn(estimator: AcceptanceEstimator, *observed: tuple[MadeDrafts, int]) -> None:
+def learn(estimator: AcceptanceEstimator, *observed: tuple[np.ndarray, int]) -> None:
     """All were verified, and so many accepted."""
     for drafts, num_accepted in observed:
-        estimator.observe(drafts, len(drafts.confidence), num_accepted)
+        estimator.observe(drafts, len(drafts), num_accepted)
     estimator.update()
 
 
@@ -86,7 +85,6 @@ def test_drafts_without_confidence_teach_their_depth() -> None:
     assert estimator.by_depth[0] > 0.97
     assert estimator.by_depth[1] < 0.03
     assert first(estimator, 0.5) == pytest.approx(estimator._mean)
-    assert not estimator.reliability.any()
 
 
 def test_trimmed_drafts_count_as_their_confidence_says() -> None:
@@ -134,19 +132,6 @@ def test_doubt_keeps_the_estimate_but_lets_it_move() -> None:
     for estimator in (sure, doubtful):
         learn(estimator, (made(0.5), 1))
     assert doubtful.by_depth[0] - before > 20 * (sure.by_depth[0] - before)
-
-
-def test_reliability_counts_verified_drafts_by_what_was_predicted() -> None:
-    estimator = AcceptanceEstimator(3)
-    drafts = MadeDrafts(np.full(3, 0.5), np.array([1.0, 0.55, 0.1]), 0.5)
-    estimator.observe(drafts, 2, 1)
-    estimator.update()
-    number, predicted, accepted, cost = estimator.reliability
-    assert number[[9, 5, 1, MARGINAL]].tolist() == [1, 1, 0, 1]
-    assert number.sum() == 3
-    assert predicted[[9, 5, MARGINAL]].tolist() == [1.0, 0.55, 0.55]
-    assert accepted[[9, 5, MARGINAL]].tolist() == [1, 0, 0]
-    assert cost[MARGINAL] == 0.5
 
 
 @property_test

@@ -28,7 +28,7 @@ from vllm_emssd.draft_length import (
     StepCosts,
     StepInfo,
 )
-from vllm_emssd.draft_length.acceptance import MARGINAL, MadeDrafts
+from vllm_emssd.simulate.reliability import MARGINAL, CountedDraftLength
 
 FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
 WARM_UP = 50
@@ -259,7 +259,7 @@ def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
     policy = auto_policy(MEDIUM, 8)
     for i in range(400):
         confidence = np.array([0.02 if i % 4 == 0 else 0.98])
-        policy.acceptance.observe(MadeDrafts(confidence, confidence, 0.0), 1, i % 4 > 0)
+        policy.acceptance.observe(confidence, 1, i % 4 > 0)
         policy.acceptance.update()
     policy.plan(step_of(16, most=8))
     confidence = np.where(np.arange(16) < 8, 0.98, 0.02)
@@ -441,9 +441,9 @@ def test_whether_a_draft_is_kept_does_not_depend_on_later_ones(
 def test_drafts_barely_worth_verifying_are_accepted_about_as_often_as_they_cost() -> (
     None
 ):
-    policy = auto_policy(CHEAP, 8)
+    policy = CountedDraftLength(CHEAP, AcceptanceEstimator(8), may_trim=True)
     Loop(policy, CHEAP, 32, lambda _, i: 0.3 + 0.02 * i, lifetime=400).run(400)
-    number, *sums = policy.acceptance.reliability[:, MARGINAL]
+    number, *sums = policy.reliability[:, MARGINAL]
     predicted, accepted, cost = np.array(sums) / number
     assert number > 500
     assert cost / 1.25 < predicted < 1.25 * cost
@@ -474,7 +474,7 @@ def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
     policy.trim(np.array([1, 1]))
     policy.observe("r0", 1, 1)
     [(made, num_verified, num_accepted)] = policy.acceptance._observed
-    assert made.confidence.tolist() == [0.9]
+    assert made.tolist() == [0.9]
     assert (num_verified, num_accepted) == (1, 1)
 
 

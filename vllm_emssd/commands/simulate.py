@@ -14,8 +14,8 @@ import numpy as np
 
 from vllm_emssd import __version__
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
-from vllm_emssd.draft_length.acceptance import MARGINAL
 from vllm_emssd.simulate.costs import CostFile, load_costs, shipped_costs
+from vllm_emssd.simulate.reliability import MARGINAL
 from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
@@ -256,7 +256,7 @@ def _print_reliability(console: Console, results: Results) -> None:
 
 
 def _reliability(sums: np.ndarray, has_cost: bool) -> str:
-    """`sums`: a line of `AcceptanceEstimator.reliability`."""
+    """`sums`: a line of `CountedDraftLength.reliability`."""
     num_drafts = int(sums[0])
     if not num_drafts:
         return ""

@@ -8,8 +8,6 @@ high: what is tried is soon known, what is never tried is never known.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 _EDGES = np.array(
@@ -21,7 +19,6 @@ _DEPTH_KEEP = 0.998  # weight kept by earlier drafts at each new first draft
 _CONFIDENCE_KEEP = 0.9995  # at each new draft of any confidence
 _MOST_ACCEPTANCE = 0.995
 _DOUBTED_TESTS = 8.0  # drafts that an estimate counts as after a long time without
-MARGINAL = 10  # the line of the reliability table after the ten deciles
 
 
 class Calibration:
@@ -52,14 +49,6 @@ class Calibration:
         self._counts *= np.minimum(1, _DOUBTED_TESTS / np.maximum(self._counts[1], 1))
 
 
-class MadeDrafts(NamedTuple):
-    """A request's drafts. [num_made] each"""
-
-    confidence: np.ndarray
-    survival: np.ndarray  # predicted: that this and all drafts before it are accepted
-    verify_cost: float  # tokens that the time to verify one could bring elsewhere
-
-
 class AcceptanceEstimator:
     """Acceptance by depth and by confidence.
 
@@ -69,14 +58,10 @@ class AcceptanceEstimator:
 
     def __init__(self, num_speculative_tokens: int) -> None:
         self.num_speculative_tokens = num_speculative_tokens
-        # Of verified drafts, by the decile of their predicted survival, and of
-        # *marginal* ones, predicted to bring what they cost, within a quarter:
-        # [number | predicted | accepted | cost in tokens (sums), line]
-        self.reliability = np.zeros((4, 11))
         self._calibration = Calibration()
         self._depth_counts = np.zeros((2, num_speculative_tokens))
         self._depth_counts[:, 0] = _FIRST_GUESS * _PRIOR_TESTS, _PRIOR_TESTS
-        self._observed: list[tuple[MadeDrafts, int, int]] = []
+        self._observed: list[tuple[np.ndarray, int, int]] = []
         self._update_estimates()
 
     def survival(
@@ -93,15 +78,18 @@ class AcceptanceEstimator:
         return np.minimum(self.by_depth + error, _MOST_ACCEPTANCE)
 
     def observe(
-        self, made: MadeDrafts | None, num_verified: int, num_accepted: int
+        self, confidence: np.ndarray | None, num_verified: int, num_accepted: int
     ) -> None:
         """The target verified the first of a request's drafts and accepted a prefix.
-        Estimates change with the next `update`."""
-        if made is None:  # no confidences were asked for
-            unknown = np.full(num_verified, np.nan)
-            made = MadeDrafts(unknown, unknown, 0.0)
-        if made.confidence.size:
-            self._observed.append((made, num_verified, num_accepted))
+        Estimates change with the next `update`.
+
+        Args:
+            confidence: [num_made] of all its drafts; None where none was asked for.
+        """
+        if confidence is None:
+            confidence = np.full(num_verified, np.nan)
+        if confidence.size:
+            self._observed.append((confidence, num_verified, num_accepted))
 
     def update(self) -> None:
         """Count all that was observed since the last call."""
@@ -109,20 +97,14 @@ class AcceptanceEstimator:
             return
         made, *verified = zip(*self._observed, strict=True)
         self._observed = []
-        num_verified, num_accepted = np.array(verified)
-        counts = np.array([m.confidence.size for m in made])[:, None]
+        num_verified, num_accepted = np.array(verified)[:, :, None]
+        counts = np.array([confidence.size for confidence in made])[:, None]
         depth = np.arange(counts.max())
         is_made = depth < counts
-        confidence, survival = np.full((2, *is_made.shape), np.nan)
-        confidence[is_made] = np.concatenate([m.confidence for m in made])
-        survival[is_made] = np.concatenate([m.survival for m in made])
-        is_verified = is_made & (depth < num_verified[:, None])
-        is_accepted = depth < num_accepted[:, None]
-        cost = np.broadcast_to([[m.verify_cost] for m in made], is_made.shape)
-        on = is_verified & ~np.isnan(confidence)
-        self._count_reliability(survival[on], is_accepted[on], cost[on])
-
-        is_tested = is_made & (depth <= num_accepted[:, None])
+        confidence = np.full(is_made.shape, np.nan)
+        confidence[is_made] = np.concatenate(made)
+        is_verified, is_accepted = depth < num_verified, depth < num_accepted
+        is_tested = is_made & (depth <= num_accepted)
         # A draft that was made, would have been reached and was not verified: as its
         # confidence says. Else what is always trimmed would be drafted for ever.
         guess = self._calibration.acceptance(confidence, self._mean)
@@ -130,7 +112,7 @@ class AcceptanceEstimator:
         self._depth_counts *= _DEPTH_KEEP ** int(is_tested[:, :1].sum())
         self._depth_counts[0, : depth.size] += (outcome * is_tested).sum(axis=0)
         self._depth_counts[1, : depth.size] += is_tested.sum(axis=0)
-        on &= is_tested
+        on = is_tested & is_verified & ~np.isnan(confidence)
         self._calibration.observe(confidence[on], is_accepted[on])
         self._update_estimates()
 
@@ -140,16 +122,6 @@ class AcceptanceEstimator:
         self._depth_counts *= min(1.0, _DOUBTED_TESTS / max(tested, 1.0))
         self._calibration.doubt()
         self._update_estimates()
-
-    def _count_reliability(
-        self, survival: np.ndarray, is_accepted: np.ndarray, cost: np.ndarray
-    ) -> None:
-        decile = np.minimum((survival * 10).astype(np.int64), 9)
-        is_marginal = (survival <= 1.25 * cost) & (cost <= 1.25 * survival)
-        values = np.stack([np.ones(survival.size), survival, is_accepted, cost])
-        for sums, value in zip(self.reliability, values, strict=True):
-            sums += np.bincount(decile, value, minlength=11)
-            sums[MARGINAL] += value[is_marginal].sum()
 
     def _update_estimates(self) -> None:
         """A depth that little is known of is taken to be like the one before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_emssd.draft_length.acceptance import AcceptanceEstimator, MadeDrafts
+from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
 from vllm_emssd.draft_length.cost import StepCosts
 from vllm_emssd.draft_length.planner import Plan, best_plan
 from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
@@ -34,7 +34,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._may_trim = may_trim
         self._probing = Probing()
         self._probed: str | None = None  # the request of a probe not yet verified
-        self._made: dict[str, MadeDrafts] = {}  # not yet verified
+        self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
         self._is_survey = self._is_probe = False
@@ -127,10 +127,7 @@ class AutoDraftLength(DraftLengthPolicy):
         if self._may_trim and not self._is_probe:
             kept = (self._survival > self._verify_cost).sum(axis=1)
         for i in np.flatnonzero(draft_lens):
-            made = i, slice(draft_lens[i])
-            self._made[self._req_ids[i]] = MadeDrafts(
-                self._confidence[made], self._survival[made], self._verify_cost
-            )
+            self._made[self._req_ids[i]] = self._confidence[i, : draft_lens[i]]
         if self._is_survey:
             self._survey(draft_lens, kept)
             return draft_lens  # or what is always trimmed would never be verified again
@@ -156,8 +153,8 @@ class AutoDraftLength(DraftLengthPolicy):
         self._stopping_gain += _SURVEY_RATE * (gain - self._stopping_gain)
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
-        made = self._made.pop(req_id, None)
-        self.acceptance.observe(made, num_drafts, num_accepted)
+        confidence = self._made.pop(req_id, None)
+        self.acceptance.observe(confidence, num_drafts, num_accepted)
         if req_id == self._probed:
             self._probed = None
             if 0 < num_drafts == num_accepted:

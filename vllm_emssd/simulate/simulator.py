@@ -18,7 +18,6 @@ import numpy as np
 
 from vllm_emssd.draft_length import (
     AcceptanceEstimator,
-    AutoDraftLength,
     DraftLengthPolicy,
     FixedDraftLength,
 )
@@ -29,6 +28,7 @@ from vllm_emssd.simulate.drafters import (
     ModelDrafting,
     PaddedDrafting,
 )
+from vllm_emssd.simulate.reliability import CountedDraftLength
 from vllm_emssd.simulate.request import SimulatedRequest
 from vllm_emssd.simulate.traces import RequestTrace, Trace
 
@@ -159,9 +159,10 @@ class SimulatedEngine:
         setting, is_auto = self._setting, method.name == "auto"
         policy: DraftLengthPolicy = FixedDraftLength()
         if is_auto:
-            acceptance = AcceptanceEstimator(method.k)
-            policy = AutoDraftLength(self._step_costs, acceptance, may_trim=True)
-            self.outcome.reliability = acceptance.reliability
+            policy = CountedDraftLength(
+                self._step_costs, AcceptanceEstimator(method.k), may_trim=True
+            )
+            self.outcome.reliability = policy.reliability
         self._policy = _Timed(policy)
         drafter = DrafterSetting(
             self._step_costs,
