@@ -294,6 +294,20 @@ def test_trims_where_it_may() -> None:
     assert any(step.made != step.verified for step in loop.steps)
 
 
+def test_rows_computed_anyway_go_to_the_likeliest_drafts_left() -> None:
+    """Two requests in 8 rows: six drafts, though one alone is worth its row."""
+    costs = dataclasses.replace(MEDIUM, computed_rows=lambda rows: max(rows, 8))
+    policy = auto_policy(costs, 4)
+    policy.plan(step_of(2))
+    policy._survival[:] = [[0.9, 0.2, 0.1, 0.05], [0.3, 0.25, 0.15, 0.01]]
+    policy._verify_cost = 0.8
+    assert policy.trim(np.array([4, 4])).tolist() == [3, 3]
+    costs.computed_rows = lambda rows: rows
+    assert policy.trim(np.array([4, 4])).tolist() == [1, 0]
+    costs.computed_rows = lambda rows: 99
+    assert policy.trim(np.array([4, 4])).tolist() == [4, 4]
+
+
 @pytest.mark.parametrize("num_reqs", [4, 24])
 def test_who_could_copy_drafts_where_that_brings_more(num_reqs: int) -> None:
     """Half have a poor copy, half a good one; an expensive drafter leaves both."""

@@ -34,7 +34,7 @@ from vllm_emssd.integration.cpu.row_padding import (
         (161, 161, 161),
         (300, 999, 304),
         (512, 999, 512),
-        (513, 999, 576),
+        (513, 999, 544),
     ],
 )
 def test_rounds_up_to_one_of_few(num_rows: int, most: int, padded: int) -> None:
@@ -46,7 +46,7 @@ def test_adds_few_rows_and_never_more_than_there_is_room(
     num_rows: int, room: int
 ) -> None:
     padded = RowPadding().padded(num_rows, num_rows + room)
-    assert num_rows <= padded <= num_rows + min(room, 63)
+    assert num_rows <= padded <= num_rows + min(room, 31)
     assert padded <= 1.18 * num_rows
 
 

@@ -125,13 +125,24 @@ class AutoDraftLength(DraftLengthPolicy):
             return draft_lens
         kept = draft_lens
         if self._may_trim and not self._is_probe:
-            kept = (self._survival > self._verify_cost).sum(axis=1)
+            kept = self._kept()
         for i in np.flatnonzero(draft_lens):
             self._made[self._req_ids[i]] = self._confidence[i, : draft_lens[i]]
         if self._is_survey:
             self._survey(draft_lens, kept)
             return draft_lens  # or what is always trimmed would never be verified again
         return kept
+
+    def _kept(self) -> np.ndarray:
+        """The drafts worth their rows, and the likeliest others in rows that are
+        computed anyway. [num_reqs] int64"""
+        pays = self._survival > self._verify_cost
+        rows = self._plan.rows + int(pays.sum())
+        room = self.costs.computed_rows(rows) - rows
+        others = np.sort(self._survival[~pays & (self._survival > 0)])
+        if room > 0 and others.size:
+            pays = self._survival >= others[-min(room, others.size)]
+        return pays.sum(axis=1)
 
     def _survey(self, made: np.ndarray, kept: np.ndarray) -> None:
         """What stopping and trimming gained in this step over the plan's depth for all;

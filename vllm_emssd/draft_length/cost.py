@@ -8,7 +8,7 @@ keeps its own measured time all the same, or the two could never part again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +27,15 @@ _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the 
 class StepCosts:
     """Costs of one step: both models' forwards, what a step costs besides, what one
     that drafts costs more than that and its draft forwards, and what a draft forward
-    costs more when it tells confidences."""
+    costs more when it tells confidences. `computed_rows`: how many the target computes
+    for as many as are needed; a CPU's forwards have few row counts."""
 
     target: CostTable
     draft: CostTable
     fixed_ms: float
     speculation_ms: float = 0.0
     confidence_ms: float = 0.0
+    computed_rows: Callable[[int], int] = int
 
 
 class CostTable:

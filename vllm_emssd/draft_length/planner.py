@@ -25,6 +25,7 @@ class Plan:
     depth: int  # 0 if no drafts pay
     gain: float  # tokens a millisecond more than without drafts, as a share of those
     tokens_per_ms: float
+    rows: int  # of the target, drafts aside
     num_drafts: int  # of all requests together, at least one each
     verify_ms: float  # of the target, for each of these
     beyond_ms: float  # and for each one more
@@ -85,6 +86,7 @@ def best_plan(
         depth,
         rate[depth] / without_drafts - 1 if without_drafts else 0.0,
         float(rate[depth]),
+        rows,
         num_drafts,
         (planned_ms - target.at(rows)) / num_drafts,
         float(beyond_ms.min()),

@@ -190,6 +190,7 @@ def rows_to_measure(most: int, limit: int) -> int:
     return min(next(beyond, most), limit)
 
 
+@torch.inference_mode()
 def measure_drafter(
     drafter: TimedDrafter, device: torch.device
 ) -> tuple[CostTable, float]:

@@ -18,7 +18,7 @@ import torch
 
 from vllm_emssd.integration.hooks.hook import Hook
 
-MOST_ROW_COUNTS = 128
+MOST_ROW_COUNTS = 256
 
 
 def _make(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ ROW_COUNTS = [
     *range(72, 257, 8),
     *range(272, 513, 16),
 ]
-_STEP_BEYOND = 64
+_STEP_BEYOND = 32
 _FROM_ROWS = 16  # fewer are not computed as more
 _MOST_MORE = 16  # rows: no more are added, though they seemed quicker
 _QUICKER = 0.95  # times as long: less may be noise of a slow minute
@@ -97,10 +97,15 @@ class PaddedRowsMixin:
                 num_tokens, *args, **kwargs
             )
         )
-        if self._pads_rows and across_dp is None and batch.num_tokens == num_tokens:
-            padded = self._row_padding.padded(num_tokens, self.max_num_tokens)
-            batch = replace(batch, num_tokens=padded)
+        if across_dp is None and batch.num_tokens == num_tokens:
+            batch = replace(batch, num_tokens=self.computed_rows(num_tokens))
         return mode, batch, should_ubatch, across_dp, stats
+
+    def computed_rows(self, num_rows: int) -> int:
+        """Of a forward that needs `num_rows`."""
+        if not self._pads_rows:
+            return num_rows
+        return self._row_padding.padded(num_rows, self.max_num_tokens)
 
     @property
     def _pads_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class AutomaticLengthsMixin:
     _proposer: Proposer | None
     _dummy_run: Any
     _make_proposer: Any
+    computed_rows: Callable[[int], int]  # of `PaddedRowsMixin`
 
     _step_costs: StepCostMeter | None  # with automatic lengths
     _automatic: AutoDraftLength | None  # likewise, with a draft model
@@ -121,7 +123,9 @@ class AutomaticLengthsMixin:
         draft_costs, confidence_ms = NO_DRAFT_MODEL, 0.0
         if drafter is not None:
             draft_costs, confidence_ms = measure_drafter(drafter, self.device)
-        costs = StepCosts(target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms)
+        costs = StepCosts(
+            target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms, self.computed_rows
+        )
         return StepCostMeter(costs, target, drafter, self._ranks)
 
     def costs_now(self) -> dict[str, Any]:

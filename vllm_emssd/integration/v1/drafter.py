@@ -93,7 +93,6 @@ class PagedDrafter:
         """(rows, ms) of the forwards since the last call, where they are timed."""
         return self._clock.take_timings()
 
-    @torch.inference_mode()
     def forward(
         self,
         rows: RaggedRows,
@@ -121,9 +120,9 @@ class PagedDrafter:
         if len(sampled_rows) < len(hidden_states):
             index = async_tensor_h2d(sampled_rows, device=stock.device)
             hidden_states = hidden_states[index]
-        req_indices = rows.row_req_indices[sampled_rows]
         metadata = self._input_batch.sampling_metadata
         if self._draws_samples:
+            req_indices = rows.row_req_indices[sampled_rows]
             metadata = self._draft_sampling_metadata(req_indices)
         if not self.tells_confidence:
             tokens, probs = self._sample_after(hidden_states, metadata)
@@ -134,6 +133,7 @@ class PagedDrafter:
             confidence = highest_probability(logits).cpu().numpy()
             tokens, probs = self._sample(logits, metadata)
         if probs is not None:
+            req_indices = rows.row_req_indices[sampled_rows]
             self._keep_probs(req_indices, probs, draft_position)
         return tokens, confidence
 
