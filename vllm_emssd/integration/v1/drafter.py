@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_emssd.integration.drafting import highest_probability
 from vllm_emssd.integration.forward_clock import WallClock
-from vllm_emssd.integration.v1.greedy_verification import greedy_tokens
+from vllm_emssd.integration.v1.greedy import greedy_tokens, greedy_tokens_and_confidence
 from vllm_emssd.ragged import RaggedRows
 
 
@@ -129,9 +129,12 @@ class PagedDrafter:
             confidence = None
         else:
             logits = stock.model.compute_logits(hidden_states)
-            # sync: decides which requests draft on
-            confidence = highest_probability(logits).cpu().numpy()
-            tokens, probs = self._sample(logits, metadata)
+            if self._draws_samples:
+                told = highest_probability(logits)
+                tokens, probs = self._sample(logits, metadata)
+            else:
+                (tokens, told), probs = greedy_tokens_and_confidence(logits), None
+            confidence = told.cpu().numpy()  # sync: decides which requests draft on
         if probs is not None:
             req_indices = rows.row_req_indices[sampled_rows]
             self._keep_probs(req_indices, probs, draft_position)

@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v1.drafter import PagedDrafter
-from vllm_emssd.integration.v1.greedy_verification import (
+from vllm_emssd.integration.v1.greedy import (
     is_all_greedy,
     verify_greedily,
 )

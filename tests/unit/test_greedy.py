@@ -1,4 +1,4 @@
-"""Greedy verification without vLLM's rejection sampler."""
+"""Greedy tokens, and verification by them without vLLM's rejection sampler."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_emssd.integration.v1.greedy_verification import (
+from vllm_emssd.integration.confidence import highest_probability
+from vllm_emssd.integration.v1.greedy import (
     emitted_tokens,
     greedy_tokens,
+    greedy_tokens_and_confidence,
     is_all_greedy,
 )
 
@@ -66,6 +68,19 @@ def test_the_first_of_equally_likely_tokens(dtype: torch.dtype) -> None:
     logits[0, 100] = logits[0, 1500] = 1.0
     logits[2] = float("nan")
     assert greedy_tokens(logits).tolist() == [100, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_confidence_is_the_highest_probability(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 2048).mul(4).to(dtype)
+    logits[1, 7] = float("nan")
+    logits[2, 7] = float("inf")
+    logits[3] = float("-inf")
+    tokens, wanted = greedy_tokens(logits), highest_probability(logits)
+    found, confidence = greedy_tokens_and_confidence(logits)
+    assert found.tolist() == tokens.tolist()
+    assert confidence.tolist() == pytest.approx(wanted.tolist())
+    assert wanted[1:4].tolist() == [0.0, 0.0, 0.0]
 
 
 def processor(kind: type, **state: Any) -> Any:
