@@ -232,15 +232,17 @@ class PagedDrafter:
                 inputs_embeds=None,
             )
         self._next_forwards = None
-        says_rows = mode != CUDAGraphMode.NONE or context.dp_metadata is not None
-        self._context = None if says_rows else context
+        says_rows = mode != CUDAGraphMode.NONE or across_dp is not None
+        says_rows = says_rows or context.dp_metadata is not None
+        on_cpu = stock.device.type == "cpu"
+        self._context = context if on_cpu and not says_rows else None
         return hidden_states
 
     def _next_forward(
         self, rows: RaggedRows, draft_position: int, context: ForwardContext
     ) -> tuple[torch.Tensor, AbstractContextManager[None]]:
-        """Positions, [num_rows] int64, and the context to run the model in: the first
-        forward's, which says nothing of its row count."""
+        """Positions, [num_rows] int64, and the context to run the model in: that of the
+        step's first forward, which on a CPU says nothing of its row count."""
         made = self._next_forwards
         if made is None or made.metadata.num_reqs != rows.num_reqs:
             made = self._next_forwards = self._make_next_forwards(rows, draft_position)
@@ -251,7 +253,9 @@ class PagedDrafter:
         metadata.max_seq_len = made.max_seq_len + ahead
         _, per_layer = self._stock.build_per_group_and_layer_attn_metadata(metadata)
         context.attn_metadata = per_layer
-        context.slot_mapping = dict.fromkeys(per_layer, metadata.slot_mapping)
+        context.slot_mapping = dict.fromkeys(
+            self._stock._draft_attn_layer_names, metadata.slot_mapping
+        )
         context.moe_layer_index = 0
         return made.positions[ahead], override_forward_context(context)
 
