@@ -87,7 +87,7 @@ def _runs(name: str) -> tuple[Any, Any, Any, set[int], set[int]]:
         def rounded(num_tokens: int, *args: Any, **kwargs: Any) -> Any:
             determined = determine(num_tokens, *args, **kwargs)
             num_rows = determined[1].num_tokens
-            assert num_rows <= max(num_tokens + 7 + 16, 256), "no prompt's"
+            assert num_tokens <= num_rows < num_tokens + 32
             rows_added.add(num_rows - num_tokens)
             return determined
 
@@ -109,8 +109,8 @@ def test_greedy_tokens_are_plain_decoding(name: str) -> None:
     assert counted.num_accepted_tokens > 0
     assert len(lengths) >= 4
     assert 0 in lengths
-    assert {0, 1, 4, 7} <= rows_added
     assert min(rows_added) == 0
+    assert len(rows_added) >= 4
 
 
 @pytest.mark.parametrize("case", FAST)
