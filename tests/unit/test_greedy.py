@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_emssd.integration.confidence import highest_probability
+from vllm_emssd.integration.drafting import highest_probability
 from vllm_emssd.integration.v1.greedy import (
     emitted_tokens,
     greedy_tokens,
