@@ -4,7 +4,7 @@
     scripts/vllm_tests 0.33.0 [ARGS...]   of another one, with arguments of pytest's
 
 They come from the release's source distribution and run on its Python files and the
-CPU kernels that are installed (see `vllm_release.py`). Where they name a model of the
+CPU kernels that are installed (see `release.py`). Where they name a model of the
 Hugging Face Hub, the shipped pair takes its place. `RUN` says which tests ask an engine
 for `draft_model` or `ngram` and run here, `LEFT_OUT` why the others do not.
 """
@@ -19,8 +19,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts import vllm_release
-from scripts.vllm_release import CACHE, REPOSITORY
+from scripts.compat.release import (
+    CACHE,
+    PYTHON,
+    REPOSITORY,
+    asked_for,
+    new_folder,
+    pip,
+)
 
 # What vLLM's conftest.py imports and vLLM does not need.
 PACKAGES = ("tblib", "pytest-asyncio")
@@ -42,6 +48,7 @@ RUN = (
     "tests/v1/engine/test_llm_engine.py::test_engine_metrics",
     "tests/v1/sample/test_logprobs.py::test_spec_decode_logprobs",
     "tests/v1/spec_decode/test_max_len.py::test_ngram_max_len",
+    "-k=not eagle",
 )
 GSM8K = "measures accuracy on GSM8K, fetched from GitHub, with a model of the Hub"
 LEFT_OUT = {
@@ -79,28 +86,23 @@ LEFT_OUT = {
 
 def test_packages() -> Path:
     """A folder of the packages that only vLLM's tests need."""
-    folder = CACHE / f"test-packages-cp{sys.version_info.major}{sys.version_info.minor}"
+    folder = CACHE / f"test-packages-{PYTHON}"
     if not folder.is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            made = Path(scratch) / "made"
-            vllm_release.install(list(PACKAGES), made)
-            made.rename(folder)
+        with new_folder(folder) as made:
+            pip(f"--target={made}", *PACKAGES)
     return folder
 
 
-def run(root: Path, *args: str, search: tuple[Path, ...] = ()) -> int:
-    """pytest in `root`, which holds vLLM's `tests/`. `search`: folders that come first
-    when modules are looked up. Returns pytest's exit status."""
+def run(root: Path, *args: str, search: tuple[Path, ...]) -> int:
+    """pytest in `root`, which holds vLLM's `tests/`. Returns its exit status.
+
+    `search`: the folders where vLLM and its packages are looked for first.
+    """
+    models = {name: str(REPOSITORY / "models" / ours) for name, ours in MODELS.items()}
     redirect = root / "models.json"
-    redirect.write_text(
-        json.dumps(
-            {name: str(REPOSITORY / "models" / ours) for name, ours in MODELS.items()}
-        )
-    )
-    path = [*search, REPOSITORY, test_packages(), os.environ.get("PYTHONPATH", "")]
+    redirect.write_text(json.dumps(models))
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, map(str, path))),
+        "PYTHONPATH": os.pathsep.join(map(str, [*search, REPOSITORY, test_packages()])),
         "VLLM_MODEL_REDIRECT_PATH": str(redirect),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -111,19 +113,14 @@ def run(root: Path, *args: str, search: tuple[Path, ...] = ()) -> int:
 
 def main() -> int:
     which, *args = sys.argv[1:] or ["supported"]
-    try:
-        version, kernels_version, folder = vllm_release.environment(which)
-        _, source = vllm_release.source_of(version)
-    except RuntimeError as error:
-        print(f"vLLM {which}: {error}", file=sys.stderr)
-        return 1
-    print(vllm_release.describe(version, kernels_version), flush=True)
+    release = asked_for(which)
+    print(release, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        shutil.copytree(source / "tests", root / "tests")
-        shutil.copy(source / "pyproject.toml", root)
-        plugin = ["-p", "scripts.in_place_of_stock", "-q", "-rs"]
-        status = run(root, *plugin, *(args or RUN), search=(folder,))
+        shutil.copytree(release.source / "tests", root / "tests")
+        shutil.copy(release.source / "pyproject.toml", root)
+        plugin = ["-p", "scripts.compat.stand_in", "-q", "-rs"]
+        status = run(root, *plugin, *(args or RUN), search=(release.folder,))
     if not args:
         print("Left out:")
         for test, why in LEFT_OUT.items():
