@@ -31,7 +31,7 @@ MADE_AGAINST = "0.33.0"
 SMOKE = ("tests/regression/test_against_stock.py", "-k", "not padded and not cache")
 
 
-def test_files(patch: Path) -> list[str]:
+def changed_tests(patch: Path) -> list[str]:
     """Test files that it adds or changes, relative to vLLM's repository."""
     return re.findall(r"^\+\+\+ b/(tests/.*)$", patch.read_text(), re.MULTILINE)
 
@@ -64,7 +64,7 @@ def check(release: Release) -> list[str]:
         if problems := patched_copy(release, root):
             return problems
         print(f"{len(PATCHES)} patches apply, each by itself and all", flush=True)
-        tests = [test for patch in PATCHES for test in test_files(patch)]
+        tests = [test for patch in PATCHES for test in changed_tests(patch)]
         search = (root, release.folder)
         if vllm_tests.run(root, "-q", *tests, search=search):
             problems.append("tests that the patches bring fail")

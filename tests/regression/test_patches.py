@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.compat.patches import MADE_AGAINST, PATCHES, check, test_files
+from scripts.compat.patches import MADE_AGAINST, PATCHES, changed_tests, check
 from scripts.compat.release import prepared
 
 SENDER = r"^(From|Signed-off-by): .+ <.+@.+>$"
@@ -21,7 +21,7 @@ def test_patch_reads_as_a_pull_request(patch: Path) -> None:
     assert re.search(r"^Subject: \[PATCH\] (\[[\w .]+\])+ \w", message, re.MULTILINE)
     said = re.sub(SENDER, "", message, flags=re.MULTILINE)
     assert not re.search("emssd|Hook:|Remove when:", said)
-    assert test_files(patch)
+    assert changed_tests(patch)
 
 
 @pytest.mark.slow  # fetches the release once, and runs engines
