@@ -24,6 +24,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,11 @@ def source_of(which: str) -> tuple[str, Path]:
     version, file = choose(which, _get(f"{url}/vllm/", accept).json()["files"])
     folder = CACHE / f"vllm-{version}-source"
     if not folder.is_dir():
-        with new_folder(folder) as made, tempfile.TemporaryFile() as archive:
-            archive.write(_downloaded(file))
-            archive.seek(0)
-            with tarfile.open(fileobj=archive) as tar:
-                tar.extractall(made, filter=_what_is_needed)
+        content = _get(file["url"]).content
+        if hashlib.sha256(content).hexdigest() != file["hashes"]["sha256"]:
+            raise RuntimeError(f"{file['url']} is not what the index describes")
+        with new_folder(folder) as made, tarfile.open(fileobj=BytesIO(content)) as tar:
+            tar.extractall(made, filter=_what_is_needed)
     return str(version), folder
 
 
@@ -115,11 +116,8 @@ def choose(which: str, files: list[dict[str, Any]]) -> tuple[Version, dict[str, 
             found[parse_sdist_filename(file["filename"])[1]] = file
     if which in ("supported", "latest"):
         wanted = supported() if which == "supported" else SpecifierSet()
-        fitting = [
-            version
-            for version, file in found.items()
-            if version in wanted and not (version.is_prerelease or file["yanked"])
-        ]
+        offered = [version for version, file in found.items() if not file["yanked"]]
+        fitting = list(wanted.filter(offered, prereleases=False))
     else:
         fitting = [version for version in found if version == Version(which)]
     if not fitting:
@@ -147,14 +145,6 @@ def _get(url: str, headers: dict[str, str] | None = None) -> requests.Response:
             "has vLLM, or name a release that was fetched before, e.g. 0.33.0"
         ) from error
     return response
-
-
-def _downloaded(file: dict[str, Any]) -> bytes:
-    content = _get(file["url"]).content
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != file["hashes"]["sha256"]:
-        raise RuntimeError(f"{file['url']} is not the file that the index describes")
-    return content
 
 
 def _what_is_needed(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
