@@ -8,7 +8,6 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -26,6 +25,11 @@ from vllm_emssd.integration.kv_cache import (
     keep_windows_whole,
     refuse_states,
 )
+
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+except ImportError:  # until 0.32 is no longer supported
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 HEADS: dict[str, Any] = {"block_size": 32, "head_size": 64, "dtype": torch.float32}
 
