@@ -35,10 +35,10 @@ def pytest_configure() -> None:
     create = EngineArgs.create_speculative_config
 
     @wraps(create)
-    def create_speculative_config(self: EngineArgs, *args: Any) -> Any:
+    def create_speculative_config(self: EngineArgs, **options: Any) -> Any:
         if self.speculative_config:
             self.speculative_config = replaced(self.speculative_config)
-        return create(self, *args)
+        return create(self, **options)
 
     EngineArgs.create_speculative_config = create_speculative_config
     # The first raises on a CPU, where files that call it could not be imported. The
