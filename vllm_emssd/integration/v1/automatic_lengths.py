@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
 from vllm.logger import init_logger
@@ -48,6 +49,8 @@ class AutomaticLengthsMixin:
     max_model_len: int
     num_spec_tokens: int
     speculative_config: SpeculativeConfig
+    lora_config: Any
+    maybe_select_dummy_loras: Any
     emssd_config: EmssdConfig
     paged_drafter: PagedDrafter | None
     _ranks: Ranks
@@ -110,7 +113,9 @@ class AutomaticLengthsMixin:
                 uniform_decode=num_rows <= most,
                 profile_seq_lens=min(CONTEXT, self.max_model_len),
             )
-            self.model.compute_logits(hidden_states[:num_rows])
+            one_each = np.ones(num_rows, dtype=np.int32)
+            with self.maybe_select_dummy_loras(self.lora_config, one_each):
+                self.model.compute_logits(hidden_states[:num_rows])
 
         most_rows = rows_to_measure(most, self.max_num_tokens)
         for num_rows in ROW_COUNTS:  # makes their kernels
