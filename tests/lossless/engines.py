@@ -34,12 +34,16 @@ CONFIGS = {
     "plain": EngineConfig(max_num_batched_tokens=8192, **REASONING),
     "stock": EngineConfig(STOCK),
     "draft_model": EngineConfig(DRAFT_MODEL, **CACHED, **REASONING),
-    "auto": EngineConfig(DRAFT_MODEL | {"draft_length": "auto"}, **REASONING),
     "llma": EngineConfig(LLMA, **CACHED, **REASONING),
     "mixed": EngineConfig(MIXED, **CACHED, **REASONING),
-    "draft_model, padded": EngineConfig(DRAFT_MODEL | {"unpad_inputs": False}),
-    "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}),
-    "mixed, padded": EngineConfig(MIXED | {"unpad_inputs": False}),
+    "auto": EngineConfig(DRAFT_MODEL | {"draft_length": "auto"}, **REASONING),
+    "llma, auto": EngineConfig(LLMA | {"draft_length": "auto"}, **CACHED, **REASONING),
+    "mixed, auto": EngineConfig(MIXED | {"draft_length": "auto"}, **REASONING),
+    "draft_model, padded": EngineConfig(
+        DRAFT_MODEL | {"unpad_inputs": False}, **REASONING
+    ),
+    "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}, **REASONING),
+    "mixed, padded": EngineConfig(MIXED | {"unpad_inputs": False}, **REASONING),
 }
 OURS = ("draft_model", "llma")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsPar
 
 from tests.engine import model_runner, stop_counting_others
 from tests.lossless.engines import OURS, Sampled, engine, sample, texts
+from tests.lossless.test_auto import random_prices
 
 SCHEMA = {
     "type": "object",
@@ -26,6 +27,10 @@ SCHEMA = {
         "size": {"type": "integer"},
     },
     "required": ["name", "size"],
+}
+TAG = {  # text, in which an object follows each `self`
+    "structures": [{"begin": "self", "schema": SCHEMA, "end": "."}],
+    "triggers": ["self"],
 }
 GRAMMAR = 'root ::= "x = " digit "+" digit\ndigit ::= [0-9]+'
 
@@ -89,6 +94,7 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
     "json without white space": _structured(
         json=json.dumps(SCHEMA), disable_any_whitespace=True
     ),
+    "structural_tag": _structured(structural_tag=json.dumps(TAG)),
     "flat_logprobs": _greedy(logprobs=2, flat_logprobs=True, ignore_eos=True),
     "logprob_token_ids": _greedy(logprob_token_ids=[5, 300, 6], ignore_eos=True),
     "logprobs of named and of likely tokens": [
@@ -152,6 +158,8 @@ FEW_DRAFTS = (
     "seed, grammar",
 )
 MUST_ACCEPT = [c for c in CASES if c not in FEW_DRAFTS]
+AUTO = ("auto", "llma, auto", "mixed, auto")
+SLOW = (*AUTO, "draft_model, padded", "llma, padded", "mixed, padded")
 PATHS = {"no drafts", "rejected draft", "behind all drafts"}
 
 
@@ -203,7 +211,7 @@ def results(name: str) -> dict[str, Sampled]:
     """All cases on one engine, by "case" or "case, arrangement"."""
     stop_counting_others()
     seen = {}
-    with engine(name) as llm:
+    with engine(name) as llm, random_prices(llm) if name in AUTO else nullcontext():
         if name == "stock":
             return {case: sample(llm, texts(), CASES[case]) for case in STOCK_CASES}
         for case in CASES:
@@ -227,10 +235,7 @@ PATHS_SEEN: dict[tuple[str, str], set[str]] = {}
     [
         *OURS,
         "mixed",
-        pytest.param("auto", marks=pytest.mark.slow),
-        pytest.param("draft_model, padded", marks=pytest.mark.slow),
-        pytest.param("llma, padded", marks=pytest.mark.slow),
-        pytest.param("mixed, padded", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
 def test_tokens_are_plain_decoding(name: str, case: str) -> None:
@@ -256,6 +261,22 @@ def test_each_kind_of_row_was_sampled(case: str) -> None:
     results("draft_model")
     everywhere = PATHS_SEEN["draft_model", case]
     assert everywhere | PATHS_SEEN["draft_model", f"{case}, beside"] == PATHS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llma", "mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in AUTO)],
+)
+def test_each_kind_of_row_was_sampled_of_copies_and_automatic_lengths(
+    name: str,
+) -> None:
+    """In most cases: not every answer has something to copy."""
+    results(name)
+    seen = [
+        PATHS_SEEN[name, case] | PATHS_SEEN[name, f"{case}, beside"]
+        for case in MUST_ACCEPT
+    ]
+    assert seen.count(PATHS) > len(MUST_ACCEPT) // 2
 
 
 def test_budgets_end_thinking() -> None:

@@ -11,9 +11,11 @@ import dataclasses
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import vllm.v1.sample
+import vllm.v1.worker.gpu.sample
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -22,6 +24,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.metadata import SamplingMetadata
 
+import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
 from tests.lossless.test_greedy import CASES
 
 
@@ -97,7 +100,7 @@ STRUCTURED: dict[str, list[str] | NoMatter] = {
     "disable_any_whitespace": ["json without white space"],
     "disable_additional_properties": NoMatter("only the grammar's text differs"),
     "whitespace_pattern": NoMatter("only the grammar's text differs"),
-    "structural_tag": NoMatter("a grammar like the others once it is compiled"),
+    "structural_tag": ["structural_tag"],
     "_backend": FOLLOWS,
     "_backend_was_auto": FOLLOWS,
 }
@@ -127,6 +130,18 @@ STATES: dict[str, list[str]] = {
     "LogitBiasLogitsProcessor": ["logit_bias"],
     "MinPLogitsProcessor": ["seed, all filters"],
     "ThinkingBudgetStateHolder": ["thinking_token_budget"],
+}
+# Likewise on the V2 runner, whose cases `tests/v2/test_parameters.py` runs.
+STATES_V2: dict[str, list[str] | NoMatter] = {
+    "SamplingStates": ["seed", "seed, all filters", "logprobs"],
+    "PenaltiesState": ["penalties"],
+    "LogitBiasState": ["logit_bias", "allowed_token_ids", "min_tokens"],
+    "BadWordsState": ["bad_words"],
+    "LogprobTokenIdsState": ["logprob_token_ids"],
+    "ThinkingBudgetState": ["thinking_token_budget"],
+    "PromptLogprobsWorker": ["prompt_logprobs"],
+    "TraceReplayState": OTHER_ENGINES,
+    "LogitsProcRequestState": NoMatter("a view of the requests' tokens"),
 }
 # Of requests over HTTP: the field of SamplingParams that each becomes, or why it
 # cannot matter.
@@ -197,16 +212,25 @@ REQUESTS: dict[str, str | NoMatter] = {
 }
 
 
+def _classes(package: ModuleType) -> set[str]:
+    return {
+        name
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.endswith("triton")
+        for name, member in vars(importlib.import_module(module.name)).items()
+        if isinstance(member, type) and member.__module__ == module.name
+    }
+
+
 def _state_names() -> set[str]:
     """Built-in logits processors and everything of the sampler's that keeps state."""
     names = {processor.__name__ for processor in BUILTIN_LOGITS_PROCESSORS}
-    for module in pkgutil.walk_packages(vllm.v1.sample.__path__, "vllm.v1.sample."):
-        if module.name.endswith("triton"):
-            continue
-        for name in vars(importlib.import_module(module.name)):
-            if name.endswith("StateHolder"):
-                names.add(name)
-    return names
+    return names | {n for n in _classes(vllm.v1.sample) if n.endswith("StateHolder")}
+
+
+def _state_names_v2() -> set[str]:
+    ends = ("State", "States", "Worker")
+    return {n for n in _classes(vllm.v1.worker.gpu.sample) if n.endswith(ends)}
 
 
 @pytest.mark.parametrize(
@@ -216,8 +240,12 @@ def _state_names() -> set[str]:
         (STRUCTURED, {f.name for f in dataclasses.fields(StructuredOutputsParams)}),
         (METADATA, {f.name for f in dataclasses.fields(SamplingMetadata)}),
         (STATES, _state_names()),
+        (STATES_V2, _state_names_v2()),
     ],
-    ids=["SamplingParams", "StructuredOutputsParams", "SamplingMetadata", "states"],
+    ids=[
+        *("SamplingParams", "StructuredOutputsParams", "SamplingMetadata"),
+        *("states", "states on V2"),
+    ],
 )
 def test_every_field_is_named(
     table: dict[str, list[str] | NoMatter], names: set[str]

@@ -81,3 +81,13 @@ def schedule_asynchronously(wanted: bool) -> None:
 
     CpuPlatform._stock_check = staticmethod(stock)
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def filter_by_torch() -> None:
+    """`top_k` and `top_p` by vLLM's own code without Triton, whose interpreter lacks
+    what the kernel uses. Call it once vLLM is imported."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.apply_top_k_top_p_triton = (
+        topk_topp_sampler.apply_top_k_top_p_pytorch
+    )

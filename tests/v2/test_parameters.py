@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.v2.parameters import V2_CASES
+from tests.lossless.test_greedy import CASES, MUST_ACCEPT, PATHS
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -33,13 +33,17 @@ def results() -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("arrangement", ["all", "beside"])
-@pytest.mark.parametrize("case", V2_CASES)
-@pytest.mark.parametrize("name", ["fixed", "one draft"])
+OURS = ("fixed", "one draft", "async", "auto")
+
+
+@pytest.mark.parametrize("arrangement", ["all", "alone", "beside"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", OURS)
 def test_tokens_are_plain_decoding(name: str, case: str, arrangement: str) -> None:
     plain = results()[f"plain: {case}, {arrangement}"]
     ours = results()[f"{name}: {case}, {arrangement}"]
-    assert ours["token_ids"] == plain["token_ids"]
+    for field in ("token_ids", "texts", "finish_reasons"):
+        assert ours[field] == plain[field], field
     for seen, expected in zip(ours["logprobs"], plain["logprobs"], strict=True):
         for at_ours, at_plain in zip(seen, expected, strict=True):
             assert dict(map(tuple, at_ours)) == pytest.approx(
@@ -47,16 +51,26 @@ def test_tokens_are_plain_decoding(name: str, case: str, arrangement: str) -> No
             )
 
 
-def test_drafts_are_accepted() -> None:
-    for name in ("fixed", "one draft"):
-        accepting = [
-            case
-            for case in V2_CASES
-            if results()[f"{name}: {case}, all"]["num_accepted_tokens"]
-        ]
-        assert len(accepting) >= len(V2_CASES) - 3
+@pytest.mark.parametrize("case", MUST_ACCEPT)
+def test_each_kind_of_row_was_sampled(case: str) -> None:
+    paths = set()
+    for name in OURS:
+        for arrangement in ("all", "alone", "beside"):
+            paths |= set(results()[f"{name}: {case}, {arrangement}"]["paths"])
+    assert paths == PATHS
 
 
-def test_requests_may_limit_their_drafts() -> None:
-    assert results()["fixed: no drafts, all"]["num_draft_tokens"] == 0
-    assert results()["fixed: no drafts, beside"]["num_draft_tokens"] > 0
+@pytest.mark.parametrize("name", OURS)
+def test_drafts_are_accepted(name: str) -> None:
+    accepting = [
+        case
+        for case in CASES
+        if results()[f"{name}: {case}, all"]["num_accepted_tokens"]
+    ]
+    assert set(MUST_ACCEPT) <= set(accepting)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_requests_may_limit_their_drafts(name: str) -> None:
+    assert results()[f"{name}: no drafts, all"]["num_draft_tokens"] == 0
+    assert results()[f"{name}: no drafts, beside"]["num_draft_tokens"] > 0
