@@ -120,8 +120,8 @@ def _shift_forced_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of thinking is forced one row too far."""
     update = ThinkingBudgets.update_state
 
-    def shifted(self: Any, output_token_ids: Any, *args: Any) -> None:
-        update(self, output_token_ids, *args)
+    def shifted(self: Any, output_token_ids: Any, *args: Any, **kwargs: Any) -> None:
+        update(self, output_token_ids, *args, **kwargs)
         num_reqs = len(output_token_ids)
         self._forced = {(i + 1) % num_reqs: f for i, f in self._forced.items()}
 
