@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import pytest
 import vllm.v1.sample
@@ -265,16 +266,28 @@ def test_every_field_of_a_request_is_named(request_type: type) -> None:
     assert becomes <= set(SAMPLING)
 
 
-@pytest.mark.parametrize("name", SAMPLING)
-def test_the_cases_of_a_parameter_use_it(name: str) -> None:
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        *(pytest.param(SAMPLING, name, id=name) for name in SAMPLING),
+        *(pytest.param(STRUCTURED, name, id=name) for name in STRUCTURED),
+    ],
+)
+def test_the_cases_of_a_parameter_use_it(
+    table: dict[str, list[str] | NoMatter], name: str
+) -> None:
     """A case that left its parameter at the default would prove nothing."""
-    cases, default = SAMPLING[name], getattr(SamplingParams(), name)
+    cases = table[name]
     if isinstance(cases, NoMatter):
         assert cases.reason
         return
     used = []
     for case in cases:
         params = CASES[case]
-        each = params if isinstance(params, list) else [params]
-        used.append(any(getattr(p, name) != default for p in each))
+        each: list[Any] = params if isinstance(params, list) else [params]
+        default: Any = SamplingParams()
+        if table is STRUCTURED:
+            each = [p.structured_outputs for p in each]
+            default = StructuredOutputsParams(json_object=False)
+        used.append(any(getattr(p, name) != getattr(default, name) for p in each))
     assert any(used)
