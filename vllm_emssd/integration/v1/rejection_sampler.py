@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -89,13 +90,21 @@ def behind_drafts(
 def min_tokens_behind_drafts(
     processor: MinTokensLogitsProcessor, num_draft_tokens: list[int]
 ) -> MinTokensLogitsProcessor:
-    """A copy for answers that are longer by their drafts. [num_reqs] drafts."""
+    """A copy for answers that are longer by their drafts. [num_reqs] drafts.
+
+    Whether an answer is long enough is decided here: a vLLM that counts drafts itself
+    must not count them twice.
+    """
     ahead = copy.copy(processor)
     ahead.min_toks = {
-        index: (least, range(len(output) + num_draft_tokens[index]), *rest)
+        index: (
+            0 if len(output) + num_draft_tokens[index] >= least else sys.maxsize,
+            output,
+            *rest,
+        )
         for index, (least, output, *rest) in processor.min_toks.items()
     }
-    ahead.update_state(None)  # drops those that reach their minimum
+    ahead.update_state(None)  # drops those that have reached their minimum
     return ahead
 
 
@@ -239,6 +248,7 @@ class UnpadRejectionSampler(RejectionSampler):
         target_logits: torch.Tensor,
         bonus_logits: torch.Tensor,
         sampled_token_ids: torch.Tensor,
+        *args: object,
     ) -> LogprobsTensors:
         seeded = self._seeded
         if seeded is not None and seeded.rows and self.is_processed_logprobs_mode:
@@ -258,6 +268,7 @@ class UnpadRejectionSampler(RejectionSampler):
                 target_logits,
                 bonus_logits,
                 sampled_token_ids,
+                *args,
             )
         finally:
             self.sampler.token_ids_of_rows = None
