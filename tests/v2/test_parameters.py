@@ -28,7 +28,7 @@ def results() -> dict[str, Any]:
             cwd=REPO,
             env=os.environ | {"PYTHONPATH": str(REPO)},
             check=True,
-            timeout=900,
+            timeout=1800,
         )
         return json.loads(path.read_text())
 
