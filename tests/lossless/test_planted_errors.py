@@ -118,14 +118,12 @@ def test_reusing_rejected_drafts_kv_is_seen() -> None:
 
 def _shift_forced_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of thinking is forced one row too far."""
-    update = ThinkingBudgets.update_state
+    force = ThinkingBudgets.apply_to_logits
 
-    def shifted(self: Any, output_token_ids: Any, *args: Any, **kwargs: Any) -> None:
-        update(self, output_token_ids, *args, **kwargs)
-        num_reqs = len(output_token_ids)
-        self._forced = {(i + 1) % num_reqs: f for i, f in self._forced.items()}
+    def shifted(self: Any, logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return force(self, logits.roll(-1, 0), *args, **kwargs).roll(1, 0)
 
-    monkeypatch.setattr(ThinkingBudgets, "update_state", shifted)
+    monkeypatch.setattr(ThinkingBudgets, "apply_to_logits", shifted)
 
 
 def _keep_finished_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
