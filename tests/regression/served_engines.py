@@ -8,6 +8,7 @@ as with Ray Serve. The tests look at what this writes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -16,8 +17,12 @@ import pickle
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 import tests.conftest  # noqa: F401  the environment of engines
 from tests.engine import DRAFT, TARGET, prompts
@@ -129,6 +134,20 @@ def forked() -> Series:
     return series
 
 
+@contextlib.contextmanager
+def handed_down(directories: list[str]) -> Iterator[None]:
+    """A planted error: engines started here are given the directory of the one that
+    runs."""
+    from vllm_emssd.integration.metrics import prometheus
+
+    (name,) = directories
+    path = str(Path(tempfile.gettempdir()) / name)
+    with pytest.MonkeyPatch.context() as patch:
+        planted = SimpleNamespace(mkdtemp=lambda prefix: path)
+        patch.setattr(prometheus, "tempfile", planted)
+        yield
+
+
 def main() -> None:
     report: dict[str, Any] = {}
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -168,7 +187,14 @@ def main() -> None:
     report["two_ended"] = shown()
     restarted = start("two")
     report["restarted"] = shown()
-    for engine in (one, restarted):
+    restarted.engine_core.shutdown()
+    del restarted
+    gc.collect()
+    with handed_down(counters_dirs()):
+        planted = start("two")
+    generate(planted, 12)
+    report["planted"] = shown(), [counted(one), counted(planted)]
+    for engine in (one, planted):
         engine.engine_core.shutdown()
     Path(sys.argv[1]).write_text(json.dumps(report))
 

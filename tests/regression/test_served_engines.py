@@ -48,11 +48,22 @@ def test_what_differs_between_starts_is_not_in_the_hash(report: dict[str, Any]) 
     assert len(set(report["hashes"])) == 1
 
 
+def assert_own_counters(seen: Any) -> None:
+    """/metrics shows what each engine counted itself."""
+    shown, (one, two) = seen
+    assert shown == {"one": one, "two": two}
+
+
+def test_counters_of_another_engine_are_seen(report: dict[str, Any]) -> None:
+    """A planted error: both engines were given one directory."""
+    with pytest.raises(AssertionError):
+        assert_own_counters(report["planted"])
+
+
 def test_two_engines_in_one_process(report: dict[str, Any]) -> None:
     assert report["at_start"] == {"one": [0, 0, 0], "two": [0, 0, 0]}
     for when in ("one_ran", "both_ran"):
-        shown, (one, two) = report[when]
-        assert shown == {"one": one, "two": two}
+        assert_own_counters(report[when])
     (_, (one, before)), (_, (still_one, two)) = report["one_ran"], report["both_ran"]
     assert one == still_one
     assert one[-1] >= 20
