@@ -137,6 +137,17 @@ def test_drafts_of_the_target_itself_are_all_accepted(
     assert counts["num_request_steps"] == 2 * num_steps
 
 
+@pytest.mark.parametrize("row", rows(target="exact"))
+def test_copies_without_a_draft_model(row: Architecture, models: Any) -> None:
+    """Blocks that only windows need are then freed behind them, unlike above."""
+    model = models(row)
+    expected = plain_tokens(row, model)
+    with engine(row, model, COPIES) as llm:
+        assert_plain(llm, expected)
+        counts, accepted = stats(llm), num_accepted(llm)
+    assert 0 < accepted < counts["num_draft_tokens"]
+
+
 def num_accepted(llm: Any) -> int:
     return vllm_counters(llm)["vllm:spec_decode_num_accepted_tokens"]
 
