@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from tests.engine import DRAFT, DRAFT_MODEL, LLMA, MIXED, TARGET, prompts
 from vllm_emssd.bench.server_process import ServerProcess, free_port, server_process
@@ -88,6 +89,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     ),
     "max_tokens": _mostly(st.integers(1, 24), ODD_INTEGERS),
     "max_completion_tokens": _mostly(st.integers(1, 24), ODD_INTEGERS),
+    "max_output_tokens": _mostly(st.integers(1, 24), ODD_INTEGERS),
     "min_tokens": _mostly(st.integers(0, 12), ODD_INTEGERS),
     "n": st.sampled_from([1, 1, 2, 3, 0, -1]),
     "seed": _mostly(SEEDS, ODD_INTEGERS),
@@ -111,6 +113,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
             {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
         ]
     ),
+    "text": st.sampled_from(
+        [
+            {"format": {"type": "text"}},
+            {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}},
+        ]
+    ),
     "repetition_detection": st.sampled_from(
         [
             {"max_pattern_size": 4, "min_count": 2},
@@ -125,6 +133,10 @@ LEFT_OUT = [
     "model",
     "messages",
     "prompt",
+    "input",
+    "background",
+    "previous_response_id",
+    "previous_input_messages",
     "stream",
     "stream_options",
     "request_id",
@@ -171,20 +183,24 @@ def _is_json(value: Any) -> bool:
 def _bodies(draw: Any) -> tuple[str, dict[str, Any]]:
     """A path of the API, and what is sent there."""
     text = draw(st.sampled_from(TEXTS))
-    if draw(st.booleans()):
-        path, fields = "/v1/completions", _fields(CompletionRequest)
+    usual = {"max_tokens": 16, "temperature": 0, "return_token_ids": True}
+    kind = draw(st.sampled_from(["completions", "chat/completions", "responses"]))
+    if kind == "completions":
+        fields = _fields(CompletionRequest)
         body: dict[str, Any] = {"prompt": text}
         fields["logprobs"] = st.sampled_from([0, 1, 4, 25, -1])
-    else:
-        path, fields = "/v1/chat/completions", _fields(ChatCompletionRequest)
+    elif kind == "chat/completions":
+        fields = _fields(ChatCompletionRequest)
         body = {"messages": [{"role": "user", "content": text}]}
         fields["logprobs"] = st.booleans()
-    usual = {"max_tokens": 16, "temperature": 0, "return_token_ids": True}
+    else:
+        fields, body = _fields(ResponsesRequest), {"input": text}
+        usual = {"max_output_tokens": 16, "temperature": 0}
     chosen = draw(st.lists(st.sampled_from(sorted(fields)), max_size=5, unique=True))
     body |= {"model": "target", **usual, **{c: draw(fields[c]) for c in chosen}}
     if body["temperature"] and "seed" not in body and draw(st.integers(0, 4)):
         body["seed"] = draw(SEEDS)  # else only the kind of answer can be compared
-    return path, body
+    return f"/v1/{kind}", body
 
 
 BATCHES = st.lists(_bodies(), min_size=1, max_size=8)
@@ -226,14 +242,18 @@ def _assert_alike(body: dict[str, Any], expected: Any, seen: Any) -> None:
     is_drawn = body["temperature"] and body["temperature"] > 1e-5
     if is_drawn and body.get("seed") is None:
         return
-    plain, ours = expected.json(), seen.json()
-    assert ours["usage"] == plain["usage"], body
-    for a, b in zip(ours["choices"], plain["choices"], strict=True):
-        a_logprobs, b_logprobs = a.pop("logprobs", None), b.pop("logprobs", None)
-        a_prompt, b_prompt = a.pop("prompt_logprobs", 0), b.pop("prompt_logprobs", 0)
-        assert a == b, body
-        _assert_close(a_logprobs, b_logprobs)
-        _assert_close(a_prompt, b_prompt)
+    try:
+        _assert_close(_generated(seen.json()), _generated(expected.json()))
+    except AssertionError as error:
+        raise AssertionError(f"{body}\n{seen.text}\n{expected.text}") from error
+
+
+def _generated(answer: dict[str, Any]) -> list[Any]:
+    """What was generated, and how much, without the ids of the answer itself."""
+    if "choices" in answer:
+        return [answer["usage"], *answer["choices"]]
+    num_tokens = [answer["usage"][f"{of}_tokens"] for of in ("input", "output")]
+    return [num_tokens, answer["status"], [o | {"id": ""} for o in answer["output"]]]
 
 
 def _assert_close(seen: Any, expected: Any) -> None:
