@@ -135,15 +135,15 @@ def forked() -> Series:
 
 
 @contextlib.contextmanager
-def handed_down(directories: list[str]) -> Iterator[None]:
-    """A planted error: engines started here are given the directory of the one that
-    runs."""
+def handed_down(config: Any) -> Iterator[None]:
+    """A planted error: engines started here are given the directory of another."""
+    from vllm_emssd.integration.frontend.engine_tag import tag_of
     from vllm_emssd.integration.metrics import prometheus
 
-    (name,) = directories
-    path = str(Path(tempfile.gettempdir()) / name)
+    tag = tag_of(config.speculative_config)
+    assert tag is not None
     with pytest.MonkeyPatch.context() as patch:
-        planted = SimpleNamespace(mkdtemp=lambda prefix: path)
+        planted = SimpleNamespace(mkdtemp=lambda prefix: tag.counters_dir)
         patch.setattr(prometheus, "tempfile", planted)
         yield
 
@@ -190,7 +190,7 @@ def main() -> None:
     restarted.engine_core.shutdown()
     del restarted
     gc.collect()
-    with handed_down(counters_dirs()):
+    with handed_down(config):
         planted = start("two")
     generate(planted, 12)
     report["planted"] = shown(), [counted(one), counted(planted)]
