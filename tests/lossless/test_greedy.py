@@ -18,7 +18,7 @@ from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsPar
 
 from tests.engine import model_runner, stop_counting_others
 from tests.lossless.engines import OURS, Sampled, engine, sample, texts
-from tests.lossless.test_auto import random_prices
+from tests.lossless.test_auto import random_costs
 
 SCHEMA = {
     "type": "object",
@@ -211,7 +211,7 @@ def results(name: str) -> dict[str, Sampled]:
     """All cases on one engine, by "case" or "case, arrangement"."""
     stop_counting_others()
     seen = {}
-    with engine(name) as llm, random_prices(llm) if name in AUTO else nullcontext():
+    with engine(name) as llm, random_costs(llm) if name in AUTO else nullcontext():
         if name == "stock":
             return {case: sample(llm, texts(), CASES[case]) for case in STOCK_CASES}
         for case in CASES:

@@ -137,14 +137,14 @@ def forked() -> Series:
 @contextlib.contextmanager
 def handed_down(config: Any) -> Iterator[None]:
     """A planted error: engines started here are given the directory of another."""
-    from vllm_emssd.integration.frontend.engine_tag import tag_of
-    from vllm_emssd.integration.metrics import prometheus
+    from vllm_emssd.integration import metrics
+    from vllm_emssd.integration.frontend.serving import tag_of
 
     tag = tag_of(config.speculative_config)
     assert tag is not None
     with pytest.MonkeyPatch.context() as patch:
         planted = SimpleNamespace(mkdtemp=lambda prefix: tag.counters_dir)
-        patch.setattr(prometheus, "tempfile", planted)
+        patch.setattr(metrics, "tempfile", planted)
         yield
 
 
