@@ -114,7 +114,10 @@ def serve_another(name: str, num_tokens: int) -> tuple[Series, list[int]]:
 
     engine = LLMEngine.from_engine_args(EngineArgs(**options(name)))
     generate(engine, num_tokens)
-    return shown(), counted(engine)
+    seen = shown(), counted(engine)
+    del engine  # the pool ends its processes by a signal, which removes nothing
+    gc.collect()
+    return seen
 
 
 def forked() -> Series:
