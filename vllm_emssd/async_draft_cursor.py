@@ -1,157 +1,216 @@
-"""A draft cursor for a host that learns late how many drafts were accepted.
+"""Draft K/V validity of all requests at once, for a host that learns acceptance late.
 
-On a GPU that number is on the device, and a host that waits for it leaves the device
-idle. The rows that the drafter needs can be bounded without it: of the drafts verified,
-the last `num_draft_tokens - num_fed_drafts` were never fed (one, after a step that
-drafted), all others need no row, however many are accepted. So the host *assumes* that
-many accepted, which gives rows enough for every outcome, and the device moves the span
-by `accepted - assumed` to where the text really ends. That may feed one token again,
-which writes the same K/V.
+On a GPU the number of accepted drafts is on the device, and a host that waits for it
+leaves the device idle. How many rows the drafter lacks can be bounded without it: of
+the drafts verified, those that the drafter was fed need no row, however many are
+accepted; one at most was not. So `num_lacking` counts from the end of the text, which
+the device knows: two at most for a request that drafted before. Feeding one token again
+writes the same K/V.
 
-As the number of missing rows does not depend on the outcome, any number of steps may
-run before one is known. What each step fed is kept until then, and recorded as if it
-had been known at once.
+Any number of steps may run before one's acceptance is known. What each step left is
+kept in a `Turn` until then, and recorded as if it had been known at once. Requests are
+told by their *slot*, the runner's row for them, so that a step is a few array
+operations, whatever the batch.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
+from vllm_emssd.draft_cursor import AdmittedRequest
+
+NOBODY = -1  # number of a free slot
 
 
 @dataclass(slots=True)
-class _Request:
-    num_tokens: int  # by the steps whose acceptance is known
-    num_pending: int = 0  # steps whose acceptance is to come
-    num_missing: int = 0  # known tokens, pending ones included, that lack draft K/V
-    num_fed_drafts: int = 0  # of the drafts made last
+class Turn:
+    """Requests in a step whose acceptance is to come. All are [num_reqs]."""
 
-
-@dataclass(slots=True)
-class _Turn:
-    """A request in a step whose acceptance is to come."""
-
-    request: _Request
-    start: int  # of the tokens without draft K/V, as the host counts
-    end: int  # of the known ones
-    num_fed_drafts: int  # of the drafts verified
-    num_missing: int = 0  # tokens without draft K/V when the step was over
+    slots: np.ndarray  # int64
+    numbers: np.ndarray  # int64: of the admissions
+    is_late: np.ndarray  # bool: what it did is recorded when its acceptance is known
+    num_fed_drafts: np.ndarray  # int64: of the drafts verified
+    num_lacking: np.ndarray  # int64: when the step was over
 
 
 class AsyncDraftCursor:
-    """Wraps a `DraftCursor`. A step goes: `assume_accepted` with each sampling request;
-    the proposer reads and records; `end_step`. Once its acceptance is known, in the
-    order of the steps: `record_verified` for each sampling request; `settle`.
+    """Draft K/V validity by slot and, for prefix caching, by physical block.
+
+    A step goes: `begin` with its requests; `feed` and `draft` with what is fed; `end`.
+    Once its acceptance is known, in the order of the steps: `settle`.
+
+    Args:
+        num_slots: requests at once.
+        num_blocks: physical blocks of the KV cache.
+        block_size: tokens a block, as the scheduler allocates them.
+        max_blocks: of a request.
+        trust_cached_blocks: as `DraftCursor` has it.
     """
 
-    def __init__(self, cursor: DraftCursor) -> None:
-        self._cursor = cursor
-        self._requests: dict[str, _Request] = {}  # that have sampled
-        self._now: dict[str, _Turn] = {}  # of the step being made
-        self._pending_steps: deque[dict[str, _Turn]] = deque()  # oldest step first
+    def __init__(
+        self,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        max_blocks: int,
+        trust_cached_blocks: bool = True,
+    ) -> None:
+        self._block_size = block_size
+        self._trust_cached_blocks = trust_cached_blocks
+        self._block_is_valid = np.zeros(num_blocks, dtype=bool)
+        self._blocks = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self._num_admitted = 0
+        (
+            self._num_blocks,  # of those above
+            self._num_hits,  # leading tokens in blocks that the request may share
+            self._draft_len,  # leading tokens with valid draft K/V
+            self._num_tokens,  # known by the steps that are settled
+            self._num_pending,  # steps to be settled
+            self._num_lacking,  # known tokens, pending ones included, without draft K/V
+            self._num_fed_drafts,  # of the drafts made last
+        ) = np.zeros((7, num_slots), dtype=np.int64)
+        self._numbers = np.full(num_slots, NOBODY)
 
-    def assume_accepted(
-        self, req_id: str, num_tokens: int, num_draft_tokens: int
-    ) -> int:
-        """Accepted tokens to assume.
-
-        Args:
-            num_tokens: known before this step sampled; where earlier steps are pending,
-                counted in any way, as long as the step is counted in the same.
-            num_draft_tokens: being verified.
-        """
-        if req_id not in self._requests:
-            self._requests[req_id] = _Request(num_tokens)
-        request = self._requests[req_id]
-        if request.num_pending == 0:
-            request.num_missing = request.num_tokens - self._cursor.draft_len(req_id)
-        unfed = max(num_draft_tokens - request.num_fed_drafts, 0)
-        turn = _Turn(
-            request,
-            start=num_tokens - request.num_missing,
-            end=num_tokens + 1 + unfed,
-            num_fed_drafts=request.num_fed_drafts,
-        )
-        request.num_missing = turn.end - turn.start
-        request.num_fed_drafts = 0
-        if num_draft_tokens == 0 and request.num_pending == 0:
-            # Nothing is uncertain: others may count on what it feeds now.
-            request.num_tokens += 1
-        else:
-            request.num_pending += 1
-        self._now[req_id] = turn
-        return unfed
+    # ------------------------------------------------------------ requests and blocks
 
     def update_blocks(
         self,
-        admitted: Iterable[AdmittedRequest],
-        extended: Iterable[tuple[str, Sequence[int]]],
-    ) -> None:
-        admitted = list(admitted)
-        for request in admitted:
-            self._requests.pop(request.req_id, None)
-        self._cursor.update_blocks(admitted, extended)
+        admitted: Iterable[tuple[int, int, AdmittedRequest]],
+        extended: Iterable[tuple[int, Sequence[int]]],
+    ) -> list[int]:
+        """Take in one step's block allocations.
 
-    def release(self, req_id: str) -> None:
-        """Forget a request, and what it fed in steps whose acceptance is to come: its
-        blocks may be another's by then."""
-        self._requests.pop(req_id, None)
-        self._cursor.release(req_id)
+        Args:
+            admitted: slot, known tokens, and new or resumed request.
+            extended: slot and the block ids appended to it.
 
-    def draft_len(self, req_id: str) -> int:
-        if req_id in self._now:
-            return self._now[req_id].start
-        return self._cursor.draft_len(req_id)
+        Returns: a number of each admission. All fresh blocks are cleared before any
+        request looks for valid ones, since it may hit blocks that another was given in
+        this very step.
+        """
+        numbers = []
+        for slot, block_ids in extended:
+            self._append(slot, block_ids, num_hits=0)
+        for slot, num_tokens, request in admitted:
+            self._num_admitted += 1
+            numbers.append(self._num_admitted)
+            self._numbers[slot] = self._num_admitted
+            self._num_tokens[slot] = self._num_lacking[slot] = num_tokens
+            for state in (
+                self._num_blocks,
+                self._draft_len,
+                self._num_pending,
+                self._num_fed_drafts,
+            ):
+                state[slot] = 0
+            num_hits = request.num_computed_tokens // self._block_size
+            self._num_hits[slot] = num_hits * self._block_size
+            self._append(slot, request.block_ids, num_hits)
+        return numbers
 
-    def waits_for_another(
-        self, req_ids: Sequence[str], feeds: np.ndarray
-    ) -> np.ndarray:
-        return self._cursor.waits_for_another(req_ids, feeds)
+    def _append(self, slot: int, block_ids: Sequence[int], num_hits: int) -> None:
+        """All but the first `num_hits` get new content."""
+        self._block_is_valid[list(block_ids[num_hits:])] = False
+        start = self._num_blocks[slot]
+        end = self._num_blocks[slot] = start + len(block_ids)
+        self._blocks[slot, start:end] = block_ids
 
-    def advance(self, req_id: str, draft_len: int) -> None:
-        if req_id in self._now:
-            turn = self._now[req_id]
-            turn.request.num_missing = turn.end - draft_len
-        else:  # in prefill
-            self._cursor.advance(req_id, draft_len)
+    def release(self, slot: int) -> None:
+        """Forget a request, and what it fed in steps not settled: its blocks may be
+        another's by then. Its full blocks stay valid until reallocated."""
+        self._numbers[slot] = NOBODY
 
-    def record_fed_drafts(self, req_id: str, num_fed_drafts: int) -> None:
-        if req_id in self._now:
-            self._now[req_id].request.num_fed_drafts = num_fed_drafts
+    # ------------------------------------------------------------ a step
 
-    def end_step(self) -> None:
-        """The proposer has recorded what it fed."""
-        for req_id, turn in self._now.items():
-            turn.num_missing = turn.request.num_missing
-            if turn.request.num_pending == 0:
-                self._advance_to_known(req_id, turn)
-        self._pending_steps.append(
-            {r: turn for r, turn in self._now.items() if turn.request.num_pending}
+    def begin(
+        self, slots: np.ndarray, is_sampling: np.ndarray, num_drafts: np.ndarray
+    ) -> Turn:
+        """Each request that samples knows one token more, and some or all of the drafts
+        that it verifies. All [num_reqs]."""
+        num_fed = self._num_fed_drafts[slots]
+        num_drafts = np.where(is_sampling, num_drafts, 0)
+        unfed = np.maximum(num_drafts - num_fed, 0)
+        self._num_lacking[slots] += np.where(is_sampling, 1 + unfed, 0)
+        self._num_fed_drafts[slots] = 0
+        is_late = (num_drafts > 0) | (self._num_pending[slots] > 0)
+        self._num_pending[slots] += is_late
+        # Nothing is uncertain of the others, which may count on what it feeds now.
+        self._num_tokens[slots] += is_sampling & ~is_late
+        return Turn(slots, self._numbers[slots], is_late, num_fed, num_fed)
+
+    def num_lacking(self, slots: np.ndarray) -> np.ndarray:
+        """Tokens from the end of each request's text back to its first without draft
+        K/V, or at most one more. [num_reqs] int64
+
+        In a prefix-cache hit, blocks count that anyone has made valid by now."""
+        if self._trust_cached_blocks:
+            in_hits = self._draft_len[slots] < self._num_hits[slots]
+            for slot in slots[in_hits].tolist():
+                self._skip_valid_blocks(slot)
+        return self._num_lacking[slots]
+
+    def _skip_valid_blocks(self, slot: int) -> None:
+        first, within = divmod(int(self._draft_len[slot]), self._block_size)
+        if within:
+            return
+        end = self._num_hits[slot] // self._block_size
+        hits = self._block_is_valid[self._blocks[slot, first:end]]
+        num_valid = len(hits) if hits.all() else int(hits.argmin())
+        self._draft_len[slot] += num_valid * self._block_size
+        self._num_lacking[slot] -= num_valid * self._block_size
+
+    def waits_for_another(self, slots: np.ndarray) -> np.ndarray:
+        """Which requests would begin in a block in which an earlier one is about to
+        begin: those with a common prefix share its blocks, often from the step in which
+        the first of them fills it. [num_reqs] bool"""
+        index = self._draft_len[slots] // self._block_size
+        blocks = self._blocks[slots, np.minimum(index, self._blocks.shape[1] - 1)]
+        # A block that is not allocated yet is nobody else's.
+        blocks = np.where(index < self._num_blocks[slots], blocks, -1 - slots)
+        waits = np.ones(len(slots), dtype=bool)
+        waits[np.unique(blocks, return_index=True)[1]] = False
+        return waits
+
+    def feed(self, slots: np.ndarray, num_rows: np.ndarray) -> None:
+        """The drafter was fed the first tokens that each request lacked."""
+        self._num_lacking[slots] -= num_rows
+
+    def draft(self, slots: np.ndarray, num_fed_drafts: np.ndarray) -> None:
+        """It was fed all known tokens, and the first of the drafts it made."""
+        self._num_lacking[slots] = 0
+        self._num_fed_drafts[slots] = num_fed_drafts
+
+    def end(self, turn: Turn) -> None:
+        """All that the step fed has been told."""
+        turn.num_lacking = self._num_lacking[turn.slots]
+        now = ~turn.is_late
+        slots = turn.slots[now]
+        self._advance(slots, self._num_tokens[slots] - turn.num_lacking[now])
+
+    def settle(self, turn: Turn, num_accepted: np.ndarray) -> None:
+        """What the oldest step that is not settled accepted. [num_reqs] integers"""
+        on = turn.is_late & (self._numbers[turn.slots] == turn.numbers)
+        slots, accepted = turn.slots[on], num_accepted[on]
+        self._num_pending[slots] -= 1
+        self._num_tokens[slots] += 1 + accepted
+        fed = self._draft_len[slots] + np.minimum(accepted, turn.num_fed_drafts[on])
+        known = self._num_tokens[slots] - turn.num_lacking[on]
+        self._advance(slots, np.maximum(fed, known))
+
+    def _advance(self, slots: np.ndarray, draft_lens: np.ndarray) -> None:
+        """The leading tokens have valid draft K/V: so have the blocks full of them."""
+        before = self._draft_len[slots]
+        draft_lens = np.maximum(draft_lens, before)
+        self._draft_len[slots] = draft_lens
+        first, end = before // self._block_size, draft_lens // self._block_size
+        num_full = end - first
+        if not num_full.any():
+            return
+        offsets = np.arange(num_full.sum()) - np.repeat(
+            num_full.cumsum() - num_full, num_full
         )
-        self._now = {}
-
-    def record_verified(self, req_id: str, num_accepted_tokens: int) -> None:
-        """What the oldest pending step accepted, of a request that sampled in it.
-        Recorded twice it counts once."""
-        turn = self._pending_steps[0].pop(req_id, None)
-        if turn is None or self._requests.get(req_id) is not turn.request:
-            return  # recorded already, or released since
-        turn.request.num_pending -= 1
-        turn.request.num_tokens += 1 + num_accepted_tokens
-        self._cursor.record_fed_drafts(req_id, turn.num_fed_drafts)
-        self._cursor.record_verified(req_id, num_accepted_tokens)
-        self._advance_to_known(req_id, turn)
-
-    def settle(self) -> None:
-        """The acceptance of the oldest step was known wholly."""
-        self._pending_steps.popleft()
-
-    def _advance_to_known(self, req_id: str, turn: _Turn) -> None:
-        end = turn.request.num_tokens - turn.num_missing
-        if end > self._cursor.draft_len(req_id):
-            self._cursor.advance(req_id, end)
+        index = np.repeat(first, num_full) + offsets
+        self._block_is_valid[self._blocks[np.repeat(slots, num_full), index]] = True

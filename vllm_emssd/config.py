@@ -68,7 +68,6 @@ class EmssdConfig(BaseModel):
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
     unpad_inputs: StrictBool = True
-    ragged_graphs: StrictBool = False
 
     @classmethod
     def carried_by(cls, additional_config: Mapping[str, Any]) -> EmssdConfig:

@@ -26,9 +26,6 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "emssd": DRAFT_MODEL,
     "ragged": DRAFT_MODEL,
     "auto": DRAFT_MODEL | {"draft_length": "auto"},
-    "emssd, ragged graphs": DRAFT_MODEL | {"ragged_graphs": True},
-    "auto, ragged graphs": DRAFT_MODEL
-    | {"draft_length": "auto", "ragged_graphs": True},
     "llma": LLMA,
 }
 BATCH = 24  # requests
@@ -44,17 +41,6 @@ def speculative_config(side: str, options: dict[str, Any]) -> dict[str, Any] | N
     return config | ({"draft_sample_method": "probabilistic"} if sampled else {})
 
 
-def choose(side: str, variant: str) -> dict[str, Any]:
-    """The first pass of our V2 speculator, before it is made, and vLLM's option to
-    schedule asynchronously or not."""
-    if side not in ("emssd", "emssd, ragged graphs", "ragged"):
-        return {}
-    from vllm_emssd.integration.v2 import speculator as speculator_v2
-
-    speculator_v2.copies_acceptance = lambda device: variant == "exact rows"
-    return {"async_scheduling": variant == "async"}
-
-
 def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
@@ -65,7 +51,8 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     regex = options.get("regex")
     ours = ("draft", "sampled", "regex")  # the rest is vLLM's
     options = {k: v for k, v in options.items() if k not in ours}
-    options |= choose(side, variant)
+    if side in ("emssd", "ragged", "auto"):
+        options["async_scheduling"] = variant == "async"
     texts = [prompts()[i % len(prompts())] for i in range(BATCH)]
     params = SamplingParams(
         temperature=float(is_sampled),

@@ -7,17 +7,19 @@ import copy
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.async_draft_cursor import AsyncDraftCursor
+from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 K = 4
 PROMPT = 5
+SLOT = np.array([0])
 
 
 class Pair:
@@ -25,64 +27,63 @@ class Pair:
     steps after the next was made, and by one told in time."""
 
     def __init__(self, num_late: int = 0) -> None:
-        self.inner = DraftCursor(NUM_BLOCKS, BLOCK_SIZE)
-        self.late = AsyncDraftCursor(self.inner)
+        self.late = AsyncDraftCursor(1, NUM_BLOCKS, BLOCK_SIZE, NUM_BLOCKS)
         self.in_time = DraftCursor(NUM_BLOCKS, BLOCK_SIZE)
         admitted = AdmittedRequest("a", range(NUM_BLOCKS), 0)
-        for cursor in (self.late, self.in_time):
-            cursor.update_blocks([admitted], [])
+        self.late.update_blocks([(0, PROMPT, admitted)], [])
+        self.in_time.update_blocks([admitted], [])
         self.num_late = num_late
         self.num_tokens = PROMPT  # known
         self.num_drafts = 0  # being verified
-        self.pending: list[tuple[int, int]] = []  # drafts, accepted; oldest first
+        self.pending: list[tuple[Turn, int]] = []  # and accepted; oldest first
         self.seen: Counter[str] = Counter()
 
     def step(self, num_accepted: int, num_next: int | None, budget: int) -> None:
-        """The target accepts; the drafter is fed, unless `num_next` is None, by up to
-        `budget` rows and then makes `num_next` drafts."""
+        """The target accepts; the drafter is fed, unless `num_next` is None, up to
+        `budget` rows of what it lacks but for the last two tokens, and with these makes
+        `num_next` drafts."""
         had_drafted = self.num_drafts > 0
-        # The host counts drafts as accepted until it learns of them.
-        counted = self.num_tokens + sum(n - a for n, a in self.pending)
-        assumed = self.late.assume_accepted("a", counted, self.num_drafts)
-        assumed_end = counted + 1 + assumed
+        turn = self.late.begin(SLOT, np.array([True]), np.array([self.num_drafts]))
         self.num_tokens += 1 + num_accepted
-        moved_by = self.num_tokens - assumed_end
         self.in_time.record_verified("a", num_accepted)
-        missing = self.num_tokens - self.in_time.draft_len("a")
-        start = self.late.draft_len("a")
-        num_rows = min(assumed_end - start, budget) if num_next is not None else 0
+        valid = self.in_time.draft_len("a")
+        lacking = int(self.late.num_lacking(SLOT)[0])
+        start = self.num_tokens - lacking
+        assert 0 <= start <= valid <= start + 1, "skips a token, or feeds one in vain"
+        if had_drafted:
+            assert lacking <= 2
         drafts = num_next or 0
-        if num_rows:
-            assert num_rows == budget or missing <= num_rows <= missing + 1
-            if had_drafted:
-                assert num_rows <= 2
-            true_start, true_end = (x + moved_by for x in (start, start + num_rows))
-            assert 0 <= true_start <= self.in_time.draft_len("a"), "skips a token"
-            assert true_end <= self.num_tokens
-            drafts = drafts if true_end == self.num_tokens else 0
-            self.seen["fed again"] += true_start < self.in_time.draft_len("a")
-            self.seen["chunked"] += true_end < self.num_tokens
-            self.late.advance("a", start + num_rows)
-            self.late.record_fed_drafts("a", max(drafts - 1, 0))
-            self.in_time.advance("a", max(true_end, self.in_time.draft_len("a")))
-            self.in_time.record_fed_drafts("a", max(drafts - 1, 0))
-        self.late.end_step()
-        self.pending.append((self.num_drafts, num_accepted))
+        if num_next is not None:
+            wanted = max(lacking - 2, 0)
+            granted = min(wanted, budget)
+            self.late.feed(SLOT, np.array([granted]))
+            self.in_time.advance("a", max(start + granted, valid))
+            drafts = drafts if granted == wanted else 0
+            self.seen["fed again"] += start < valid
+            self.seen["chunked"] += granted < wanted
+        if drafts:
+            self.late.draft(SLOT, np.array([drafts - 1]))
+            self.in_time.advance("a", self.num_tokens)
+            self.in_time.record_fed_drafts("a", drafts - 1)
+        self.late.end(turn)
+        self.pending.append((turn, num_accepted))
         self.hear(self.num_late)
         self.num_drafts = drafts
 
     def hear(self, num_late: int) -> None:
         """All acceptance but the last `num_late`."""
         while len(self.pending) > num_late:
-            _, num_accepted = self.pending.pop(0)
-            self.late.record_verified("a", num_accepted)
-            self.late.settle()
+            turn, num_accepted = self.pending.pop(0)
+            self.late.settle(turn, np.array([num_accepted]))
+
+    def draft_len(self) -> int:
+        return int(self.late._draft_len[0])
 
     def check(self) -> None:
         self.seen["known late"] += len(self.pending)
-        mine, others = self.inner, self.in_time
-        behind = others.draft_len("a") - mine.draft_len("a")
-        valid, all_valid = (cursor._block_is_valid for cursor in (mine, others))
+        behind = self.in_time.draft_len("a") - self.draft_len()
+        cursors = self.late, self.in_time
+        valid, all_valid = (cursor._block_is_valid for cursor in cursors)
         assert not (valid & ~all_valid).any(), "vouches for what it did not feed"
         if self.pending:
             assert behind >= 0
@@ -134,14 +135,14 @@ def test_the_runs_visit_what_they_claim() -> None:
 
 
 @pytest.mark.parametrize("num_late", [0, 1, 2])
-def test_two_rows_after_drafting_whatever_is_accepted(num_late: int) -> None:
+def test_two_rows_after_drafting_whatever_the_verdict(num_late: int) -> None:
     for num_accepted in range(K + 1):
         pair = Pair(num_late)
         pair.step(0, K, 100)
         for _ in range(4):
-            counted = pair.num_tokens + sum(n - a for n, a in pair.pending)
-            assumed = copy.deepcopy(pair.late).assume_accepted("a", counted, K)
-            assert assumed == 1
+            late = copy.deepcopy(pair.late)
+            late.begin(SLOT, np.array([True]), np.array([K]))
+            assert late.num_lacking(SLOT).tolist() == [2]
             pair.step(num_accepted, K, 100)
             pair.check()
         assert pair.seen["chunked"] == 0
@@ -151,7 +152,7 @@ def test_what_is_certain_is_recorded_at_once() -> None:
     """Others that share a block need not feed it again."""
     pair = Pair(num_late=2)
     pair.step(0, K, 100)
-    assert pair.inner.draft_len("a") == pair.num_tokens
+    assert pair.draft_len() == pair.num_tokens
 
 
 def test_a_request_released_meanwhile_is_not_recorded() -> None:
@@ -160,30 +161,71 @@ def test_a_request_released_meanwhile_is_not_recorded() -> None:
     for num_accepted in (0, K, K):
         pair.step(num_accepted, K, 100)
     assert pair.pending
-    pair.late.release("a")
+    pair.late.release(0)
     again = AdmittedRequest("a", range(NUM_BLOCKS), 0)
-    pair.late.update_blocks([again], [])
+    pair.late.update_blocks([(0, PROMPT, again)], [])
     pair.hear(0)
-    assert pair.inner.draft_len("a") == 0
-    assert not pair.inner._block_is_valid.any()
+    assert pair.draft_len() == 0
+    assert not pair.late._block_is_valid.any()
 
 
-@pytest.mark.parametrize("assumed", [0, 2])
-def test_another_assumption_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, assumed: int
+@pytest.mark.parametrize("more", [-1, 1])
+def test_another_reckoning_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
     """The property fails for a bound that is too low, or that costs a row too many."""
-    right = AsyncDraftCursor.assume_accepted
+    right = AsyncDraftCursor.begin
 
-    def assume_accepted(
-        self: AsyncDraftCursor, req_id: str, num_tokens: int, num_draft_tokens: int
-    ) -> int:
-        bound = right(self, req_id, num_tokens, num_draft_tokens)
-        if num_draft_tokens == 0:
-            return bound
-        self._now[req_id].end += assumed - bound
-        return assumed
+    def begin(self: AsyncDraftCursor, *args: np.ndarray) -> Turn:
+        turn = right(self, *args)
+        self._num_lacking[turn.slots] += more * (args[2] > 0)
+        return turn
 
-    monkeypatch.setattr(AsyncDraftCursor, "assume_accepted", assume_accepted)
+    monkeypatch.setattr(AsyncDraftCursor, "begin", begin)
     with pytest.raises((AssertionError, ValueError)):
         run_seeds()
+
+
+def many(num_hits: int = 0, trust: bool = True) -> AsyncDraftCursor:
+    """Two requests with the same first two blocks, `num_hits` tokens of them cached."""
+    cursor = AsyncDraftCursor(4, NUM_BLOCKS, BLOCK_SIZE, NUM_BLOCKS, trust)
+    blocks = [[1, 2, 3], [1, 2, 4]]
+    for slot in (0, 1):
+        hits = num_hits * slot
+        request = AdmittedRequest(str(slot), blocks[slot], hits)
+        cursor.update_blocks([(slot, 3 * BLOCK_SIZE, request)], [])
+    return cursor
+
+
+def prefill(cursor: AsyncDraftCursor, slot: int, num_rows: int) -> None:
+    slots = np.array([slot])
+    turn = cursor.begin(slots, np.array([False]), np.array([0]))
+    cursor.feed(slots, np.array([num_rows]))
+    cursor.end(turn)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_blocks_that_another_filled_count_where_they_are_trusted(trust: bool) -> None:
+    cursor = many(2 * BLOCK_SIZE, trust)
+    both = np.array([0, 1])
+    assert cursor.num_lacking(both).tolist() == [12, 12]
+    prefill(cursor, 0, BLOCK_SIZE + 1)
+    assert cursor.num_lacking(both).tolist() == [7, 8 if trust else 12]
+    prefill(cursor, 0, 3)
+    assert cursor.num_lacking(both).tolist() == [4, 4 if trust else 12]
+    cursor.update_blocks([], [(2, [2])])  # its content is another's now
+    assert not cursor._block_is_valid[2]
+
+
+def test_of_those_that_begin_in_a_block_one_writes_it() -> None:
+    cursor = many()
+    both = np.array([1, 0])
+    assert cursor.waits_for_another(both).tolist() == [False, True]
+    prefill(cursor, 0, 2 * BLOCK_SIZE)
+    prefill(cursor, 1, 2 * BLOCK_SIZE)
+    assert cursor.waits_for_another(both).tolist() == [False, False]
+
+
+def test_requests_with_no_block_yet_do_not_wait_for_each_other() -> None:
+    cursor = AsyncDraftCursor(2, NUM_BLOCKS, BLOCK_SIZE, NUM_BLOCKS)
+    assert not cursor.waits_for_another(np.array([0, 1])).any()

@@ -71,7 +71,6 @@ def test_all_of_ours_are_taken() -> None:
         "check_length": 3,
         "copy_length": 5,
         "unpad_inputs": False,
-        "ragged_graphs": True,
     }
     assert sorted(asked) == OUR_KEYS, "a new key needs a case here"
     config, stock = parse(**asked)
@@ -231,7 +230,6 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "proposer": lambda v: v in ("draft_model", "llma"),
     "draft_length": lambda v: v in ("fixed", "auto"),
     "unpad_inputs": lambda v: type(v) is bool,
-    "ragged_graphs": lambda v: type(v) is bool,
     "num_speculative_tokens": lambda v: type(v) is int and 1 <= v <= 128,
     "check_length": lambda v: type(v) is int and 1 <= v <= 64,
     "copy_length": lambda v: type(v) is int and 1 <= v <= 128,

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_emssd.integration.v2.cudagraphs import (
-    MOST_FIRST_ROWS,
-    DraftForwardGraphs,
-)
+import numpy as np
 
-PADDING = 2  # requests; of first forwards another row too
+PADDING = 2  # requests
 
 
 class PaddedForwards:
     """Takes the place of one of a speculator's graph managers: does forwards anew, with
     the padding that a graph would have."""
 
-    def __init__(self, recorded: DraftForwardGraphs, most_rows: int) -> None:
-        """`most_rows` of a request: 1, or `MOST_FIRST_ROWS`."""
+    def __init__(self, speculator: Any, rows: int) -> None:
+        """`rows` of each request."""
         self.num_replays = 0
-        self._recorded = recorded
-        self._most_rows = most_rows
-        self._metadata: Any = None
-        build = recorded._attn_metadata
-
-        def build_and_keep(*args: Any) -> Any:
-            self._metadata = build(*args)
-            return self._metadata
-
-        recorded._attn_metadata = build_and_keep
+        self._drafter = speculator._drafter
+        self._most = speculator.max_num_reqs
+        self._rows = rows
+        self._num_reqs = 0  # of them no padding
 
     def needs_capture(self) -> bool:
         return False
@@ -39,33 +30,28 @@ class PaddedForwards:
         num_rows: int,
         uniform_token_count: int | None,
         num_active_loras: int,
-        max_query_len: int | None = None,
     ) -> Any:
         from vllm.config.compilation import CUDAGraphMode
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-        if (max_query_len or 1) > self._most_rows:
-            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, num_reqs)
-        room = self._recorded._stock.max_num_reqs - num_reqs
-        padded = num_reqs + min(PADDING, room)
-        rows = padded if self._most_rows == 1 else num_rows + PADDING + 1
-        return BatchExecutionDescriptor(CUDAGraphMode.FULL, rows, padded)
+        assert uniform_token_count == self._rows
+        self._num_reqs = num_reqs
+        # Another of next forwards than of first ones, as with graphs.
+        padded = min(num_reqs + PADDING * (3 - self._rows), self._most)
+        return BatchExecutionDescriptor(
+            CUDAGraphMode.FULL, padded * self._rows, padded, uniform_token_count
+        )
 
     def run_fullgraph(self, batch_desc: Any) -> None:
+        """With metadata that a backend without updates in place needs anew."""
         self.num_replays += 1
-        rows = batch_desc.num_tokens
-        self._recorded._forward(
-            batch_desc.num_reqs,
-            rows,
-            self._metadata,
-            self._recorded._slot_mappings(rows),
-        )
+        lens = self._drafter._stock.input_buffers.seq_lens[: self._num_reqs]
+        longest = lens.numpy().astype(np.int64)
+        self._drafter.launch(batch_desc, self._num_reqs, longest)
 
 
 def pad_forwards(speculator: Any) -> list[PaddedForwards]:
     """From now on of this speculator: (first, next) ones."""
-    recorded = speculator._drafter._recorded
-    first = PaddedForwards(recorded, MOST_FIRST_ROWS)
-    speculator.first_graphs = first
-    speculator.next_graphs = PaddedForwards(recorded, 1)
-    return [first, speculator.next_graphs]
+    speculator.first_graphs = PaddedForwards(speculator, 2)
+    speculator.next_graphs = PaddedForwards(speculator, 1)
+    return [speculator.first_graphs, speculator.next_graphs]

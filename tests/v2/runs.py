@@ -138,6 +138,8 @@ class SteeredPrices:
         self.speculator = model_runner(llm).speculator
         self.rng: np.random.Generator | None = None
         self.lengths: list[list[int]] = []
+        self.num_forwards: list[int] = []  # of the drafter in each of these steps
+        self.num_forwards_before = 0
 
     def __enter__(self) -> SteeredPrices:
         costs = self.meter.costs
@@ -155,9 +157,13 @@ class SteeredPrices:
     def draw(self) -> None:
         """New costs after each step from now on: drafts from free to too expensive."""
         self.rng, self.lengths = np.random.default_rng(0), []
+        self.num_forwards = []
 
     def step_done(self) -> None:
         self.lengths.append(list(self.speculator.draft_lens.values()))
+        num_forwards = self.speculator.counters.num_draft_forwards
+        self.num_forwards.append(num_forwards - self.num_forwards_before)
+        self.num_forwards_before = num_forwards
         if self.rng is not None:
             self.set(self.rng.choice([0.0, 0.5, 4.0]), self.rng.choice([0.0, 0.5]))
 
@@ -177,11 +183,11 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
             seen["structured"] = one_pass(llm, **structured())
         steered.draw()
         drawn = one_pass(llm, **parameters)
-        seen["drawn"] = drawn | {"lengths": steered.lengths}
+        steps = {"lengths": steered.lengths, "num_forwards": steered.num_forwards}
+        seen["drawn"] = drawn | steps
     measured = one_pass(llm, **parameters)
     prices = prices_at_start + llm.collective_rpc("emssd_costs")
-    policy = model_runner(llm).speculator.policy
-    measured |= {"prices": prices, "may_trim": policy._may_trim}
+    measured |= {"prices": prices}
     return seen | {"measured": measured}
 
 
@@ -261,9 +267,9 @@ def failing(llm: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         broken = break_parts(
             patch,
-            (speculator._proposer, "draft", 3),
-            (speculator._proposer, "record_verified", 7),
-            (speculator._drafter, "forward", 11),
+            (speculator, "_plan", 4),
+            (speculator._drafter, "draft", 2),
+            (speculator._drafter, "catch_up", 2),
         )
         seen["failing"] = one_pass(llm)
     seen["failing"]["num_failures"] = [part.num_failures for part in broken]
@@ -285,7 +291,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         return failing(llm)
     if name.startswith("padded"):
         return padded(llm, name)
-    if name in ("auto", "auto tight"):
+    if name in ("auto", "auto tight", "async auto"):
         return automatic(llm)
     if name == "auto itself":
         return automatic(llm, temperature=1.0)
@@ -299,7 +305,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
-    if name in ("exact rows", "async"):
+    if name in ("fixed", "async"):
         seen["endless"] = endless(llm)
     if name in ("cached", "async cached"):
         seen["again"] = one_pass(llm)  # on cached prefixes
@@ -316,34 +322,31 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
 
 def run_all(path: Path, only: list[str]) -> None:
     import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
-    from vllm_emssd.integration.v2 import speculator as speculator_v2
 
-    engines = {  # name -> its configuration, and whether the host copies the acceptance
-        "plain": (EngineConfig(**SMALL), True),
-        "stock": (EngineConfig(STOCK_K, **SMALL), True),
-        "exact rows": (EngineConfig(EMSSD, **SMALL), True),
-        "no copy": (EngineConfig(EMSSD, **SMALL), False),
-        "cached": (EngineConfig(EMSSD, **CACHED), False),
-        "tight": (EngineConfig(EMSSD, **TIGHT), False),
-        "itself": (EngineConfig(ITSELF, **SMALL), False),
-        "async": (EngineConfig(EMSSD, **asynchronous(SMALL)), True),
-        "async cached": (EngineConfig(EMSSD, **asynchronous(CACHED)), True),
-        "async tight": (EngineConfig(EMSSD, **asynchronous(TIGHT)), True),
-        "async itself": (EngineConfig(ITSELF, **asynchronous(SMALL)), True),
-        "padded": (EngineConfig(EMSSD, **SMALL), False),
-        "padded itself": (EngineConfig(ITSELF, **SMALL), False),
-        "padded auto": (EngineConfig(EMSSD | AUTO, **SMALL), False),
-        "failing exact": (EngineConfig(EMSSD, **SMALL), True),
-        "failing late": (EngineConfig(EMSSD, **SMALL), False),
-        "failing async": (EngineConfig(EMSSD, **asynchronous(SMALL)), True),
-        "auto": (EngineConfig(EMSSD | AUTO, **CACHED), False),
-        "auto tight": (EngineConfig(EMSSD | AUTO, **TIGHT), False),
-        "auto itself": (EngineConfig(ITSELF | AUTO, **CACHED), False),
+    engines = {
+        "plain": EngineConfig(**SMALL),
+        "stock": EngineConfig(STOCK_K, **SMALL),
+        "fixed": EngineConfig(EMSSD, **SMALL),
+        "cached": EngineConfig(EMSSD, **CACHED),
+        "tight": EngineConfig(EMSSD, **TIGHT),
+        "itself": EngineConfig(ITSELF, **SMALL),
+        "async": EngineConfig(EMSSD, **asynchronous(SMALL)),
+        "async cached": EngineConfig(EMSSD, **asynchronous(CACHED)),
+        "async tight": EngineConfig(EMSSD, **asynchronous(TIGHT)),
+        "async itself": EngineConfig(ITSELF, **asynchronous(SMALL)),
+        "padded": EngineConfig(EMSSD, **SMALL),
+        "padded itself": EngineConfig(ITSELF, **SMALL),
+        "padded auto": EngineConfig(EMSSD | AUTO, **SMALL),
+        "failing": EngineConfig(EMSSD, **SMALL),
+        "failing async": EngineConfig(EMSSD, **asynchronous(SMALL)),
+        "auto": EngineConfig(EMSSD | AUTO, **CACHED),
+        "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),
+        "auto itself": EngineConfig(ITSELF | AUTO, **CACHED),
+        "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
     }
     seen = {}
     for name in only or engines:
-        config, copies = engines[name]
-        speculator_v2.copies_acceptance = lambda device, copies=copies: copies
+        config = engines[name]
         interpreter.schedule_asynchronously(
             bool(config.options.get("async_scheduling"))
         )

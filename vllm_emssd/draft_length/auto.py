@@ -24,21 +24,27 @@ class AutoDraftLength(DraftLengthPolicy):
         costs: refreshed by the caller.
         acceptance: learned from what is verified.
         may_trim: whether drafts that turn out unlikely may be left out of verification.
+        uses_confidence: False where the caller never tells it: the depth decides.
     """
 
     def __init__(
-        self, costs: StepCosts, acceptance: AcceptanceEstimator, may_trim: bool
+        self,
+        costs: StepCosts,
+        acceptance: AcceptanceEstimator,
+        may_trim: bool,
+        uses_confidence: bool = True,
     ) -> None:
         self.costs = costs
         self.acceptance = acceptance
         self._may_trim = may_trim
+        self._uses_confidence = uses_confidence
         self._probing = Probing()
         self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
         self._is_survey = self._is_probe = False
-        self.needs_confidence = True
+        self.needs_confidence = uses_confidence
 
     def skips_step(self, num_sampling: int) -> bool:
         return self._probing.skips_step(num_sampling)
@@ -49,7 +55,7 @@ class AutoDraftLength(DraftLengthPolicy):
             return most  # which says nothing about whether drafts pay
         self._req_ids = step.req_ids
         self.acceptance.update()
-        stops = self._stopping_gain >= 0
+        stops = self._uses_confidence and self._stopping_gain >= 0
         confidence_ms = self.costs.confidence_ms * stops
         plan = best_plan(step, self.acceptance.by_depth, self.costs, confidence_ms)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
@@ -64,7 +70,8 @@ class AutoDraftLength(DraftLengthPolicy):
         if not pays:
             return self._maybe_probe(step, plan)
         self._num_plans += 1
-        self._is_survey = self._num_plans % _SURVEY_STEPS == 0
+        is_survey = self._num_plans % _SURVEY_STEPS == 0
+        self._is_survey = self._uses_confidence and is_survey
         self._is_probe = False
         self.needs_confidence = stops or self._is_survey
         if self.needs_confidence:
@@ -94,7 +101,8 @@ class AutoDraftLength(DraftLengthPolicy):
         step_ms = step.num_sampling / max(plan.tokens_per_ms, _LEAST_MS)
         if self._probing.is_due(probe_ms, step_ms):
             self.acceptance.doubt()
-            self._is_survey, self._is_probe, self.needs_confidence = False, True, True
+            self._is_survey, self._is_probe = False, True
+            self.needs_confidence = self._uses_confidence
             self._set_thresholds(plan, len(lens))
             self._probed = step.req_ids[request]
             lens[request] = min(_PROBE_LENGTH, int(self._most[request]))

@@ -45,6 +45,11 @@ class TimedForwards(Protocol):
         ...
 
 
+class TimedDraftForwards(TimedForwards, Protocol):
+    @property
+    def tells_confidence(self) -> bool: ...
+
+
 class TimedDrafter(Drafter, TimedForwards, Protocol):
     @property
     def max_num_reqs(self) -> int: ...
@@ -65,7 +70,7 @@ class StepCostMeter:
         self,
         measured: StepCosts,
         target: TimedForwards,
-        drafter: TimedDrafter | None,
+        drafter: TimedDraftForwards | None,
         ranks: Ranks,
     ) -> None:
         self._target = target

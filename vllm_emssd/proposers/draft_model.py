@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vllm_emssd.async_draft_cursor import AsyncDraftCursor
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy
 from vllm_emssd.metrics import Counters
@@ -97,7 +96,7 @@ class DraftModelProposer:
     def __init__(
         self,
         drafter: Drafter,
-        cursor: DraftCursor | AsyncDraftCursor,
+        cursor: DraftCursor,
         policy: DraftLengthPolicy,
         counters: Counters,
         check_agreement: Callable[[np.ndarray], None] | None = None,

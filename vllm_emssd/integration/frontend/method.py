@@ -286,8 +286,8 @@ def _say_where_copies_run(config: EmssdConfig) -> None:
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
-    """Whether vLLM may schedule a step before the last one's tokens are known: with
-    fixed lengths on its V2 runner. Raises ValueError where it was asked for and cannot
+    """Whether vLLM may schedule a step before the last one's tokens are known: on its
+    V2 runner. Raises ValueError where it was asked for and cannot
     be. On CPUs vLLM itself turns it off again.
     """
     is_cpu = current_platform.is_cpu()
@@ -297,8 +297,6 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     why = ""
     if use_v2 is False or config.proposer != "draft_model":
         why = '"proposer": "draft_model" on vLLM\'s V2 model runner'
-    elif config.draft_length != "fixed":
-        why = '"draft_length": "fixed"'
     if why and args.async_scheduling:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '

@@ -1,16 +1,22 @@
-"""The draft model over vLLM's V2 block tables: one varlen forward of ragged rows.
+"""Forwards of the draft model whose input the device lays out by itself.
 
-Wraps the speculator object of vLLM's V2 runner (weights, KV-cache layers, buffers and
-attention builders are all vLLM's) and feeds it the rows we choose. Where the host only
-knows a request's length by a bound, the device moves the host's positions to where they
-really are. Nothing is copied from the device, except with automatic lengths how sure
-each draft is.
+Launching the kernels of a small model takes longer than running them, so a decoding
+step is a few replays of CUDA graphs, and nothing between them:
+
+- *first*: the last two tokens of each request, drafted after the second. Of the drafts
+  verified one at most was never fed, so two rows are enough for every acceptance; the
+  device knows where the text ends.
+- *next*: one row each, the draft just made. A forward leaves its drafts, and the input
+  of the next one, where that finds them.
+
+A graph holds all of a forward: slots, attention metadata, model, sampling, and going on
+by a token. Without graphs the same is launched kernel by kernel. What requests lack
+besides is fed before, in a pass of its own (`catch_up`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,92 +24,42 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.integration.forward_clock import ForwardClock
-from vllm_emssd.integration.v2.cudagraphs import DraftForwardGraphs
-from vllm_emssd.ragged import RaggedRows
+from vllm_emssd.integration.v2.kernels import advance_kernel, place_rows_kernel
 
 if TYPE_CHECKING:
     from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
-
-@dataclass(frozen=True, slots=True)
-class BatchOnDevice:
-    """What the device knows of a step's batch rows and the host does not."""
-
-    idx_mapping: torch.Tensor  # [num_reqs] int64: batch row -> request state
-    moved_by: torch.Tensor | None  # [num_reqs] int64: added to the host's positions
-    max_moved_by: np.ndarray  # [num_reqs] int64: at most that much
-    is_greedy: np.ndarray  # [num_reqs] bool: drafts greedily, whatever its temperature
-
-    @classmethod
-    def of_first_states(cls, num_reqs: int, device: torch.device) -> BatchOnDevice:
-        """Rows are the first request states, with or without requests in them."""
-        return cls(
-            torch.arange(num_reqs, device=device),
-            None,
-            np.zeros(num_reqs, dtype=np.int64),
-            np.zeros(num_reqs, dtype=bool),
-        )
-
-    def moved_positions(
-        self, req_indices: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """True positions of rows; both [num_rows] int64, on the device. Negative ones
-        come up in vLLM's warm-up alone, whose steps overstate what was accepted."""
-        if self.moved_by is None:
-            return positions
-        return (positions + self.moved_by[req_indices]).clamp_(min=0)
+FIRST_ROWS = 2  # of each request
+_BLOCK_SIZE = 1024
 
 
-class KnownTokens:
-    """Known tokens by batch row and position, as `DraftBatch.token_ids` has them."""
-
-    def __init__(self, all_token_ids: torch.Tensor, batch: BatchOnDevice) -> None:
-        self._all_token_ids = all_token_ids  # [max_num_reqs, max_model_len] int32
-        self._batch = batch
-
-    def __getitem__(self, rows: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
-        """`rows`: batch rows and the host's positions, [num_rows] int64 both."""
-        device = self._all_token_ids.device
-        req_indices, positions = (async_tensor_h2d(x, device=device) for x in rows)
-        positions = self._batch.moved_positions(req_indices, positions)
-        return self._all_token_ids[self._batch.idx_mapping[req_indices], positions]
-
-
-@dataclass(frozen=True, slots=True)
-class _Drafting:
-    """The requests that a forward drafted for, as the device has them, in that order.
-    A next forward of the same ones needs nothing more of the host than their drafts."""
-
-    req_indices: np.ndarray  # [num_sampled] int64 batch rows
-    idx_mapping: torch.Tensor  # [num_sampled] int64 request states
-    positions: torch.Tensor  # [num_sampled] int64 of the rows drafted after
-    are_all: bool  # that were in the forward, so that the block tables are theirs
-    is_placed: bool = False  # in `DraftForwardGraphs`, which then knows where they are
-
-    def goes_on(self, rows: RaggedRows) -> bool:
-        """With one row more each."""
-        return self.are_all and np.array_equal(self.req_indices, rows.req_indices)
-
-
-class PagedDrafterV2:
-    """Implements `proposers.draft_model.Drafter`.
+class DeviceDrafter:
+    """Wraps the speculator object of vLLM's V2 runner, whose weights, KV-cache layers,
+    buffers and attention builders it uses. The drafts of a step are in the first rows
+    of its `draft_tokens`.
 
     Args:
-        stock: vLLM's speculator, with its KV cache bound (`set_attn` was called).
+        stock: with its KV cache bound (`set_attn` was called).
         max_model_len: positions that both models can take.
     """
 
-    def __init__(self, stock: UnpadSpeculator, max_model_len: int) -> None:
+    tells_confidence = False
+
+    def __init__(
+        self, stock: UnpadSpeculator, req_states: RequestState, max_model_len: int
+    ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
-        self.max_num_reqs: int = stock.max_num_reqs
+        self.max_num_reqs: int = min(stock.max_num_reqs, self.max_num_rows // 2)
         self.max_model_len = max_model_len
-        self.tells_confidence = False
         self._stock = stock
-        self._recorded = DraftForwardGraphs(stock, max_model_len)
-        self._batch: BatchOnDevice
-        self._drafting: _Drafting | None = None  # in the step's last forward
+        self._req_states = req_states
+        self._num_reqs = torch.zeros((), dtype=torch.int64, device=stock.device)
+        # [max_num_reqs] int64: of the rows drafted after last
+        self._positions = torch.zeros_like(stock.idx_mapping)
+        self._no_spans = torch.zeros(1, dtype=torch.int32, device=stock.device)
         self._clock: ForwardClock | None = None
 
     def time_by(self, clock: ForwardClock) -> None:
@@ -114,210 +70,257 @@ class PagedDrafterV2:
         """See `step_costs.TimedForwards`."""
         return [] if self._clock is None else self._clock.take_timings()
 
-    def start_step(self, batch: BatchOnDevice) -> None:
-        self._batch = batch
-        self._drafting = None
-
-    @torch.inference_mode()
-    def forward(
-        self,
-        rows: RaggedRows,
-        token_ids: np.ndarray | torch.Tensor,
-        sampled_rows: np.ndarray,
-        draft_position: int,
-    ) -> tuple[torch.Tensor, np.ndarray | None]:
-        if self._clock is not None:
-            self._clock.start()
-        tokens = self._draft(rows, token_ids, sampled_rows, draft_position)
-        if self._clock is not None:
-            self._clock.stop(rows.num_rows)
-        if not self.tells_confidence or len(sampled_rows) == 0:
-            return tokens, None
-        assert self._stock.confidence is not None
-        # sync: decides which requests draft on
-        return tokens, self._stock.confidence.cpu().numpy()
-
     def capture(self) -> None:
         """Record CUDA graphs, if any are wanted."""
-        self._recorded.capture()
-
-    def _draft(
-        self,
-        rows: RaggedRows,
-        token_ids: np.ndarray | torch.Tensor,
-        sampled_rows: np.ndarray,
-        draft_position: int,
-    ) -> torch.Tensor:
-        tokens = torch.as_tensor(token_ids, device=self._stock.device)
-        if rows.has_one_row_each and len(sampled_rows) == rows.num_rows:
-            return self._draft_after_one_each(rows, tokens, draft_position)
-        return self._draft_anew(rows, tokens, sampled_rows, draft_position)
-
-    def _draft_after_one_each(
-        self, rows: RaggedRows, token_ids: torch.Tensor, draft_position: int
-    ) -> torch.Tensor:
-        """A forward of one row a request, all drafted after."""
-        drafting = self._drafting
-        if not draft_position or drafting is None or not drafting.goes_on(rows):
-            drafting = self._place_one_each(rows)
-        if not drafting.is_placed:
-            self._recorded.start(drafting.idx_mapping, drafting.positions)
-        self._drafting = replace(drafting, is_placed=True)
-        tokens = self._recorded.run_next(token_ids, draft_position, self._longest(rows))
-        self._make_one_hot(drafting, tokens, draft_position)
-        return tokens
-
-    def _place_one_each(self, rows: RaggedRows) -> _Drafting:
-        """Any requests; their block tables are gathered."""
-        req_indices, positions = self._to_device(rows.req_indices, rows.positions)
-        idx_mapping = self._batch.idx_mapping[req_indices]
-        self._gather_block_tables(rows, idx_mapping)
-        positions = self._batch.moved_positions(req_indices, positions)
-        return _Drafting(rows.req_indices, idx_mapping, positions - 1, are_all=True)
-
-    def _gather_block_tables(self, rows: RaggedRows, idx_mapping: torch.Tensor) -> None:
-        self._stock.block_tables.gather_block_tables(
-            idx_mapping, self._recorded.num_reqs_padded(rows)
-        )
-
-    def _draft_anew(
-        self,
-        rows: RaggedRows,
-        token_ids: torch.Tensor,
-        sampled_rows: np.ndarray,
-        draft_position: int,
-    ) -> torch.Tensor:
-        """A forward of any rows, of which some or none are drafted after."""
-        self._drafting = None
-        sampled_req_indices = rows.row_req_indices[sampled_rows]
-        on_device = self._to_device(
-            rows.req_indices,
-            rows.query_start_loc,
-            rows.row_req_indices,
-            rows.positions,
-            sampled_rows,
-            sampled_req_indices,
-        )
-        req_indices, *places, sampled, sampled_requests = on_device
-        self._fill_buffers(rows, token_ids, *places)
-        idx_mapping = self._batch.idx_mapping[req_indices]
-        self._gather_block_tables(rows, idx_mapping)
-        are_all = len(sampled_rows) == rows.num_reqs
-        if are_all and self._recorded.has_first(rows):
-            tokens, positions = self._recorded.run_first(
-                rows, idx_mapping, draft_position, self._longest(rows)
-            )
-            drafting = _Drafting(sampled_req_indices, idx_mapping, positions, are_all)
-            self._make_one_hot(drafting, tokens, draft_position)
-        else:
-            hidden_states = self._run_model(rows, idx_mapping)
-            if len(sampled_rows) == 0:
-                return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
-            positions = self._stock.input_buffers.positions[sampled]
-            drafting = _Drafting(
-                sampled_req_indices,
-                self._batch.idx_mapping[sampled_requests],
-                positions,
-                are_all,
-            )
-            tokens = self._sample(hidden_states[sampled], drafting, draft_position)
-        self._drafting = drafting
-        return tokens
-
-    def _to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """int64, copied together."""
-        together = async_tensor_h2d(
-            np.concatenate(arrays, dtype=np.int64), device=self._stock.device
-        )
-        return together.split([len(array) for array in arrays])
-
-    def _fill_buffers(
-        self,
-        rows: RaggedRows,
-        token_ids: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        row_req_indices: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> None:
-        """Rows to the speculator's input buffers, at their true positions. The last
-        three are those of `rows`, on the device, int64."""
-        buffers, num_reqs, num_rows = (
-            self._stock.input_buffers,
-            rows.num_reqs,
-            rows.num_rows,
-        )
-        buffers.input_ids[:num_rows] = token_ids
-        buffers.positions[:num_rows] = self._batch.moved_positions(
-            row_req_indices, positions
-        )
-        buffers.query_start_loc[: num_reqs + 1] = query_start_loc
-        buffers.query_start_loc[num_reqs + 1 :] = num_rows
-        last_rows = query_start_loc[1:] - 1
-        buffers.seq_lens[:num_reqs] = buffers.positions[last_rows] + 1
-        buffers.seq_lens[num_reqs:] = 0
-
-    def _run_model(self, rows: RaggedRows, idx_mapping: torch.Tensor) -> torch.Tensor:
-        """Returns hidden states, [num_rows, hidden_size].
-
-        `idx_mapping`: [num_reqs] int64, request states of `rows`."""
-        stock, buffers = self._stock, self._stock.input_buffers
-        num_reqs, num_rows = rows.num_reqs, rows.num_rows
-        slot_mappings = stock.block_tables.compute_slot_mappings(
-            idx_mapping,
-            buffers.query_start_loc[: num_reqs + 1],
-            buffers.positions[:num_rows],
-            num_rows,
-        )
-        attn_metadata = stock._build_attn_metadata(
-            num_reqs=num_reqs,
-            batch_desc=BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.NONE, num_tokens=num_rows, num_reqs=num_reqs
-            ),
-            query_start_loc_np=rows.query_start_loc,
-            seq_lens_cpu_upper_bound=torch.from_numpy(self._longest(rows)),
-            step=0,
-            slot_mappings=slot_mappings,
-        )
-        return stock._run_model(
-            buffers.input_ids[:num_rows],
-            buffers.positions[:num_rows],
-            attn_metadata,
-            build_slot_mappings_by_layer(slot_mappings, stock.kv_cache_config),
-            None,
-        )
-
-    def _longest(self, rows: RaggedRows) -> np.ndarray:
-        """At most that long is each request. [num_reqs] int32"""
-        longest = rows.seq_lens + self._batch.max_moved_by[rows.req_indices]
-        return longest.astype(np.int32)
-
-    def _sample(
-        self, hidden_states: torch.Tensor, drafting: _Drafting, draft_position: int
-    ) -> torch.Tensor:
         stock = self._stock
-        stock.current_draft_step.fill_(draft_position)
+        stock.idx_mapping.fill_(-1)
+        self._num_reqs.zero_()
+        for rows in (FIRST_ROWS, 1):
+            graphs = stock.graphs_of(rows)
+            if graphs is not None and graphs.needs_capture():
+                graphs.capture(
+                    self.recorded_forward,
+                    stock.model_state,
+                    stock.input_buffers,
+                    stock.block_tables,
+                    stock.attn_groups,
+                    stock.kv_cache_config,
+                    progress_bar_desc=f"Capturing draft forwards ({rows} rows each)",
+                )
+
+    # ------------------------------------------------------------ a step
+
+    @torch.inference_mode()
+    def catch_up(
+        self,
+        idx_mapping: torch.Tensor,
+        num_rows: np.ndarray,
+        num_lacking: np.ndarray,
+        longest: np.ndarray,
+    ) -> None:
+        """Feed known tokens, nothing drafted after them.
+
+        Args:
+            idx_mapping: [num_reqs] int64 request states, on the device.
+            num_rows: [num_reqs] to feed of each request, >= 1.
+            num_lacking: [num_reqs] tokens from the first of them to the text's end.
+            longest: [num_reqs] at most that long each text is.
+        """
+        stock, buffers = self._stock, self._stock.input_buffers
+        starts = np.concatenate([[0], num_rows.cumsum()]).astype(np.int32)
+        num_reqs, total = len(num_rows), int(starts[-1])
+        spans = np.concatenate([starts, num_lacking], dtype=np.int32)
+        stock.block_tables.gather_block_tables(idx_mapping, num_reqs)
+        self._place(idx_mapping, async_tensor_h2d(spans, device=stock.device), 0)
+        desc = BatchExecutionDescriptor(CUDAGraphMode.NONE, total, num_reqs)
+        positions = buffers.positions[:total]
+        slots = stock.block_tables.compute_slot_mappings(
+            idx_mapping, buffers.query_start_loc[: num_reqs + 1], positions, total
+        )
+        metadata = self._attn_metadata(desc, starts, longest)
+        with _Timed(self._clock, total):
+            stock._run_model(
+                buffers.input_ids[:total],
+                positions,
+                metadata,
+                build_slot_mappings_by_layer(slots, stock.kv_cache_config),
+                None,
+            )
+
+    @torch.inference_mode()
+    def draft(self, idx_mapping: torch.Tensor, depth: int, longest: np.ndarray) -> None:
+        """Make `depth` drafts of each request, of which no token is missing but the
+        last two. Arguments as those of `catch_up`."""
+        num_reqs = len(idx_mapping)
+        descs = [self._desc(num_reqs, rows) for rows in (FIRST_ROWS, 1)]
+        num_padded = max(desc.num_reqs or num_reqs for desc in descs)
+        tables = self._stock.block_tables
+        tables.gather_block_tables(idx_mapping, num_padded)
+        if any(desc.cg_mode == CUDAGraphMode.FULL for desc in descs):
+            for group in (g for groups in self._stock.attn_groups for g in groups):
+                group.map_to_kernel_block_table(
+                    tables.input_block_tables[group.kv_cache_group_id]
+                )
+        self._place(idx_mapping, self._no_spans, FIRST_ROWS, descs[0].num_tokens)
+        for step in range(depth):
+            self._forward(descs[step > 0], num_reqs, longest + step)
+
+    @torch.inference_mode()
+    def rehearse(self, num_reqs: int, context: int) -> None:
+        """A next forward of no request, as costly as with that context of each."""
+        buffers = self._stock.input_buffers
+        self._stock.block_tables.get_dummy_block_tables(self._stock.max_num_reqs)
+        self._stock.idx_mapping.fill_(-1)
+        self._num_reqs.fill_(num_reqs)
+        buffers.input_ids[:num_reqs] = 0
+        buffers.positions[:num_reqs] = context - 1
+        buffers.seq_lens.zero_()
+        buffers.seq_lens[:num_reqs] = context
+        buffers.query_start_loc[:] = self._stock.arange_gpu.clamp(max=num_reqs)
+        self._stock.current_draft_step.zero_()
+        longest = np.full(num_reqs, context)
+        self._forward(self._desc(num_reqs, 1), num_reqs, longest)
+
+    def _place(
+        self,
+        idx_mapping: torch.Tensor,
+        spans: torch.Tensor,
+        rows: int,
+        num_rows_padded: int = 0,
+    ) -> None:
+        """Rows of the requests to the input buffers; see the kernel."""
+        stock, buffers, states = (
+            self._stock,
+            self._stock.input_buffers,
+            self._req_states,
+        )
+        token_ids = states.all_token_ids.gpu
+        num_reqs = len(idx_mapping)
+        place_rows_kernel[(num_reqs + 1,)](
+            idx_mapping,
+            states.total_len.gpu,
+            token_ids,
+            token_ids.stride(0),
+            spans,
+            buffers.input_ids,
+            buffers.positions,
+            buffers.query_start_loc,
+            buffers.seq_lens,
+            stock.idx_mapping,
+            stock.current_draft_step,
+            self._num_reqs,
+            num_reqs,
+            num_rows_padded,
+            stock.max_num_reqs,
+            self.max_model_len - 1,
+            ROWS=rows,
+            BLOCK_SIZE=_BLOCK_SIZE,
+        )
+
+    # ------------------------------------------------------------ forwards
+
+    def _desc(self, num_reqs: int, rows: int) -> BatchExecutionDescriptor:
+        """How to run a forward of so many rows of each request."""
+        graphs, num_rows = self._stock.graphs_of(rows), num_reqs * rows
+        if graphs is None:
+            return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, num_reqs)
+        return graphs.dispatch(
+            num_reqs, num_rows, uniform_token_count=rows, num_active_loras=0
+        )
+
+    def _forward(
+        self, desc: BatchExecutionDescriptor, num_reqs: int, longest: np.ndarray
+    ) -> None:
+        assert desc.num_reqs is not None
+        rows = desc.num_tokens // desc.num_reqs
+        with _Timed(self._clock, num_reqs * rows):
+            if desc.cg_mode == CUDAGraphMode.FULL:
+                graphs = self._stock.graphs_of(rows)
+                assert graphs is not None
+                graphs.run_fullgraph(desc)
+            else:
+                self.launch(desc, num_reqs, longest)
+
+    def launch(
+        self, desc: BatchExecutionDescriptor, num_reqs: int, longest: np.ndarray
+    ) -> None:
+        """A forward kernel by kernel."""
+        stock, num_rows = self._stock, desc.num_tokens
+        assert desc.num_reqs is not None
+        starts = stock.arange_np[: num_reqs + 1] * (num_rows // desc.num_reqs)
+        slot_mappings = build_slot_mappings_by_layer(
+            stock.block_tables.slot_mappings[:, :num_rows], stock.kv_cache_config
+        )
+        metadata = self._attn_metadata(desc, starts, longest)
+        self._run(desc.num_reqs, num_rows, metadata, slot_mappings)
+
+    def recorded_forward(
+        self,
+        num_reqs: int,
+        num_rows: int,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """What a graph holds."""
+        self._stock._update_draft_decode_metadata(attn_metadata, num_reqs)
+        self._run(num_reqs, num_rows, attn_metadata, slot_mappings)
+
+    def _run(
+        self,
+        num_reqs: int,
+        num_rows: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor],
+    ) -> None:
+        """Of the rows in the input buffers, with padding. Leaves a draft after the last
+        row of each request, and the input of a next forward."""
+        stock, buffers = self._stock, self._stock.input_buffers
+        idx_mapping = stock.idx_mapping[:num_reqs]
+        starts = buffers.query_start_loc[: num_reqs + 1]
+        positions = buffers.positions[:num_rows]
+        stock.block_tables.compute_slot_mappings(
+            idx_mapping, starts, positions, num_rows
+        )
+        hidden_states = stock._run_model(
+            buffers.input_ids[:num_rows], positions, attn_metadata, slot_mappings, None
+        )
+        # Of padding the last row there is: its own may be anything, NaN among it.
+        last_rows = (starts[1:] - 1).clamp(min=0)
+        last_positions = self._positions[:num_reqs]
+        last_positions.copy_(positions[last_rows])
         tokens = stock.sample_draft(
-            hidden_states,
-            drafting.positions,
-            drafting.idx_mapping,
+            hidden_states[last_rows],
+            last_positions,
+            idx_mapping,
             stock.temperature,
             stock.seeds,
             stock.current_draft_step,
             stock.draft_logits,
         )
-        self._make_one_hot(drafting, tokens, draft_position)
-        return tokens
+        advance_kernel[(num_reqs + 1,)](
+            tokens,
+            last_positions,
+            stock.draft_tokens,
+            stock.draft_tokens.stride(0),
+            stock.current_draft_step,
+            self._num_reqs,
+            buffers.input_ids,
+            buffers.positions,
+            buffers.query_start_loc,
+            buffers.seq_lens,
+            stock.idx_mapping,
+            stock.max_num_reqs,
+            self.max_model_len - 1,
+            BLOCK_SIZE=_BLOCK_SIZE,
+        )
+        # Around, for while graphs are recorded nothing sets it back.
+        stock.current_draft_step.add_(1).remainder_(stock.num_speculative_steps)
 
-    def _make_one_hot(
-        self, drafting: _Drafting, tokens: torch.Tensor, draft_position: int
-    ) -> None:
-        """Of requests that draft greedily: say so to the rejection sampler, which would
-        else take their drafts for samples of the drafter's distribution."""
-        draft_logits = self._stock.draft_logits
-        greedy = np.flatnonzero(self._batch.is_greedy[drafting.req_indices])
-        if draft_logits is None or greedy.size == 0:
-            return
-        (index,) = self._to_device(greedy)
-        states = drafting.idx_mapping[index]
-        draft_logits[states, draft_position] = float("-inf")
-        draft_logits[states, draft_position, tokens[index]] = 0.0
+    def _attn_metadata(
+        self, desc: BatchExecutionDescriptor, starts: np.ndarray, longest: np.ndarray
+    ) -> dict[str, Any] | None:
+        """`starts`: [num_reqs + 1] int32, each request's first row, and the end."""
+        return self._stock._build_attn_metadata(
+            num_reqs=len(longest),
+            batch_desc=desc,
+            query_start_loc_np=starts,
+            seq_lens_cpu_upper_bound=torch.from_numpy(longest.astype(np.int32)),
+            step=0,
+        )
+
+
+class _Timed:
+    """A forward of so many rows, by a clock or none."""
+
+    def __init__(self, clock: ForwardClock | None, num_rows: int) -> None:
+        self._clock, self._num_rows = clock, num_rows
+
+    def __enter__(self) -> None:
+        if self._clock is not None:
+            self._clock.start()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._clock is not None:
+            self._clock.stop(self._num_rows)

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from itertools import count
+from collections.abc import Mapping
 
 import numpy as np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_emssd.async_draft_cursor import Turn
 from vllm_emssd.verification import ScheduledStep
 
 _NO_GRAMMAR = np.iinfo(np.int64).max  # permits any number of drafts
-
-
-def known_tokens(input_batch: InputBatch) -> np.ndarray:
-    """Tokens before the step samples, of those in prefill the computed ones. [num_reqs]
-    int64. With async scheduling the host counts drafts of the last step as accepted, so
-    that there are at most so many."""
-    num_prefilled = (
-        input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
-    )
-    num_drafts = input_batch.num_draft_tokens_per_req
-    known = num_prefilled if num_drafts is None else num_prefilled - num_drafts
-    return known.astype(np.int64)
 
 
 def scheduled_step(
@@ -56,7 +44,7 @@ def scheduled_step(
 
 
 class PendingSteps:
-    """Steps whose acceptance is to come.
+    """Steps whose acceptance is to come, oldest first.
 
     By the time it comes a request may have ended in an earlier step, or its id may be
     another's: with async scheduling a step is launched before the last one's tokens are
@@ -64,28 +52,19 @@ class PendingSteps:
     """
 
     def __init__(self) -> None:
-        self._numbers = count()
-        self._admissions: dict[str, int] = {}  # requests that have not ended
-        self._steps: deque[tuple[ScheduledStep, list[int]]] = deque()  # oldest first
+        self._steps: deque[tuple[ScheduledStep, Turn, np.ndarray]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._steps)
 
-    def admit(self, req_ids: Iterable[str]) -> None:
-        self._admissions.update(zip(req_ids, self._numbers, strict=False))
+    def add(self, step: ScheduledStep, turn: Turn) -> None:
+        self._steps.append((step, turn, np.ones(len(turn.slots), dtype=bool)))
 
-    def release(self, req_ids: Iterable[str]) -> None:
-        for req_id in req_ids:
-            self._admissions.pop(req_id, None)
+    def forget(self, number: int) -> None:
+        """The request with this number has ended."""
+        for _, turn, is_wanted in self._steps:
+            is_wanted &= turn.numbers != number
 
-    def add(self, step: ScheduledStep) -> None:
-        self._steps.append((step, [self._admissions[r] for r in step.req_ids]))
-
-    def pop(self) -> tuple[ScheduledStep, np.ndarray]:
+    def pop(self) -> tuple[ScheduledStep, Turn, np.ndarray]:
         """The oldest step; and [num_reqs] bool: which requests had not ended before."""
-        step, numbers = self._steps.popleft()
-        is_wanted = [
-            self._admissions.get(req_id) == number
-            for req_id, number in zip(step.req_ids, numbers, strict=True)
-        ]
-        return step, np.array(is_wanted, dtype=bool)
+        return self._steps.popleft()

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
+from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -35,7 +37,6 @@ from vllm_emssd.integration.costs import (
     CONTEXT,
     FIXED_MS,
     StepCostMeter,
-    measure_drafter,
     time_target,
 )
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
@@ -44,11 +45,12 @@ from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
-from vllm_emssd.integration.v2.ragged_graphs import takes_ragged_graphs
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
 from vllm_emssd.metrics import Counters
+
+logger = init_logger("vllm.emssd.v2")
 
 
 class TargetTiming(StepTimingCollector):
@@ -117,11 +119,10 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        config = self.emssd_config
-        if config.draft_length == "auto" and config.ragged_graphs:
-            self._want_ragged_graphs()
+        if self.emssd_config.draft_length == "auto":
+            self._want_varlen_graphs()
 
-    def _want_ragged_graphs(self) -> None:
+    def _want_varlen_graphs(self) -> None:
         """Stock records decoding steps in which all requests have K drafts; let it
         record those of any lengths instead, none among them, where attention can."""
         graphs = self.cudagraph_manager
@@ -133,17 +134,24 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         is_plain = self.fast_prefill is None and self.ubatch_runner is None
         if not are_decodes_apart or not is_plain:
             return
-        if takes_ragged_graphs(
+        unsupported = get_varlen_cudagraph_unsupported_backend(
             self.attn_groups, self.vllm_config, self.decode_query_len
-        ):
-            self.cudagraph_manager = ModelCudaGraphManager(
-                self.vllm_config,
-                self.device,
-                mode,
-                decode_query_len=self.decode_query_len,
-                lora_capture_cases=self.lora_capture_cases,
-                varlen_decode=True,
+        )
+        if unsupported is not None:
+            logger.warning(
+                "Steps with other than K drafts run without full CUDA graphs: %s "
+                "cannot be replayed with any number of rows a request.",
+                unsupported[0],
             )
+            return
+        self.cudagraph_manager = ModelCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            mode,
+            decode_query_len=self.decode_query_len,
+            lora_capture_cases=self.lora_capture_cases,
+            varlen_decode=True,
+        )
 
     def start_automatic_lengths(self) -> None:
         """Warm-up is over, whose requests do not count: where it was asked for, measure
@@ -154,10 +162,10 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             policy = AutoDraftLength(
                 self._step_costs.costs,
                 AcceptanceEstimator(self.num_speculative_steps),
-                may_trim=self.speculator.draft_logits is None,
+                may_trim=False,
+                uses_confidence=False,
             )
-            check = None if self._ranks.is_alone else self._ranks.check_agreement
-            self.speculator.set_policy(policy, check)
+            self.speculator.set_policy(policy)
         self.speculator.counters.reset()
         self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
@@ -175,8 +183,15 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
                 device,
             )
             target_costs = CostTable.from_samples(samples)
-            draft_costs, confidence_ms = measure_drafter(drafter, device)
-        costs = StepCosts(target_costs, draft_costs, FIXED_MS, 0.0, confidence_ms)
+            context = min(CONTEXT, drafter.max_model_len)
+            drafted = time_target(
+                lambda num_reqs: drafter.rehearse(num_reqs, context),
+                drafter,
+                drafter.max_num_reqs,
+                device,
+            )
+        draft_costs = CostTable.from_samples(drafted)
+        costs = StepCosts(target_costs, draft_costs, FIXED_MS)
         return StepCostMeter(costs, target, drafter, self._ranks)
 
     @property

@@ -2,22 +2,15 @@
 
 Stock feeds the drafter all scheduled rows of every request again, rejected ones
 included, and one more, then one row a request and draft: 2K+1 of a decoding request.
-This feeds what is missing and drafts for each request as many tokens as its policy
-allows, in one of two ways (`knows_acceptance`):
-
-- *exact rows*: the number of accepted drafts is copied to the host before drafting, so
-  that a first pass has 1 row, or 2 after a full acceptance. The host waits for the
-  target and the device then for the host. Automatic lengths go this way on any device:
-  they are chosen by the acceptance, and by how sure each draft is, which is copied too.
-- *no copy*: the host launches the drafter by a bound (`AsyncDraftCursor`): 2 rows a
-  request, uniform over those that drafted before, K+1 in all; who lags behind is fed
-  all it lacks in the same pass. The acceptance reaches the host with the step's output,
-  with async scheduling when the next step has been launched.
+This feeds the last two tokens of each request, which is all that the drafter can lack
+of one that drafted before, and then one row a draft: K+1. The device finds them, so the
+host launches the drafter while the target still runs, and learns of the acceptance with
+the step's output. Requests that lack more are fed it in a pass of their own before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +18,9 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -39,43 +34,24 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.async_draft_cursor import AsyncDraftCursor
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
-from vllm_emssd.integration.drafting import (
-    block_updates,
-    highest_probability,
-    make_draft_cursor,
-    max_draft_tokens,
-)
+from vllm_emssd.draft_length.policy import StepInfo
+from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.request_options import RequestLimits
 from vllm_emssd.integration.scheduler import with_drafts_made
-from vllm_emssd.integration.v2.cudagraphs import MOST_FIRST_ROWS
-from vllm_emssd.integration.v2.drafter import (
-    BatchOnDevice,
-    KnownTokens,
-    PagedDrafterV2,
-)
-from vllm_emssd.integration.v2.pending_steps import (
-    PendingSteps,
-    known_tokens,
-    scheduled_step,
-)
-from vllm_emssd.integration.v2.ragged_graphs import takes_ragged_graphs
+from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
+from vllm_emssd.integration.v2.pending_steps import PendingSteps, scheduled_step
 from vllm_emssd.metrics import Counters
-from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.draft_model import DeviceDrafts, DraftModelProposer
+from vllm_emssd.ragged import grant_rows
 from vllm_emssd.verification import ScheduledStep
 
-
-def copies_acceptance(device: torch.device) -> bool:
-    """Whether the host should wait for the acceptance: where that costs nothing."""
-    return device.type == "cpu"
+logger = init_logger("vllm.emssd.v2")
 
 
 class UnpadSpeculator(StandaloneARSpeculator):
-    """Owns the proposer, the draft cursor and the counters of one rank."""
+    """Owns the drafter, the draft cursor, the policy and the counters of one rank."""
 
     def __init__(
         self,
@@ -87,31 +63,27 @@ class UnpadSpeculator(StandaloneARSpeculator):
         super().__init__(vllm_config, device)
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.is_automatic = config.draft_length == "auto"
-        self._ragged_graphs = config.ragged_graphs
-        is_async = vllm_config.scheduler_config.async_scheduling
-        self.knows_acceptance = self.is_automatic or (
-            copies_acceptance(device) and not is_async
-        )
-        # [num_sampled] float32: of the drafts sampled last; None with fixed lengths
-        self.confidence: torch.Tensor | None = None
-        # See `DraftForwardGraphs`. Here vLLM finds and drops them after profiling.
+        # See `DeviceDrafter`. Here vLLM finds and drops them after profiling.
         self.first_graphs: SpeculatorCudaGraphManager | None = None
         self.next_graphs: SpeculatorCudaGraphManager | None = None
         self._sits_out_dummy_runs = False
         self.counters = Counters()
         self._failures = FailurePolicy(self.counters, vllm_config.parallel_config)
         self.policy: DraftLengthPolicy = FixedDraftLength()
-        self.draft_lens: dict[str, int] = {}  # of the last batch, for the scheduler
         # Of the step's drafts, how many of each request under a grammar obey it.
         self.num_grammar_valid: Mapping[str, int] = {}
-        self._num_made: dict[str, int] = {}  # drafts that wait to be verified
+        self._feeds_every_prompt = vllm_config.kv_transfer_config is not None
         self._req_states = req_states
+        self._last_made: tuple[list[str], np.ndarray] = [], np.zeros(0, np.int64)
+        self._num_made = np.zeros(
+            self.max_num_reqs, np.int64
+        )  # by slot, to be verified
+        self._makes_fewer: dict[str, int] = {}  # requests with fewer drafts than K
         self._constrained: set[str] = set()  # requests under a grammar
-        self._seeded: set[str] = set()  # requests with a seed
+        self._is_greedy = np.zeros(self.max_num_reqs, bool)  # by slot: whatever asked
+        self._numbers: dict[str, int] = {}  # of the requests' last admissions
         self._request_limits = RequestLimits()
         self._pending_steps = PendingSteps()
-        self._cursor: DraftCursor | AsyncDraftCursor  # both made with the KV cache
-        self._proposer: DraftModelProposer
 
     # ------------------------------------------------------------ start-up
 
@@ -123,60 +95,61 @@ class UnpadSpeculator(StandaloneARSpeculator):
         **kwargs: Any,
     ) -> None:
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
-        self._gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
-        cursor = make_draft_cursor(self.vllm_config, kv_cache_config, self._gid)
-        self._cursor = cursor if self.knows_acceptance else AsyncDraftCursor(cursor)
-        self._drafter = PagedDrafterV2(
-            self, min(self.draft_model_config.max_model_len, self.max_model_len)
+        self._gid = gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
+        self._cursor = AsyncDraftCursor(
+            self.max_num_reqs,
+            kv_cache_config.num_blocks,
+            kv_cache_config.kv_cache_groups[gid].kv_cache_spec.block_size,
+            self.block_tables.block_tables[gid].gpu.shape[1],
+            trust_cached_blocks=not self._feeds_every_prompt,
         )
-        self.set_policy(self.policy)
+        self._drafter = DeviceDrafter(
+            self,
+            self._req_states,
+            min(self.draft_model_config.max_model_len, self.max_model_len),
+        )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Draft forwards are recorded whole where the target's are: those of one row
-        a request, and the first ones where ragged graphs were asked for."""
+        """Draft forwards are recorded whole where the target's are."""
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
-        mode = CUDAGraphMode.FULL_DECODE_ONLY
-        self.next_graphs = SpeculatorCudaGraphManager(
-            self.vllm_config, self.device, mode, decode_query_len=1
+        support = self.attn_cg_support
+        takes_rows = (
+            support.min_cg_support.value >= AttentionCGSupport.UNIFORM_BATCH.value
         )
-        if self._ragged_graphs and takes_ragged_graphs(
-            self.attn_groups, self.vllm_config, MOST_FIRST_ROWS
-        ):
-            self.first_graphs = SpeculatorCudaGraphManager(
+        if not self.supports_decode_metadata_update or not takes_rows:
+            logger.warning(
+                "Draft forwards run without CUDA graphs: attention (%s) cannot be "
+                "replayed with %d rows a request, or not with lengths of the device's.",
+                support.min_cg_attn_backend or "the draft model's",
+                FIRST_ROWS,
+            )
+            return
+        self.first_graphs, self.next_graphs = (
+            SpeculatorCudaGraphManager(
                 self.vllm_config,
                 self.device,
-                mode,
-                decode_query_len=MOST_FIRST_ROWS,
-                varlen_decode=True,
+                CUDAGraphMode.FULL_DECODE_ONLY,
+                decode_query_len=rows,
             )
+            for rows in (FIRST_ROWS, 1)
+        )
+
+    def graphs_of(self, rows: int) -> SpeculatorCudaGraphManager | None:
+        """Of forwards with so many rows of each request."""
+        return self.next_graphs if rows == 1 else self.first_graphs
 
     def capture(self) -> None:
         self._drafter.capture()
 
-    def set_policy(
-        self,
-        policy: DraftLengthPolicy,
-        check_agreement: Callable[[np.ndarray], None] | None = None,
-    ) -> None:
-        """Draft by these lengths from now on. See `DraftModelProposer`."""
+    def set_policy(self, policy: DraftLengthPolicy) -> None:
+        """Draft by these lengths from now on."""
         self.policy = policy
-        self._proposer = DraftModelProposer(
-            self._drafter,
-            self._cursor,
-            policy,
-            self.counters,
-            check_agreement,
-            feeds_every_prompt=self.vllm_config.kv_transfer_config is not None,
-        )
 
     @contextmanager
-    def sitting_out_dummy_runs(self) -> Iterator[PagedDrafterV2]:
+    def sitting_out_dummy_runs(self) -> Iterator[DeviceDrafter]:
         """While costs are measured, of the target and of the drafter, which is lent."""
         self._sits_out_dummy_runs = True
-        self._drafter.start_step(
-            BatchOnDevice.of_first_states(self.max_num_reqs, self.device)
-        )
         try:
             yield self._drafter
         finally:
@@ -185,44 +158,57 @@ class UnpadSpeculator(StandaloneARSpeculator):
     # ------------------------------------------------------------ before a step
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """A step's new requests (resumed ones too) and block allocations."""
+        """A step's new requests (resumed ones too) and block allocations. The runner
+        has given them their slots."""
+        slot_of = self._req_states.req_id_to_index
         admitted, extended = block_updates(scheduler_output, self._gid)
-        self._pending_steps.admit(request.req_id for request in admitted)
+        slots = [slot_of[request.req_id] for request in admitted]
+        self._num_made[slots] = 0
+        num_tokens = self._req_states.prefill_len.np[slots].tolist()
+        numbers = self._cursor.update_blocks(
+            zip(slots, num_tokens, admitted, strict=True),
+            ((slot_of[req_id], block_ids) for req_id, block_ids in extended),
+        )
+        req_ids = [request.req_id for request in admitted]
+        self._numbers.update(zip(req_ids, numbers, strict=True))
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         for new in scheduler_output.scheduled_new_reqs:
-            if (params := new.sampling_params) is None:
-                continue
-            if params.structured_outputs is not None:
+            # A grammar cuts drafts by their value, and only greedy ones may be. With a
+            # seed a draft is accepted where the target samples it: the likeliest is
+            # most often.
+            params = new.sampling_params
+            if params is not None and params.structured_outputs is not None:
                 self._constrained.add(new.req_id)
-            if params.seed is not None:
-                self._seeded.add(new.req_id)
-        self._cursor.update_blocks(admitted, extended)
+            is_seeded = params is not None and params.seed is not None
+            is_greedy = is_seeded or new.req_id in self._constrained
+            self._is_greedy[slot_of[new.req_id]] = is_greedy
 
     def release(self, req_ids: Iterable[str]) -> None:
         """Forget finished requests."""
         req_ids = list(req_ids)
         self.preempt(req_ids)
-        self._proposer.release(req_ids)
-        self._pending_steps.release(req_ids)
+        for req_id in req_ids:
+            self._pending_steps.forget(self._numbers.pop(req_id, 0))
+            self.policy.release(req_id)
         self._constrained.difference_update(req_ids)
-        self._seeded.difference_update(req_ids)
         self._request_limits.release(req_ids)
 
     def preempt(self, req_ids: Iterable[str]) -> None:
         """Forget drafts that will not be verified, and blocks that were taken away."""
         for req_id in req_ids:
-            self._num_made.pop(req_id, None)
-            self._cursor.release(req_id)
+            self._makes_fewer.pop(req_id, None)
+            slot = self._req_states.req_id_to_index.get(req_id)
+            if slot is not None:
+                self._cursor.release(slot)
 
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """An async scheduler schedules K drafts of every request before there are any.
         Those that were not made cost no rows; but under a grammar they stay, since its
         bit mask has a row for each, and are forbidden."""
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        return with_drafts_made(
-            scheduler_output,
-            {r: self._num_made.get(r, 0) for r in drafts if r not in self._constrained},
-        )
+        fewer = self._makes_fewer
+        if self._constrained:
+            fewer = {r: n for r, n in fewer.items() if r not in self._constrained}
+        return with_drafts_made(scheduler_output, fewer)
 
     # ------------------------------------------------------------ a step
 
@@ -263,35 +249,24 @@ class UnpadSpeculator(StandaloneARSpeculator):
                 dummy_run=True,
                 **kwargs,
             )
-        self._copy_request_inputs(
-            input_batch.num_reqs, input_batch.idx_mapping, temperature, seeds
-        )
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
-        num_known = known_tokens(input_batch)
-        self._pending_steps.add(step)
-        if self.knows_acceptance:
-            num_sampled_np = self._acceptance(step, num_sampled)
-            self.record_acceptance(num_sampled_np)
-            accepted = most_accepted = (
-                np.maximum(num_sampled_np.astype(np.int64), 1) - 1
-            )
-        else:
-            accepted, most_accepted = self._assume_accepted(step, num_known)
-        batch = self._draft_batch(input_batch, step, num_known, accepted, most_accepted)
+        slots = input_batch.idx_mapping_np
+        verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
+        turn = self._cursor.begin(slots, step.is_sampling, verified)
+        self._pending_steps.add(step, turn)
+        num_made, drafts = np.zeros_like(slots), self.draft_tokens[: len(slots)]
         try:
-            drafts = self._proposer.draft(batch)
+            lens = self._plan(input_batch, step)
+            if lens.any():
+                self.temperature.copy_(temperature)
+                self.seeds.copy_(seeds)
+                drafts = self._draft(input_batch, lens)
+                num_made = lens
         except Exception as error:
             self._failures.take(error)
-            drafts = DeviceDrafts.none(batch.num_reqs)
-        if isinstance(self._cursor, AsyncDraftCursor):
-            self._cursor.end_step()
-        return self._to_columns(step.req_ids, drafts)
-
-    def _acceptance(self, step: ScheduledStep, num_sampled: torch.Tensor) -> np.ndarray:
-        """Tokens each request sampled: one where no drafts were. [num_reqs] integers"""
-        if not step.num_draft_tokens.any():
-            return step.is_sampling.astype(np.int64)
-        return num_sampled.cpu().numpy()  # sync: how many were accepted
+        self._cursor.end(turn)
+        self._note_made(step.req_ids, slots, num_made)
+        return drafts
 
     def record_acceptance(self, num_sampled: np.ndarray) -> None:
         """Move the cursors by what the oldest step whose acceptance was not recorded
@@ -301,114 +276,181 @@ class UnpadSpeculator(StandaloneARSpeculator):
         """
         if not self._pending_steps:
             return
-        step, is_wanted = self._pending_steps.pop()
-        for i in np.flatnonzero(step.is_sampling & is_wanted):
-            req_id, num_accepted = step.req_ids[i], int(num_sampled[i]) - 1
+        step, turn, is_wanted = self._pending_steps.pop()
+        num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
+        self._cursor.settle(turn, num_accepted)
+        if self.is_automatic:
+            self._observe(step, num_accepted, is_wanted)
+        step.count(num_sampled, self.num_speculative_steps, self.counters, is_wanted)
+
+    def _observe(
+        self, step: ScheduledStep, num_accepted: np.ndarray, is_wanted: np.ndarray
+    ) -> None:
+        is_seen = step.is_sampling & is_wanted & (step.num_draft_tokens > 0)
+        for i in np.flatnonzero(is_seen).tolist():
             try:
-                self._proposer.record_verified(
-                    req_id, int(step.num_draft_tokens[i]), num_accepted
+                self.policy.observe(
+                    step.req_ids[i], int(step.num_draft_tokens[i]), int(num_accepted[i])
                 )
             except Exception as error:
                 self._failures.take(error)
-                # Does nothing where it was done before the error.
-                self._cursor.record_verified(req_id, num_accepted)
-        if isinstance(self._cursor, AsyncDraftCursor):
-            self._cursor.settle()
-        step.count(num_sampled, self.num_speculative_steps, self.counters, is_wanted)
 
-    def compute_draft_logits(
-        self, hidden_states: torch.Tensor, spec_step_idx: int
-    ) -> torch.Tensor:
-        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        if self.is_automatic:
-            self.confidence = highest_probability(logits)
-        return logits
+    @property
+    def draft_lens(self) -> dict[str, int]:
+        """Drafts of each request of the last batch."""
+        req_ids, num_made = self._last_made
+        return dict(zip(req_ids, num_made.tolist(), strict=True))
 
-    def _assume_accepted(
-        self, step: ScheduledStep, num_known: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Accepted tokens to assume until the acceptance, and the most that there can
-        be. [num_reqs] int64 both"""
-        assert isinstance(self._cursor, AsyncDraftCursor)
-        accepted, most_accepted = (np.zeros_like(num_known) for _ in range(2))
-        for i in np.flatnonzero(step.is_sampling):
-            req_id = step.req_ids[i]
-            most_accepted[i] = min(
-                step.num_draft_tokens[i], self._num_made.get(req_id, 0)
-            )
-            accepted[i] = self._cursor.assume_accepted(
-                req_id, int(num_known[i]), int(most_accepted[i])
-            )
-        return accepted, most_accepted
+    def _note_made(
+        self, req_ids: list[str], slots: np.ndarray, num_made: np.ndarray
+    ) -> None:
+        self._last_made = req_ids, num_made
+        self._num_made[slots] = num_made
+        fewer = np.flatnonzero(num_made < self.num_speculative_steps).tolist()
+        if self._makes_fewer:
+            for req_id in req_ids:
+                self._makes_fewer.pop(req_id, None)
+        for i in fewer:
+            self._makes_fewer[req_ids[i]] = int(num_made[i])
 
-    def _draft_batch(
-        self,
-        input_batch: InputBatch,
-        step: ScheduledStep,
-        num_known: np.ndarray,
-        accepted: np.ndarray,
-        most_accepted: np.ndarray,
-    ) -> DraftBatch:
-        """All [num_reqs] int64: tokens before the step sampled; accepted ones to assume
-        with, and at most, equal where they are known."""
-        states = self._req_states
-        idx_mapping_np = input_batch.idx_mapping_np
-        num_prefilled = num_known + step.num_draft_tokens
-        prefill_len = input_batch.prefill_len_np.astype(np.int64)
-        num_tokens = np.where(step.is_sampling, num_known + 1 + accepted, prefill_len)
-        max_moved_by = most_accepted - accepted
-        on_device = self._batch_on_device(input_batch, step, num_tokens, max_moved_by)
-        self._drafter.start_step(on_device)
+    # ------------------------------------------------------------ what to feed
+
+    def _plan(self, input_batch: InputBatch, step: ScheduledStep) -> np.ndarray:
+        """How many drafts each request makes, after what else it lacks was fed.
+        [num_reqs] int64"""
+        slots, is_sampling = input_batch.idx_mapping_np, step.is_sampling
+        if not self._feeds_every_prompt and self.policy.skips_step(
+            int(is_sampling.sum())
+        ):
+            return np.zeros_like(slots)
+        num_prefilled = input_batch.num_computed_tokens_np + step.num_scheduled_tokens
+        prefill_len = input_batch.prefill_len_np
+        # The host counts drafts as accepted until it learns of them.
+        longest = np.where(is_sampling, num_prefilled + 1, prefill_len)
         most = max_draft_tokens(
-            num_tokens + max_moved_by,
+            longest,
             self.num_speculative_steps,
             self.max_model_len,
             self._drafter.max_model_len,
-            states.max_seq_len[idx_mapping_np] if self.is_automatic else None,
+            self._req_states.max_seq_len[slots] if self.is_automatic else None,
         )
         if self._request_limits:
             rows = {req_id: row for row, req_id in enumerate(step.req_ids)}
             self._request_limits.apply(most, rows)
-        return DraftBatch(
-            req_ids=step.req_ids,
-            token_ids=KnownTokens(states.all_token_ids.gpu, on_device),
-            num_tokens=num_tokens,
-            num_prompt_tokens=states.prompt_len.np[idx_mapping_np].astype(np.int64),
-            num_scheduled_tokens=step.num_scheduled_tokens,
-            num_prefilled_tokens=num_prefilled,
-            is_sampling=step.is_sampling,
-            max_draft_tokens=most,
+        num_lacking = self._cursor.num_lacking(slots)
+        not_computed = np.where(is_sampling, 0, prefill_len - num_prefilled)
+        missing = np.maximum(num_lacking - not_computed, 0)
+        lens = self.policy.plan(
+            StepInfo(
+                step.req_ids,
+                is_sampling,
+                np.where(is_sampling, most, 0),
+                missing,
+                int(step.num_scheduled_tokens[~is_sampling].sum()),
+            )
         )
+        feeds = lens > 0
+        if self.policy.feeds_prompts:
+            feeds = feeds | (~is_sampling & (most > 0))
+        wanted = np.where(feeds, missing - FIRST_ROWS * is_sampling, 0)
+        if self._feeds_every_prompt:
+            room = self._drafter.max_model_len - (longest - num_lacking)
+            prompt_rows = np.minimum(missing - is_sampling, room)
+            wanted = np.maximum(wanted, np.where(step.is_decode, 0, prompt_rows))
+        wanted = np.maximum(wanted, 0)
+        if wanted.any():
+            complete = self._catch_up(input_batch, wanted, longest)
+            lens = np.where(complete, lens, 0)
+        drafting = np.flatnonzero(lens)
+        lens[drafting[self._drafter.max_num_reqs :]] = 0
+        return lens
 
-    def _batch_on_device(
-        self,
-        input_batch: InputBatch,
-        step: ScheduledStep,
-        num_tokens: np.ndarray,
-        max_moved_by: np.ndarray,
-    ) -> BatchOnDevice:
-        idx_mapping = input_batch.idx_mapping
-        moved_by = None
-        if not self.knows_acceptance:
-            true_len = self._req_states.total_len.gpu[idx_mapping].long()
-            moved_by = true_len - async_tensor_h2d(num_tokens, device=self.device)
-        # A grammar cuts drafts by their value, and only greedy ones may be. With a seed
-        # a draft is accepted where the target samples it: the likeliest is most often.
-        greedy = self._constrained | self._seeded if self._seeded else self._constrained
-        is_greedy = np.array([r in greedy for r in step.req_ids], bool)
-        if self.draft_logits is not None and is_greedy.any():
-            rows = async_tensor_h2d(np.flatnonzero(is_greedy), device=self.device)
-            self.temperature[idx_mapping[rows]] = 0.0
-        return BatchOnDevice(idx_mapping, moved_by, max_moved_by, is_greedy)
+    def _catch_up(
+        self, input_batch: InputBatch, wanted: np.ndarray, longest: np.ndarray
+    ) -> np.ndarray:
+        """Feed `wanted` rows of each request, as far as they fit. Which were fed all.
+        [num_reqs] each"""
+        slots = input_batch.idx_mapping_np
+        num_lacking = self._cursor.num_lacking(slots)
+        asks = np.flatnonzero(wanted)
+        # A block shared by several requests is written by one; others wait a step.
+        waits = np.zeros(len(slots), dtype=bool)
+        waits[asks] = self._cursor.waits_for_another(slots[asks])
+        granted = grant_rows(np.where(waits, 0, wanted), self._drafter.max_num_rows)
+        fed = np.flatnonzero(granted)
+        if fed.size:
+            idx_mapping = self._rows_of(input_batch.idx_mapping, fed)
+            self._drafter.catch_up(
+                idx_mapping, granted[fed], num_lacking[fed], longest[fed]
+            )
+            self._cursor.feed(slots[fed], granted[fed])
+            starts = (longest - num_lacking)[fed]
+            first = np.maximum(starts, self._req_states.prompt_len.np[slots[fed]])
+            num_decode = np.maximum(starts + granted[fed] - first, 0)
+            self._count_forward(int(granted.sum()), int(num_decode.sum()))
+        return granted == wanted
 
-    def _to_columns(self, req_ids: list[str], drafts: DeviceDrafts) -> torch.Tensor:
-        """[num_reqs, K] int64 on the device, as vLLM keeps drafts; the rest is 0."""
-        self.draft_lens = dict(zip(req_ids, drafts.num_kept.tolist(), strict=True))
-        self._num_made.update(self.draft_lens)
-        columns = self.draft_tokens[: len(req_ids)].zero_()
-        last: np.ndarray | None = None  # forwards of the same requests share it
-        for position, (requests, tokens) in enumerate(drafts.made):
-            if requests is not last:
-                rows, last = async_tensor_h2d(requests, device=self.device), requests
-            columns[rows, position] = tokens
+    def _draft(self, input_batch: InputBatch, lens: np.ndarray) -> torch.Tensor:
+        """Make the drafts. [num_reqs, K] int64 on the device; those not made are any
+        tokens."""
+        slots = input_batch.idx_mapping_np
+        drafting, depth = np.flatnonzero(lens), int(lens.max())
+        idx_mapping = self._rows_of(input_batch.idx_mapping, drafting)
+        num_known = (
+            input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        )
+        greedy = self._greedy_states(idx_mapping, slots[drafting])
+        self._drafter.draft(idx_mapping, depth, num_known[drafting] + 1)
+        num_drafting = len(drafting)
+        drafts = self.draft_tokens[:num_drafting]
+        if greedy is not None:
+            self._make_one_hot(*greedy, drafts[:, :depth])
+        self._cursor.draft(slots[drafting], lens[drafting] - 1)
+        is_first = num_known <= self._req_states.prompt_len.np[slots]
+        num_decode = FIRST_ROWS * num_drafting - int(is_first[drafting].sum())
+        self._count_forward(FIRST_ROWS * num_drafting, num_decode)
+        for _ in range(depth - 1):
+            self._count_forward(num_drafting, num_drafting)
+        if num_drafting == len(slots):
+            return drafts
+        columns = drafts.new_zeros(len(slots), self.num_speculative_steps)
+        columns[async_tensor_h2d(drafting, device=self.device)] = drafts
         return columns
+
+    def _rows_of(self, idx_mapping: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """Request states of some batch rows, in their order."""
+        if len(rows) == len(idx_mapping):
+            return idx_mapping
+        return idx_mapping[async_tensor_h2d(rows, device=self.device)]
+
+    def _greedy_states(
+        self, idx_mapping: torch.Tensor, slots: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rows and request states of those that draft greedily where others sample,
+        whose temperature is set; None if there are none."""
+        if self.draft_logits is None or not self._is_greedy[slots].any():
+            return None
+        rows = async_tensor_h2d(
+            np.flatnonzero(self._is_greedy[slots]), device=self.device
+        )
+        states = idx_mapping[rows]
+        self.temperature[states] = 0.0
+        return rows, states
+
+    def _make_one_hot(
+        self, rows: torch.Tensor, states: torch.Tensor, drafts: torch.Tensor
+    ) -> None:
+        """Say that these drafts are certain to the rejection sampler, which would else
+        take them for samples of the drafter's distribution."""
+        assert self.draft_logits is not None
+        depth = drafts.shape[1]
+        logits = self.draft_logits.new_full(
+            (len(rows), depth, self.draft_logits.shape[2]), float("-inf")
+        )
+        logits.scatter_(2, drafts[rows].unsqueeze(-1), 0.0)
+        self.draft_logits[states, :depth] = logits
+
+    def _count_forward(self, num_rows: int, num_decode: int) -> None:
+        self.counters.num_draft_forwards += 1
+        self.counters.num_draft_rows += num_rows
+        self.counters.num_draft_rows_decode += num_decode
