@@ -27,6 +27,7 @@ from vllm_emssd.config import (
     EmssdConfig,
     parse_speculative_config,
 )
+from vllm_emssd.integration.frontend.capture_sizes import widen_capture_sizes
 from vllm_emssd.integration.frontend.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
@@ -172,6 +173,8 @@ def _create_ours(
     install_serving_hooks()
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
+    if not current_platform.is_cpu():
+        widen_capture_sizes(args, 1 + config.most_draft_tokens)
     if not may_be_async:
         args.async_scheduling = False  # vLLM 0.33 leaves it on for its V2 runner
     args.additional_config = {
