@@ -80,7 +80,7 @@ V2_ONLY = r'"proposer": "draft_model" on vLLM\'s V2 model runner.*--async-schedu
         (False, None, "draft_model", "fixed", None),
         (False, "1", "draft_model", "fixed", None),
         (True, "1", "draft_model", "fixed", None),
-        (False, "1", "draft_model", "auto", r'"draft_length": "fixed".*remove'),
+        (False, "1", "draft_model", "auto", None),
         (False, "0", "draft_model", "fixed", V2_ONLY),
         (True, None, "draft_model", "fixed", V2_ONLY),
         (False, None, "llma", "fixed", V2_ONLY),
