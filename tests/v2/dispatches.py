@@ -39,9 +39,11 @@ K = 5
 
 def grown(num_layers: int, folder: Path) -> str:
     """The shipped drafter with more layers, and the same function."""
-    script = [sys.executable, str(REPO / "scripts/grow_model.py"), DRAFT, str(folder)]
+    script = [sys.executable, "-m", "models.make.grow_model", DRAFT, str(folder)]
     size = ["--hidden-size", "256", "--intermediate-size", "768", "--query-group", "4"]
-    subprocess.run([*script, *size, "--num-layers", str(num_layers)], check=True)
+    subprocess.run(
+        [*script, *size, "--num-layers", str(num_layers)], cwd=REPO, check=True
+    )
     return str(folder)
 
 

@@ -174,7 +174,7 @@ def _create_ours(
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
     if not current_platform.is_cpu():
-        widen_capture_sizes(args, 1 + config.most_draft_tokens)
+        widen_capture_sizes(args, 1 + config.max_draft_tokens)
     if not may_be_async:
         args.async_scheduling = False  # vLLM 0.33 leaves it on for its V2 runner
     args.additional_config = {
