@@ -184,7 +184,8 @@ def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
         drafts = gained["spec_decode_num_draft_tokens"]
         if name == "async auto" or (what == "ragged" and name.startswith("async")):
             # vLLM counts the drafts it scheduled before it could know how many.
-            assert counts["num_draft_tokens"] < drafts
+            assert counts["num_draft_tokens"] <= drafts
+            assert what != "ragged" or counts["num_draft_tokens"] < drafts
         else:
             assert counts["num_draft_tokens"] == drafts
         assert (
