@@ -54,6 +54,7 @@ class AutoDraftLength(DraftLengthPolicy):
         if not most.any():
             return most  # which says nothing about whether drafts pay
         self._req_ids = step.req_ids
+        self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
         stops = self._uses_confidence and self._stopping_gain >= 0
         confidence_ms = self.costs.confidence_ms * stops
@@ -147,9 +148,11 @@ class AutoDraftLength(DraftLengthPolicy):
         pays = self._survival > self._verify_cost
         rows = self._plan.rows + int(pays.sum())
         room = self.costs.computed_rows(rows) - rows
-        others = np.sort(self._survival[~pays & (self._survival > 0)])
-        if room > 0 and others.size:
-            pays = self._survival >= others[-min(room, others.size)]
+        if room > 0 and not self._has_prompts:  # whose rows the next step may not have
+            left = np.where(pays, 0.0, self._survival)
+            likeliest = np.argsort(-left, axis=None, kind="stable")
+            room = min(room, np.count_nonzero(left))
+            pays.flat[likeliest[:room]] = True
         return pays.sum(axis=1)
 
     def _survey(self, made: np.ndarray, kept: np.ndarray) -> None:

@@ -74,12 +74,8 @@ class DeviceDrafts:
                 end = start + len(requests)
                 drafts[requests, position] = flat[start:end]
                 start = end
-        return [
-            tokens[:num_kept]
-            for tokens, num_kept in zip(
-                drafts.tolist(), self.num_kept.tolist(), strict=True
-            )
-        ]
+        lens = np.minimum(self.num_kept, self.num_made).tolist()
+        return [d[:n] for d, n in zip(drafts.tolist(), lens, strict=True)]
 
 
 class DraftModelProposer:

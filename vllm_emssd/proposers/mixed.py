@@ -109,7 +109,10 @@ class MixedProposer:
         gains = np.array(list(map(expected_accepted, acceptance, num_copied.tolist())))
         if not self._weighs_copies:
             prefers = gains >= self._gains_of_drafts(batch, may_draft)
-            may_draft = np.where(prefers & (num_copied > 0), 0, may_draft)
+            keeps_copy = prefers & (num_copied > 0)
+            if (keeps_copy & (may_draft > 0)).any():
+                self._drafts.fade()  # or drafts that did badly are never tried again
+            may_draft = np.where(keeps_copy, 0, may_draft)
         return self._drafting.propose(
             dataclasses.replace(
                 batch, max_draft_tokens=may_draft, copies=Copies(num_copied, gains)

@@ -24,7 +24,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row, the first of equals. [num_rows] int64"""
-    return Sampler.greedy_sample(logits.to(torch.float32))
+    if logits.device.type == "cpu":  # its kernel takes float32 only
+        logits = logits.to(torch.float32)
+    return Sampler.greedy_sample(logits)
 
 
 def greedy_tokens_and_confidence(
