@@ -3,12 +3,13 @@
 
     scripts/gpu_check [--folder docs/results] [--parts tests 1B] [-- PYTEST ARGS]
 
-The parts are *probes* (what one launch, replay, wait and copy cost the host), *1B* and
-*7B* (`vllm-emssd bench`, the methods side by side on the shipped target grown to so
-many parameters, so that it costs what real ones do) and *tests*, every one listed with
-its outcome. Each writes its file at once: gpu-probes.json, gpu-bench-1B.json,
-gpu-bench-7B.json, gpu-check.json. A part whose file is of this commit is left out, so
-that a run that was cut off goes on where it was. Exits with 1 if anything failed.
+The parts are *tests*, every one listed with its outcome, *probes* (what one launch,
+replay, wait and copy cost the host), *1B* and *7B* (`vllm-emssd bench`, the methods
+side by side on the shipped target grown to so many parameters, so that it costs what
+real ones do). Each writes its file at once: gpu-check.json, gpu-probes.json,
+gpu-bench-1B.json, gpu-bench-7B.json. A part whose file is of this commit, without a
+failure, is left out, so that a run that was cut off goes on where it was. Exits with 1
+if anything failed.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ GROWN = {
     "7B": ["--hidden-size", "4096", "--num-layers", "40"],
 }
 BATCHES = {"1B": ["1", "8", "32", "128"], "7B": ["1", "8", "32", "64"]}
-FILES = {
+FILES = {  # in the order of the runs: first whether it is right
+    "tests": "gpu-check.json",
     "probes": "gpu-probes.json",
     "1B": "gpu-bench-1B.json",
     "7B": "gpu-bench-7B.json",
-    "tests": "gpu-check.json",
 }
 STOCK = {"method": "draft_model", "model": str(REPO / "models/draft")}
 # What a user of vLLM alone can switch on, beside its draft_model with K = 5.
@@ -184,9 +185,11 @@ def is_done(output: Path) -> bool:
     """Results of a run make the checkout of the next one differ; that is no change."""
     if not output.exists():
         return False
-    seen = json.loads(output.read_text())["provenance"]["commit"]
-    now: str = provenance()["commit"]
-    return bool(now) and seen.removesuffix("-dirty") == now.removesuffix("-dirty")
+    result = json.loads(output.read_text())
+    has_failed = any(t["outcome"] == "failed" for t in result.get("tests", []))
+    seen, now = result["provenance"]["commit"], provenance()["commit"]
+    is_same = seen.removesuffix("-dirty") == now.removesuffix("-dirty")
+    return bool(now) and is_same and not has_failed
 
 
 def main() -> int:

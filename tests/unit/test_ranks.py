@@ -41,7 +41,8 @@ def join(rank: int, meeting_point: str) -> Ranks:
 
 def meter(rank: int, ranks: Ranks) -> StepCostMeter:
     """Of a target whose forwards take the first rank 10 ms, and the second 20."""
-    target = SimpleNamespace(take_timings=lambda: [(4, 10.0 * (rank + 1))])
+    rows = 4 if rank else 20  # a rank may have read fewer times, of fewer rows
+    target = SimpleNamespace(take_timings=lambda: [(rows, 10.0 * (rank + 1))])
     target_costs = CostTable([1, 8], [5.0 + rank, 9.0 + rank])
     measured = StepCosts(target_costs, CostTable([1], [0.0]), 4.0)
     made = StepCostMeter(measured, target, None, ranks)

@@ -151,7 +151,7 @@ class AutoDraftLength(DraftLengthPolicy):
         if room > 0 and not self._has_prompts:  # whose rows the next step may not have
             left = np.where(pays, 0.0, self._survival)
             likeliest = np.argsort(-left, axis=None, kind="stable")
-            room = min(room, np.count_nonzero(left))
+            room = min(room, int(np.count_nonzero(left)))
             pays.flat[likeliest[:room]] = True
         return pays.sum(axis=1)
 

@@ -126,20 +126,21 @@ class StepCostMeter:
         costs.speculation_ms = both - costs.fixed_ms
 
     def _take_over_costs(self) -> None:
-        """The first rank's measured costs are everyone's from now on. Tables have the
-        same points on all ranks: these depend on row counts only."""
+        """The first rank's measured costs are everyone's from now on, and the points
+        of its tables: another rank may not yet have read as many of a GPU's times."""
         if self._ranks.is_alone:
             return
+        tables = self.measured.target.points, self.measured.draft.points
+        sizes = self._ranks.of_first(np.array(list(map(len, tables)))).astype(int)
         measured = self.measured
-        target, draft = measured.target.points, measured.draft.points
-        own = [ms for _, ms in (*target, *draft)]
         rest = [measured.fixed_ms, measured.speculation_ms, measured.confidence_ms]
-        shared = self._ranks.of_first(np.array([*rest, *own]))
+        own = np.concatenate([rest, *(np.array(table).T.ravel() for table in tables)])
+        shared = self._ranks.of_first(np.resize(own, 3 + 2 * sizes.sum()))
         costs = self.costs
         costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = shared[:3].tolist()
-        target_ms, draft_ms = np.split(shared[3:], [len(target)])
-        costs.target = CostTable([rows for rows, _ in target], target_ms)
-        costs.draft = CostTable([rows for rows, _ in draft], draft_ms)
+        target, draft = np.split(shared[3:], [2 * sizes[0]])
+        costs.target = CostTable(*target.reshape(2, -1))
+        costs.draft = CostTable(*draft.reshape(2, -1))
 
     def as_dict(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
@@ -164,8 +165,7 @@ class StepCostMeter:
 def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) -> None:
     """From forwards (rows, ms). The first of a row count may be slow for once, as
     kernels are made for it and memory is found: it is a cost only where it is below
-    what was thought. A table covers all rows seen, whatever they took, and so has the
-    same points on all ranks."""
+    what was thought. A table covers all rows seen, whatever they took."""
     for rows, ms in timings:
         table.cover(rows)
         if rows in known or ms < table.at(rows):

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 _MOST_ROWS = 2048  # beyond, the device takes longer than the host takes to launch
-_DENSE_ROWS = 512  # vLLM's own sizes go up to here
 _REQUEST_STEP = 8
+_DEFAULT_REQUESTS = 1024  # the most that vLLM sets where the user does not, later
 
 
-def capture_sizes(rows_a_request: int, max_num_seqs: int | None) -> list[int]:
-    """Row counts, rising: vLLM's own, and beyond them decoding steps of every eighth
-    number of requests, up to all requests. `rows_a_request`: K + 1."""
-    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, _DENSE_ROWS + 1, 16)}
-    most = _MOST_ROWS
-    if max_num_seqs is not None:
-        most = min(most, max_num_seqs * rows_a_request)
-    sizes.update(range(0, most + 1, _REQUEST_STEP * rows_a_request))
-    sizes.add(most - most % rows_a_request)
-    return sorted(n for n in sizes if 0 < n <= most)
+def capture_sizes(rows_a_request: int, max_num_seqs: int) -> list[int]:
+    """Row counts, rising: vLLM's own, decoding steps of every eighth number of requests
+    up to all, and draft forwards of all requests. `rows_a_request`: K + 1."""
+    dense = 1024 if current_platform.is_device_capability_family(100) else 512
+    dense = min(2 * max_num_seqs * rows_a_request, dense)  # as vLLM has it
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, dense + 1, 16)}
+    sizes = {n for n in sizes if n <= dense}
+    most = min(max_num_seqs, _MOST_ROWS // rows_a_request)
+    requests = [n for n in (1, 2, 4, *range(8, most, _REQUEST_STEP), most) if n <= most]
+    sizes |= {n * rows_a_request for n in requests}
+    # A draft model's graphs take one row a request, and two in a step's first forward.
+    sizes |= {n for n in (max_num_seqs, 2 * max_num_seqs) if n <= _MOST_ROWS}
+    return sorted(sizes)
 
 
 def widen_capture_sizes(args: EngineArgs, rows_a_request: int) -> None:
@@ -26,9 +30,11 @@ def widen_capture_sizes(args: EngineArgs, rows_a_request: int) -> None:
     is changed."""
     config = args.compilation_config
     if (
-        args.cudagraph_capture_sizes is None
+        args.performance_mode == "balanced"
+        and args.cudagraph_capture_sizes is None
         and args.max_cudagraph_capture_size is None
         and config.cudagraph_capture_sizes is None
         and config.max_cudagraph_capture_size is None
     ):
-        args.cudagraph_capture_sizes = capture_sizes(rows_a_request, args.max_num_seqs)
+        num_reqs = args.max_num_seqs or _DEFAULT_REQUESTS
+        args.cudagraph_capture_sizes = capture_sizes(rows_a_request, num_reqs)

@@ -286,11 +286,13 @@ class UnpadSpeculator(StandaloneARSpeculator):
     def _observe(
         self, step: ScheduledStep, num_accepted: np.ndarray, is_wanted: np.ndarray
     ) -> None:
-        is_seen = step.is_sampling & is_wanted & (step.num_draft_tokens > 0)
+        # Under a grammar more are scheduled than were made: they say nothing.
+        num_possible = step.num_draft_tokens - step.num_forbidden
+        is_seen = step.is_sampling & is_wanted & (num_possible > 0)
         for i in np.flatnonzero(is_seen).tolist():
             try:
                 self.policy.observe(
-                    step.req_ids[i], int(step.num_draft_tokens[i]), int(num_accepted[i])
+                    step.req_ids[i], int(num_possible[i]), int(num_accepted[i])
                 )
             except Exception as error:
                 self._failures.take(error)
