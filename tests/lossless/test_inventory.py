@@ -205,6 +205,10 @@ REQUESTS: dict[str, str | NoMatter] = {
             "service_tier",
             "store",
             "prompt_cache_key",
+            "prompt_cache_options",  # since vLLM 0.33, as the next three
+            "prompt_cache_retention",
+            "return_weight_versions",
+            "safety_identifier",
             "enable_response_messages",
             "previous_input_messages",
         ],
