@@ -282,7 +282,10 @@ def _compare(plain: ServerProcess, ours: ServerProcess, max_examples: int) -> No
     )
     @given(BATCHES)
     def answers_are_alike(batch: Any) -> None:
-        expected, seen = _answers(plain, batch), _answers(ours, batch)
+        # One by one: beside others, vLLM may force a finished request's end of thinking
+        # into the answer of the one that moves into its row.
+        expected = [_answers(plain, [sent])[0] for sent in batch]
+        seen = _answers(ours, batch)
         for (_, body), a, b in zip(batch, expected, seen, strict=True):
             _assert_alike(body, a, b)
 
