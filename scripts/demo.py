@@ -46,6 +46,7 @@ KV_CACHE_MIB = 512
 
 Result = dict[str, Any]  # of one number of requests at once
 console = Console(highlight=False)
+console.width = max(console.width, 100)  # of the table: a narrower one cuts numbers
 
 
 def parse_options() -> argparse.Namespace:

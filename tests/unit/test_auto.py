@@ -294,7 +294,7 @@ def test_trims_where_it_may() -> None:
     assert any(step.made != step.verified for step in loop.steps)
 
 
-def test_rows_computed_anyway_go_to_the_likeliest_drafts_left() -> None:
+def test_rows_of_padding_go_to_the_likeliest_drafts_left() -> None:
     """Two requests in 8 rows: six drafts, though one alone is worth its row."""
     costs = dataclasses.replace(MEDIUM, computed_rows=lambda rows: max(rows, 8))
     policy = auto_policy(costs, 4)
@@ -306,6 +306,18 @@ def test_rows_computed_anyway_go_to_the_likeliest_drafts_left() -> None:
     assert policy.trim(np.array([4, 4])).tolist() == [1, 0]
     costs.computed_rows = lambda rows: 99
     assert policy.trim(np.array([4, 4])).tolist() == [4, 4]
+    costs.computed_rows = lambda rows: max(rows, 8)
+    policy._survival[:] = [[0.9, 0.2, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]]
+    assert policy.trim(np.array([4, 4])).sum() == 6, "as many as there are rows"
+
+
+def test_rows_of_prompts_leave_no_padding_to_the_next_step() -> None:
+    costs = dataclasses.replace(MEDIUM, computed_rows=lambda rows: rows + 8)
+    policy = auto_policy(costs, 4)
+    policy.plan(step_of(2, num_prefill=1))
+    policy._survival[1] = [0.9, 0.2, 0.1, 0.05]
+    policy._verify_cost = 0.8
+    assert policy.trim(np.array([0, 4])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("num_reqs", [4, 24])

@@ -17,11 +17,11 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_emssd.integration.drafting import highest_probability
 from vllm_emssd.integration.v1.greedy import (
     emitted_tokens,
     greedy_tokens,
     greedy_tokens_and_confidence,
+    highest_probability,
     is_all_greedy,
 )
 

@@ -273,6 +273,19 @@ def test_changes_to_whichever_fares_better() -> None:
     assert 0 < drafter.num_rows <= len(answer) + 4 * 400 / 5 + 40
 
 
+@pytest.mark.parametrize("can_copy", [True, False])
+def test_drafts_that_did_badly_are_tried_again(can_copy: bool) -> None:
+    """While copies look better the record of drafts fades; else it stays."""
+    proposer, drafter = mixed_of_one(None, copy_length=3)
+    for _ in range(100):
+        proposer._drafts.observe(4, 0, keep=0.99)
+    before = proposer._drafts.tested
+    tokens = [5, 6, 7, 8, 5, 6] if can_copy else [5, 6, 7, 8, 9, 1]
+    proposer.propose(batch_of({"r": tokens}, [4], num_prompt_tokens=[4]))
+    assert (drafter.num_rows == 0) == can_copy
+    assert (proposer._drafts.tested < before) == can_copy
+
+
 def test_copies_where_drafting_would_be_better_and_does_not_pay() -> None:
     batch = batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4], num_prompt_tokens=[4])
     proposer, drafter = mixed_of_one(None, copy_length=1)

@@ -143,8 +143,8 @@ class AutoDraftLength(DraftLengthPolicy):
         return kept
 
     def _kept(self) -> np.ndarray:
-        """The drafts worth their rows, and the likeliest others in rows that are
-        computed anyway. [num_reqs] int64"""
+        """The drafts worth their rows, and the likeliest others in rows that would be
+        padding. [num_reqs] int64"""
         pays = self._survival > self._verify_cost
         rows = self._plan.rows + int(pays.sum())
         room = self.costs.computed_rows(rows) - rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -70,10 +69,3 @@ def max_draft_tokens(
     if max_num_tokens is not None:
         room = np.minimum(room, max_num_tokens - num_tokens - 1)
     return np.clip(room, 0, num_speculative_tokens)
-
-
-def highest_probability(logits: torch.Tensor) -> torch.Tensor:
-    """How sure a drafter is of each draft: the largest of each row's softmax, 0 of a
-    row with NaN or infinite logits. [num_rows, vocab_size] -> [num_rows] float32"""
-    highest = logits.softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
-    return highest.nan_to_num(nan=0.0)

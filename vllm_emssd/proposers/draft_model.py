@@ -74,7 +74,7 @@ class DeviceDrafts:
                 end = start + len(requests)
                 drafts[requests, position] = flat[start:end]
                 start = end
-        lens = np.minimum(self.num_kept, self.num_made).tolist()
+        lens = self.num_kept.tolist()
         return [d[:n] for d, n in zip(drafts.tolist(), lens, strict=True)]
 
 

@@ -26,9 +26,12 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from vllm_emssd.integration.drafting import highest_probability
 from vllm_emssd.integration.forward_clock import WallClock
-from vllm_emssd.integration.v1.greedy import greedy_tokens, greedy_tokens_and_confidence
+from vllm_emssd.integration.v1.greedy import (
+    greedy_tokens,
+    greedy_tokens_and_confidence,
+    highest_probability,
+)
 from vllm_emssd.ragged import RaggedRows
 
 

@@ -29,6 +29,13 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     return Sampler.greedy_sample(logits)
 
 
+def highest_probability(logits: torch.Tensor) -> torch.Tensor:
+    """How sure a drafter is of each draft: the largest of each row's softmax, 0 of a
+    row with NaN or infinite logits. [num_rows, vocab_size] -> [num_rows] float32"""
+    highest = logits.softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
+    return highest.nan_to_num(nan=0.0)
+
+
 def greedy_tokens_and_confidence(
     logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,9 @@ class DeviceDrafter:
         self, stock: UnpadSpeculator, req_states: RequestState, max_model_len: int
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
-        self.max_num_reqs: int = min(stock.max_num_reqs, self.max_num_rows // 2)
+        self.max_num_reqs: int = min(
+            stock.max_num_reqs, self.max_num_rows // FIRST_ROWS
+        )
         self.max_model_len = max_model_len
         self._stock = stock
         self._req_states = req_states
@@ -67,7 +69,7 @@ class DeviceDrafter:
         self._clock = clock
 
     def take_timings(self) -> list[tuple[int, float]]:
-        """See `step_costs.TimedForwards`."""
+        """See `costs.TimedForwards`."""
         return [] if self._clock is None else self._clock.take_timings()
 
     def capture(self) -> None:

@@ -82,7 +82,7 @@ class TargetTiming(StepTimingCollector):
         self._num_rows = 0
 
     def take_timings(self) -> list[tuple[int, float]]:
-        """See `step_costs.TimedForwards`."""
+        """See `costs.TimedForwards`."""
         return [] if self._clock is None else self._clock.take_timings()
 
 

@@ -1,0 +1,30 @@
+"""What the V2 runner's speculator tells the draft-length policy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+from vllm_emssd.integration.v2.speculator import UnpadSpeculator
+from vllm_emssd.verification import ScheduledStep
+
+
+def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
+    """All K stay scheduled there, however many were made."""
+    observed: list[tuple[str, int, int]] = []
+    speculator = SimpleNamespace(
+        policy=SimpleNamespace(observe=lambda *seen: observed.append(seen))
+    )
+    step = ScheduledStep(
+        ["free", "none made", "two made"],
+        num_scheduled_tokens=np.full(3, 5),
+        num_draft_tokens=np.full(3, 4),
+        is_decode=np.ones(3, dtype=bool),
+        is_sampling=np.ones(3, dtype=bool),
+        num_forbidden=np.array([0, 4, 2]),
+    )
+    accepted = np.array([3, 0, 2])
+    UnpadSpeculator._observe(speculator, step, accepted, np.ones(3, dtype=bool))
+    assert observed == [("free", 4, 3), ("two made", 2, 2)]
