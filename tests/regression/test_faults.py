@@ -26,7 +26,7 @@ from tests.engine import (
 )
 from tests.planted_failures import break_parts
 from tests.regression.runs import batch_prompts, run
-from vllm_emssd.integration.drafting import highest_probability
+from vllm_emssd.integration.v1.greedy import highest_probability
 from vllm_emssd.integration.v1.sampling import count_nan_as_one_hot
 from vllm_emssd.integration.worker import memory_advice
 
