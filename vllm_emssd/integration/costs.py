@@ -33,6 +33,7 @@ _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _PAUSE = 4.0  # times the cost so far: nobody asked for tokens, this is no cost,
 _MOST_PAUSES = 8  # unless it goes on like that
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
+_STEPS_BETWEEN_DRAFTS = 4  # of which draft forwards' costs are learned: there are many
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -94,11 +95,12 @@ class StepCostMeter:
         target = self._target.take_timings()
         draft = [] if self._drafter is None else self._drafter.take_timings()
         if learns_costs:
+            _learn(costs.target, target, self._known_to_target)
+        if learns_costs and self._num_steps % _STEPS_BETWEEN_DRAFTS == 0:
             told_ms = 0.0
             if self._drafter is not None and self._drafter.tells_confidence:
                 told_ms = costs.confidence_ms
             bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in draft]
-            _learn(costs.target, target, self._known_to_target)
             _learn(costs.draft, bare, self._known_to_draft)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         if self._step_ended is not None and len(target) == 1:
