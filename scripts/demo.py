@@ -42,7 +42,7 @@ from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, nu
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
-KV_CACHE_MIB = 512
+KV_CACHE_MIB = 768  # holds all prompts and answers, beside a draft model's too
 
 Result = dict[str, Any]  # of one number of requests at once
 console = Console(highlight=False)
@@ -220,7 +220,8 @@ def run(options: argparse.Namespace) -> int:
     }
     engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
     batches, rounds = ([8, 24], 2) if options.quick else ([1, 8, 24], 3)
-    plan = Plan(methods, batches, rounds, starts_together=True)
+    # At least one prompt of each kind, also one at a time.
+    plan = Plan(methods, batches, rounds, num_prompts=len(CHATS), starts_together=True)
     measured = measure(plan, engines, requests)
 
     results = compare_all(measured)
