@@ -38,6 +38,10 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
         'remove it or use "method": "draft_model"'
     ),
 }
+LOSSY_VERIFICATION = (
+    'vLLM\'s "fly" keeps drafts that the target would not emit; remove it or use '
+    '"method": "draft_model"'
+)
 ProposerName = Literal["draft_model", "llma", "mixed"]
 DraftLengthName = Literal["fixed", "auto"]
 MAX_FIXED_DRAFTS, MAX_AUTO_DRAFTS = 8, 16  # of a draft model, by default
@@ -114,6 +118,8 @@ def parse_speculative_config(
             raise _unknown_key(key, known)
         if key in REFUSED_STOCK_KEYS and asked[key] not in (None, False):
             raise _error(key, REFUSED_STOCK_KEYS[key])
+    if asked.get("rejection_sample_method") == "fly":
+        raise _error("rejection_sample_method", LOSSY_VERIFICATION)
 
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
     model = asked.get("model")

@@ -28,6 +28,7 @@ def replaced(asked: dict[str, Any]) -> dict[str, Any]:
 
 def pytest_configure() -> None:
     import tests.utils
+    import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
@@ -41,10 +42,13 @@ def pytest_configure() -> None:
         return create(self, **options)
 
     EngineArgs.create_speculative_config = create_speculative_config
-    # The first raises on a CPU, where files that call it could not be imported. The
-    # second skips tests whose models are large; the shipped pair runs in their place.
+    # Raises on a CPU, where files that call it could not be imported.
     tests.utils.get_attn_backend_list_based_on_platform = lambda: []
+    # Skips tests whose models are large; the shipped pair runs in their place.
     tests.utils.large_gpu_mark = lambda min_gb: pytest.mark.skipif(False, reason="")
+    # Raises on a CPU; tests call it between two engines.
+    if not torch.accelerator.is_available():
+        torch.accelerator.empty_cache = lambda: None
 
 
 @pytest.hookimpl(wrapper=True)

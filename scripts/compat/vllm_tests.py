@@ -49,6 +49,11 @@ RUN = (
     "tests/v1/spec_decode/test_max_len.py::test_ngram_max_len",
     "-k=not eagle",
 )
+# Where the shipped pair needs another setting than the model that it stands for.
+EDITED = {
+    # Its tokenizer is smaller: the prompt has more than 256 tokens.
+    "tests/v1/sample/test_logprobs.py": ("max_model_len = 256", "max_model_len = 1024"),
+}
 GSM8K = "measures accuracy on GSM8K, fetched from GitHub, with a model of the Hub"
 LEFT_OUT = {
     f"{DRAFT_MODEL}::test_draft_model_correctness": GSM8K,
@@ -120,6 +125,15 @@ def run(root: Path, *args: str, search: tuple[Path, ...]) -> int:
     return subprocess.run(command, cwd=root, env=environment).returncode
 
 
+def edit(root: Path) -> None:
+    """Change the tests in `root` as `EDITED` says; ends the command where it cannot."""
+    for name, (old, new) in EDITED.items():
+        text = (root / name).read_text()
+        if text.count(old) != 1:
+            sys.exit(f"{name} has no single {old!r} to change to {new!r}")
+        (root / name).write_text(text.replace(old, new))
+
+
 def main() -> int:
     which, *args = sys.argv[1:] or ["supported"]
     release = asked_for(which)
@@ -127,6 +141,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         shutil.copytree(release.source / "tests", root / "tests")
+        edit(root)
         shutil.copy(release.source / "pyproject.toml", root)
         plugin = ["-p", "scripts.compat.stand_in", "-q", "-rs"]
         status = run(root, *plugin, *(args or RUN), search=(release.folder,))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_emssd.config import (
+    LOSSY_VERIFICATION,
     REFUSED_STOCK_KEYS,
     EmssdConfig,
     parse_speculative_config,
@@ -19,6 +20,7 @@ STOCK_KEYS = {
     "model",
     "num_speculative_tokens",
     "quantization",
+    "rejection_sample_method",
     "revision",
     *REFUSED_STOCK_KEYS,
 }
@@ -214,6 +216,14 @@ def test_contradicting_stock_key_is_refused(key: str) -> None:
 @pytest.mark.parametrize("off", [None, False])
 def test_contradicting_stock_key_may_be_off(key: str, off: bool | None) -> None:
     assert parse(model="draft", **{key: off})[1] == {"model": "draft", key: off}
+
+
+def test_lossy_verification_is_refused() -> None:
+    message = error_of(model="draft", rejection_sample_method="fly")
+    assert "'rejection_sample_method'" in message
+    assert LOSSY_VERIFICATION in message
+    exact = parse(model="draft", rejection_sample_method="block")[1]
+    assert exact == {"model": "draft", "rejection_sample_method": "block"}
 
 
 def test_options_survive_the_trip_to_the_workers() -> None:
