@@ -121,7 +121,6 @@ class Runner(PaddedRowsMixin, Stock):
     model_config = SimpleNamespace(is_moe=False)
 
     def __init__(self) -> None:
-        self._step_costs: Any = object()
         self._row_padding = RowPadding()
 
 
@@ -129,7 +128,7 @@ class Runner(PaddedRowsMixin, Stock):
     ("changes", "rows"),
     [
         ({}, 20),
-        ({"_step_costs": None}, 17),  # fixed lengths, and while costs are measured
+        ({"_row_padding": None}, 17),  # fixed lengths, and while costs are measured
         ({"across_dp": [17, 17]}, 17),
         ({"graph_rows": 32}, 32),
         ({"lora_config": object()}, 17),
