@@ -199,13 +199,7 @@ def test_spec_flags_are_merged() -> None:
 @pytest.mark.parametrize(
     ("speculative", "options", "message"),
     [
-        ({"draft_lenght": "fixed"}, {}, "did you mean 'draft_length'"),
         ({"copy_length": "7"}, {}, "'copy_length'"),
-        (
-            {"num_speculative_tokens": 0},
-            {},
-            "'num_speculative_tokens'.*at least|greater",
-        ),
         ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
         (
             {"model": DRAFT, "draft_tensor_parallel_size": 1},
@@ -237,11 +231,6 @@ def test_refused_on_the_v2_runner(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match=message):
         _create(speculative)
-
-
-def test_adaptive_verification_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"enable_adaptive_verification.*remove it"):
-        _create({"model": DRAFT, "enable_adaptive_verification": True})
 
 
 def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:
