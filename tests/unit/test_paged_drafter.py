@@ -152,7 +152,9 @@ def drafter_over(stock: dict[str, Any], all_greedy: bool) -> tuple[PagedDrafter,
         "_sample_from_logits": lambda logits, metadata: ("sampled", "probs"),
         "_sample_draft_tokens": lambda hidden_states, metadata: ("local", None),
     }
-    input_batch = SimpleNamespace(block_table=[None], sampling_metadata=metadata)
+    input_batch = SimpleNamespace(
+        max_num_reqs=2, block_table=[None], sampling_metadata=metadata
+    )
     made: Any = SimpleNamespace(**defaults | stock)
     return PagedDrafter(made, None, input_batch, {}, 64), metadata  # type: ignore[arg-type]
 

@@ -52,8 +52,7 @@ class TimedDraftForwards(TimedForwards, Protocol):
 
 
 class TimedDrafter(Drafter, TimedForwards, Protocol):
-    @property
-    def max_num_reqs(self) -> int: ...
+    max_num_reqs: int
 
 
 class StepCostMeter:

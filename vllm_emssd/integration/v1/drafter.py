@@ -91,6 +91,7 @@ class PagedDrafter:
         is_timed: bool = False,
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
+        self.max_num_reqs: int = input_batch.max_num_reqs
         self.max_model_len = max_model_len
         self.tells_confidence = False
         self._is_timed = is_timed
@@ -99,20 +100,12 @@ class PagedDrafter:
         self._input_batch = input_batch
         self._requests = requests
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
-        self._draft_probs: dict[str, list[torch.Tensor]] = {}
+        # Request id -> distribution of each of its drafts, [vocab_size] float32 each.
+        # Only of requests drafted by sampling; greedy drafts are one-hot.
+        self.draft_probs: dict[str, list[torch.Tensor]] = {}
         self._clock = WallClock()  # on GPUs this drafter is not timed
         self._context: ForwardContext | None = None  # that later forwards may have
         self._next_forwards: _NextForwards | None = None
-
-    @property
-    def draft_probs(self) -> dict[str, list[torch.Tensor]]:
-        """Request id -> distribution of each of its drafts, [vocab_size] float32 each.
-        Only of requests drafted by sampling; greedy drafts are one-hot."""
-        return self._draft_probs
-
-    @property
-    def max_num_reqs(self) -> int:
-        return self._input_batch.max_num_reqs
 
     def take_timings(self) -> list[tuple[int, float]]:
         """(rows, ms) of the forwards since the last call, where they are timed."""
@@ -344,6 +337,6 @@ class PagedDrafter:
         for i, distribution in zip(req_indices, probs, strict=True):
             if self._drafts_greedily(i):
                 continue
-            kept = self._draft_probs.setdefault(self._input_batch.req_ids[i], [])
+            kept = self.draft_probs.setdefault(self._input_batch.req_ids[i], [])
             del kept[draft_position:]
             kept.append(distribution)

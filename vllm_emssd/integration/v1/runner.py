@@ -32,7 +32,6 @@ from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
 from vllm_emssd.integration.drafting import (
     block_updates,
-    make_draft_cursor,
     max_draft_tokens,
 )
 from vllm_emssd.integration.failure_policy import FailurePolicy
@@ -154,8 +153,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         remake_metadata_builders(self.drafter, self.vllm_config, self.device)
-        self._cursor = make_draft_cursor(
-            self.vllm_config, kv_cache_config, self.drafter.kv_cache_gid
+        group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
+        self._cursor = DraftCursor(
+            kv_cache_config.num_blocks,
+            group.kv_cache_spec.block_size,
+            trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
         )
         self.paged_drafter = PagedDrafter(
             self.drafter,
