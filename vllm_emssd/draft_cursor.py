@@ -89,7 +89,7 @@ class DraftCursor:
     def draft_len(self, req_id: str) -> int:
         """Leading tokens of the request whose draft K/V is valid.
 
-        Within a prefix-cache hit, blocks count that anyone has made valid by now.
+        Within a prefix-cache hit, blocks count that have been made valid by now.
         """
         state = self._requests[req_id]
         first, within = divmod(state.draft_len, self._block_size)

@@ -59,7 +59,7 @@ def test_failing_proposer_costs_drafts_only(
     proposer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[str] = []
-    logger = logging.getLogger("vllm.emssd.step_failures")
+    logger = logging.getLogger("vllm.emssd.failure_policy")
     monkeypatch.setattr(logger, "error", lambda text, **kwargs: logged.append(text))
     asked = DRAFT_MODEL if proposer == "draft_model" else LLMA
     with running(EngineConfig(asked)) as llm:

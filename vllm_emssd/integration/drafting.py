@@ -44,7 +44,7 @@ def max_draft_tokens(
     stays for the token that the target adds), and what the drafter can take. [num_reqs]
 
     Args:
-        num_tokens: [num_reqs] int64, at most that many are known.
+        num_tokens: [num_reqs] int64, an upper bound of the known tokens.
         drafter_max_len: None where drafts need no drafter.
         max_num_tokens: [num_reqs] int64 with all that a request may emit, beyond which
             automatic lengths make no drafts; fixed ones do, as stock does.

@@ -49,7 +49,7 @@ class Ranks:
         """
         halves = torch.tensor(divmod(fingerprint, 1 << 16), dtype=torch.float32)
         gathered = self._group.all_gather(halves.to(self._device), dim=0)
-        pairs = gathered.view(-1, 2).tolist()  # sync: nobody goes on before all agree
+        pairs = gathered.view(-1, 2).tolist()  # sync: no rank goes on before all agree
         fingerprints = [(int(high) << 16) + int(low) for high, low in pairs]
         if len(set(fingerprints)) > 1:
             raise RuntimeError(

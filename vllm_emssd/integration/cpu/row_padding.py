@@ -5,9 +5,9 @@ for 16 layers of hidden size 1024), and ragged batches have any row count. So wi
 automatic lengths a forward computes the next of a few row counts, which all have their
 kernels from the start; the policy fills the rows up with drafts where it has some left.
 
-Row counts are not all alike either: on a CPU with AMX a forward of 17 to 32 rows may
-take longer than one of 40, in one process and not in the next. There the larger one is
-computed, which the cost table, never falling, has as the price.
+More rows are sometimes quicker: on a CPU with AMX a forward of 17 to 32 rows may take
+longer than one of 40, in one process and not in the next. There the larger one is
+computed, and the cost table, which never falls, says what it takes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROW_COUNTS = [
 _STEP_BEYOND = 32
 _FROM_ROWS = 16  # fewer are not computed as more
 _MOST_MORE = 16  # rows: no more are added, though they seemed quicker
-_QUICKER = 0.95  # times as long: less may be noise of a slow minute
+_QUICKER = 0.95  # times as long, at most: a smaller difference may be noise
 
 
 class RowPadding:

@@ -44,11 +44,11 @@ def measure_costs(runner: UnpadCPUModelRunner) -> tuple[StepCostMeter, RowPaddin
         with runner.maybe_select_dummy_loras(runner.lora_config, one_each):
             runner.model.compute_logits(hidden_states[:num_rows])
 
-    most_rows = rows_to_measure(most, runner.max_num_tokens)
+    max_rows = rows_to_measure(most, runner.max_num_tokens)
     for num_rows in ROW_COUNTS:
-        if num_rows <= most_rows:
+        if num_rows <= max_rows:
             run(num_rows)
-    samples = time_target(run, target, most_rows, runner.device)
+    samples = time_target(run, target, max_rows, runner.device)
     row_padding = RowPadding(samples)
     logger.info("Row counts quicker as larger ones: %s", row_padding)
     draft_costs, confidence_ms = NO_DRAFT_MODEL, 0.0
