@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 def register() -> None:
     """Install the front-end hook (idempotent).
 
-    On a vLLM that it does not fit, the method stays unknown and a warning says why: users
-    who did not enable emssd must still be served.
+    On a vLLM that it does not fit, the method stays unknown and a warning says why:
+    users who did not enable emssd must still be served.
     """
     try:
         from vllm_emssd.integration.hooks.compat import check_vllm_version

@@ -139,8 +139,8 @@ class MixedProposer:
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        """Each proposer is told what became of its own drafts. If they were the other's,
-        it is told of 0 drafts, so that none of its own stay pending."""
+        """Each proposer is told what became of its own drafts. If they were the
+        other's, it is told of 0 drafts, so that none of its own stay pending."""
         verified = (num_draft_tokens, num_accepted_tokens)
         if req_id in self._copied:
             self._copied.remove(req_id)
