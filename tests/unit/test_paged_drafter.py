@@ -140,8 +140,8 @@ def test_forwards_made_at_once_are_those_made_one_by_one(
     assert seen.seen == wanted.seen
 
 
-def drafter_over(stock: dict[str, Any], all_greedy: bool) -> tuple[PagedDrafter, Any]:
-    """Over a stand-in for vLLM's draft-model object; and the batch's metadata."""
+def drafter_over(stock: dict[str, Any], all_greedy: bool) -> Any:
+    """Over a stand-in for vLLM's draft-model object."""
     metadata = SimpleNamespace(all_greedy=all_greedy)
     defaults = {
         "max_num_tokens": 8,
@@ -156,7 +156,9 @@ def drafter_over(stock: dict[str, Any], all_greedy: bool) -> tuple[PagedDrafter,
         max_num_reqs=2, block_table=[None], sampling_metadata=metadata
     )
     made: Any = SimpleNamespace(**defaults | stock)
-    return PagedDrafter(made, None, input_batch, {}, 64), metadata  # type: ignore[arg-type]
+    drafter: Any = PagedDrafter(made, None, input_batch, {}, 64)  # type: ignore[arg-type]
+    drafter._draft_sampling_metadata = lambda req_indices: metadata
+    return drafter
 
 
 @pytest.mark.parametrize(
@@ -172,9 +174,10 @@ def drafter_over(stock: dict[str, Any], all_greedy: bool) -> tuple[PagedDrafter,
 def test_who_samples(
     stock: dict[str, Any], all_greedy: bool, drafted: tuple[str, str | None] | None
 ) -> None:
-    drafter, metadata = drafter_over(stock, all_greedy)
+    drafter = drafter_over(stock, all_greedy)
     logits = torch.tensor([[0.0, 2.0, 2.0], [3.0, 1.0, 3.0]])
-    tokens, probs = drafter._sample_after(logits, metadata)
+    tokens, probs, confidence = drafter._sample(logits, np.arange(2))
+    assert confidence is None
     if drafted is None:
         assert (tokens.tolist(), probs) == ([1, 0], None)
     else:

@@ -84,7 +84,7 @@ class StepCostMeter:
         self.measured = measured
         self.costs = measured if ranks.is_alone else copy(measured)
         self._take_over_costs()
-        logger.info("Milliseconds by rows:\n%s", self.table())
+        logger.info("(rows, milliseconds): %s", self.as_dict())
 
     def step_done(self, learns_costs: bool = True) -> None:
         """Called when a step's drafts are made: learn from the step. Without
@@ -152,15 +152,6 @@ class StepCostMeter:
             "speculation_ms": self.costs.speculation_ms,
             "confidence_ms": self.costs.confidence_ms,
         }
-
-    def table(self) -> str:
-        """The costs as a small text table."""
-        rows = [r for r, _ in self.costs.target.points]
-        lines = ["rows   " + " ".join(f"{r:7d}" for r in rows)]
-        for name, table in (("target", self.costs.target), ("draft", self.costs.draft)):
-            times = table.ms(np.array(rows))
-            lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in times))
-        return "\n".join(lines)
 
 
 def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) -> None:

@@ -95,20 +95,20 @@ class UnpadSamplingMixin(GPUModelRunner):
             if logits is not None and len(logits) > self.input_batch.num_reqs:
                 logits = logits[spec_decode_metadata.bonus_logits_indices]
             spec_decode_metadata = None
-        if (
-            spec_decode_metadata is not None
-            and self.device.type == "cpu"
-            and not self.rejection_sampler.synthetic_mode
-            and is_all_greedy(self.input_batch.sampling_metadata)
-        ):
-            assert logits is not None
-            self.input_batch.sampling_metadata = sampling_metadata
-            return verify_greedily(spec_decode_metadata, logits)
         # A generator must not advance for a request whose prompt is not yet computed.
         saved = {
             i: generator.get_state() for i, generator in self._discarded_generators()
         }
-        output = super()._sample(logits, spec_decode_metadata)
+        if (
+            spec_decode_metadata is not None
+            and logits is not None
+            and self.device.type == "cpu"
+            and not self.rejection_sampler.synthetic_mode
+            and is_all_greedy(self.input_batch.sampling_metadata)
+        ):
+            output = verify_greedily(spec_decode_metadata, logits)
+        else:
+            output = super()._sample(logits, spec_decode_metadata)
         for i, state in saved.items():
             self.input_batch.generators[i].set_state(state)
         self.input_batch.sampling_metadata = sampling_metadata
