@@ -229,14 +229,9 @@ def _in_passes(
     for number in range(_PASSES):
         for num_rows, forward in forwards.items():
             forward()
-            _finish(device)
+            if device.type != "cpu":  # a CPU has computed it by then
+                torch.accelerator.synchronize(device)
             timings = timed.take_timings()
             if number:  # the first is warm-up
                 samples += [(num_rows, ms) for _, ms in timings]
     return samples
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for what was launched; a CPU has computed it by then."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -249,7 +249,10 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     ) -> list[list[int]]:
         assert self._proposer is not None
         step = self._record_verified(scheduler_output, sampled_token_ids)
-        skips = self._skips_step(int(step.is_sampling.sum()))
+        # Where drafts have not paid for long, most steps end here.
+        skips = isinstance(
+            self._proposer, DraftModelProposer
+        ) and self._proposer.skips_step(int(step.is_sampling.sum()))
         if skips:
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             self.num_real_drafts.update(dict.fromkeys(step.req_ids, 0))
@@ -260,12 +263,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
             self._step_costs.step_done(learns_costs=not skips or has_verified)
         return drafts
-
-    def _skips_step(self, num_sampling: int) -> bool:
-        """Where drafts have not paid for long, most steps end here."""
-        if not isinstance(self._proposer, DraftModelProposer):
-            return False
-        return self._proposer.skips_step(num_sampling)
 
     def _propose(self, step: ScheduledStep) -> list[list[int]]:
         assert self._proposer is not None
