@@ -76,11 +76,18 @@ def prompts() -> tuple[str, ...]:
     return tuple(json.loads(line)["prompt"] for line in lines)
 
 
-def greedy(llm: Any, texts: list[str], max_tokens: int = 48) -> list[list[int]]:
+# At a temperature, yet with one outcome: the sampled path must give the greedy tokens.
+ONE_OUTCOME = {"temperature": 0.8, "top_k": 1}
+
+
+def greedy(
+    llm: Any, texts: list[Any], max_tokens: int = 48, **parameters: Any
+) -> list[list[int]]:
     """Greedy token ids of each prompt, never stopped early."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    wanted = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
+    params = SamplingParams(**(wanted | parameters))
     outputs = llm.generate(texts, params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 

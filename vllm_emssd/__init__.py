@@ -1,8 +1,8 @@
 """Unpadded, per-request speculative decoding for vLLM.
 
-`register` is the entry point that vLLM calls in every process. It only teaches
-vLLM's front end the method name "emssd"; all else is set up by that hook when a
-user asks for the method.
+`register` is the entry point that vLLM calls in every process. It only makes the method
+name "emssd" known to vLLM's front end; everything else is set up when a user asks for
+the method.
 """
 
 import logging
@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 def register() -> None:
     """Install the front-end hook (idempotent).
 
-    A vLLM that it does not fit must keep serving users who did not enable emssd: then
-    the method stays unknown, and a warning says why.
+    On a vLLM that it does not fit, the method stays unknown and a warning says why:
+    users who did not enable emssd must still be served.
     """
     try:
         from vllm_emssd.integration.hooks.compat import check_vllm_version

@@ -22,7 +22,7 @@ import numpy as np
 
 from vllm_emssd.draft_cursor import AdmittedRequest
 
-NOBODY = -1  # number of a free slot
+FREE = -1  # number of a slot without a request
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class AsyncDraftCursor:
             self._num_lacking,  # known tokens, pending ones included, without draft K/V
             self._num_fed_drafts,  # of the drafts made last
         ) = np.zeros((7, num_slots), dtype=np.int64)
-        self._numbers = np.full(num_slots, NOBODY)
+        self._numbers = np.full(num_slots, FREE)
 
     # ------------------------------------------------------------ requests and blocks
 
@@ -121,7 +121,7 @@ class AsyncDraftCursor:
     def release(self, slot: int) -> None:
         """Forget a request, and what it fed in steps not settled: its blocks may be
         another's by then. Its full blocks stay valid until reallocated."""
-        self._numbers[slot] = NOBODY
+        self._numbers[slot] = FREE
 
     # ------------------------------------------------------------ a step
 
@@ -145,7 +145,7 @@ class AsyncDraftCursor:
         """Tokens from the end of each request's text back to its first without draft
         K/V, or at most one more. [num_reqs] int64
 
-        In a prefix-cache hit, blocks count that anyone has made valid by now."""
+        In a prefix-cache hit, blocks count that have been made valid by now."""
         if self._trust_cached_blocks:
             in_hits = self._draft_len[slots] < self._num_hits[slots]
             for slot in slots[in_hits].tolist():
@@ -168,7 +168,7 @@ class AsyncDraftCursor:
         the first of them fills it. [num_reqs] bool"""
         index = self._draft_len[slots] // self._block_size
         blocks = self._blocks[slots, np.minimum(index, self._blocks.shape[1] - 1)]
-        # A block that is not allocated yet is nobody else's.
+        # A block that is not allocated yet is shared with no other request.
         blocks = np.where(index < self._num_blocks[slots], blocks, -1 - slots)
         waits = np.ones(len(slots), dtype=bool)
         waits[np.unique(blocks, return_index=True)[1]] = False

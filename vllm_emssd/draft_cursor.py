@@ -52,8 +52,6 @@ class DraftCursor:
     def __init__(
         self, num_blocks: int, block_size: int, trust_cached_blocks: bool = True
     ) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
         self._block_size = block_size
         self._trust_cached_blocks = trust_cached_blocks
         self._block_is_valid = np.zeros(num_blocks, dtype=bool)
@@ -91,7 +89,7 @@ class DraftCursor:
     def draft_len(self, req_id: str) -> int:
         """Leading tokens of the request whose draft K/V is valid.
 
-        Within a prefix-cache hit, blocks count that anyone has made valid by now.
+        Within a prefix-cache hit, blocks count that have been made valid by now.
         """
         state = self._requests[req_id]
         first, within = divmod(state.draft_len, self._block_size)

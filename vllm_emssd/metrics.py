@@ -1,7 +1,7 @@
 """What the plugin counts, from the start of the engine.
 
-All are exact but `num_padded_*`: those rows were never computed, so they are worked
-out, from the steps of this engine, by how a padded batch is made up.
+All are exact except `num_padded_*`: those rows were never computed, so they are derived
+from the steps of this engine and from how a padded batch is made up.
 
 Counters never hold text or token ids. `SharedCounters` is the same numbers in a
 small file that the API server reads when `/metrics` is scraped, so that counting

@@ -17,7 +17,7 @@ class Inspection:
     def process_id(self) -> int:
         return os.getpid()
 
-    def prices(self) -> dict[str, Any]:
+    def costs(self) -> dict[str, Any]:
         """By which drafts are decided on, and the worker's own measurements."""
         meter = self.model_runner._step_costs
         return {

@@ -44,7 +44,7 @@ class Report:
     gaps: list[list[float]] = dataclasses.field(default_factory=list)  # logprob, top 2
     stats: list[dict[str, int]] = dataclasses.field(default_factory=list)  # by rank
     engine_stats: list[dict[str, int]] = dataclasses.field(default_factory=list)
-    prices: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by rank
+    costs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by rank
     errors: list[str] = dataclasses.field(default_factory=list)  # by request
     seconds_to_error: float = 0.0
     ports: list[int] = dataclasses.field(default_factory=list)  # listened on
@@ -122,7 +122,7 @@ async def _report(engine: Any, job: Job, completions: list[Any]) -> Report:
         gaps=[[_gap(position) for position in c.logprobs] for c in completions],
         stats=await engine.collective_rpc("emssd_stats"),
         engine_stats=[counts for _, counts in shared],
-        prices=await engine.collective_rpc("prices") if is_auto else [],
+        costs=await engine.collective_rpc("costs") if is_auto else [],
     )
 
 

@@ -100,12 +100,12 @@ def test_fixed_lengths_accept_what_the_single_worker_accepts(
 
 @pytest.mark.parametrize("setting", AUTO)
 def test_ranks_decide_by_the_same_prices(setting: Setting, runs: Runs) -> None:
-    prices = runs.of(setting).check().report.prices
-    assert len(prices) == setting.tp
-    assert all(rank["used"] == prices[0]["used"] for rank in prices)
+    costs = runs.of(setting).check().report.costs
+    assert len(costs) == setting.tp
+    assert all(rank["used"] == costs[0]["used"] for rank in costs)
     assert runs.of(setting).report.stats[0]["num_steps"] > 64  # taken over since
     if setting.tp > 1:
-        assert prices[0]["own"] != prices[1]["own"]
+        assert costs[0]["own"] != costs[1]["own"]
 
 
 @pytest.mark.parametrize("setting", ALL)

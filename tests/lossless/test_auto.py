@@ -84,7 +84,7 @@ def _runs(name: str) -> tuple[Any, Any, Any, set[int], set[int]]:
             lengths.update(map(len, drafts))
             return drafts
 
-        def rounded(num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        def padded(num_tokens: int, *args: Any, **kwargs: Any) -> Any:
             determined = determine(num_tokens, *args, **kwargs)
             num_rows = determined[1].num_tokens
             assert num_tokens <= num_rows < num_tokens + 32
@@ -92,7 +92,7 @@ def _runs(name: str) -> tuple[Any, Any, Any, set[int], set[int]]:
             return determined
 
         proposer.propose = seen
-        runner._determine_batch_execution_and_padding = rounded
+        runner._determine_batch_execution_and_padding = padded
         tokens = greedy(llm, texts(24))
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         counted = sample(llm, texts(24), params)

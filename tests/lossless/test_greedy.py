@@ -121,6 +121,8 @@ CASES: dict[str, SamplingParams | list[SamplingParams]] = {
         temperature=1.0, top_p=0.9, top_k=50, min_p=0.02, presence_penalty=0.3
     ),
     "seed, n": _seeded(n=2),
+    # Prompts come in pieces, which must not move a generator.
+    "seed, no prefix cache": _seeded(skip_reading_prefix_cache=True),
     "seed, logprobs": _seeded(logprobs=2),
     "seed, min_tokens": _seeded(ignore_eos=False, min_tokens=9, max_tokens=64),
     "seed, grammar": _seeded(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
 
 from tests.engine import stats, stop_counting_others
 from tests.lossless.engines import NUM_PROMPTS, Sampled, engine, sample, texts
@@ -53,8 +52,8 @@ def _params(reference: Any) -> SamplingParams:
 
 
 @cache
-def _runs(name: str) -> tuple[dict[str, Sampled], list[str]]:
-    """Every kind on one engine, and what it said to references that are refused."""
+def _runs(name: str) -> dict[str, Sampled]:
+    """Every kind on one engine."""
     answers = greedy_results("plain")["ignore_eos"]
     stop_counting_others()
     with engine(name) as llm:
@@ -66,13 +65,12 @@ def _runs(name: str) -> tuple[dict[str, Sampled], list[str]]:
             seen[kind] = sample(llm, texts(), params)
             assert [p.extra_args for p in params] == given, "the user's were changed"
             drafted[kind] = stats(llm)["num_draft_rows_decode"] - before
-        errors = [_error(llm, reference) for reference, _ in REFUSED]
         _check_edit(llm)
         after = sample(llm, texts(), _params(None))
         assert after.token_ids == answers.token_ids
     if name == "mixed":
         assert drafted["right, token ids"] < 0.3 * drafted["none"], "copies are free"
-    return seen, errors
+    return seen
 
 
 def _check_edit(llm: Any) -> None:
@@ -110,29 +108,10 @@ def _changed_throughout(tokenizer: Any, answer: list[int]) -> list[int] | None:
     return [t for token in answer for t in ([11, 12] if token == word else [token])]
 
 
-def _error(llm: Any, reference: Any) -> str:
-    with pytest.raises(VLLMValidationError, match="emssd_reference") as caught:
-        llm.generate(texts(1), _params(reference), use_tqdm=False)
-    return str(caught.value)
-
-
-REFUSED: list[tuple[Any, str]] = [
-    (7, "must be text or a list of token ids, got int"),
-    ({"text": "x"}, "must be text or a list of token ids, got dict"),
-    ([1, "two"], "found str in the list"),
-    ([1, True], "found bool in the list"),
-    ([1, -1], "has the token id -1"),
-    ([VOCABULARY], f"ids of this model are 0 to {VOCABULARY - 1}"),
-    ([1] * 1281, "has 1281 tokens, more than the model's length of 1280; shorten it"),
-    ("x y " * 1280, "more than the model's length of 1280; shorten it"),
-    ("x" * 50_000, "has 50000 bytes, more than 32 times"),
-]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mixed", "llma"])
 def test_tokens_are_plain_decoding(name: str, kind: str) -> None:
-    seen = _runs(name)[0][kind]
+    seen = _runs(name)[kind]
     assert seen.token_ids == greedy_results("plain")["ignore_eos"].token_ids
 
 
@@ -140,14 +119,9 @@ def test_tokens_are_plain_decoding(name: str, kind: str) -> None:
 def test_right_reference_is_copied_whole(name: str) -> None:
     """40 tokens: one from the prompt, then 8 a forward, of which one is the target's.
     Tokenized anew, text may give other tokens than the answer had."""
-    runs = _runs(name)[0]
+    runs = _runs(name)
     assert runs["right, token ids"].num_accepted_tokens >= NUM_PROMPTS * (39 - 5)
     assert runs["right, text"].num_accepted_tokens >= NUM_PROMPTS * 24
     right = runs["right, token ids"].num_accepted_tokens
     assert runs["none"].num_accepted_tokens < right
     assert runs["of another request"].num_accepted_tokens < right
-
-
-@pytest.mark.parametrize("case", range(len(REFUSED)))
-def test_bad_reference_is_refused_with_the_fix(case: int) -> None:
-    assert REFUSED[case][1] in _runs("mixed")[1][case]

@@ -97,30 +97,3 @@ def test_distribution_is_the_targets(name: str, case: str) -> None:
     seen = results(name, cases)[case]
     assert seen.num_accepted_tokens > 50
     assert compare(results("plain", cases)[case], seen) > FALSE_ALARM
-
-
-def test_seeded_requests_repeat_themselves() -> None:
-    """Per-request seeds, fixed lengths: the same batch twice samples the same."""
-    with running(CONFIGS["draft_model"]) as llm:
-        params = [
-            SamplingParams(temperature=0.8, max_tokens=24, seed=i) for i in (1, 2)
-        ]
-        first = sample(llm, texts(2), params)
-        again = sample(llm, texts(2), params)
-    assert first.token_ids == again.token_ids
-    assert first.num_accepted_tokens > 0
-
-
-def test_many_seeded_requests_with_chunked_prefill() -> None:
-    """Stock's CPU runner dies here: it moves a CPU generator's offset back."""
-    config = EngineConfig(LLMA, max_num_batched_tokens=192)
-    with running(config) as llm:
-        params = [
-            SamplingParams(temperature=1, max_tokens=6, seed=i) for i in range(24)
-        ]
-        alone = [sample(llm, [t], p) for t, p in zip(texts(24), params, strict=True)]
-        together = sample(llm, texts(24), params)
-    assert len(together.token_ids) == 24
-    # The first token depends on its own seed alone, however the prompt was chunked.
-    firsts = [tokens[0] for tokens in together.token_ids]
-    assert firsts == [one.token_ids[0][0] for one in alone]

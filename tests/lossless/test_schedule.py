@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engine import (
+    ONE_OUTCOME,
     EngineConfig,
     prompts,
     running,
@@ -18,12 +18,10 @@ from tests.engine import (
     vllm_counters,
 )
 from tests.lossless.engines import CONFIGS, OURS
-from tests.regression.runs import SMALL_CACHE
 
 NAMES = [*OURS, pytest.param("mixed", marks=pytest.mark.slow)]
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-# At a temperature, yet with one outcome: the sampled path must give the greedy tokens.
-SAMPLED = SamplingParams(temperature=0.8, top_k=1, max_tokens=32, ignore_eos=True)
+SAMPLED = SamplingParams(**ONE_OUTCOME, max_tokens=32, ignore_eos=True)
 LONG = (
     "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n" * 60
 )
@@ -85,15 +83,3 @@ def test_arrivals_and_whole_cached_blocks(name: str) -> None:
         assert seen["vllm:spec_decode_num_accepted_tokens"] > 0
         drafts = seen["vllm:spec_decode_num_draft_tokens"]
         assert stats(llm)["num_draft_tokens"] == drafts
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_resumed_requests_at_a_temperature(name: str) -> None:
-    stop_counting_others()
-    config = dataclasses.replace(CONFIGS[name], kv_cache_bytes=SMALL_CACHE)
-    with running(config) as llm:
-        texts = list(prompts()[:24])
-        assert _token_ids(llm, texts, SAMPLED) == plain()["texts"]
-        seen = vllm_counters(llm)
-        assert seen["vllm:num_preemptions"] > 0
-        assert seen["vllm:spec_decode_num_accepted_tokens"] > 0

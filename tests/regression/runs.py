@@ -9,6 +9,7 @@ from typing import Any
 from tests.engine import (
     DRAFT_MODEL,
     LLMA,
+    ONE_OUTCOME,
     STOCK,
     DraftRowCounter,
     EngineConfig,
@@ -67,7 +68,7 @@ class Pass:
 @dataclass(frozen=True, slots=True)
 class Run:
     first: Pass
-    second: Pass  # the same prompts again, on the same engine
+    second: Pass  # the same prompts again, on the same engine; preempted ones sampled
     worker: str
     scheduler: str
 
@@ -76,12 +77,14 @@ def batch_prompts(size: int) -> list[str]:
     return list(prompts()[:size])
 
 
-def _one_pass(llm: Any) -> Pass:
+def _one_pass(llm: Any, **parameters: Any) -> Pass:
     is_ours = hasattr(model_runner(llm), "counters")
     model = draft_model(llm)
     before, counts_before = vllm_counters(llm), stats(llm) if is_ours else {}
     rows = DraftRowCounter(model) if model is not None else None
-    token_ids = {size: greedy(llm, batch_prompts(size)) for size in BATCHES}
+    token_ids = {
+        size: greedy(llm, batch_prompts(size), **parameters) for size in BATCHES
+    }
     if rows:
         rows.close()
     after, counts_after = vllm_counters(llm), stats(llm) if is_ours else {}
@@ -110,7 +113,7 @@ def run(name: str) -> Run:
         worker = llm.llm_engine.model_executor.driver_worker.worker
         return Run(
             _one_pass(llm),
-            _one_pass(llm),
+            _one_pass(llm, **(ONE_OUTCOME if "small cache" in name else {})),
             f"{type(worker).__module__}.{type(worker).__qualname__}",
             type(engine_core.scheduler).__qualname__,
         )

@@ -18,6 +18,7 @@ from tests.engine import (
     DRAFT,
     DRAFT_MODEL,
     LLMA,
+    ONE_OUTCOME,
     EngineConfig,
     greedy,
     model_runner,
@@ -58,7 +59,7 @@ def test_failing_proposer_costs_drafts_only(
     proposer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[str] = []
-    logger = logging.getLogger("vllm.emssd.step_failures")
+    logger = logging.getLogger("vllm.emssd.failure_policy")
     monkeypatch.setattr(logger, "error", lambda text, **kwargs: logged.append(text))
     asked = DRAFT_MODEL if proposer == "draft_model" else LLMA
     with running(EngineConfig(asked)) as llm:
@@ -101,12 +102,8 @@ def nan_at_times(compute_logits: Callable[..., torch.Tensor]) -> Any:
 
 
 def only_one_token_is_allowed(llm: Any) -> list[list[int]]:
-    """Sampled, with one possible outcome: what is exact must equal greedy decoding."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=1, top_k=1, max_tokens=48, ignore_eos=True)
-    outputs = llm.generate(batch_prompts(BATCH), params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    """Sampled: what is exact must equal greedy decoding."""
+    return greedy(llm, batch_prompts(BATCH), **ONE_OUTCOME)
 
 
 def test_nan_from_the_draft_model_costs_drafts_only(

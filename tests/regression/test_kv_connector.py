@@ -1,7 +1,7 @@
 """Prompts computed by one engine and decoded by another, over vLLM's example connector.
 
 It saves and loads the K/V of every layer, the draft model's too, so the engine that
-computes prompts must feed them to its draft model though nobody wants drafts there.
+computes prompts must feed them to its draft model though no request wants drafts there.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ left out, in an engine that runs."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.engine import (
     running,
     stats,
 )
+from vllm_emssd.integration.v1.runner import UnpadRunnerMixin
 
 AUTO = {"draft_length": "auto", "num_speculative_tokens": 5}
 
@@ -49,15 +51,6 @@ def test_lengths_change_and_tokens_do_not() -> None:
         assert drafts_a_step(llm, 0) == (0, tokens), "the engine goes on"
 
 
-@pytest.mark.parametrize("config", [DRAFT_MODEL, LLMA | {"draft_length": "auto"}])
-def test_says_what_it_needs(config: dict[str, Any]) -> None:
-    with (
-        running(EngineConfig(config)) as llm,
-        pytest.raises(ValueError, match='"draft_length": "auto"'),
-    ):
-        llm.collective_rpc("emssd_fix_draft_length", args=(1,))
-
-
 def test_a_proposer_is_left_out_and_comes_back() -> None:
     """Drafts of a model cost rows of it, copies do not; tokens stay the same."""
     mixed = DRAFT_MODEL | LLMA | {"proposer": "mixed"}
@@ -76,8 +69,12 @@ def test_a_proposer_is_left_out_and_comes_back() -> None:
     assert all(counts["num_draft_tokens"] > 0 for counts, _ in seen.values())
     rows = {name: counts["num_draft_rows"] for name, (counts, _) in seen.items()}
     assert rows["llma"] == 0 < rows["draft_model"]
-    with (
-        running(EngineConfig(DRAFT_MODEL)) as llm,
-        pytest.raises(ValueError, match='only "proposer": "mixed"'),
-    ):
-        llm.collective_rpc("emssd_use_proposer", args=("llma",))
+
+
+def test_says_what_it_needs() -> None:
+    """Of an engine with fixed lengths, or that copies; and of one that does not mix."""
+    runner: Any = SimpleNamespace(_automatic=None, _proposer=None, num_spec_tokens=5)
+    with pytest.raises(ValueError, match='"draft_length": "auto"'):
+        UnpadRunnerMixin.fix_draft_length(runner, 1)
+    with pytest.raises(ValueError, match='only "proposer": "mixed"'):
+        UnpadRunnerMixin.use_proposer(runner, "llma")

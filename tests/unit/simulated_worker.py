@@ -33,8 +33,8 @@ class PagedKv:
     """Draft K/V by slot, and what is known of it.
 
     `_vouched[slot]` holds the admissions that fed a token there which is known to
-    belong there. Drafts count until the target judges them; of those it did not
-    accept nobody is sure any more, even where the value happens to be right.
+    belong there. Drafts count until the target judges them; those that it did not
+    accept count no more, even where the value happens to be right.
     """
 
     def __init__(self, setup: Setup) -> None:

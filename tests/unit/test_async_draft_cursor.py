@@ -23,8 +23,8 @@ SLOT = np.array([0])
 
 
 class Pair:
-    """One request decoded twice: by a late cursor, which learns a acceptance `num_late`
-    steps after the next was made, and by one told in time."""
+    """One request decoded twice: by a late cursor, which learns `num_late` steps later
+    what was accepted, and by one that is told in time."""
 
     def __init__(self, num_late: int = 0) -> None:
         self.late = AsyncDraftCursor(1, NUM_BLOCKS, BLOCK_SIZE, NUM_BLOCKS)
@@ -135,7 +135,7 @@ def test_the_runs_visit_what_they_claim() -> None:
 
 
 @pytest.mark.parametrize("num_late", [0, 1, 2])
-def test_two_rows_after_drafting_whatever_the_verdict(num_late: int) -> None:
+def test_two_rows_after_drafting_whatever_was_accepted(num_late: int) -> None:
     for num_accepted in range(K + 1):
         pair = Pair(num_late)
         pair.step(0, K, 100)
@@ -170,9 +170,7 @@ def test_a_request_released_meanwhile_is_not_recorded() -> None:
 
 
 @pytest.mark.parametrize("more", [-1, 1])
-def test_another_reckoning_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, more: int
-) -> None:
+def test_a_wrong_bound_is_noticed(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
     """The property fails for a bound that is too low, or that costs a row too many."""
     right = AsyncDraftCursor.begin
 

@@ -36,7 +36,7 @@ def test_each_kind_of_step_tells_its_own_cost() -> None:
     assert found == pytest.approx((3.0, 5.0), abs=0.3)
 
 
-def test_quick_steps_with_drafts_say_that_those_without_are_no_dearer() -> None:
+def test_quick_steps_with_drafts_say_that_those_without_cost_no_more() -> None:
     assert learned(meter_of(4.0, 2.0), (1.0, True)) == pytest.approx(
         (1.0, 0.0), abs=0.01
     )

@@ -5,26 +5,16 @@ from __future__ import annotations
 import argparse
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from models.make import grow_model
+from tests.tiny_llama import tiny_llama
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def small(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=request.param,
-    )
-    model = LlamaForCausalLM(config).eval()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = tiny_llama(**heads, intermediate_size=48, tie_word_embeddings=request.param)
     for name, weights in model.named_parameters():
         if "norm" in name:
             weights.data.uniform_(0.5, 1.5)

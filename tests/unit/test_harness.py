@@ -113,7 +113,7 @@ def test_batches_one_after_the_other_or_all_requests_at_once(
 def test_whole_batches() -> None:
     plan = Plan(METHODS, [1, 4, 24], rounds=3, num_prompts=6)
     assert [plan.num_requests(batch) for batch in plan.batches] == [6, 8, 24]
-    assert plan.most_requests() == 24
+    assert plan.max_requests() == 24
 
 
 @pytest.mark.parametrize("num_engines", [1, 4])

@@ -101,23 +101,6 @@ def test_each_request_copies_from_its_own_text(
     ]
 
 
-@pytest.mark.parametrize("check_length", [1, 2, 3, 4])
-def test_text_no_longer_than_the_run_has_no_earlier_one(check_length: int) -> None:
-    for num_tokens in range(check_length + 1):
-        batch = batch_of({"a": [1] * num_tokens}, [7])
-        assert proposer_of(check_length, 7).propose(batch) == [[]]
-
-
-def test_longest_agreement_wins_over_the_latest() -> None:
-    tokens = [*range(40), 5, 6, 7, 100, 9, 6, 7, 101, *range(50, 90), 5, 6, 7]
-    assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[100]]
-
-
-def test_latest_of_equals_wins() -> None:
-    tokens = [*range(10, 50), 8, 6, 7, 100, 9, 6, 7, 101, 5, 6, 7]
-    assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[101]]
-
-
 @pytest.mark.parametrize("num_later", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
 def test_only_the_latest_occurrences_are_compared(num_later: int) -> None:
     """The first occurrence agrees longest, but is it among those compared?"""
@@ -125,28 +108,6 @@ def test_only_the_latest_occurrences_are_compared(num_later: int) -> None:
     tokens = [5, 6, 7, 100, *later, 5, 6, 7]
     found = 100 if num_later < MAX_CANDIDATES else 5
     assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[found]]
-
-
-def test_copy_goes_on_periodically_past_the_end() -> None:
-    tokens = [*range(10, 50), 1, 2, 3, 1, 2]
-    batch = batch_of({"a": tokens}, [7])
-    assert proposer_of(2, 7).propose(batch) == [[3, 1, 2, 3, 1, 2, 3]]
-
-
-def test_released_request_leaves_nothing_to_its_successor() -> None:
-    """A new request under an old id, longer than the old one, has its own text."""
-    old, new = [9, *range(40), 1, 2], [*range(100, 160), 1, 2]
-    proposer = proposer_of(2, 3)
-    assert proposer.propose(batch_of({"a": old}, [3])) == [[3, 4, 5]]
-    proposer.release(["a", "unknown"])
-    assert proposer.propose(batch_of({"a": new}, [3])) == [[]]
-
-
-def test_pause_is_caught_up_exactly() -> None:
-    tokens, proposer = [*range(40), 1, 2, 3, 1, 2], proposer_of(2, 2)
-    for num_known, limit, drafts in ((41, 2, []), (43, 0, []), (45, 2, [3, 1])):
-        batch = batch_of({"a": tokens[:num_known]}, [limit])
-        assert proposer.propose(batch) == [drafts]
 
 
 class HalvesCopies(CopyLengths):

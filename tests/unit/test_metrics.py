@@ -56,13 +56,6 @@ def test_shared_counters_round_trip(tmp_path: Path) -> None:
     }
 
 
-def test_latest_publication_counts(tmp_path: Path) -> None:
-    shared = SharedCounters(tmp_path, 0)
-    shared.publish(counters_of(5))
-    shared.publish(counters_of(6))
-    assert list(read_shared_counters(tmp_path)) == [(0, counters_of(6).as_dict())]
-
-
 def test_restarted_engine_counts_from_zero(tmp_path: Path) -> None:
     SharedCounters(tmp_path, 0).publish(counters_of(5))
     SharedCounters(tmp_path, 0)

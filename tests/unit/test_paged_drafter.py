@@ -1,4 +1,4 @@
-"""Draft forwards made at once, against each made by itself."""
+"""Draft forwards made at once, against each made by itself; and what samples drafts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,3 +138,47 @@ def test_forwards_made_at_once_are_those_made_one_by_one(
             rows = RaggedRows.one_each(active, ends[active] + position)
             sampled = rows.last_rows
     assert seen.seen == wanted.seen
+
+
+def drafter_over(stock: dict[str, Any], all_greedy: bool) -> Any:
+    """Over a stand-in for vLLM's draft-model object."""
+    metadata = SimpleNamespace(all_greedy=all_greedy)
+    defaults = {
+        "max_num_tokens": 8,
+        "kv_cache_gid": 0,
+        "use_local_argmax_reduction": False,
+        "_enable_probabilistic_draft_probs": False,
+        "model": SimpleNamespace(compute_logits=lambda hidden_states: hidden_states),
+        "_sample_from_logits": lambda logits, metadata: ("sampled", "probs"),
+        "_sample_draft_tokens": lambda hidden_states, metadata: ("local", None),
+    }
+    input_batch = SimpleNamespace(
+        max_num_reqs=2, block_table=[None], sampling_metadata=metadata
+    )
+    made: Any = SimpleNamespace(**defaults | stock)
+    drafter: Any = PagedDrafter(made, None, input_batch, {}, 64)  # type: ignore[arg-type]
+    drafter._draft_sampling_metadata = lambda req_indices: metadata
+    return drafter
+
+
+@pytest.mark.parametrize(
+    ("stock", "all_greedy", "drafted"),
+    [
+        ({}, True, None),
+        ({}, False, None),  # greedy drafts for sampled requests
+        ({"_enable_probabilistic_draft_probs": True}, True, None),
+        ({"_enable_probabilistic_draft_probs": True}, False, ("sampled", "probs")),
+        ({"use_local_argmax_reduction": True}, True, ("local", None)),
+    ],
+)
+def test_who_samples(
+    stock: dict[str, Any], all_greedy: bool, drafted: tuple[str, str | None] | None
+) -> None:
+    drafter = drafter_over(stock, all_greedy)
+    logits = torch.tensor([[0.0, 2.0, 2.0], [3.0, 1.0, 3.0]])
+    tokens, probs, confidence = drafter._sample(logits, np.arange(2))
+    assert confidence is None
+    if drafted is None:
+        assert (tokens.tolist(), probs) == ([1, 0], None)
+    else:
+        assert (tokens, probs) == drafted

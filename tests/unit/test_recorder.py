@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from tests.tiny_llama import tiny_llama
 from vllm_emssd.bench.request import Request
 from vllm_emssd.simulate import recorder
 from vllm_emssd.simulate.recorder import TraceRecorder
@@ -14,25 +15,12 @@ K, MAX_TOKENS = 3, 7
 PROMPTS = [[5, 9, 2], [1], [7, 7, 30, 12, 4]]
 
 
-def small_llama(seed: int, num_layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # far from uniform
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def pair() -> dict[str, LlamaForCausalLM]:
     """The drafter is the target's first layers, so that they agree now and then."""
-    target, draft = small_llama(0, 2), small_llama(1, 1)
+    sizes = {"vocab_size": 40, "initializer_range": 0.3}  # far from uniform
+    target = tiny_llama(0, **sizes)
+    draft = tiny_llama(1, num_hidden_layers=1, **sizes)
     draft.load_state_dict(target.state_dict(), strict=False)
     return {"target": target, "draft": draft}
 

@@ -37,7 +37,7 @@ from vllm_emssd.integration.cpu.row_padding import (
         (513, 999, 544),
     ],
 )
-def test_rounds_up_to_one_of_few(num_rows: int, most: int, padded: int) -> None:
+def test_pads_to_one_of_few(num_rows: int, most: int, padded: int) -> None:
     assert RowPadding().padded(num_rows, most) == padded
 
 
@@ -77,7 +77,7 @@ PASSES = (
         (500, 999, 512),
     ],
 )
-def test_rounds_up_to_what_was_quicker(num_rows: int, most: int, padded: int) -> None:
+def test_pads_to_what_was_quicker(num_rows: int, most: int, padded: int) -> None:
     samples = [one for times in PASSES for one in times.items()]
     assert RowPadding(samples).padded(num_rows, most) == padded
 
@@ -93,9 +93,7 @@ def test_rounds_up_to_what_was_quicker(num_rows: int, most: int, padded: int) ->
         (64, 64),  # 128 is more than a tile away: what was noise would cost much
     ],
 )
-def test_rounds_up_by_a_tile_at_most_and_not_for_noise(
-    num_rows: int, padded: int
-) -> None:
+def test_pads_by_a_tile_at_most_and_not_for_noise(num_rows: int, padded: int) -> None:
     times = {8: 36.0, 16: 34.0, 24: 35.0, 32: 33.0, 48: 30.0, 64: 29.1, 128: 20.0}
     assert RowPadding(times.items()).padded(num_rows, 999) == padded
 
@@ -121,7 +119,6 @@ class Runner(PaddedRowsMixin, Stock):
     model_config = SimpleNamespace(is_moe=False)
 
     def __init__(self) -> None:
-        self._step_costs: Any = object()
         self._row_padding = RowPadding()
 
 
@@ -129,7 +126,7 @@ class Runner(PaddedRowsMixin, Stock):
     ("changes", "rows"),
     [
         ({}, 20),
-        ({"_step_costs": None}, 17),  # fixed lengths, and while costs are measured
+        ({"_row_padding": None}, 17),  # fixed lengths, and while costs are measured
         ({"across_dp": [17, 17]}, 17),
         ({"graph_rows": 32}, 32),
         ({"lora_config": object()}, 17),

@@ -55,15 +55,6 @@ def test_placeholders_go_and_real_drafts_stay(
     assert output == output_of(kept, [n for _, n in requests])
 
 
-def test_dropping_twice_is_dropping_once() -> None:
-    output = output_of([[-1, -1, -1], [4, 5]], [1, 1])
-    drop_placeholder_drafts(output)
-    drop_placeholder_drafts(output)
-    assert output.num_scheduled_tokens == {"r0": 1, "r1": 3}
-    assert output.total_num_scheduled_tokens == 4
-    assert output.scheduled_spec_decode_tokens == {"r1": [4, 5]}
-
-
 def test_placeholders_of_some_requests_go() -> None:
     output = output_of([[-1, -1], [-1, -1]], [1, 1])
     drop_placeholder_drafts(output, {"r1"})

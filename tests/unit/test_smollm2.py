@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from models.make import train_smollm2_draft as training
 from models.make import write_chats
 from models.make.distillation import acceptance, distillation_loss, train
 from scripts import fetch_smollm2 as fetch
+from tests.tiny_llama import SIZES, tiny_llama
 from vllm_emssd.bench import chats
 
-VOCAB = 64
+VOCAB = SIZES["vocab_size"]
 
 
 @pytest.fixture
@@ -96,18 +97,13 @@ def test_broken_conversion_leaves_nothing(
 
 @pytest.fixture
 def target() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
+    return tiny_llama(
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

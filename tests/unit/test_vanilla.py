@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.naive_vanilla import NaiveVanilla, accepted_of, drafts_of
+from tests.tiny_llama import tiny_llama
 from vllm_emssd.bench.round import RequestStep, Round
 from vllm_emssd.bench.vanilla import (
     DecodeCounts,
@@ -76,17 +77,7 @@ MAX_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(3, vocab_size=8)
 
 
 def alone(

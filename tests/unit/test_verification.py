@@ -27,17 +27,6 @@ def test_without_filler_equals_loop(counts: list[tuple[int, int]]) -> None:
     assert rows.bonus_rows.tolist() == expected[3]
 
 
-@property_test
-@given(st.lists(st.integers(0, 6), max_size=7))
-def test_without_filler_keeps_all_where_none_is_filler(num_drafts: list[int]) -> None:
-    """Then the rows are those vLLM computes for any ragged batch."""
-    counts = np.array(num_drafts, dtype=np.int64)
-    rows = VerifiedRows.without_filler(counts, counts)
-    assert rows.draft_indices.tolist() == list(range(sum(num_drafts)))
-    all_rows = sorted([*rows.target_rows.tolist(), *rows.bonus_rows.tolist()])
-    assert all_rows == list(range(sum(num_drafts) + len(num_drafts)))
-
-
 def test_without_filler_dtypes() -> None:
     rows = VerifiedRows.without_filler(np.array([2, 3]), np.array([0, 2]))
     assert rows.num_draft_tokens.dtype == np.int32

@@ -53,7 +53,7 @@ class Plan:
         num_batches = max(1, -(-self.num_prompts // batch)) + self.is_continuous
         return batch * num_batches
 
-    def most_requests(self) -> int:
+    def max_requests(self) -> int:
         return max(self.num_requests(batch) for batch in self.batches)
 
 

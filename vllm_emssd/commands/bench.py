@@ -268,9 +268,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     options = WorkloadOptions(
         args.output_len, args.input_len, sampling, args.dataset_path
     )
-    workload = load_workload(
-        args.dataset_name, tokenizer, options, plan.most_requests()
-    )
+    workload = load_workload(args.dataset_name, tokenizer, options, plan.max_requests())
     engine = engine_options(args, workload, 1 if plan.host else len(plan.methods))
     found: dict[str, Any] = {
         "is_compiled": not args.enforce_eager,

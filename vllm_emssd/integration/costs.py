@@ -1,8 +1,8 @@
 """Measures what a step costs: at the start with dummy rows, then from live steps.
 
-With several workers each measures, as the forwards are theirs together, but only the
-first one's costs count: all take them over at the start and at numbered steps, and
-between those every worker decides from the same numbers.
+With several workers all measure, since they run the forwards together, but only the
+first one's costs count. The others take them over at the start and every so many steps,
+so that all workers decide from the same numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
 FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
-_PAUSE = 4.0  # times the cost so far: nobody asked for tokens, this is no cost,
+_PAUSE = 4.0  # times the cost so far: the engine was idle, this is no cost,
 _MOST_PAUSES = 8  # unless it goes on like that
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 _STEPS_BETWEEN_DRAFTS = 4  # of which draft forwards' costs are learned: there are many
@@ -52,8 +52,7 @@ class TimedDraftForwards(TimedForwards, Protocol):
 
 
 class TimedDrafter(Drafter, TimedForwards, Protocol):
-    @property
-    def max_num_reqs(self) -> int: ...
+    max_num_reqs: int
 
 
 class StepCostMeter:
@@ -85,11 +84,11 @@ class StepCostMeter:
         self.measured = measured
         self.costs = measured if ranks.is_alone else copy(measured)
         self._take_over_costs()
-        logger.info("Milliseconds by rows:\n%s", self.table())
+        logger.info("(rows, milliseconds): %s", self.as_dict())
 
     def step_done(self, learns_costs: bool = True) -> None:
-        """Called when a step's drafts are made: learn from the step. Costs of forwards
-        need not be learned from one of many steps alike."""
+        """Called when a step's drafts are made: learn from the step. Without
+        `learns_costs` only what the step costs besides its forwards."""
         now = time.perf_counter()
         costs = self.measured
         target = self._target.take_timings()
@@ -154,20 +153,11 @@ class StepCostMeter:
             "confidence_ms": self.costs.confidence_ms,
         }
 
-    def table(self) -> str:
-        """The costs as a small text table."""
-        rows = [r for r, _ in self.costs.target.points]
-        lines = ["rows   " + " ".join(f"{r:7d}" for r in rows)]
-        for name, table in (("target", self.costs.target), ("draft", self.costs.draft)):
-            times = table.ms(np.array(rows))
-            lines.append(f"{name:6s} " + " ".join(f"{ms:7.2f}" for ms in times))
-        return "\n".join(lines)
-
 
 def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) -> None:
-    """From forwards (rows, ms). The first of a row count may be slow for once, as
-    kernels are made for it and memory is found: it is a cost only where it is below
-    what was thought. A table covers all rows seen, whatever they took."""
+    """From forwards (rows, ms). The first of a row count may be slow, as kernels are
+    made and memory is allocated for it: it counts only if it was quicker than expected.
+    The table is extended to all row counts seen."""
     for rows, ms in timings:
         table.cover(rows)
         if rows in known or ms < table.at(rows):
@@ -178,7 +168,7 @@ def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) 
 def time_target(
     run: Callable[[int], object],
     target: TimedForwards,
-    most_rows: int,
+    max_rows: int,
     device: torch.device,
 ) -> list[tuple[int, float]]:
     """Forwards (rows, ms), the row counts in turn.
@@ -186,7 +176,7 @@ def time_target(
     Args:
         run: a forward of the target with that many rows, each with some context.
     """
-    forwards = {n: partial(run, n) for n in _ROWS if n <= most_rows}
+    forwards = {n: partial(run, n) for n in _ROWS if n <= max_rows}
     return _in_passes(forwards, target, device)
 
 
@@ -233,20 +223,15 @@ def _in_passes(
     timed: TimedForwards,
     device: torch.device,
 ) -> list[tuple[int, float]]:
-    """All forwards, one after the other, and that again: what else the machine does for
-    a while then slows one time of several row counts, not all of one."""
+    """All forwards, one after the other, several times over: if the machine is busy for
+    a while, that slows one time of several row counts, not all times of one."""
     samples: list[tuple[int, float]] = []
     for number in range(_PASSES):
         for num_rows, forward in forwards.items():
             forward()
-            _finish(device)
+            if device.type != "cpu":  # a CPU has computed it by then
+                torch.accelerator.synchronize(device)
             timings = timed.take_timings()
             if number:  # the first is warm-up
                 samples += [(num_rows, ms) for _, ms in timings]
     return samples
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for what was launched; a CPU has computed it by then."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-
-
-def make_draft_cursor(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group: int
-) -> DraftCursor:
-    """`group`: the KV-cache group that holds the draft model's layers."""
-    spec = kv_cache_config.kv_cache_groups[group].kv_cache_spec
-    return DraftCursor(
-        kv_cache_config.num_blocks,
-        spec.block_size,
-        trust_cached_blocks=vllm_config.kv_transfer_config is None,
-    )
+from vllm_emssd.draft_cursor import AdmittedRequest
 
 
 def block_updates(
@@ -58,7 +44,7 @@ def max_draft_tokens(
     stays for the token that the target adds), and what the drafter can take. [num_reqs]
 
     Args:
-        num_tokens: [num_reqs] int64, at most that many are known.
+        num_tokens: [num_reqs] int64, an upper bound of the known tokens.
         drafter_max_len: None where drafts need no drafter.
         max_num_tokens: [num_reqs] int64 with all that a request may emit, beyond which
             automatic lengths make no drafts; fixed ones do, as stock does.

@@ -1,10 +1,10 @@
-"""A proposer that raises costs a step its drafts, not the server its life.
+"""What happens when a proposer raises: the step goes on without drafts.
 
-Without drafts the target decodes as it always does, and the draft cursor moves only
-once the drafter was fed. With several tensor-parallel ranks that is not so: the others
-may be in the middle of a collective that this one left, and would wait for ever. There
-the error stops the engine. Data-parallel engines never wait for each other: those of
-mixture-of-experts targets, which would, are refused at the start.
+The target then decodes as usual, and the draft cursor has not moved. With several
+tensor-parallel ranks the error stops the engine: the other ranks may be in the middle
+of a collective that this one has left, and would wait for ever. Data-parallel engines
+never wait for each other; those of mixture-of-experts targets, which would, are refused
+at the start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from vllm_emssd.metrics import Counters
 
-logger = init_logger("vllm.emssd.step_failures")
+logger = init_logger("vllm.emssd.failure_policy")
 
 
 class FailurePolicy:

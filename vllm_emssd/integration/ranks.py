@@ -35,21 +35,19 @@ class Ranks:
     def check_agreement(self, decision: np.ndarray) -> None:
         """Compare a decision, integers or booleans of any shape, before it is acted on:
         a rank that fed other rows to the drafter would hang the next collective, or
-        spoil its sums. Raises as `compare` does."""
-        data = np.ascontiguousarray(decision, dtype=np.int64).tobytes()
-        self._fingerprint = zlib.crc32(data, self._fingerprint)
-        self.compare(self._fingerprint)
-
-    def compare(self, fingerprint: int) -> None:
-        """Raise RuntimeError, on every rank, unless all have the same fingerprint.
+        spoil its sums.
 
         By the models' own collectives: on CPUs of one machine these go through shared
         memory, tens of times faster than the CPU group's sockets, but take floats only,
-        so 32 bits travel as two halves.
+        so the 32 bits of a fingerprint travel as two halves.
+
+        Raises: RuntimeError, on every rank, unless all have decided alike so far.
         """
-        halves = torch.tensor(divmod(fingerprint, 1 << 16), dtype=torch.float32)
+        data = np.ascontiguousarray(decision, dtype=np.int64).tobytes()
+        self._fingerprint = zlib.crc32(data, self._fingerprint)
+        halves = torch.tensor(divmod(self._fingerprint, 1 << 16), dtype=torch.float32)
         gathered = self._group.all_gather(halves.to(self._device), dim=0)
-        pairs = gathered.view(-1, 2).tolist()  # sync: nobody goes on before all agree
+        pairs = gathered.view(-1, 2).tolist()  # sync: no rank goes on before all agree
         fingerprints = [(int(high) << 16) + int(low) for high, low in pairs]
         if len(set(fingerprints)) > 1:
             raise RuntimeError(

@@ -1,10 +1,10 @@
 """vLLM's schedulers without placeholder drafts for requests that have none.
 
-Stock pads a request that has one token left to compute (after a prefix-cache hit or
-a preemption) with K placeholder drafts of -1, for the sake of uniform CUDA graphs.
-They cost rows, count as drafts and, on the CPU, reach random sampling. With async
-scheduling the drafts of all other requests are -1 too, as they are not made yet when
-they are scheduled: these stay.
+Stock gives a request with one token left to compute (after a prefix-cache hit or a
+preemption) K placeholder drafts of -1, so that CUDA graphs are uniform. They cost rows,
+count as drafts and, on the CPU, reach random sampling. With async scheduling the drafts
+of all other requests are -1 too, as they are scheduled before they are made; those
+stay.
 """
 
 from __future__ import annotations

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 
 from vllm_emssd.config import PROPOSER_GROUP, EmssdConfig, plugin_proposers
 from vllm_emssd.draft_length import Copies, StepInfo
 from vllm_emssd.proposers.copy_lengths import CopyLengths
-
-
-class TokenIds(Protocol):
-    """Tokens by batch row and position: a numpy array, or what is indexed like one and
-    gives tensors of a device."""
-
-    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +24,7 @@ class DraftBatch:
     """
 
     req_ids: list[str]  # batch row -> request id
-    token_ids: TokenIds  # [max_num_reqs, max_model_len] int32
+    token_ids: np.ndarray  # [max_num_reqs, max_model_len] int32
     num_tokens: np.ndarray  # [num_reqs] int64: known tokens
     num_prompt_tokens: np.ndarray  # [num_reqs] int64
     num_scheduled_tokens: np.ndarray  # [num_reqs] int64: of this step
@@ -41,7 +34,7 @@ class DraftBatch:
     copies: Copies | None = None  # of requests that make no drafts
 
     def __post_init__(self) -> None:
-        for name in _ARRAYS:
+        for name in _OF_REQUESTS:
             if (num := len(getattr(self, name))) != self.num_reqs:
                 what = f"{name} has {num} entries for {self.num_reqs} requests"
                 raise ValueError(what)
@@ -70,7 +63,11 @@ class DraftBatch:
         )
 
 
-_ARRAYS = [f.name for f in fields(DraftBatch) if f.type == "np.ndarray"]
+_OF_REQUESTS = [
+    f.name
+    for f in fields(DraftBatch)
+    if f.type == "np.ndarray" and f.name != "token_ids"
+]
 
 
 class Proposer(Protocol):

@@ -10,7 +10,6 @@ Paper: EMS-SD (arXiv 2405.07542), "unpad input tokens", applied to the drafter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -50,34 +49,6 @@ class Drafter(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceDrafts:
-    """Drafts where the forwards left them, on the drafter's device."""
-
-    made: list[tuple[np.ndarray, torch.Tensor]]  # of each forward: batch rows, tokens
-    num_made: np.ndarray  # [num_reqs] int64: drafts of each batch row
-    num_kept: np.ndarray  # [num_reqs] int64: of them, those to be verified
-
-    @classmethod
-    def none(cls, num_reqs: int) -> DeviceDrafts:
-        nothing = np.zeros(num_reqs, dtype=np.int64)
-        return cls([], nothing, nothing)
-
-    def tolist(self) -> list[list[int]]:
-        """Draft token ids of each batch row, those kept."""
-        drafts = np.empty((len(self.num_made), len(self.made)), dtype=np.int64)
-        if self.made:
-            # sync: the scheduler needs the drafts on the host
-            flat = torch.cat([tokens for _, tokens in self.made]).cpu().numpy()
-            start = 0
-            for position, (requests, _) in enumerate(self.made):
-                end = start + len(requests)
-                drafts[requests, position] = flat[start:end]
-                start = end
-        lens = self.num_kept.tolist()
-        return [d[:n] for d, n in zip(drafts.tolist(), lens, strict=True)]
-
-
 class DraftModelProposer:
     """Unpadded drafting with a draft model.
 
@@ -105,9 +76,6 @@ class DraftModelProposer:
         self._check_agreement = check_agreement
         self._feeds_every_prompt = feeds_every_prompt
 
-    def propose(self, batch: DraftBatch) -> list[list[int]]:
-        return self.draft(batch).tolist()
-
     def skips_step(self, num_sampling: int) -> bool:
         """Whether no request drafts in this step, known without a batch. Asked at most
         once a step, before `propose`, which must not be called then.
@@ -121,8 +89,7 @@ class DraftModelProposer:
             self._agree(np.array([num_sampling]))
         return skips
 
-    def draft(self, batch: DraftBatch) -> DeviceDrafts:
-        """Like `propose`, but leaves the drafts on the device."""
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
         starts, ends = self._missing_spans(batch)
         step = batch.step_info(batch.max_draft_tokens, ends - starts)
         draft_lens = self.policy.plan(step)
@@ -135,7 +102,7 @@ class DraftModelProposer:
             feeds = feeds | batch.computes_prompt
         self._agree(draft_lens, np.where(feeds, step.missing_rows, 0))
         if not feeds.any():
-            return DeviceDrafts.none(batch.num_reqs)
+            return [[] for _ in batch.req_ids]
         # A block shared by several requests is written by one; the others wait a step.
         waits = self._cursor.waits_for_another(batch.req_ids, feeds)
         draft_lens = np.where(waits, 0, draft_lens)
@@ -146,7 +113,7 @@ class DraftModelProposer:
 
         fed = np.flatnonzero(granted)
         if fed.size == 0:
-            return DeviceDrafts.none(batch.num_reqs)
+            return [[] for _ in batch.req_ids]
         rows = RaggedRows.from_spans(fed, starts[fed], (starts + granted)[fed])
         made = self._draft(batch, rows, draft_lens)
         num_made = np.zeros(batch.num_reqs, dtype=np.int64)
@@ -156,7 +123,7 @@ class DraftModelProposer:
             self._cursor.advance(batch.req_ids[i], int(starts[i] + granted[i]))
             num_fed_drafts = max(int(num_made[i]) - 1, 0)
             self._cursor.record_fed_drafts(batch.req_ids[i], num_fed_drafts)
-        return DeviceDrafts(made, num_made, self.policy.trim(num_made))
+        return _on_host(made, self.policy.trim(num_made))
 
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
@@ -237,3 +204,18 @@ class DraftModelProposer:
         self._counters.num_draft_forwards += 1
         self._counters.num_draft_rows += rows.num_rows
         self._counters.num_draft_rows_decode += int(is_decode.sum())
+
+
+def _on_host(
+    made: list[tuple[np.ndarray, torch.Tensor]], lens: np.ndarray
+) -> list[list[int]]:
+    """The first `lens` drafts of each batch row. `made`: batch rows and their drafts of
+    each forward."""
+    drafts: list[list[int]] = [[] for _ in lens]
+    if made:
+        rows, tokens = zip(*made, strict=True)
+        # sync: the scheduler needs the drafts on the host
+        on_host = torch.cat(tokens).tolist()
+        for row, token in zip(np.concatenate(rows).tolist(), on_host, strict=True):
+            drafts[row].append(token)
+    return [d[:n] for d, n in zip(drafts, lens.tolist(), strict=True)]

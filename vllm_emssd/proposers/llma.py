@@ -125,7 +125,7 @@ class LlmaProposer:
         return self.choose(batch, self.find(batch))
 
     def find(self, batch: DraftBatch) -> list[Copy]:
-        """What each request may copy, `NO_COPY` for those in prefill."""
+        """What each request may copy; `NO_COPY` for those in prefill."""
         self._faded.clear()  # all copies of the step before have been observed
         self._num_to_index = _INDEXED_A_STEP
         copies = [NO_COPY] * batch.num_reqs
@@ -165,7 +165,7 @@ class LlmaProposer:
             record = request.records.setdefault(copy.kind, AcceptanceRecord())
             record.observe(*verified, keep=_FORGET)
             pool = self._pools.setdefault(copy.kind, AcceptanceRecord())
-            # Fades once a step, however many requests there are: all news counts.
+            # It fades once a step, so that all requests of the step count alike.
             pool.observe(*verified, 1.0 if copy.kind in self._faded else _POOL_FORGET)
             self._faded.add(copy.kind)
             self._maybe_follow_prompt(request, copy, num_accepted_tokens)
@@ -200,7 +200,7 @@ class LlmaProposer:
     def _up_to_date(
         self, req_id: str, token_ids: np.ndarray, num_prompt_tokens: int
     ) -> _RequestCopies | None:
-        """None while a long prompt is not wholly indexed."""
+        """None while a long prompt is still being indexed."""
         request = self._requests.get(req_id)
         if request is None or request.index.num_indexed > len(token_ids):
             reference, pointer = self._references.get(req_id), None

@@ -36,7 +36,7 @@ def no_drafts(batch: DraftBatch) -> list[list[int]]:
 
 
 class MixedProposer:
-    """Per request and step, a copy or a model's drafts.
+    """For each request and step, either a copy or a model's drafts.
 
     Args:
         copying, drafting: the two proposers; each has its own policy.
@@ -111,7 +111,7 @@ class MixedProposer:
             prefers = gains >= self._gains_of_drafts(batch, may_draft)
             keeps_copy = prefers & (num_copied > 0)
             if (keeps_copy & (may_draft > 0)).any():
-                self._drafts.fade()  # or drafts that did badly are never tried again
+                self._drafts.fade()  # so that drafts that did badly are tried again
             may_draft = np.where(keeps_copy, 0, may_draft)
         return self._drafting.propose(
             dataclasses.replace(
@@ -139,8 +139,8 @@ class MixedProposer:
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        """Each proposer hears of its own drafts, and that the other's brought it none:
-        then nothing of its own stays pending."""
+        """Each proposer is told what became of its own drafts. If they were the
+        other's, it is told of 0 drafts, so that none of its own stay pending."""
         verified = (num_draft_tokens, num_accepted_tokens)
         if req_id in self._copied:
             self._copied.remove(req_id)

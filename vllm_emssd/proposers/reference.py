@@ -14,10 +14,10 @@ import numpy as np
 
 from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH, NgramIndex
 
-_NEAR = 64  # tokens skipped, at most, on the word of `check_length` tokens;
-_FAR_MATCH_LENGTH = 8  # for more, or to go back, so many must agree
+_NEAR = 64  # tokens: a match at most so far ahead needs `check_length` equal tokens
+_FAR_MATCH_LENGTH = 8  # equal tokens that one farther ahead, or behind, needs
 _LONGEST_EDIT = 16  # tokens replaced or written, for an edit to be remembered
-_ANCHOR_WINDOW = 8  # tokens behind a departure where one equal token is believed
+_ANCHOR_WINDOW = 8  # tokens behind a departure, where one equal token is enough
 _MAX_GUESSES = 2  # tokens of a departure taken to replace as many
 _LONGEST_DEPARTURE = 128  # tokens: a longer one is a text of its own
 _INDEXED_A_STEP = 16384  # tokens of a long reference, so that no step stalls

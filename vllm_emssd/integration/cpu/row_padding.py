@@ -5,9 +5,9 @@ for 16 layers of hidden size 1024), and ragged batches have any row count. So wi
 automatic lengths a forward computes the next of a few row counts, which all have their
 kernels from the start; the policy fills the rows up with drafts where it has some left.
 
-Row counts are not all alike either: on a CPU with AMX a forward of 17 to 32 rows may
-take longer than one of 40, in one process and not in the next. There the larger one is
-computed, which the cost table, never falling, has as the price.
+More rows are sometimes quicker: on a CPU with AMX a forward of 17 to 32 rows may take
+longer than one of 40, in one process and not in the next. There the larger one is
+computed, and the cost table, which never falls, says what it takes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_emssd.draft_length.cost import quickest_times
-
-if TYPE_CHECKING:
-    from vllm_emssd.integration.costs import StepCostMeter
 
 # All up to 16 rows, then so many more at once: one in sixteen or so, on average half.
 ROW_COUNTS = [
@@ -32,7 +29,7 @@ ROW_COUNTS = [
 _STEP_BEYOND = 32
 _FROM_ROWS = 16  # fewer are not computed as more
 _MOST_MORE = 16  # rows: no more are added, though they seemed quicker
-_QUICKER = 0.95  # times as long: less may be noise of a slow minute
+_QUICKER = 0.95  # times as long, at most: a smaller difference may be noise
 
 
 class RowPadding:
@@ -82,8 +79,7 @@ class PaddedRowsMixin:
     """Goes in front of vLLM's CPU runner, which takes padded rows as those of a graph:
     they have no request and no K/V slot."""
 
-    _step_costs: StepCostMeter | None
-    _row_padding: RowPadding
+    _row_padding: RowPadding | None  # with automatic lengths
     max_num_tokens: int
     parallel_config: Any
     lora_config: Any
@@ -103,17 +99,12 @@ class PaddedRowsMixin:
 
     def computed_rows(self, num_rows: int) -> int:
         """Of a forward that needs `num_rows`."""
-        if not self._pads_rows:
+        # LoRA maps rows one by one, and padding rows would be routed to experts.
+        if (
+            self._row_padding is None
+            or self.parallel_config.world_size > 1
+            or self.lora_config is not None
+            or self.model_config.is_moe
+        ):
             return num_rows
         return self._row_padding.padded(num_rows, self.max_num_tokens)
-
-    @property
-    def _pads_rows(self) -> bool:
-        """With automatic lengths and for a single rank. Not with LoRA, which maps rows
-        one by one, and not where padding rows would be routed to experts."""
-        return (
-            self._step_costs is not None
-            and self.parallel_config.world_size == 1
-            and self.lora_config is None
-            and not self.model_config.is_moe
-        )

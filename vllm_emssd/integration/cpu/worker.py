@@ -68,9 +68,9 @@ class UnpadCPUWorker(EmssdWorkerMixin, FixedCPUWorker):
 
 def remove_shared_memory_names() -> None:
     """Remove the names in /dev/shm of the segments that vLLM's CPU workers of a machine
-    share. Once all have opened them, which making the group waits for, nobody needs the
-    names; but those of a worker that is killed, as Ray does, would stay, and the memory
-    with them, until the machine restarts."""
+    share. All workers have opened them by now, as making the group waits for that, and
+    the names are not needed any more. If a worker is killed, which Ray does, they would
+    stay until the machine restarts, and the memory with them."""
     group = get_tp_group()
     communicator = group.device_communicator
     if not isinstance(communicator, CpuCommunicator):

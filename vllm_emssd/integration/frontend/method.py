@@ -183,7 +183,6 @@ def _create_ours(
         LOG_STATS_KEY: not args.disable_log_stats,
     }
     logger.info("vllm-emssd %s is on: %s", __version__, config)
-    _say_where_copies_run(config)
     return spec_config
 
 
@@ -224,11 +223,6 @@ def _refuse_unsupported(
             args.scheduler_cls not in {None, SCHEDULER},
             "brings its own scheduler class; remove --scheduler-cls "
             f"{args.scheduler_cls}.",
-        ),
-        (
-            not isinstance(args.additional_config, dict),
-            "keeps its options in --additional-config, which must be a dictionary, "
-            f"got {type(args.additional_config).__name__}.",
         ),
         (
             parallel.decode_context_parallel_size > 1,
@@ -277,40 +271,19 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
     return config  # if vLLM chooses V1 after all, our runner refuses
 
 
-def _say_where_copies_run(config: EmssdConfig) -> None:
-    """vLLM takes its V1 runner by itself for the method that llma comes as, whose name
-    (`custom_class`) is all that it says of it."""
-    if not config.uses_draft_model and not current_platform.is_cpu():
-        logger.info(
-            '"proposer": "%s" runs on vLLM\'s V1 model runner: it looks at token ids, '
-            "which the V2 runner keeps on the device.",
-            config.proposer,
-        )
-
-
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     """Whether vLLM may schedule a step before the last one's tokens are known: on its
-    V2 runner. Raises ValueError where it was asked for and cannot
-    be. On CPUs vLLM itself turns it off again.
+    V2 runner. Raises ValueError where it was asked for and cannot be. On CPUs vLLM
+    itself turns it off again.
     """
-    is_cpu = current_platform.is_cpu()
     use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
-    if is_cpu and use_v2 is None:  # where vLLM could choose V2 on GPUs only
-        use_v2 = False
-    why = ""
-    if use_v2 is False or config.proposer != "draft_model":
-        why = '"proposer": "draft_model" on vLLM\'s V2 model runner'
-    if why and args.async_scheduling:
+    if use_v2 is None:  # vLLM may choose it, on GPUs
+        use_v2 = not current_platform.is_cpu()
+    is_possible = use_v2 and config.proposer == "draft_model"
+    if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '
-            f"sampled only with {why}; use that, or remove --async-scheduling."
+            'sampled only with "proposer": "draft_model" on vLLM\'s V2 model runner; '
+            "use that, or remove --async-scheduling."
         )
-    may_be_async = not why and args.async_scheduling is not False
-    if is_cpu:
-        logger.info("Scheduling is synchronous, as vLLM has it on CPUs.")
-    elif not may_be_async:
-        logger.info(
-            "Scheduling is synchronous%s.",
-            f"; it can be asynchronous with {why}" if why else "",
-        )
-    return may_be_async
+    return is_possible and args.async_scheduling is not False

@@ -1,8 +1,8 @@
 """Replacing a name of vLLM's, where it offers no extension point.
 
-Every replacement in the plugin is a `Hook`; `hook_inventory.py` lists all. A changed
-signature stops the start, hooks are installed all or none, installing twice is
-installing once, and undo restores the original object.
+Every replacement in the plugin is a `Hook`, listed in `hook_inventory.py`. If vLLM
+changed a signature, the start stops. Hooks are installed all or none; installing twice
+does nothing more, and `undo` restores the original object.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ class PagedDrafter:
         is_timed: bool = False,
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
+        self.max_num_reqs: int = input_batch.max_num_reqs
         self.max_model_len = max_model_len
         self.tells_confidence = False
         self._is_timed = is_timed
@@ -99,20 +100,12 @@ class PagedDrafter:
         self._input_batch = input_batch
         self._requests = requests
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
-        self._draft_probs: dict[str, list[torch.Tensor]] = {}
+        # Request id -> distribution of each of its drafts, [vocab_size] float32 each.
+        # Only of requests drafted by sampling; greedy drafts are one-hot.
+        self.draft_probs: dict[str, list[torch.Tensor]] = {}
         self._clock = WallClock()  # on GPUs this drafter is not timed
         self._context: ForwardContext | None = None  # that later forwards may have
         self._next_forwards: _NextForwards | None = None
-
-    @property
-    def draft_probs(self) -> dict[str, list[torch.Tensor]]:
-        """Request id -> distribution of each of its drafts, [vocab_size] float32 each.
-        Only of requests drafted by sampling; greedy drafts are one-hot."""
-        return self._draft_probs
-
-    @property
-    def max_num_reqs(self) -> int:
-        return self._input_batch.max_num_reqs
 
     def take_timings(self) -> list[tuple[int, float]]:
         """(rows, ms) of the forwards since the last call, where they are timed."""
@@ -138,52 +131,39 @@ class PagedDrafter:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
-        stock = self._stock
         hidden_states = self._run_model(rows, token_ids, draft_position)
         if len(sampled_rows) == 0:
             return torch.empty(0, dtype=torch.int64, device=hidden_states.device), None
         if len(sampled_rows) < len(hidden_states):
-            index = async_tensor_h2d(sampled_rows, device=stock.device)
+            index = async_tensor_h2d(sampled_rows, device=self._stock.device)
             hidden_states = hidden_states[index]
-        metadata = self._input_batch.sampling_metadata
-        if self._draws_samples:
-            req_indices = rows.row_req_indices[sampled_rows]
-            metadata = self._draft_sampling_metadata(req_indices)
-        if not self.tells_confidence:
-            tokens, probs = self._sample_after(hidden_states, metadata)
-            confidence = None
-        else:
-            logits = stock.model.compute_logits(hidden_states)
-            if self._draws_samples:
-                told = highest_probability(logits)
-                tokens, probs = self._sample(logits, metadata)
-            else:
-                (tokens, told), probs = greedy_tokens_and_confidence(logits), None
-            confidence = told.cpu().numpy()  # sync: decides which requests draft on
+        req_indices = rows.row_req_indices[sampled_rows]
+        tokens, probs, confidence = self._sample(hidden_states, req_indices)
         if probs is not None:
-            req_indices = rows.row_req_indices[sampled_rows]
             self._keep_probs(req_indices, probs, draft_position)
-        return tokens, confidence
-
-    @property
-    def _draws_samples(self) -> bool:
-        metadata = self._input_batch.sampling_metadata
-        is_probabilistic = self._stock._enable_probabilistic_draft_probs
-        return is_probabilistic and not metadata.all_greedy
-
-    def _sample_after(
-        self, hidden_states: torch.Tensor, metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._stock.use_local_argmax_reduction:
-            return self._stock._sample_draft_tokens(hidden_states, metadata)
-        return self._sample(self._stock.model.compute_logits(hidden_states), metadata)
+        if confidence is None:
+            return tokens, None
+        return tokens, confidence.cpu().numpy()  # sync: decides which requests draft on
 
     def _sample(
-        self, logits: torch.Tensor, metadata: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._draws_samples:
-            return self._stock._sample_from_logits(logits, metadata)
-        return greedy_tokens(logits), None
+        self, hidden_states: torch.Tensor, req_indices: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Drafts; their distributions, if any are drawn; confidences, if asked for."""
+        stock, tells = self._stock, self.tells_confidence
+        metadata = self._input_batch.sampling_metadata
+        draws = stock._enable_probabilistic_draft_probs and not metadata.all_greedy
+        if draws:
+            metadata = self._draft_sampling_metadata(req_indices)
+        if stock.use_local_argmax_reduction and not tells:
+            return *stock._sample_draft_tokens(hidden_states, metadata), None
+        logits = stock.model.compute_logits(hidden_states)
+        if draws:
+            confidence = highest_probability(logits) if tells else None
+            return *stock._sample_from_logits(logits, metadata), confidence
+        if tells:
+            tokens, confidence = greedy_tokens_and_confidence(logits)
+            return tokens, None, confidence
+        return greedy_tokens(logits), None, None
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:
@@ -344,6 +324,6 @@ class PagedDrafter:
         for i, distribution in zip(req_indices, probs, strict=True):
             if self._drafts_greedily(i):
                 continue
-            kept = self._draft_probs.setdefault(self._input_batch.req_ids[i], [])
+            kept = self.draft_probs.setdefault(self._input_batch.req_ids[i], [])
             del kept[draft_position:]
             kept.append(distribution)

@@ -23,8 +23,10 @@ from vllm.v1.sample.logits_processor import (
     MinTokensLogitsProcessor,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.rejection_sampler import (
+    RejectionSampler,
+    apply_sampling_constraints,
+)
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -182,31 +184,24 @@ class UnpadRejectionSampler(RejectionSampler):
             holder.update_state(
                 sampling_metadata.output_token_ids, sampling_metadata.spec_token_ids
             )
-        target_logits = self._process(target_logits, sampling_metadata, metadata)
+        target_logits = apply_sampling_constraints(
+            self._process(target_logits, sampling_metadata, metadata),
+            metadata.cu_num_draft_tokens,
+            sampling_metadata,
+        )
         drafts = metadata.draft_token_ids.tolist()
-        processed = []
         for index, generator in sampling_metadata.generators.items():
             first = sum(num_draft_tokens[:index])
             for row in range(first, first + num_draft_tokens[index]):
-                row_logits = target_logits[row : row + 1]
-                row_logits /= sampling_metadata.temperature[index]
-                one = slice(index, index + 1)
-                top_k, top_p = sampling_metadata.top_k, sampling_metadata.top_p
-                row_logits = apply_top_k_top_p(
-                    row_logits,
-                    None if top_k is None else top_k[one],
-                    None if top_p is None else top_p[one],
-                )
-                processed.append(row_logits.clone())
                 sampled, _ = self.sampler.topk_topp_sampler(
-                    row_logits, {0: generator}, None, None
+                    target_logits[[row]], {0: generator}, None, None
                 )
                 seeded.rows.append(row)
                 seeded.tokens.append(int(sampled))
                 if seeded.tokens[-1] != drafts[row]:
                     seeded.rejected.append((generator, generator.get_state()))
                     break
-        seeded.processed_logits = torch.cat(processed)
+        seeded.processed_logits = target_logits[seeded.rows]
         return seeded
 
     def apply_logits_processors(

@@ -21,11 +21,17 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import DraftCursor
-from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength, StepCosts
-from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin
+from vllm_emssd.draft_length import (
+    AcceptanceEstimator,
+    AutoDraftLength,
+    DraftLengthPolicy,
+    FixedDraftLength,
+    StepCosts,
+)
+from vllm_emssd.integration.costs import StepCostMeter
+from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
 from vllm_emssd.integration.drafting import (
     block_updates,
-    make_draft_cursor,
     max_draft_tokens,
 )
 from vllm_emssd.integration.failure_policy import FailurePolicy
@@ -40,7 +46,7 @@ from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.request_options import RequestLimits, reference_of
 from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_async_v1
-from vllm_emssd.integration.v1.automatic_lengths import AutomaticLengthsMixin
+from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
     UnpadRejectionSampler,
@@ -68,7 +74,7 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
         spec_config.disable_padded_drafter_batch = spec_config.uses_draft_model()
 
 
-class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
+class UnpadRunnerMixin(UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -88,8 +94,9 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
         self._proposer: Proposer | None = None  # made with the KV cache
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
-        self._step_costs = None
-        self._automatic = None
+        self._step_costs: StepCostMeter | None = None  # with automatic lengths
+        self._row_padding: RowPadding | None = None  # likewise
+        self._automatic: AutoDraftLength | None = None  # likewise, with a draft model
         self._request_limits = RequestLimits()
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         self._publisher = Publisher(self.counters, vllm_config)
@@ -146,8 +153,11 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         remake_metadata_builders(self.drafter, self.vllm_config, self.device)
-        self._cursor = make_draft_cursor(
-            self.vllm_config, kv_cache_config, self.drafter.kv_cache_gid
+        group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
+        self._cursor = DraftCursor(
+            kv_cache_config.num_blocks,
+            group.kv_cache_spec.block_size,
+            trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
         )
         self.paged_drafter = PagedDrafter(
             self.drafter,
@@ -157,6 +167,48 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             min(self.effective_drafter_max_model_len, self.max_model_len),
             is_timed=self.emssd_config.draft_length == "auto",
         )
+
+    def start_automatic_lengths(self) -> None:
+        """Measure costs and draft by them from now on: after warm-up, once."""
+        if self.emssd_config.draft_length != "auto":
+            return
+        self._step_costs, self._row_padding = measure_costs(self)
+        is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
+        costs = self._step_costs.costs
+        acceptance = AcceptanceEstimator(self.num_spec_tokens)
+        self._automatic = AutoDraftLength(costs, acceptance, may_trim=not is_sampled)
+        self._proposer = self._make_proposer(self._automatic, costs)
+
+    # ------------------------------------------------------------ calls of the worker
+
+    def costs_now(self) -> dict[str, Any]:
+        """See the worker's `emssd_costs`."""
+        return {} if self._step_costs is None else self._step_costs.as_dict()
+
+    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
+        """See the worker's `emssd_fix_draft_length`."""
+        most, proposer = self.num_spec_tokens, self._proposer
+        if self._automatic is None or not isinstance(proposer, DraftModelProposer):
+            raise ValueError(
+                'draft lengths can be fixed while the engine runs with "draft_length": '
+                '"auto" and "proposer": "draft_model"'
+            )
+        if num_draft_tokens is None:
+            self._automatic.forget_drafts()  # what became of them was not observed
+            proposer.policy = self._automatic
+        elif 0 <= num_draft_tokens <= most:
+            proposer.policy = FixedDraftLength(num_draft_tokens)
+        else:
+            raise ValueError(
+                f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
+                "num_speculative_tokens, or None for automatic lengths"
+            )
+
+    def use_proposer(self, proposer: str | None) -> None:
+        """See the worker's `emssd_use_proposer`."""
+        if not isinstance(self._proposer, MixedProposer):
+            raise ValueError('only "proposer": "mixed" has proposers to choose from')
+        self._proposer.use(proposer)
 
     # ------------------------------------------------------------ a step
 
@@ -197,7 +249,10 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
     ) -> list[list[int]]:
         assert self._proposer is not None
         step = self._record_verified(scheduler_output, sampled_token_ids)
-        skips = self._skips_step(int(step.is_sampling.sum()))
+        # Where drafts have not paid for long, most steps end here.
+        skips = isinstance(
+            self._proposer, DraftModelProposer
+        ) and self._proposer.skips_step(int(step.is_sampling.sum()))
         if skips:
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             self.num_real_drafts.update(dict.fromkeys(step.req_ids, 0))
@@ -208,12 +263,6 @@ class UnpadRunnerMixin(AutomaticLengthsMixin, UnpadSamplingMixin):
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
             self._step_costs.step_done(learns_costs=not skips or has_verified)
         return drafts
-
-    def _skips_step(self, num_sampling: int) -> bool:
-        """Where drafts have not paid for long, most steps end here."""
-        if not isinstance(self._proposer, DraftModelProposer):
-            return False
-        return self._proposer.skips_step(num_sampling)
 
     def _propose(self, step: ScheduledStep) -> list[list[int]]:
         assert self._proposer is not None

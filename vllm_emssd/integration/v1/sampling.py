@@ -63,10 +63,10 @@ LOGITSPROCS_HOOK = Hook(
 
 
 def count_nan_as_one_hot(probs: torch.Tensor, draft_token_ids: torch.Tensor) -> None:
-    """Of a drafter that computed NaN, take each draft as a copy, in place.
+    """Where the drafter computed NaN, make the distribution one-hot, in place.
 
-    That is exact, as for any token; the NaN itself would reach what the target samples
-    after a rejection. A softmax is NaN everywhere or nowhere. Shapes:
+    That is exact for any token. The NaN would else reach what the target samples after
+    a rejection. A softmax is NaN everywhere or nowhere. Shapes:
     [num_draft_tokens, vocab_size] float32, [num_draft_tokens] integers.
     """
     is_nan = probs[:, :1].isnan()
@@ -90,25 +90,25 @@ class UnpadSamplingMixin(GPUModelRunner):
         if spec_decode_metadata is not None and not any(
             spec_decode_metadata.num_draft_tokens
         ):
-            # Plain sampling, at its own price; stock's rejection sampler also fails
+            # Plain sampling costs less; stock's rejection sampler also fails
             # on top_k or top_p without any drafted row (CPU).
             if logits is not None and len(logits) > self.input_batch.num_reqs:
                 logits = logits[spec_decode_metadata.bonus_logits_indices]
             spec_decode_metadata = None
-        if (
-            spec_decode_metadata is not None
-            and self.device.type == "cpu"
-            and not self.rejection_sampler.synthetic_mode
-            and is_all_greedy(self.input_batch.sampling_metadata)
-        ):
-            assert logits is not None
-            self.input_batch.sampling_metadata = sampling_metadata
-            return verify_greedily(spec_decode_metadata, logits)
         # A generator must not advance for a request whose prompt is not yet computed.
         saved = {
             i: generator.get_state() for i, generator in self._discarded_generators()
         }
-        output = super()._sample(logits, spec_decode_metadata)
+        if (
+            spec_decode_metadata is not None
+            and logits is not None
+            and self.device.type == "cpu"
+            and not self.rejection_sampler.synthetic_mode
+            and is_all_greedy(self.input_batch.sampling_metadata)
+        ):
+            output = verify_greedily(spec_decode_metadata, logits)
+        else:
+            output = super()._sample(logits, spec_decode_metadata)
         for i, state in saved.items():
             self.input_batch.generators[i].set_state(state)
         self.input_batch.sampling_metadata = sampling_metadata
