@@ -18,6 +18,8 @@ from tests.engine import (
     stats,
 )
 from vllm_emssd.integration.v1.runner import UnpadRunnerMixin
+from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.llma import LlmaProposer
 
 AUTO = {"draft_length": "auto", "num_speculative_tokens": 5}
 
@@ -73,8 +75,13 @@ def test_a_proposer_is_left_out_and_comes_back() -> None:
 
 def test_says_what_it_needs() -> None:
     """Of an engine with fixed lengths, or that copies; and of one that does not mix."""
-    runner: Any = SimpleNamespace(_automatic=None, _proposer=None, num_spec_tokens=5)
-    with pytest.raises(ValueError, match='"draft_length": "auto"'):
-        UnpadRunnerMixin.fix_draft_length(runner, 1)
+    fixed: Any = SimpleNamespace(_automatic=None, _proposer=None, num_spec_tokens=5)
+    copier = LlmaProposer(2, 7, CopyLengths())
+    runner: Any = SimpleNamespace(
+        _automatic=object(), _proposer=copier, num_spec_tokens=5
+    )
+    for cannot in (fixed, runner):
+        with pytest.raises(ValueError, match='"draft_length": "auto"'):
+            UnpadRunnerMixin.fix_draft_length(cannot, 1)
     with pytest.raises(ValueError, match='only "proposer": "mixed"'):
         UnpadRunnerMixin.use_proposer(runner, "llma")

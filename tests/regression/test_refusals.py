@@ -208,6 +208,7 @@ def test_spec_flags_are_merged() -> None:
         ),
         ({}, {"worker_cls": "mine.Worker"}, "remove --worker-cls"),
         ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
+        ({}, {"additional_config": [1]}, "must be a dictionary, got list"),
         ({}, {"async_scheduling": True}, "remove --async-scheduling"),
     ],
 )

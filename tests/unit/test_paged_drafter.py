@@ -182,3 +182,27 @@ def test_who_samples(
         assert (tokens.tolist(), probs) == ([1, 0], None)
     else:
         assert (tokens, probs) == drafted
+
+
+@pytest.mark.parametrize(
+    ("stock", "all_greedy"),
+    [
+        ({"use_local_argmax_reduction": True}, True),
+        (
+            {
+                "_enable_probabilistic_draft_probs": True,
+                "_sample_from_logits": lambda logits, metadata: (logits.zero_(), None),
+            },
+            False,
+        ),
+    ],
+)
+def test_confidences_are_the_logits_own(
+    stock: dict[str, Any], all_greedy: bool
+) -> None:
+    """Also where sampling changes the logits in place."""
+    drafter = drafter_over(stock, all_greedy)
+    drafter.tells_confidence = True
+    logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
+    _, _, confidence = drafter._sample(logits, np.arange(2))
+    assert confidence.tolist() == pytest.approx([0.5, 1.0])

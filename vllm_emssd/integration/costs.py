@@ -77,6 +77,7 @@ class StepCostMeter:
         self._drafter = drafter
         self._ranks = ranks
         self._num_steps = 0
+        self._learn_drafts_at = 0  # the step from which draft forwards count again
         self._step_ended: float | None = None
         self._num_pauses = 0  # in a row
         self._known_to_target = {rows for rows, _ in measured.target.points}
@@ -84,7 +85,9 @@ class StepCostMeter:
         self.measured = measured
         self.costs = measured if ranks.is_alone else copy(measured)
         self._take_over_costs()
-        logger.info("(rows, milliseconds): %s", self.as_dict())
+        logger.info(
+            "Measured costs in ms, those of forwards as (rows, ms): %s", self.as_dict()
+        )
 
     def step_done(self, learns_costs: bool = True) -> None:
         """Called when a step's drafts are made: learn from the step. Without
@@ -95,7 +98,8 @@ class StepCostMeter:
         draft = [] if self._drafter is None else self._drafter.take_timings()
         if learns_costs:
             _learn(costs.target, target, self._known_to_target)
-        if learns_costs and self._num_steps % _STEPS_BETWEEN_DRAFTS == 0:
+        if learns_costs and draft and self._num_steps >= self._learn_drafts_at:
+            self._learn_drafts_at = self._num_steps + _STEPS_BETWEEN_DRAFTS
             told_ms = 0.0
             if self._drafter is not None and self._drafter.tells_confidence:
                 told_ms = costs.confidence_ms

@@ -225,6 +225,11 @@ def _refuse_unsupported(
             f"{args.scheduler_cls}.",
         ),
         (
+            not isinstance(args.additional_config, dict),
+            "keeps its options in --additional-config, which must be a dictionary, "
+            f"got {type(args.additional_config).__name__}.",
+        ),
+        (
             parallel.decode_context_parallel_size > 1,
             "does not support decode context parallelism; set "
             "--decode-context-parallel-size 1.",

@@ -23,10 +23,8 @@ from vllm.v1.sample.logits_processor import (
     MinTokensLogitsProcessor,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.rejection_sampler import (
-    RejectionSampler,
-    apply_sampling_constraints,
-)
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -184,15 +182,19 @@ class UnpadRejectionSampler(RejectionSampler):
             holder.update_state(
                 sampling_metadata.output_token_ids, sampling_metadata.spec_token_ids
             )
-        target_logits = apply_sampling_constraints(
-            self._process(target_logits, sampling_metadata, metadata),
-            metadata.cu_num_draft_tokens,
-            sampling_metadata,
-        )
+        target_logits = self._process(target_logits, sampling_metadata, metadata)
+        filters = sampling_metadata.top_k, sampling_metadata.top_p
         drafts = metadata.draft_token_ids.tolist()
         for index, generator in sampling_metadata.generators.items():
-            first = sum(num_draft_tokens[:index])
-            for row in range(first, first + num_draft_tokens[index]):
+            num_rows, first = num_draft_tokens[index], sum(num_draft_tokens[:index])
+            if num_rows == 0:
+                continue
+            own = slice(first, first + num_rows)
+            target_logits[own] = apply_top_k_top_p(
+                target_logits[own] / sampling_metadata.temperature[index],
+                *(None if of is None else of[index].expand(num_rows) for of in filters),
+            )
+            for row in range(first, first + num_rows):
                 sampled, _ = self.sampler.topk_topp_sampler(
                     target_logits[[row]], {0: generator}, None, None
                 )

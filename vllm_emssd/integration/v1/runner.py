@@ -96,7 +96,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self.paged_drafter: PagedDrafter | None = None
         self._step_costs: StepCostMeter | None = None  # with automatic lengths
         self._row_padding: RowPadding | None = None  # likewise
-        self._automatic: AutoDraftLength | None = None  # likewise, with a draft model
+        self._automatic: AutoDraftLength | None = None  # likewise
         self._request_limits = RequestLimits()
         self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
         self._publisher = Publisher(self.counters, vllm_config)
