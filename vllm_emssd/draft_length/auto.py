@@ -82,12 +82,10 @@ class AutoDraftLength(DraftLengthPolicy):
 
     def _set_thresholds(self, plan: Plan, num_reqs: int) -> None:
         """In tokens at the plan's rate: what it costs to verify a draft, to make and
-        verify one, one more than planned too, and to run a forward for them."""
+        verify one, and to run a forward for them."""
         rate = plan.tokens_per_ms
         self._verify_cost = rate * plan.verify_ms
         self._draft_cost = rate * (plan.verify_ms + plan.draft_ms)
-        self._beyond_cost = rate * (plan.beyond_ms + plan.draft_ms)
-        self._num_made = 0
         self._forward_cost = rate * (plan.forward_ms + self.costs.confidence_ms)
         shape = (num_reqs, self.acceptance.num_speculative_tokens)
         self._survival, self._confidence = np.zeros((2, *shape))
@@ -119,13 +117,10 @@ class AutoDraftLength(DraftLengthPolicy):
         survival = self.acceptance.survival(confidence, before)
         self._survival[req_indices, position] = survival
         self._confidence[req_indices, position] = confidence
-        self._num_made += len(req_indices)
         may = self._most[req_indices] > position + 1
         if self._is_probe or not may.any():
             return np.asarray(may)
-        is_planned = self._num_made + len(req_indices) <= self._plan.num_drafts
-        cost = self._draft_cost if is_planned else self._beyond_cost
-        gain = survival * self.acceptance.by_depth[position + 1] - cost
+        gain = survival * self.acceptance.by_depth[position + 1] - self._draft_cost
         pays = may & (gain > 0)
         return pays & bool(gain[pays].sum() > self._forward_cost)
 

@@ -26,9 +26,7 @@ class Plan:
     gain: float  # tokens a millisecond more than without drafts, as a share of those
     tokens_per_ms: float
     rows: int  # of the target, drafts aside
-    num_drafts: int  # of all requests together, at least one each
-    verify_ms: float  # of the target, for each of these
-    beyond_ms: float  # and for each one more
+    verify_ms: float  # of the target, for a draft
     draft_ms: float  # of the drafter, for a request more in a forward
     forward_ms: float  # of a draft forward, however few requests are in it
 
@@ -78,18 +76,14 @@ def best_plan(
     num_reqs, num_drafts = max(num_reqs, 1), max(num_reqs * depth, num_reqs, 1)
     draft_ms = draft.at(num_reqs) - draft.at(num_reqs // 2)
     draft_ms /= num_reqs - num_reqs // 2
-    planned_ms = target.at(rows + num_drafts)
-    more = num_reqs * np.arange(1, max(len(acceptance) - depth, 1) + 1)
-    beyond_ms = (target.ms(rows + num_drafts + more) - planned_ms) / more
+    verify_ms = (target.at(rows + num_drafts) - target.at(rows)) / num_drafts
     return Plan(
         may_draft,
         depth,
         rate[depth] / without_drafts - 1 if without_drafts else 0.0,
         float(rate[depth]),
         rows,
-        num_drafts,
-        (planned_ms - target.at(rows)) / num_drafts,
-        float(beyond_ms.min()),
+        verify_ms,
         draft_ms,
         draft.at(num_reqs) - num_reqs * draft_ms,
     )
