@@ -14,6 +14,7 @@ from vllm_emssd.bench.engine_process import (
     GPU_SHARE,
     EngineOptions,
     _Engine,
+    same_graphs,
     shared_gpu,
 )
 from vllm_emssd.bench.harness import Plan, measure
@@ -123,6 +124,20 @@ def test_engines_share_a_gpu(monkeypatch: pytest.MonkeyPatch, num_engines: int) 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     share = shared_gpu(num_engines)["gpu_memory_utilization"]
     assert share * num_engines == pytest.approx(GPU_SHARE)
+
+
+def test_engines_record_the_same_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = [
+        Method("plain", None),
+        Method("stock", {"method": "draft_model", "num_speculative_tokens": 5}),
+        Method("stock-k3", {"method": "draft_model", "num_speculative_tokens": 3}),
+    ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert same_graphs(methods, 128) == {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    sizes = same_graphs(methods, 128)["cudagraph_capture_sizes"]
+    assert sizes == sorted(set(sizes))
+    assert {128, 4 * 128, 6 * 128} <= set(sizes)
 
 
 def test_steps_of_requests_of_an_earlier_round_are_not_recorded() -> None:

@@ -45,6 +45,21 @@ def shared_gpu(num_engines: int) -> dict[str, Any]:
     return {"gpu_memory_utilization": GPU_SHARE / num_engines}
 
 
+def same_graphs(methods: Sequence[Method], max_num_seqs: int) -> dict[str, Any]:
+    """CUDA graphs of the steps of all methods, for each of them: vLLM's own stop at 512
+    rows, emssd's do not, and that is no difference between ways of drafting."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from vllm_emssd.integration.frontend.capture_sizes import capture_sizes
+
+    configs = [method.speculative_config or {} for method in methods]
+    num_drafts = {config.get("num_speculative_tokens", 0) for config in configs}
+    sizes = {n for k in num_drafts for n in capture_sizes(1 + k, max_num_seqs)}
+    return {"cudagraph_capture_sizes": sorted(sizes)}
+
+
 class EngineProcess:
     """The parent's end: starts the engine, sends batches, receives rounds. Wait until
     it is ready before sending any."""

@@ -94,6 +94,8 @@ def serve_command(method: Method, options: EngineOptions, port: int) -> list[str
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            command += [f"--{flag}", *map(str, value)]
         else:
             command += [f"--{flag}", str(value)]
     if method.speculative_config is not None:

@@ -12,7 +12,12 @@ from typing import Any
 
 from vllm_emssd.bench import methods, over_http, workloads
 from vllm_emssd.bench.comparison import compare_all, padding
-from vllm_emssd.bench.engine_process import EngineError, EngineOptions, shared_gpu
+from vllm_emssd.bench.engine_process import (
+    EngineError,
+    EngineOptions,
+    same_graphs,
+    shared_gpu,
+)
 from vllm_emssd.bench.harness import Plan, Rounds, measure
 from vllm_emssd.bench.methods import Method, in_one_engine, parse_method
 from vllm_emssd.bench.provenance import provenance
@@ -269,7 +274,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         args.output_len, args.input_len, sampling, args.dataset_path
     )
     workload = load_workload(args.dataset_name, tokenizer, options, plan.max_requests())
-    engine = engine_options(args, workload, 1 if plan.host else len(plan.methods))
+    engine = engine_options(args, workload, plan)
     found: dict[str, Any] = {
         "is_compiled": not args.enforce_eager,
         "max_model_len": engine.engine_args["max_model_len"],
@@ -331,7 +336,7 @@ def _methods_of(args: argparse.Namespace) -> list[Method]:
 
 
 def engine_options(
-    args: argparse.Namespace, workload: Workload, num_engines: int
+    args: argparse.Namespace, workload: Workload, plan: Plan
 ) -> EngineOptions:
     needed = max(request.num_tokens for request in workload.requests) + 1
     is_sampled = any(request.sampling["temperature"] for request in workload.requests)
@@ -346,8 +351,13 @@ def engine_options(
         "enable_prefix_caching": args.enable_prefix_caching,
     }
     block_size = {"block_size": args.block_size} if args.block_size else {}
+    graphs = {}
+    if not args.enforce_eager:
+        graphs = same_graphs(plan.methods, max(args.batches))
+    num_engines = 1 if plan.host else len(plan.methods)
     return EngineOptions(
-        engine_args | block_size | shared_gpu(num_engines), fix_cpu_sampling=is_sampled
+        engine_args | block_size | graphs | shared_gpu(num_engines),
+        fix_cpu_sampling=is_sampled,
     )
 
 
