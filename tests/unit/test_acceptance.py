@@ -87,6 +87,20 @@ def test_drafts_without_confidence_teach_their_depth() -> None:
     assert first(estimator, 0.5) == pytest.approx(estimator._mean)
 
 
+def test_a_whole_step_teaches_what_its_requests_do_one_by_one() -> None:
+    one_by_one, at_once = AcceptanceEstimator(4), AcceptanceEstimator(4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        num_drafts = rng.integers(0, 5, 6)
+        num_accepted = rng.integers(0, num_drafts + 1)
+        for drafts, accepted in zip(num_drafts, num_accepted, strict=True):
+            one_by_one.observe(None, int(drafts), int(accepted))
+        one_by_one.update()
+        at_once.observe_step(num_drafts, num_accepted)
+    assert at_once.by_depth == pytest.approx(one_by_one.by_depth)
+    assert at_once.by_depth[0] != AcceptanceEstimator(4).by_depth[0]
+
+
 def test_trimmed_drafts_count_as_their_confidence_says() -> None:
     """What is always trimmed must not go on being drafted; but nothing is known of
     its confidence that was not known before."""

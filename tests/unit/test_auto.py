@@ -240,6 +240,21 @@ def test_smallest_batches(num_reqs: int, num_spec_tokens: int) -> None:
         assert policy.trim(np.array([1])).tolist() == [1]
 
 
+@pytest.mark.parametrize(("num_accepted", "is_good"), [(2, True), (1, False)])
+def test_a_probe_is_found_among_the_requests_of_a_step(
+    num_accepted: int, is_good: bool
+) -> None:
+    policy = AutoDraftLength(CHEAP, AcceptanceEstimator(4), False, False)
+    policy._probed = "b"
+    noted: list[bool] = []
+    policy._probing.probe_accepted = lambda: noted.append(True)  # type: ignore[method-assign]
+    policy.observe_step(["a", "b"], np.array([0, 0]), np.array([0, 0]))
+    assert policy._probed == "b"
+    policy.observe_step(["a", "b"], np.array([0, 2]), np.array([0, num_accepted]))
+    assert policy._probed is None
+    assert bool(noted) == is_good
+
+
 def test_no_drafts_possible() -> None:
     policy = auto_policy(CHEAP, 4)
     for _ in range(300):

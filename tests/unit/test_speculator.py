@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,11 @@ from vllm_emssd.verification import ScheduledStep
 
 def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     """All K stay scheduled there, however many were made."""
-    observed: list[tuple[str, int, int]] = []
+    observed: list[Any] = []
     speculator = SimpleNamespace(
-        policy=SimpleNamespace(observe=lambda *seen: observed.append(seen))
+        is_automatic=True,
+        policy=SimpleNamespace(observe_step=lambda *seen: observed.extend(seen)),
+        _cursor=SimpleNamespace(settle=lambda turn, accepted: None),
     )
     step = ScheduledStep(
         ["free", "none made", "two made"],
@@ -26,5 +29,9 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
         num_forbidden=np.array([0, 4, 2]),
     )
     accepted = np.array([3, 0, 2])
-    UnpadSpeculator._observe(speculator, step, accepted, np.ones(3, dtype=bool))
-    assert observed == [("free", 4, 3), ("two made", 2, 2)]
+    wanted = np.ones(3, dtype=bool)
+    UnpadSpeculator._settle(speculator, step, None, accepted, wanted)
+    req_ids, num_drafts, num_accepted = observed
+    assert req_ids == step.req_ids
+    assert num_drafts.tolist() == [4, 0, 2]
+    assert num_accepted.tolist() == [3, 0, 2]

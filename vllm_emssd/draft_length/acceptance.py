@@ -91,6 +91,17 @@ class AcceptanceEstimator:
         if confidence.size:
             self._observed.append((confidence, num_verified, num_accepted))
 
+    def observe_step(self, num_verified: np.ndarray, num_accepted: np.ndarray) -> None:
+        """The same of many requests, of whose drafts no confidence was asked for, and
+        counted at once. Both [num_reqs] int64."""
+        depth = np.arange(self.num_speculative_tokens)
+        is_accepted = depth < num_accepted[:, None]
+        is_tested = depth < np.minimum(num_verified, num_accepted + 1)[:, None]
+        self._depth_counts *= _DEPTH_KEEP ** int(is_tested[:, 0].sum())
+        self._depth_counts[0] += (is_accepted & is_tested).sum(axis=0)
+        self._depth_counts[1] += is_tested.sum(axis=0)
+        self._update_estimates()
+
     def update(self) -> None:
         """Count all that was observed since the last call."""
         if not self._observed:

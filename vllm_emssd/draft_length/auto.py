@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
@@ -173,9 +175,21 @@ class AutoDraftLength(DraftLengthPolicy):
         confidence = self._made.pop(req_id, None)
         self.acceptance.observe(confidence, num_drafts, num_accepted)
         if req_id == self._probed:
-            self._probed = None
-            if 0 < num_drafts == num_accepted:
-                self._probing.probe_accepted()
+            self._end_probe(num_drafts, num_accepted)
+
+    def observe_step(
+        self, req_ids: Sequence[str], num_drafts: np.ndarray, num_accepted: np.ndarray
+    ) -> None:
+        self.acceptance.observe_step(num_drafts, num_accepted)
+        if self._probed is not None and self._probed in req_ids:
+            i = req_ids.index(self._probed)
+            if num_drafts[i]:
+                self._end_probe(int(num_drafts[i]), int(num_accepted[i]))
+
+    def _end_probe(self, num_drafts: int, num_accepted: int) -> None:
+        self._probed = None
+        if 0 < num_drafts == num_accepted:
+            self._probing.probe_accepted()
 
     def release(self, req_id: str) -> None:
         self._made.pop(req_id, None)

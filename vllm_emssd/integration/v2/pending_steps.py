@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.async_draft_cursor import Turn
 from vllm_emssd.verification import ScheduledStep
 
 _NO_GRAMMAR = np.iinfo(np.int64).max  # permits any number of drafts
@@ -52,19 +52,23 @@ class PendingSteps:
     """
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[ScheduledStep, Turn, np.ndarray]] = deque()
+        self._steps: deque[tuple[ScheduledStep, Any, np.ndarray, np.ndarray]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._steps)
 
-    def add(self, step: ScheduledStep, turn: Turn) -> None:
-        self._steps.append((step, turn, np.ones(len(turn.slots), dtype=bool)))
+    def add(self, step: ScheduledStep, numbers: np.ndarray, left: Any) -> None:
+        """`numbers`: [num_reqs] of the admissions; `left`: what is to be settled."""
+        is_wanted = np.ones(len(numbers), dtype=bool)
+        self._steps.append((step, left, numbers, is_wanted))
 
     def forget(self, number: int) -> None:
         """The request with this number has ended."""
-        for _, turn, is_wanted in self._steps:
-            is_wanted &= turn.numbers != number
+        for _, _, numbers, is_wanted in self._steps:
+            is_wanted &= numbers != number
 
-    def pop(self) -> tuple[ScheduledStep, Turn, np.ndarray]:
-        """The oldest step; and [num_reqs] bool: which requests had not ended before."""
-        return self._steps.popleft()
+    def pop(self) -> tuple[ScheduledStep, Any, np.ndarray]:
+        """The oldest step; what it left; and [num_reqs] bool: which requests had not
+        ended before."""
+        step, left, _, is_wanted = self._steps.popleft()
+        return step, left, is_wanted

@@ -10,7 +10,7 @@ the step's output. Requests that lack more are fed it in a pass of their own bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,26 +32,23 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.async_draft_cursor import AsyncDraftCursor
+from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.draft_length.policy import StepInfo
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
-from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.kv_cache import draft_group
-from vllm_emssd.integration.request_options import RequestLimits
-from vllm_emssd.integration.scheduler import with_drafts_made
 from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
-from vllm_emssd.integration.v2.pending_steps import PendingSteps, scheduled_step
-from vllm_emssd.metrics import Counters
+from vllm_emssd.integration.v2.pending_steps import scheduled_step
+from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
 from vllm_emssd.ragged import grant_rows
 from vllm_emssd.verification import ScheduledStep
 
 logger = init_logger("vllm.emssd.v2")
 
 
-class UnpadSpeculator(StandaloneARSpeculator):
-    """Owns the drafter, the draft cursor, the policy and the counters of one rank."""
+class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
+    """Owns the drafter, the draft cursor and the policy of one rank."""
 
     def __init__(
         self,
@@ -67,23 +64,12 @@ class UnpadSpeculator(StandaloneARSpeculator):
         self.first_graphs: SpeculatorCudaGraphManager | None = None
         self.next_graphs: SpeculatorCudaGraphManager | None = None
         self._sits_out_dummy_runs = False
-        self.counters = Counters()
-        self._failures = FailurePolicy(self.counters, vllm_config.parallel_config)
         self.policy: DraftLengthPolicy = FixedDraftLength()
-        # Of the step's drafts, how many of each request under a grammar obey it.
-        self.num_grammar_valid: Mapping[str, int] = {}
         self._feeds_every_prompt = vllm_config.kv_transfer_config is not None
-        self._req_states = req_states
-        self._last_made: tuple[list[str], np.ndarray] = [], np.zeros(0, np.int64)
-        self._num_made = np.zeros(
-            self.max_num_reqs, np.int64
-        )  # by slot, to be verified
-        self._makes_fewer: dict[str, int] = {}  # requests with fewer drafts than K
-        self._constrained: set[str] = set()  # requests under a grammar
-        self._is_greedy = np.zeros(self.max_num_reqs, bool)  # by slot: whatever asked
-        self._numbers: dict[str, int] = {}  # of the requests' last admissions
-        self._request_limits = RequestLimits()
-        self._pending_steps = PendingSteps()
+        # By slot: drafts to be verified, and whether they are greedy whatever is asked.
+        self._num_made = np.zeros(self.max_num_reqs, np.int64)
+        self._is_greedy = np.zeros(self.max_num_reqs, bool)
+        self._begin(vllm_config, req_states)
 
     # ------------------------------------------------------------ start-up
 
@@ -158,8 +144,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
     # ------------------------------------------------------------ before a step
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """A step's new requests (resumed ones too) and block allocations. The runner
-        has given them their slots."""
+        super().update_requests(scheduler_output)
         slot_of = self._req_states.req_id_to_index
         admitted, extended = block_updates(scheduler_output, self._gid)
         slots = [slot_of[request.req_id] for request in admitted]
@@ -171,44 +156,29 @@ class UnpadSpeculator(StandaloneARSpeculator):
         )
         req_ids = [request.req_id for request in admitted]
         self._numbers.update(zip(req_ids, numbers, strict=True))
-        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         for new in scheduler_output.scheduled_new_reqs:
             # A grammar cuts drafts by their value, and only greedy ones may be. With a
             # seed a draft is accepted where the target samples it: the likeliest is
             # most often.
             params = new.sampling_params
-            if params is not None and params.structured_outputs is not None:
-                self._constrained.add(new.req_id)
             is_seeded = params is not None and params.seed is not None
             is_greedy = is_seeded or new.req_id in self._constrained
             self._is_greedy[slot_of[new.req_id]] = is_greedy
 
     def release(self, req_ids: Iterable[str]) -> None:
-        """Forget finished requests."""
         req_ids = list(req_ids)
-        self.preempt(req_ids)
+        super().release(req_ids)
         for req_id in req_ids:
-            self._pending_steps.forget(self._numbers.pop(req_id, 0))
             self.policy.release(req_id)
-        self._constrained.difference_update(req_ids)
-        self._request_limits.release(req_ids)
 
     def preempt(self, req_ids: Iterable[str]) -> None:
-        """Forget drafts that will not be verified, and blocks that were taken away."""
+        """Forgets blocks that were taken away, too."""
+        req_ids = list(req_ids)
+        super().preempt(req_ids)
         for req_id in req_ids:
-            self._makes_fewer.pop(req_id, None)
             slot = self._req_states.req_id_to_index.get(req_id)
             if slot is not None:
                 self._cursor.release(slot)
-
-    def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
-        """An async scheduler schedules K drafts of every request before there are any.
-        Those that were not made cost no rows; but under a grammar they stay, since its
-        bit mask has a row for each, and are forbidden."""
-        fewer = self._makes_fewer
-        if self._constrained:
-            fewer = {r: n for r, n in fewer.items() if r not in self._constrained}
-        return with_drafts_made(scheduler_output, fewer)
 
     # ------------------------------------------------------------ a step
 
@@ -253,7 +223,7 @@ class UnpadSpeculator(StandaloneARSpeculator):
         slots = input_batch.idx_mapping_np
         verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
         turn = self._cursor.begin(slots, step.is_sampling, verified)
-        self._pending_steps.add(step, turn)
+        self._pending_steps.add(step, turn.numbers, turn)
         num_made, drafts = np.zeros_like(slots), self.draft_tokens[: len(slots)]
         try:
             lens = self._plan(input_batch, step)
@@ -265,55 +235,29 @@ class UnpadSpeculator(StandaloneARSpeculator):
         except Exception as error:
             self._failures.take(error)
         self._cursor.end(turn)
-        self._note_made(step.req_ids, slots, num_made)
+        self._num_made[slots] = num_made
+        self._note_made(step.req_ids, num_made)
         return drafts
 
-    def record_acceptance(self, num_sampled: np.ndarray) -> None:
-        """Move the cursors by what the oldest step whose acceptance was not recorded
-        accepted, and count the step. Does nothing where there is none.
-
-        `num_sampled`: [num_reqs] tokens sampled by each request of its batch.
-        """
-        if not self._pending_steps:
-            return
-        step, turn, is_wanted = self._pending_steps.pop()
-        num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
-        self._cursor.settle(turn, num_accepted)
-        if self.is_automatic:
-            self._observe(step, num_accepted, is_wanted)
-        step.count(num_sampled, self.num_speculative_steps, self.counters, is_wanted)
-
-    def _observe(
-        self, step: ScheduledStep, num_accepted: np.ndarray, is_wanted: np.ndarray
+    def _settle(
+        self,
+        step: ScheduledStep,
+        left: Turn,
+        num_accepted: np.ndarray,
+        is_wanted: np.ndarray,
     ) -> None:
+        """Move the cursors, and learn what is accepted."""
+        self._cursor.settle(left, num_accepted)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_draft_tokens - step.num_forbidden
         is_seen = step.is_sampling & is_wanted & (num_possible > 0)
-        for i in np.flatnonzero(is_seen).tolist():
+        if self.is_automatic and is_seen.any():
             try:
-                self.policy.observe(
-                    step.req_ids[i], int(num_possible[i]), int(num_accepted[i])
+                self.policy.observe_step(
+                    step.req_ids, np.where(is_seen, num_possible, 0), num_accepted
                 )
             except Exception as error:
                 self._failures.take(error)
-
-    @property
-    def draft_lens(self) -> dict[str, int]:
-        """Drafts of each request of the last batch."""
-        req_ids, num_made = self._last_made
-        return dict(zip(req_ids, num_made.tolist(), strict=True))
-
-    def _note_made(
-        self, req_ids: list[str], slots: np.ndarray, num_made: np.ndarray
-    ) -> None:
-        self._last_made = req_ids, num_made
-        self._num_made[slots] = num_made
-        fewer = np.flatnonzero(num_made < self.num_speculative_steps).tolist()
-        if self._makes_fewer:
-            for req_id in req_ids:
-                self._makes_fewer.pop(req_id, None)
-        for i in fewer:
-            self._makes_fewer[req_ids[i]] = int(num_made[i])
 
     # ------------------------------------------------------------ what to feed
 

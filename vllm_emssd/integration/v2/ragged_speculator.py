@@ -1,0 +1,125 @@
+"""What the V2 runner's speculators of ours have in common: requests and their drafts.
+
+The V2 runner's tokens are on the device: the host knows how many drafts each request
+has, not which, and learns late how many were accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_emssd.integration.failure_policy import FailurePolicy
+from vllm_emssd.integration.request_options import RequestLimits
+from vllm_emssd.integration.scheduler import with_drafts_made
+from vllm_emssd.integration.v2.pending_steps import PendingSteps
+from vllm_emssd.metrics import Counters
+from vllm_emssd.verification import ScheduledStep
+
+
+class RaggedSpeculator(BaseSpeculator):
+    """Owns the counters of one rank, and what is pending of its requests."""
+
+    has_draft_model = True
+    num_speculative_steps: int
+    max_num_reqs: int
+
+    def _begin(self, vllm_config: VllmConfig, req_states: RequestState) -> None:
+        self.counters = Counters()
+        self._failures = FailurePolicy(self.counters, vllm_config.parallel_config)
+        # Of the step's drafts, how many of each request under a grammar obey it.
+        self.num_grammar_valid: Mapping[str, int] = {}
+        self._req_states = req_states
+        self._last_made: tuple[list[str], np.ndarray] = [], np.zeros(0, np.int64)
+        self._makes_fewer: dict[str, int] = {}  # requests with fewer drafts than K
+        self._constrained: set[str] = set()  # requests under a grammar
+        self._numbers: dict[str, int] = {}  # of the requests' last admissions
+        self._request_limits = RequestLimits()
+        self._pending_steps = PendingSteps()
+
+    # ------------------------------------------------------------ before a step
+
+    def update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """A step's new requests (resumed ones too) and block allocations. The runner
+        has given them their slots."""
+        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            if params is not None and params.structured_outputs is not None:
+                self._constrained.add(new.req_id)
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        """Forget finished requests."""
+        req_ids = list(req_ids)
+        self.preempt(req_ids)
+        for req_id in req_ids:
+            self._pending_steps.forget(self._numbers.pop(req_id, 0))
+        self._constrained.difference_update(req_ids)
+        self._request_limits.release(req_ids)
+
+    def preempt(self, req_ids: Iterable[str]) -> None:
+        """Forget drafts that will not be verified."""
+        for req_id in req_ids:
+            self._makes_fewer.pop(req_id, None)
+
+    def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        """An async scheduler schedules K drafts of every request before there are any.
+        Those that were not made cost no rows; but under a grammar they stay, since its
+        bit mask has a row for each, and are forbidden."""
+        fewer = self._makes_fewer
+        if self._constrained:
+            fewer = {r: n for r, n in fewer.items() if r not in self._constrained}
+        return with_drafts_made(scheduler_output, fewer)
+
+    # ------------------------------------------------------------ after a step
+
+    def record_acceptance(self, num_sampled: np.ndarray) -> None:
+        """Count the oldest step whose acceptance was not recorded. Does nothing where
+        there is none.
+
+        `num_sampled`: [num_reqs] tokens sampled by each request of its batch.
+        """
+        if not self._pending_steps:
+            return
+        step, left, is_wanted = self._pending_steps.pop()
+        num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
+        self._settle(step, left, num_accepted, is_wanted)
+        step.count(
+            num_sampled,
+            self.num_speculative_steps,
+            self.counters,
+            is_wanted,
+            has_draft_model=self.has_draft_model,
+        )
+
+    def _settle(
+        self,
+        step: ScheduledStep,
+        left: Any,
+        num_accepted: np.ndarray,
+        is_wanted: np.ndarray,
+    ) -> None:
+        """What the step accepted. `left`: as it was given to the pending steps."""
+        raise NotImplementedError
+
+    @property
+    def draft_lens(self) -> dict[str, int]:
+        """Drafts of each request of the last batch."""
+        req_ids, num_made = self._last_made
+        return dict(zip(req_ids, num_made.tolist(), strict=True))
+
+    def _note_made(self, req_ids: list[str], num_made: np.ndarray) -> None:
+        """[num_reqs] drafts that the requests of a batch have."""
+        self._last_made = req_ids, num_made
+        fewer = np.flatnonzero(num_made < self.num_speculative_steps).tolist()
+        if self._makes_fewer:
+            for req_id in req_ids:
+                self._makes_fewer.pop(req_id, None)
+        for i in fewer:
+            self._makes_fewer[req_ids[i]] = int(num_made[i])
