@@ -180,8 +180,9 @@ def test_v1_float32_tokens_and_acceptance(run: Run) -> None:
     check_rows(ours["counts"])
 
 
-def test_v1_is_chosen_for_copying(run: Run) -> None:
-    plain, ours = run("plain", "V1", **EXACT), run("llma", "V1", **EXACT)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_copies(run: Run, runner: str) -> None:
+    plain, ours = run("plain", runner, **EXACT), run("llma", runner, **EXACT)
     check_tokens(ours, plain)
     assert ours["counts"]["num_draft_tokens"] > 0
 

@@ -71,7 +71,10 @@ def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
             frontend._settle_draft_length(config, asked)
 
 
-V2_ONLY = r'"proposer": "draft_model" on vLLM\'s V2 model runner.*--async-scheduling'
+V2_ONLY = (
+    r'"proposer": "draft_model" or "llma" on vLLM\'s V2 model runner'
+    r".*--async-scheduling"
+)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,9 @@ V2_ONLY = r'"proposer": "draft_model" on vLLM\'s V2 model runner.*--async-schedu
         (False, "1", "draft_model", "auto", None),
         (False, "0", "draft_model", "fixed", V2_ONLY),
         (True, None, "draft_model", "fixed", V2_ONLY),
-        (False, None, "llma", "fixed", V2_ONLY),
+        (False, None, "llma", "fixed", None),
+        (True, None, "llma", "fixed", V2_ONLY),
+        (False, None, "mixed", "fixed", V2_ONLY),
     ],
 )
 def test_scheduling_is_asynchronous_where_lengths_are_known_ahead(
@@ -128,23 +133,34 @@ def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
     assert tag_of(spec_config) is not None
 
 
-def test_copies_run_on_v1_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where vLLM would choose V2, as on a GPU."""
-    copies, drafts = _create({}), _create({"model": DRAFT, "draft_length": "fixed"})
+@pytest.mark.parametrize("proposer", ["draft_model", "llma"])
+def test_vllm_chooses_v2_where_it_can(
+    proposer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    assert drafts.use_v2_model_runner
-    assert not copies.use_v2_model_runner
+    monkeypatch.setattr(frontend, "_may_run_on_v2", lambda: True)
+    model = {"model": DRAFT} if proposer == "draft_model" else {}
+    assert _create(model | {"draft_length": "fixed"}).use_v2_model_runner
 
 
-def test_v1_refuses_to_run_asynchronously() -> None:
-    """Where vLLM chose it after the front end had let it."""
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("draft_model", "VLLM_USE_V2_MODEL_RUNNER=0, or --no-async"),
+        ("ngram_gpu", 'was prepared for.*"?VLLM_USE_V2_MODEL_RUNNER=0'),
+    ],
+)
+def test_v1_refuses_what_was_prepared_for_v2(method: str, error: str) -> None:
+    """Where vLLM chose it after the front end had thought of V2."""
     options = EmssdConfig(proposer="draft_model", draft_length="fixed").model_dump()
     vllm_config = SimpleNamespace(
         additional_config={ADDITIONAL_CONFIG_KEY: options},
         scheduler_config=SimpleNamespace(async_scheduling=True),
+        speculative_config=SimpleNamespace(method=method),
     )
-    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0, or --no-async"):
+    with pytest.raises(ValueError, match=error):
         UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
 
 
@@ -222,7 +238,11 @@ def test_refused(
 @pytest.mark.parametrize(
     ("speculative", "message"),
     [
-        ({}, '"llma" works on .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0'),
+        (
+            {"model": DRAFT, "proposer": "mixed"},
+            '"mixed" works on .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0',
+        ),
+        ({"draft_length": "auto"}, r"'draft_length' \"auto\".*\"fixed\""),
         ({"model": DRAFT, "unpad_inputs": False}, "remove 'unpad_inputs'"),
     ],
 )

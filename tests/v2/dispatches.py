@@ -19,9 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
+
 from tests.engine import (
     DRAFT,
     DRAFT_MODEL,
+    LLMA,
     EngineConfig,
     model_runner,
     prompts,
@@ -33,6 +36,7 @@ from tests.v2.padded_forwards import pad_forwards
 
 REPO = Path(__file__).resolve().parents[2]
 LAYERS = (2, 8)  # of the drafter
+COPIES = 0  # layers where there is none
 BATCHES = (1, 24)  # requests
 K = 5
 
@@ -51,18 +55,27 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
     """Of `propose`, in the steps in which all requests decode."""
     from vllm import SamplingParams
 
+    from vllm_emssd.integration.v2 import copy_speculator
+
     speculator, steps = model_runner(llm).speculator, []
     propose = speculator.propose
-    graphs = pad_forwards(speculator)
+    graphs = pad_forwards(speculator) if speculator.has_draft_model else []
 
     def counted(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         work = HostWork()
         for graph in graphs:
             replay = type(graph).run_fullgraph.__get__(graph)
             graph.run_fullgraph = work.counts_as_one(replay, REPLAY)
-        with counting(work):
+        with counting(work), pytest.MonkeyPatch.context() as patch:
+            # It does not wait for what it copies.
+            copy = work.counts_as_one(copy_speculator.async_copy_to_np, "copy to host")
+            patch.setattr(copy_speculator, "async_copy_to_np", copy)
             drafts = propose(input_batch, *args, **kwargs)
-        if input_batch.num_draft_tokens == num_reqs * K:
+        is_steady = input_batch.num_draft_tokens == num_reqs * K
+        if not speculator.has_draft_model:
+            num_computed = input_batch.num_computed_tokens_np
+            is_steady = (num_computed >= input_batch.prefill_len_np).all()
+        if is_steady:
             steps.append(work)
         return drafts
 
@@ -80,13 +93,16 @@ def run_all(path: Path) -> None:
     seen: list[dict[str, Any]] = []
     interpreter.schedule_asynchronously(True)
     with TemporaryDirectory() as folder:
-        for num_layers in LAYERS:
-            draft = DRAFT if num_layers == 2 else grown(num_layers, Path(folder) / "m")
+        for num_layers in (COPIES, *LAYERS):
+            method = LLMA
+            if num_layers != COPIES:
+                draft = (
+                    DRAFT if num_layers == 2 else grown(num_layers, Path(folder) / "m")
+                )
+                method = DRAFT_MODEL | {"model": draft}
             small: dict[str, Any] = {"max_model_len": 128, "kv_cache_bytes": 64 << 20}
             options = {"block_size": 32, "async_scheduling": True}
-            config = EngineConfig(
-                DRAFT_MODEL | {"model": draft}, options=options, **small
-            )
+            config = EngineConfig(method, options=options, **small)
             stop_counting_others()
             with running(config) as llm:
                 for num_reqs in BATCHES:

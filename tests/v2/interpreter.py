@@ -12,12 +12,12 @@ from typing import Any
 def install() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     os.environ["TRITON_INTERPRET"] = "1"
-    _pretend_cpu_backend()
+    pretend_cpu_backend()
     _mend_comparisons()
     _add_log1p()
 
 
-def _pretend_cpu_backend() -> None:
+def pretend_cpu_backend() -> None:
     """vLLM asks for a "cpu" backend of Triton and looks no further than its name."""
     import triton.backends
     from triton.backends.driver import DriverBase

@@ -27,6 +27,7 @@ import pytest
 
 from tests.engine import (
     DRAFT_MODEL,
+    LLMA,
     STOCK,
     TARGET,
     DraftRowCounter,
@@ -77,6 +78,18 @@ class RaggedLengths(FixedDraftLength):
         return np.minimum(wanted, step.max_draft_tokens)
 
 
+class PausedLengths(FixedDraftLength):
+    """No drafts in two steps, not even their prompts fed, and K in the next two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def skips_step(self, num_sampling: int) -> bool:
+        self.steps += 1
+        return (self.steps - 1) // 2 % 2 == 0
+
+
 def texts() -> list[str]:
     return [text[: 100 + 40 * i] for i, text in enumerate(prompts()[: len(MAX_TOKENS)])]
 
@@ -121,6 +134,25 @@ def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
         "counts": {k: v - counts_before[k] for k, v in counts.items()},
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def edited(answers: list[list[int]]) -> dict[str, Any]:
+    """Parameters with a reference, of which the answers are an edit."""
+    tokens = [t for answer in answers for t in answer]
+    kept = [t for i, t in enumerate(tokens) if i % 7]
+    return {"extra_args": {"emssd_reference": kept}}
+
+
+def copying(llm: Any, name: str) -> dict[str, Any]:
+    seen = {"greedy": one_pass(llm)}
+    seen["edited"] = one_pass(llm, **edited(seen["greedy"]["token_ids"]))
+    if "tight" in name:
+        return seen
+    seen["structured"] = one_pass(llm, **structured())
+    if name == "async copying":
+        seen["stopped"] = stopped(llm, seen["greedy"])
+        seen["aborted"] = aborted(llm)
+    return seen
 
 
 def structured(**parameters: Any) -> dict[str, Any]:
@@ -289,6 +321,8 @@ def endless(llm: Any) -> dict[str, int]:
 def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name.startswith("failing"):
         return failing(llm)
+    if "copying" in name:
+        return copying(llm, name)
     if name.startswith("padded"):
         return padded(llm, name)
     if name in ("auto", "auto tight", "async auto"):
@@ -299,8 +333,10 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         seen = {"sampled": one_pass(llm, temperature=1.0)}
         if name == "itself":
             seen["structured"] = one_pass(llm, **structured(temperature=1.0))
-        model_runner(llm).speculator.set_policy(RaggedLengths())
-        return seen | {"ragged": one_pass(llm, temperature=1.0)}
+        for what, lengths in (("ragged", RaggedLengths()), ("paused", PausedLengths())):
+            model_runner(llm).speculator.set_policy(lengths)
+            seen[what] = one_pass(llm, temperature=1.0)
+        return seen
     seen = {"greedy": one_pass(llm)}
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
@@ -334,6 +370,10 @@ def run_all(path: Path, only: list[str]) -> None:
         "async cached": EngineConfig(EMSSD, **asynchronous(CACHED)),
         "async tight": EngineConfig(EMSSD, **asynchronous(TIGHT)),
         "async itself": EngineConfig(ITSELF, **asynchronous(SMALL)),
+        "copying": EngineConfig(LLMA, **CACHED),
+        "copying tight": EngineConfig(LLMA, **TIGHT),
+        "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
+        "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "padded": EngineConfig(EMSSD, **SMALL),
         "padded itself": EngineConfig(ITSELF, **SMALL),
         "padded auto": EngineConfig(EMSSD | AUTO, **SMALL),

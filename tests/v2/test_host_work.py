@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.v2.dispatches import BATCHES, LAYERS, K
+from tests.v2.dispatches import BATCHES, COPIES, LAYERS, K
 from tests.v2.emulated import FAULTS
-from tests.v2.host_work import REPLAY, HostWork, counting
+from tests.v2.host_work import KERNEL, REPLAY, HostWork, counting
 
 REPO = Path(__file__).resolve().parents[2]
 BUDGET = 80  # operators dispatched, kernels launched and graphs replayed
@@ -50,6 +50,15 @@ def test_a_steady_step_stays_within_the_budget(layers: int, requests: int) -> No
     assert len(seen) >= 2
     for step in seen:
         assert step["calls"][REPLAY] == K
+        assert step["total"] <= BUDGET, step["calls"]
+
+
+@pytest.mark.parametrize("requests", BATCHES)
+def test_a_step_that_copies_stays_within_the_budget(requests: int) -> None:
+    seen = [s for s in steps() if (s["layers"], s["requests"]) == (COPIES, requests)]
+    assert len(seen) >= 2
+    for step in seen:
+        assert step["calls"][KERNEL] == 2
         assert step["total"] <= BUDGET, step["calls"]
 
 

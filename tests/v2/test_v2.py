@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 
-from tests.engine import EngineConfig, running
-from tests.v2.runs import MAX_TOKENS, REGEX, SMALL, K, texts
+from tests.engine import LLMA, EngineConfig, running
+from tests.v2.runs import (
+    CACHED,
+    MAX_TOKENS,
+    REGEX,
+    SMALL,
+    K,
+    edited,
+    one_pass,
+    texts,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 ASYNC = ("async", "async cached", "async tight")
 OURS = ("fixed", "cached", "tight", *ASYNC)
 AUTO = ("auto", "auto tight", "auto itself", "async auto")
+COPYING = ("copying", "copying tight", "async copying", "async copying tight")
 FAILING = ("failing", "failing async")
 PRICES = ("free", "drawn", "measured")
 TIMEOUT = 900  # seconds for all engines: 300 beside another test process
@@ -73,7 +83,7 @@ def seen(name: str, what: str = "greedy") -> dict[str, Any]:
 
 def test_the_v2_runner_ran() -> None:
     assert results()["stock"]["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
-    for name in (*OURS, *AUTO):
+    for name in (*OURS, *AUTO, *COPYING):
         assert results()[name]["runner"].endswith("v2.runner.UnpadCPUModelRunnerV2")
         is_async = name.startswith("async")
         wanted = "UnpadAsyncScheduler" if is_async else "UnpadScheduler"
@@ -173,7 +183,8 @@ def test_forced_length_accepts_exactly_what_stock_accepts(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*OURS, "itself", "async itself", *AUTO])
 def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
-    passes = ("greedy", "again", "logprobs", "sampled", "structured", "ragged")
+    passes = ("greedy", "again", "logprobs", "sampled", "structured")
+    passes += ("ragged", "paused")
     for what in (*passes, *PRICES):
         if what not in results()[name]:
             continue
@@ -182,10 +193,11 @@ def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
         assert counts["num_draft_rows"] == run["draft_rows"]
         assert counts["num_draft_rows"] > 0 or what == "measured"
         drafts = gained["spec_decode_num_draft_tokens"]
-        if name == "async auto" or (what == "ragged" and name.startswith("async")):
+        is_ragged = what in ("ragged", "paused")
+        if name == "async auto" or (is_ragged and name.startswith("async")):
             # vLLM counts the drafts it scheduled before it could know how many.
             assert counts["num_draft_tokens"] <= drafts
-            assert what != "ragged" or counts["num_draft_tokens"] < drafts
+            assert not is_ragged or counts["num_draft_tokens"] < drafts
         else:
             assert counts["num_draft_tokens"] == drafts
         assert (
@@ -211,6 +223,45 @@ def test_decoding_request_costs_at_most_k_plus_one_rows_a_step(
     assert 0 < counts["num_draft_rows_decode"] <= (K + 1) * num_request_steps
 
 
+@cache
+def v1_copies() -> tuple[dict[str, int], dict[str, int]]:
+    """What the V1 runner counts of the same requests: as they are, and with a reference
+    that the answers are an edit of."""
+    with running(EngineConfig(LLMA, **CACHED)) as llm:
+        first = one_pass(llm)
+        return first["counts"], one_pass(llm, **edited(first["token_ids"]))["counts"]
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_copies_give_the_same_tokens(name: str) -> None:
+    runs = [seen(name, what) for what in ("greedy", "edited")]
+    for run in runs:
+        assert run["token_ids"] == seen("plain")["token_ids"]
+        assert run["counts"]["num_accepted_tokens"] > 0
+    num_preempted = sum(run["gained"]["num_preemptions"] for run in runs)
+    assert (num_preempted > 0) == ("tight" in name)
+
+
+@pytest.mark.parametrize("name", ["copying", "async copying"])
+def test_copies_under_a_grammar(name: str) -> None:
+    ours = seen(name, "structured")["token_ids"]
+    assert ours == seen("plain", "structured")["token_ids"]
+
+
+def test_as_many_copies_are_made_and_accepted_as_on_v1() -> None:
+    for v1, what in zip(v1_copies(), ("greedy", "edited"), strict=True):
+        counts = seen("copying", what)["counts"]
+        assert v1["num_accepted_tokens"] > 0
+        for name in ("num_draft_tokens", "num_accepted_tokens", "num_verify_rows"):
+            assert counts[name] == v1[name]
+
+
+def test_asynchronous_copies_begin_a_step_later() -> None:
+    late, ahead = (seen(name)["counts"] for name in ("copying", "async copying"))
+    assert ahead["num_request_steps"] > late["num_request_steps"]
+    assert 0 < ahead["num_accepted_tokens"] <= late["num_accepted_tokens"]
+
+
 def test_asynchronous_scheduling_costs_a_step_in_vain_at_the_end_and_no_row_else() -> (
     None
 ):
@@ -223,10 +274,13 @@ def test_asynchronous_scheduling_costs_a_step_in_vain_at_the_end_and_no_row_else
     assert 0 < in_vain <= (K + 1) * len(MAX_TOKENS)
 
 
+@pytest.mark.parametrize("name", ["async", "async copying"])
 @pytest.mark.parametrize("what", ["stopped", "aborted"])
-def test_what_ends_a_request_ends_it_as_without_speculation(what: str) -> None:
+def test_what_ends_a_request_ends_it_as_without_speculation(
+    name: str, what: str
+) -> None:
     """By a stop token or an abort, with the next step already launched."""
-    ours, plain = seen("async", what)["token_ids"], seen("plain", what)["token_ids"]
+    ours, plain = seen(name, what)["token_ids"], seen("plain", what)["token_ids"]
     assert ours == plain
     lengths = [len(tokens) for tokens in ours]
     if what == "stopped":
@@ -263,9 +317,10 @@ def test_sampling_parameters_do_what_they_do_without_speculation(
 
 
 @pytest.mark.parametrize("name", ["itself", "async itself"])
-@pytest.mark.parametrize("what", ["sampled", "ragged"])
+@pytest.mark.parametrize("what", ["sampled", "ragged", "paused"])
 def test_samples_of_the_target_itself_are_accepted(name: str, what: str) -> None:
-    """Each draft is judged by the distribution it was sampled from."""
+    """Each draft is judged by the distribution it was sampled from; and after steps
+    without drafts the drafter has seen all of the text again."""
     counts = seen(name, what)["counts"]
     assert counts["num_accepted_tokens"] >= 0.95 * counts["num_draft_tokens"] > 0
 

@@ -103,7 +103,7 @@ def refuse_drafter(spec_config: SpeculativeConfig) -> None:
 
 def refuse_options(config: EmssdConfig) -> None:
     """On the V2 runner, options that the V1 runner alone has."""
-    if config.proposer != "draft_model":
+    if config.proposer not in ("draft_model", "llma"):
         raise ValueError(
             f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
             f"V1 model runner only. {USE_V1}."
@@ -115,9 +115,13 @@ def refuse_options(config: EmssdConfig) -> None:
         )
 
 
-def refuse_async_v1(vllm_config: VllmConfig) -> None:
-    """Where vLLM chose its V1 runner after the front end had let it schedule
-    asynchronously."""
+def refuse_unprepared_v1(vllm_config: VllmConfig) -> None:
+    """Where vLLM chose its V1 runner after the front end had prepared for V2."""
+    if vllm_config.speculative_config.method == "ngram_gpu":
+        raise ValueError(
+            '"proposer": "llma" was prepared for vLLM\'s V2 model runner, but vLLM '
+            f"chose V1 here. {USE_V1}."
+        )
     if vllm_config.scheduler_config.async_scheduling:
         raise ValueError(
             f"{METHOD_NAME} does not schedule asynchronously on vLLM's V1 model "

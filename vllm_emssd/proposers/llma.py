@@ -114,6 +114,7 @@ class LlmaProposer:
         self._requests: dict[str, _RequestCopies] = {}
         self._pools: dict[_Kind, AcceptanceRecord] = {}  # of all requests
         self._faded: set[_Kind] = set()  # pools that have faded in this step
+        self._idle: list[_Kind] = []  # pools of copies not worth it in this step
         self._num_to_index = _INDEXED_A_STEP  # tokens, in this step
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
@@ -137,6 +138,10 @@ class LlmaProposer:
                 int(batch.num_prompt_tokens[i]),
                 int(most[i]),
             )
+        # Not before: what one request copies does not hang on another's place.
+        for kind in self._idle:
+            self._pools[kind].fade()
+        self._idle.clear()
         return copies
 
     def choose(self, batch: DraftBatch, copies: list[Copy]) -> list[list[int]]:
@@ -193,7 +198,10 @@ class LlmaProposer:
         )
         best = max(copies, key=lambda copy: copy.gain)
         if best.token_ids and best.acceptance < _WORTHLESS:
-            request.records.get(best.kind, self._pools[best.kind]).fade()
+            if best.kind in request.records:
+                request.records[best.kind].fade()
+            else:
+                self._idle.append(best.kind)
             return NO_COPY
         return best
 

@@ -192,8 +192,11 @@ def _stock_args(
     """A copy of `args` that asks for a method that vLLM knows."""
     stock_args = copy.copy(args)
     stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
-    method = {"method": "draft_model"}
-    if not config.uses_draft_model:
+    if config.uses_draft_model:
+        method = {"method": "draft_model"}
+    elif config.copies and _may_run_on_v2():
+        method = {"method": "ngram_gpu"}  # has texts on the device, for us to look at
+    else:
         method = {"method": "custom_class", "model": COPY_DRAFTER}
     num_drafts = {"num_speculative_tokens": config.max_draft_tokens}
     stock_args.speculative_config = stock_part | method | num_drafts
@@ -271,9 +274,15 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
             fixed["num_speculative_tokens"] = MAX_FIXED_DRAFTS
         return config.model_copy(update=fixed)
     has_v2 = use_v2 is not False and config.proposer == "draft_model"
-    if not current_platform.is_cpu() and not has_v2:
+    if not has_v2:
         raise ValueError(AUTO_NEEDS_V2)
     return config  # if vLLM chooses V1 after all, our runner refuses
+
+
+def _may_run_on_v2() -> bool:
+    """vLLM's V2 runner: unless it is set, where vLLM could choose it, on GPUs."""
+    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
+    return not current_platform.is_cpu() if use_v2 is None else bool(use_v2)
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
@@ -281,14 +290,11 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     V2 runner. Raises ValueError where it was asked for and cannot be. On CPUs vLLM
     itself turns it off again.
     """
-    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
-    if use_v2 is None:  # vLLM may choose it, on GPUs
-        use_v2 = not current_platform.is_cpu()
-    is_possible = use_v2 and config.proposer == "draft_model"
+    is_possible = _may_run_on_v2() and config.proposer in ("draft_model", "llma")
     if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '
-            'sampled only with "proposer": "draft_model" on vLLM\'s V2 model runner; '
-            "use that, or remove --async-scheduling."
+            'sampled only with "proposer": "draft_model" or "llma" on vLLM\'s V2 model '
+            "runner; use that, or remove --async-scheduling."
         )
     return is_possible and args.async_scheduling is not False

@@ -45,7 +45,7 @@ from vllm_emssd.integration.kv_cache import (
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.request_options import RequestLimits, reference_of
-from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_async_v1
+from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_unprepared_v1
 from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
@@ -78,7 +78,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        refuse_async_v1(vllm_config)
+        refuse_unprepared_v1(vllm_config)
         spec_config = vllm_config.speculative_config
         with _stock_drafter_allowed(spec_config), installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)

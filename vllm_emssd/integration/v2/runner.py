@@ -45,6 +45,7 @@ from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
+from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
@@ -87,7 +88,7 @@ class TargetTiming(StepTimingCollector):
 
 
 class UnpadGPUModelRunnerV2(GPUModelRunner):
-    speculator: UnpadSpeculator
+    speculator: UnpadSpeculator | CopySpeculator
     rejection_sampler: RejectionSampler | None
     cudagraph_manager: ModelCudaGraphManager | None
 
@@ -115,11 +116,12 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         refuse_states(specs)
-        return keep_windows_whole(specs)
+        uses_draft_model = self.emssd_config.uses_draft_model
+        return keep_windows_whole(specs) if uses_draft_model else specs
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        if self.emssd_config.draft_length == "auto":
+        if self.emssd_config.draft_length == "auto" or self.emssd_config.copies:
             self._want_varlen_graphs()
 
     def _want_varlen_graphs(self) -> None:
@@ -157,8 +159,10 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         """Warm-up is over, whose requests do not count: where it was asked for, measure
         costs and draft by them from now on."""
         self._record_acceptance(num_late=0)
-        if self.emssd_config.draft_length == "auto":
-            self._step_costs = self._measure_costs()
+        if isinstance(self.speculator, CopySpeculator):
+            self.speculator.forget_warm_up()
+        elif self.emssd_config.draft_length == "auto":
+            self._step_costs = self._measure_costs(self.speculator)
             policy = AutoDraftLength(
                 self._step_costs.costs,
                 AcceptanceEstimator(self.num_speculative_steps),
@@ -169,12 +173,12 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.speculator.counters.reset()
         self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
-    def _measure_costs(self) -> StepCostMeter:
+    def _measure_costs(self, speculator: UnpadSpeculator) -> StepCostMeter:
         device, target = self.device, self._target_timing
         target.time_by(clock_of(device))
         most = self.max_num_reqs * self.decode_query_len
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
-        with self.speculator.sitting_out_dummy_runs() as drafter:
+        with speculator.sitting_out_dummy_runs() as drafter:
             drafter.time_by(clock_of(device))
             samples = time_target(
                 lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),

@@ -6,7 +6,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
+from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
 INIT_SPECULATOR_HOOK = Hook(
@@ -22,5 +24,7 @@ INIT_SPECULATOR_HOOK = Hook(
 
 def _make_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
-) -> UnpadSpeculator:
-    return UnpadSpeculator(vllm_config, device, req_states=req_states)
+) -> UnpadSpeculator | CopySpeculator:
+    if EmssdConfig.carried_by(vllm_config.additional_config).uses_draft_model:
+        return UnpadSpeculator(vllm_config, device, req_states=req_states)
+    return CopySpeculator(vllm_config, device, req_states)

@@ -1,0 +1,71 @@
+"""Compiles the kernels for a GPU, which takes none.
+
+    python -m tests.v2.compiled RESULTS.json
+
+The interpreter takes what the compiler refuses: variables that change their type in a
+loop, a branch that leaves one undefined. In a process of its own: see `runs.py`.
+"""
+
+from __future__ import annotations
+
+from tests.v2 import interpreter
+
+if __name__ == "__main__":
+    interpreter.pretend_cpu_backend()  # or vLLM takes it that there is no Triton
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+H100 = "cuda", 90, 32
+INTS64 = ("idx_mapping", "positions", "out_idx_mapping", "draft_step", "out_num_reqs")
+INTS64 += ("tokens", "last_positions", "draft_tokens", "num_real", "drafts")
+TYPES = dict.fromkeys(INTS64, "*i64") | {
+    "reference_addresses": "*i64",
+    "records": "*fp64",
+    "pools": "*fp64",
+    "text_address": "i64",
+}
+NUMBERS = ("num_reqs", "num_rows_padded", "max_num_reqs", "last_position")
+NUMBERS += ("token_ids_stride", "draft_tokens_stride", "max_model_len")
+TYPES |= dict.fromkeys(NUMBERS, "i32")  # all others are arrays of int32
+
+
+def size_of(kernel: Any, **constants: int) -> int:
+    """Bytes of the binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: TYPES.get(name, "*i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): n for name, n in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    return len(triton.compile(source, target=GPUTarget(*H100)).asm["cubin"])
+
+
+def main(path: Path) -> None:
+    import triton.backends
+
+    from vllm_emssd.integration.v2.copy_kernels import (
+        find_copies_kernel,
+        observe_copies_kernel,
+    )
+    from vllm_emssd.integration.v2.kernels import advance_kernel, place_rows_kernel
+
+    del triton.backends.backends["cpu"]  # the one that was pretended
+    block = {"BLOCK_SIZE": 512}
+    copies = {"K": 7, "K_PADDED": 8, "CHECK_LENGTH": 2, "TAIL_LENGTH": 32}
+    sizes = {
+        "place_rows": size_of(place_rows_kernel, ROWS=2, **block),
+        "place_spans": size_of(place_rows_kernel, ROWS=0, **block),
+        "advance": size_of(advance_kernel, **block),
+        "observe_copies": size_of(observe_copies_kernel, **block),
+        "find_copies": size_of(find_copies_kernel, **copies, **block),
+    }
+    path.write_text(json.dumps(sizes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
