@@ -131,13 +131,14 @@ def test_engines_record_the_same_graphs(monkeypatch: pytest.MonkeyPatch) -> None
         Method("plain", None),
         Method("stock", {"method": "draft_model", "num_speculative_tokens": 5}),
         Method("stock-k3", {"method": "draft_model", "num_speculative_tokens": 3}),
+        Method("llma", {"method": "emssd", "copy_length": 7}),
     ]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert same_graphs(methods, 128) == {}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     sizes = same_graphs(methods, 128)["cudagraph_capture_sizes"]
     assert sizes == sorted(set(sizes))
-    assert {128, 4 * 128, 6 * 128} <= set(sizes)
+    assert {128, 4 * 128, 6 * 128, 8 * 128} <= set(sizes)
 
 
 def test_steps_of_requests_of_an_earlier_round_are_not_recorded() -> None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_emssd.async_draft_cursor import Turn
 from vllm_emssd.integration import scheduler
 from vllm_emssd.integration.scheduler import (
     drop_placeholder_drafts,
@@ -109,16 +108,11 @@ def step_of(*req_ids: str) -> ScheduledStep:
     return ScheduledStep(list(req_ids), numbers, 0 * numbers, flags, flags)
 
 
-def turn_of(*numbers: int) -> Turn:
-    nothing = np.zeros(len(numbers), np.int64)
-    return Turn(nothing, np.array(numbers), nothing > 0, nothing, nothing)
-
-
 def test_a_request_that_ended_is_not_taken_for_another_of_its_name() -> None:
     steps = PendingSteps()
     first, second = step_of("a", "b"), step_of("b", "a")
-    steps.add(first, turn_of(1, 2))
-    steps.add(second, turn_of(2, 1))
+    steps.add(first, np.array([1, 2]), None)
+    steps.add(second, np.array([2, 1]), None)
     step, _, is_wanted = steps.pop()
     assert step is first
     assert is_wanted.tolist() == [True, True]

@@ -112,6 +112,7 @@ class BothCopiers:
             all_token_ids=SimpleNamespace(gpu=self.token_ids),
             total_len=SimpleNamespace(gpu=self.total_len),
             prompt_len=SimpleNamespace(gpu=prompt_len, np=prompt_len.numpy()),
+            prefill_len=SimpleNamespace(np=prompt_len.numpy()),  # none is resumed
             max_seq_len=np.zeros(MAX_REQS, np.int32),
         )
         self.device = DeviceCopier(

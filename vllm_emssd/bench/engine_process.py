@@ -16,6 +16,7 @@ from typing import Any
 from vllm_emssd.bench.methods import Method, Setting
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import Round
+from vllm_emssd.config import METHOD, parse_speculative_config
 
 PREEMPTIONS = "vllm:num_preemptions"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"  # stock samples drafted rows wrongly on the CPU
@@ -54,10 +55,17 @@ def same_graphs(methods: Sequence[Method], max_num_seqs: int) -> dict[str, Any]:
         return {}
     from vllm_emssd.integration.frontend.capture_sizes import capture_sizes
 
-    configs = [method.speculative_config or {} for method in methods]
-    num_drafts = {config.get("num_speculative_tokens", 0) for config in configs}
+    num_drafts = {_max_draft_tokens(method) for method in methods}
     sizes = {n for k in num_drafts for n in capture_sizes(1 + k, max_num_seqs)}
     return {"cudagraph_capture_sizes": sorted(sizes)}
+
+
+def _max_draft_tokens(method: Method) -> int:
+    """Of a request and step."""
+    config = dict(method.speculative_config or {})
+    if config.get("method") == METHOD:
+        return parse_speculative_config(config, config)[0].max_draft_tokens
+    return config.get("num_speculative_tokens") or 0
 
 
 class EngineProcess:

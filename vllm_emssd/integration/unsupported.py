@@ -16,8 +16,8 @@ from vllm_emssd.config import METHOD, EmssdConfig
 METHOD_NAME = f'"method": "{METHOD}"'
 USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
 AUTO_NEEDS_V2 = (
-    "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs, and on GPUs "
-    'with "proposer": "draft_model" on vLLM\'s V2 model runner only; use '
+    "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs with vLLM's "
+    'V1 model runner, and with "proposer": "draft_model" on its V2 model runner; use '
     '"draft_length": "fixed".'
 )
 _REMOVE = "Remove --speculative-config"

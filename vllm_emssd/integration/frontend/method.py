@@ -194,7 +194,7 @@ def _stock_args(
     stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
     if config.uses_draft_model:
         method = {"method": "draft_model"}
-    elif config.copies and _may_run_on_v2():
+    elif config.copies and config.unpad_inputs and _may_run_on_v2():
         method = {"method": "ngram_gpu"}  # has texts on the device, for us to look at
     else:
         method = {"method": "custom_class", "model": COPY_DRAFTER}
@@ -290,7 +290,10 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     V2 runner. Raises ValueError where it was asked for and cannot be. On CPUs vLLM
     itself turns it off again.
     """
-    is_possible = _may_run_on_v2() and config.proposer in ("draft_model", "llma")
+    is_possible = _may_run_on_v2() and (
+        config.proposer == "draft_model"
+        or (config.proposer == "llma" and config.unpad_inputs)
+    )
     if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '

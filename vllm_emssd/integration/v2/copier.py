@@ -28,6 +28,7 @@ from vllm_emssd.integration.v2.copy_kernels import (
 from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH
 
 _BLOCK_SIZE = 512
+_MOST_REPLAYED = 512  # tokens of a resumed answer that are followed in its reference
 
 
 class DeviceCopier:
@@ -72,7 +73,9 @@ class DeviceCopier:
         row = dict.fromkeys(STATE, 0)
         row["most_drafts"], row["departure"] = most_drafts, -1
         row["end"] = int(states.max_seq_len[slot])
-        row["num_followed"] = int(states.prompt_len.np[slot])
+        num_known = int(states.prefill_len.np[slot])
+        prompt_len = int(states.prompt_len.np[slot])
+        row["num_followed"] = max(prompt_len, num_known - _MOST_REPLAYED)
         self.release(slot)
         if reference is not None and len(reference):
             row["reference_len"] = len(reference)
@@ -92,6 +95,10 @@ class DeviceCopier:
         """How copies of all requests fared."""
         self._pools.zero_()
         self._num_idle.zero_()
+
+    def forget_copies(self) -> None:
+        """Those not yet verified."""
+        self._state[:, STATE.index("num_copied")] = 0
 
     @torch.inference_mode()
     def find(

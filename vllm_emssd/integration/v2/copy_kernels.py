@@ -362,9 +362,9 @@ def find_copies_kernel(
     num_own = tl.where(match_len > 0, length, 0)
 
     record = records + req * (_KINDS * 2)
-    own_kind = _bit_length(match_len)
+    own_kind = tl.minimum(_bit_length(match_len), _KINDS - 1)
     own = _acceptance(own_kind, match_len, pools, record)
-    ref_kind = _bit_length(run) + _FIRST_OF_REFERENCE
+    ref_kind = tl.minimum(_bit_length(run) + _FIRST_OF_REFERENCE, _KINDS - 1)
     by_ref = _acceptance(ref_kind, run + _HEAD_START, pools, record)
     own_gain = by_ref * 0
     ref_gain = by_ref * 0
@@ -378,6 +378,7 @@ def find_copies_kernel(
     is_own = own_gain > ref_gain
     kind = tl.where(is_own, own_kind, ref_kind)
     num_copied = tl.where(is_own, num_own, count)
+    tl.debug_barrier()  # all have read the record before one changes it
     is_worthless = (num_copied > 0) & (tl.where(is_own, own, by_ref) < _WORTHLESS)
     if is_worthless:
         num_copied = 0
@@ -441,7 +442,9 @@ def _longest_match(
     best = (first_end * 0).to(tl.int64)
     num_found = first_end * 0
     first = first_end * 0
-    while (first < num_ends) & (num_found < most_candidates):
+    longest: tl.constexpr = _MAX_MATCH
+    is_longest = first_end < first_end
+    while (first < num_ends) & (num_found < most_candidates) & (is_longest == 0):
         step = first + tl.arange(0, BLOCK_SIZE)
         end = first_end + DIRECTION * step
         agrees = (step < num_ends) & (end >= CHECK_LENGTH)
@@ -469,6 +472,7 @@ def _longest_match(
             score = (agreed.to(tl.int64) << 32) | (-step + _LAST).to(tl.int64)
             score = tl.where(agreed > 0, score, 0)
             best = tl.maximum(best, tl.max(score, 0))
+            is_longest = (best >> 32) >= longest  # later ones can only be as long
         first += BLOCK_SIZE
     return best
 

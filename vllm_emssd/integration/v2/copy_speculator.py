@@ -63,6 +63,7 @@ class CopySpeculator(RaggedSpeculator):
             self.num_speculative_steps,
             device,
         )
+        self._is_warm_up = True  # vLLM's own: then all drafts are verified
         self._num_admitted = 0
         self._numbers_by_slot = np.zeros(self.max_num_reqs, np.int64)
         # By slot: whether it copied in the last step known.
@@ -77,6 +78,7 @@ class CopySpeculator(RaggedSpeculator):
 
     def forget_warm_up(self) -> None:
         """How copies fared so far, of requests that do not count."""
+        self._is_warm_up = False
         self._copier.forget()
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -88,11 +90,18 @@ class CopySpeculator(RaggedSpeculator):
         for new, most_drafts in zip(new_reqs, most.tolist(), strict=True):
             slot = self._req_states.req_id_to_index[new.req_id]
             reference = reference_of(new.sampling_params, self._vocab_size)
-            self._copier.admit(slot, most_drafts, reference)
+            self._admit(slot, most_drafts, reference)
             self._num_admitted += 1
             self._numbers[new.req_id] = self._num_admitted
             self._numbers_by_slot[slot] = self._num_admitted
             self._copies[slot] = False
+
+    def _admit(self, slot: int, most_drafts: int, reference: np.ndarray | None) -> None:
+        try:
+            self._copier.admit(slot, most_drafts, reference)
+        except torch.OutOfMemoryError as error:  # vLLM left no room for references
+            self._failures.take(error)
+            self._copier.admit(slot, most_drafts)
 
     def preempt(self, req_ids: Iterable[str]) -> None:
         req_ids = list(req_ids)
@@ -105,7 +114,10 @@ class CopySpeculator(RaggedSpeculator):
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         slot_of = self._req_states.req_id_to_index
         scheduled = scheduler_output.scheduled_spec_decode_tokens
-        self._makes_fewer = {r: 0 for r in scheduled if not self._copies[slot_of[r]]}
+        if not self._is_warm_up:
+            self._makes_fewer = {
+                r: 0 for r in scheduled if not self._copies[slot_of[r]]
+            }
         return super().with_drafts_made(scheduler_output)
 
     @torch.inference_mode()
@@ -139,6 +151,7 @@ class CopySpeculator(RaggedSpeculator):
             lengths = _LateLengths(num_drafts)
         except Exception as error:
             self._failures.take(error)
+            self._copier.forget_copies()
             drafts = self._copier.drafts[:num_reqs]
         numbers = self._numbers_by_slot[slots]
         self._pending_steps.add(step, numbers, (slots, numbers, lengths))
