@@ -24,6 +24,7 @@ from vllm import SamplingParams
 
 from tests.engine import (
     DRAFT_MODEL,
+    LLMA,
     EngineConfig,
     model_runner,
     prompts,
@@ -47,6 +48,7 @@ ENGINES = {
     "one draft": EngineConfig(FIXED | {"num_speculative_tokens": 1}, **SMALL),
     "async": EngineConfig(FIXED, **asynchronous(SMALL)),
     "auto": EngineConfig(FIXED | {"draft_length": "auto"}, **SMALL),
+    "copying": EngineConfig(LLMA | {"check_length": 1}, **SMALL),
 }
 
 

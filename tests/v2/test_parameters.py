@@ -33,7 +33,7 @@ def results() -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-OURS = ("fixed", "one draft", "async", "auto")
+OURS = ("fixed", "one draft", "async", "auto", "copying")
 
 
 @pytest.mark.parametrize("arrangement", ["all", "alone", "beside"])
