@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,28 +12,13 @@ import torch
 from tests.v2.dispatches import BATCHES, COPIES, LAYERS, K
 from tests.v2.emulated import FAULTS
 from tests.v2.host_work import KERNEL, REPLAY, HostWork, counting
+from tests.v2.results import results_of
 
-REPO = Path(__file__).resolve().parents[2]
 BUDGET = 80  # operators dispatched, kernels launched and graphs replayed
-TIMEOUT = 600  # seconds: 60 beside no other process
-
-
-@cache
-def results(module: str) -> Any:
-    """Of a module that is a process of its own."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        subprocess.run(
-            [sys.executable, "-m", module, str(path)],
-            cwd=REPO,
-            check=True,
-            timeout=TIMEOUT,
-        )
-        return json.loads(path.read_text())
 
 
 def steps() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = results("tests.v2.dispatches")
+    found: list[dict[str, Any]] = results_of("tests.v2.dispatches")
     return found
 
 
@@ -101,7 +80,7 @@ def test_what_counts_as_one_counts_as_one() -> None:
 def test_replayed_forwards_draft_what_follows_from_the_text() -> None:
     """Launched or replayed, with padding, in changing batches, up to the context's end:
     the runs compare each draft themselves."""
-    seen = results("tests.v2.emulated")
+    seen = results_of("tests.v2.emulated")
     assert seen["launched"] == [run | {"replays": 0} for run in seen["replayed"]]
     assert min(run["drafts"] for run in seen["replayed"]) > 50
     assert min(run["replays"] for run in seen["replayed"]) > 20
@@ -109,4 +88,4 @@ def test_replayed_forwards_draft_what_follows_from_the_text() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_a_recording_holds_fast_is_noticed(fault: str) -> None:
-    assert results("tests.v2.emulated")["errors"][fault]
+    assert results_of("tests.v2.emulated")["errors"][fault]

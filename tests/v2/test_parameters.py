@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from tests.lossless.test_greedy import CASES, MUST_ACCEPT, PATHS
+from tests.v2.results import results_of
 
-REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-@cache
 def results() -> dict[str, Any]:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        subprocess.run(
-            [sys.executable, "-m", "tests.v2.parameters", str(path)],
-            cwd=REPO,
-            env=os.environ | {"PYTHONPATH": str(REPO)},
-            check=True,
-            timeout=1800,
-        )
-        return json.loads(path.read_text())
+    return results_of("tests.v2.parameters", timeout=1800)
 
 
 OURS = ("fixed", "one draft", "async", "auto", "copying")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from tests.engine import LLMA, EngineConfig, running
+from tests.v2.results import results_of
 from tests.v2.runs import (
     CACHED,
     MAX_TOKENS,
@@ -25,7 +21,6 @@ from tests.v2.runs import (
     texts,
 )
 
-REPO = Path(__file__).resolve().parents[2]
 ASYNC = ("async", "async cached", "async tight")
 OURS = ("fixed", "cached", "tight", *ASYNC)
 AUTO = ("auto", "auto tight", "auto itself", "async auto")
@@ -36,32 +31,8 @@ TIMEOUT = 900  # seconds for all engines: 300 beside another test process
 
 
 def results() -> dict[str, Any]:
-    """All runs under the interpreter, from one process; tried once."""
-    found = _runs()
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-@cache
-def _runs() -> dict[str, Any] | subprocess.SubprocessError:
-    try:
-        return _run_all()
-    except subprocess.SubprocessError as error:
-        return error
-
-
-def _run_all() -> dict[str, Any]:
-    """Raises CalledProcessError or TimeoutExpired."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "results.json"
-        subprocess.run(
-            [sys.executable, "-m", "tests.v2.runs", str(path)],
-            cwd=REPO,
-            check=True,
-            timeout=TIMEOUT,
-        )
-        return json.loads(path.read_text())
+    """All runs under the interpreter, from one process."""
+    return results_of("tests.v2.runs", TIMEOUT)
 
 
 @cache

@@ -61,7 +61,7 @@ def same_graphs(methods: Sequence[Method], max_num_seqs: int) -> dict[str, Any]:
 
 
 def _max_draft_tokens(method: Method) -> int:
-    """Of a request and step."""
+    """Of a request and step. Unknown keys are for the engine to refuse."""
     config = dict(method.speculative_config or {})
     if config.get("method") == METHOD:
         return parse_speculative_config(config, config)[0].max_draft_tokens

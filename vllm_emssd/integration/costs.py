@@ -33,7 +33,6 @@ _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _PAUSE = 4.0  # times the cost so far: the engine was idle, this is no cost,
 _MOST_PAUSES = 8  # unless it goes on like that
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
-_STEPS_BETWEEN_DRAFTS = 4  # of which draft forwards' costs are learned: there are many
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -77,7 +76,6 @@ class StepCostMeter:
         self._drafter = drafter
         self._ranks = ranks
         self._num_steps = 0
-        self._learn_drafts_at = 0  # the step from which draft forwards count again
         self._step_ended: float | None = None
         self._num_pauses = 0  # in a row
         self._known_to_target = {rows for rows, _ in measured.target.points}
@@ -97,13 +95,11 @@ class StepCostMeter:
         target = self._target.take_timings()
         draft = [] if self._drafter is None else self._drafter.take_timings()
         if learns_costs:
-            _learn(costs.target, target, self._known_to_target)
-        if learns_costs and draft and self._num_steps >= self._learn_drafts_at:
-            self._learn_drafts_at = self._num_steps + _STEPS_BETWEEN_DRAFTS
             told_ms = 0.0
             if self._drafter is not None and self._drafter.tells_confidence:
                 told_ms = costs.confidence_ms
             bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in draft]
+            _learn(costs.target, target, self._known_to_target)
             _learn(costs.draft, bare, self._known_to_draft)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         if self._step_ended is not None and len(target) == 1:

@@ -138,7 +138,7 @@ class LlmaProposer:
                 int(batch.num_prompt_tokens[i]),
                 int(most[i]),
             )
-        # Not before: what one request copies does not hang on another's place.
+        # After all requests, so that their order in the batch makes no difference.
         for kind in self._idle:
             self._pools[kind].fade()
         self._idle.clear()

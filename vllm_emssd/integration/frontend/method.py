@@ -194,7 +194,7 @@ def _stock_args(
     stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
     if config.uses_draft_model:
         method = {"method": "draft_model"}
-    elif config.copies and config.unpad_inputs and _may_run_on_v2():
+    elif _may_run_on_v2(config):
         method = {"method": "ngram_gpu"}  # has texts on the device, for us to look at
     else:
         method = {"method": "custom_class", "model": COPY_DRAFTER}
@@ -273,16 +273,18 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
         if config.uses_draft_model and asked.get("num_speculative_tokens") is None:
             fixed["num_speculative_tokens"] = MAX_FIXED_DRAFTS
         return config.model_copy(update=fixed)
-    has_v2 = use_v2 is not False and config.proposer == "draft_model"
-    if not has_v2:
+    if not (config.uses_draft_model and _may_run_on_v2(config)):
         raise ValueError(AUTO_NEEDS_V2)
     return config  # if vLLM chooses V1 after all, our runner refuses
 
 
-def _may_run_on_v2() -> bool:
-    """vLLM's V2 runner: unless it is set, where vLLM could choose it, on GPUs."""
+def _may_run_on_v2(config: EmssdConfig) -> bool:
+    """Whether vLLM could choose its V2 runner, which it does on GPUs if at all unless
+    the user chooses, and that can do what is asked for."""
     use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
-    return not current_platform.is_cpu() if use_v2 is None else bool(use_v2)
+    may_choose = not current_platform.is_cpu() if use_v2 is None else use_v2
+    copies = config.proposer == "llma" and config.unpad_inputs
+    return bool(may_choose) and (config.proposer == "draft_model" or copies)
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
@@ -290,10 +292,7 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     V2 runner. Raises ValueError where it was asked for and cannot be. On CPUs vLLM
     itself turns it off again.
     """
-    is_possible = _may_run_on_v2() and (
-        config.proposer == "draft_model"
-        or (config.proposer == "llma" and config.unpad_inputs)
-    )
+    is_possible = _may_run_on_v2(config)
     if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '

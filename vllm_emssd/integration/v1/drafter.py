@@ -41,33 +41,11 @@ class _NextForwards:
     every request that drafts on, one position further than the forward before."""
 
     first: int  # draft position of the first of them
-    req_indices: np.ndarray  # [num_reqs] int64, rising
-    positions: torch.Tensor  # [num_forwards, num_reqs] int64
-    slots: torch.Tensor  # likewise
-    seq_lens: torch.Tensor  # likewise, int32
+    positions: tuple[torch.Tensor, ...]  # of each forward, [num_reqs] int64
+    slots: tuple[torch.Tensor, ...]  # likewise
+    seq_lens: tuple[torch.Tensor, ...]  # likewise, int32
     max_seq_len: int  # in the first
     metadata: CommonAttentionMetadata  # moved on in place
-
-    def only(self, req_indices: np.ndarray) -> _NextForwards:
-        """Those of some of the requests."""
-        kept = torch.from_numpy(np.searchsorted(self.req_indices, req_indices))
-        metadata, num_reqs = self.metadata, len(req_indices)
-        seq_lens = self.seq_lens.index_select(1, kept)
-        return dataclasses.replace(
-            self,
-            req_indices=req_indices,
-            positions=self.positions.index_select(1, kept),
-            slots=self.slots.index_select(1, kept),
-            seq_lens=seq_lens,
-            max_seq_len=int(seq_lens[0].max()),
-            metadata=metadata.replace(
-                query_start_loc=metadata.query_start_loc[: num_reqs + 1],
-                query_start_loc_cpu=metadata.query_start_loc_cpu[: num_reqs + 1],
-                num_reqs=num_reqs,
-                num_actual_tokens=num_reqs,
-                block_table_tensor=metadata.block_table_tensor.index_select(0, kept),
-            ),
-        )
 
 
 class PagedDrafter:
@@ -249,11 +227,8 @@ class PagedDrafter:
         """Positions, [num_rows] int64, and the context to run the model in: that of the
         step's first forward, which on a CPU says nothing of its row count."""
         made = self._next_forwards
-        if made is None:
-            made = self._make_next_forwards(rows, draft_position)
-        elif len(made.req_indices) != rows.num_reqs:
-            made = made.only(rows.req_indices)
-        self._next_forwards = made
+        if made is None or made.metadata.num_reqs != rows.num_reqs:
+            made = self._next_forwards = self._make_next_forwards(rows, draft_position)
         ahead = draft_position - made.first
         metadata = made.metadata
         metadata.seq_lens = metadata.seq_lens_cpu_upper_bound = made.seq_lens[ahead]
@@ -279,12 +254,11 @@ class PagedDrafter:
         )
         device = self._stock.device
         positions, slots, seq_lens = (
-            async_tensor_h2d(values, device=device).view(len(ahead), -1)
+            async_tensor_h2d(values, device=device).view(len(ahead), -1).unbind()
             for values in (positions, self._slots(all_rows), all_rows.seq_lens)
         )
         return _NextForwards(
             draft_position,
-            rows.req_indices,
             positions,
             slots,
             seq_lens,

@@ -99,9 +99,9 @@ def observe_copies_kernel(
         accepted *= _IDLE_FORGET
         tested *= _IDLE_FORGET
     tl.store(num_idle + kind, 0)
-    num_news = 0
-    news_accepted = 0
-    news_tested = 0
+    num_tested = 0
+    new_accepted = 0
+    new_tested = 0
     for first in range(0, num_reqs, BLOCK_SIZE):
         i = first + tl.arange(0, BLOCK_SIZE)
         is_req = i < num_reqs
@@ -111,20 +111,20 @@ def observe_copies_kernel(
         drafts = tl.load(first_rows + i + 1, mask=is_req, other=0) - 1
         drafts = drafts - tl.load(first_rows + i, mask=is_req, other=0)
         drafts = tl.minimum(drafts, num_copied)
-        is_news = (tl.load(row + _KIND, mask=is_req, other=-1) == kind) & (drafts > 0)
+        is_tested = (tl.load(row + _KIND, mask=is_req, other=-1) == kind) & (drafts > 0)
         kept = tl.minimum(tl.load(num_sampled + i, mask=is_req, other=1) - 1, drafts)
         seen = tl.minimum(kept + 1, drafts)
         record = records + (req * _KINDS + kind) * 2
-        before = tl.load(record, mask=is_news, other=0.0)
-        tl.store(record, before * _FORGET + kept, mask=is_news)
-        before = tl.load(record + 1, mask=is_news, other=0.0)
-        tl.store(record + 1, before * _FORGET + seen, mask=is_news)
-        num_news += tl.sum(is_news.to(tl.int32), 0)
-        news_accepted += tl.sum(tl.where(is_news, kept, 0), 0)
-        news_tested += tl.sum(tl.where(is_news, seen, 0), 0)
-    if num_news > 0:
-        accepted = accepted * _POOL_FORGET + news_accepted
-        tested = tested * _POOL_FORGET + news_tested
+        before = tl.load(record, mask=is_tested, other=0.0)
+        tl.store(record, before * _FORGET + kept, mask=is_tested)
+        before = tl.load(record + 1, mask=is_tested, other=0.0)
+        tl.store(record + 1, before * _FORGET + seen, mask=is_tested)
+        num_tested += tl.sum(is_tested.to(tl.int32), 0)
+        new_accepted += tl.sum(tl.where(is_tested, kept, 0), 0)
+        new_tested += tl.sum(tl.where(is_tested, seen, 0), 0)
+    if num_tested > 0:
+        accepted = accepted * _POOL_FORGET + new_accepted
+        tested = tested * _POOL_FORGET + new_tested
     tl.store(pools + 2 * kind, accepted)
     tl.store(pools + 2 * kind + 1, tested)
 
@@ -300,49 +300,24 @@ def find_copies_kernel(
                     departure = at + 1 - TAIL_LENGTH
     followed = end
 
-    # What follows in the reference.
+    tokens, count = _along_reference(
+        text,
+        text_len,
+        ref,
+        reference_len,
+        position,
+        departure,
+        just_edited,
+        keys,
+        old_start,
+        old_len,
+        new_start,
+        new_len,
+        held,
+        length,
+        K_PADDED,
+    )
     offsets = tl.arange(0, K_PADDED)
-    tokens = tl.zeros([K_PADDED], dtype=tl.int32)
-    count = 0
-    walk = position
-    walk_edited = just_edited
-    may_walk = (reference_len > 0) & (length > 0)
-    if may_walk & (departure >= 0):
-        num_written = text_len - departure
-        lane = _edit_at(
-            position, just_edited, ref, reference_len, keys, old_start, old_len
-        )
-        lane = _if_begun(lane, text, departure, num_written, new_start, new_len)
-        walk_edited = 1
-        if lane >= 0:
-            count = _of(lane, new_len) - num_written
-            rest = text + _of(lane, new_start) + num_written
-            tokens = tl.load(rest + offsets, mask=offsets < count, other=0)
-            walk = position + _of(lane, old_len)
-        else:
-            near = tl.arange(0, _ANCHOR_WINDOW)
-            window = tl.load(
-                ref + position + near, mask=position + near < reference_len, other=-1
-            )
-            last = tl.load(text + text_len - 1)
-            anchor = tl.min(tl.where(window == last, near, _ANCHOR_WINDOW), 0)
-            is_guess = (anchor < _ANCHOR_WINDOW) | (num_written <= _MAX_GUESSES)
-            walk = position + tl.where(anchor < _ANCHOR_WINDOW, anchor + 1, num_written)
-            walk = tl.where(is_guess, walk, reference_len)
-    while may_walk & (count < length) & (walk < reference_len):
-        lane = _edit_at(walk, walk_edited, ref, reference_len, keys, old_start, old_len)
-        is_edited = (lane >= 0) & (_of(lane, held) > 0)
-        num_new = tl.where(is_edited, _of(lane, new_len), 1)
-        from_text = text + _of(lane, new_start)
-        there = offsets - count
-        is_new = (there >= 0) & (there < num_new)
-        edited = tl.load(from_text + there, mask=is_new & is_edited, other=0)
-        kept = tl.load(ref + walk, mask=is_edited == 0, other=0)
-        tokens = tl.where(is_new, tl.where(is_edited, edited, kept), tokens)
-        count += num_new
-        walk += tl.where(is_edited, _of(lane, old_len), 1)
-        walk_edited = is_edited.to(tl.int32)
-    count = tl.minimum(count, length)
 
     # The longest match in the own text.
     best = _longest_match(
@@ -420,6 +395,70 @@ def find_copies_kernel(
     tl.store(edit + 3 * _EDITS, new_start)
     tl.store(edit + 4 * _EDITS, new_len)
     tl.store(edit + 5 * _EDITS, held)
+
+
+@triton.jit
+def _along_reference(
+    text,
+    text_len,
+    ref,
+    reference_len,
+    position,
+    departure,
+    just_edited,
+    keys,
+    old_start,
+    old_len,
+    new_start,
+    new_len,
+    held,
+    length,
+    K_PADDED: tl.constexpr,  # noqa: N803
+):
+    """What follows in the reference, with the edits made so far: tokens [K_PADDED], and
+    how many of them are meant, at most `length`."""
+    offsets = tl.arange(0, K_PADDED)
+    tokens = tl.zeros([K_PADDED], dtype=tl.int32)
+    count = 0
+    walk = position
+    walk_edited = just_edited
+    may_walk = (reference_len > 0) & (length > 0)
+    if may_walk & (departure >= 0):
+        num_written = text_len - departure
+        lane = _edit_at(
+            position, just_edited, ref, reference_len, keys, old_start, old_len
+        )
+        lane = _if_begun(lane, text, departure, num_written, new_start, new_len)
+        walk_edited = 1
+        if lane >= 0:
+            count = _of(lane, new_len) - num_written
+            rest = text + _of(lane, new_start) + num_written
+            tokens = tl.load(rest + offsets, mask=offsets < count, other=0)
+            walk = position + _of(lane, old_len)
+        else:
+            near = tl.arange(0, _ANCHOR_WINDOW)
+            window = tl.load(
+                ref + position + near, mask=position + near < reference_len, other=-1
+            )
+            last = tl.load(text + text_len - 1)
+            anchor = tl.min(tl.where(window == last, near, _ANCHOR_WINDOW), 0)
+            is_guess = (anchor < _ANCHOR_WINDOW) | (num_written <= _MAX_GUESSES)
+            walk = position + tl.where(anchor < _ANCHOR_WINDOW, anchor + 1, num_written)
+            walk = tl.where(is_guess, walk, reference_len)
+    while may_walk & (count < length) & (walk < reference_len):
+        lane = _edit_at(walk, walk_edited, ref, reference_len, keys, old_start, old_len)
+        is_edited = (lane >= 0) & (_of(lane, held) > 0)
+        num_new = tl.where(is_edited, _of(lane, new_len), 1)
+        from_text = text + _of(lane, new_start)
+        there = offsets - count
+        is_new = (there >= 0) & (there < num_new)
+        edited = tl.load(from_text + there, mask=is_new & is_edited, other=0)
+        kept = tl.load(ref + walk, mask=is_edited == 0, other=0)
+        tokens = tl.where(is_new, tl.where(is_edited, edited, kept), tokens)
+        count += num_new
+        walk += tl.where(is_edited, _of(lane, old_len), 1)
+        walk_edited = is_edited.to(tl.int32)
+    return tokens, tl.minimum(count, length)
 
 
 @triton.jit
@@ -531,9 +570,13 @@ def _bit_length(number):
 def _acceptance(kind, match_len, pools, record):
     """By the length of the match; then as it was seen, in all requests and in this."""
     guess = match_len.to(tl.float64) / (match_len + 1).to(tl.float64)
-    tested = tl.load(pools + 2 * kind + 1)
-    seen = (tl.load(pools + 2 * kind) + guess * _PRIOR_TESTS) / (tested + _PRIOR_TESTS)
-    guess = tl.where(tested > 0, seen, guess)
-    tested = tl.load(record + 2 * kind + 1)
-    seen = (tl.load(record + 2 * kind) + guess * _PRIOR_TESTS) / (tested + _PRIOR_TESTS)
+    return _share(record, kind, _share(pools, kind, guess))
+
+
+@triton.jit
+def _share(counts, kind, guess):
+    """Accepted of those tested, and of some guessed; the guess where none were."""
+    accepted = tl.load(counts + 2 * kind)
+    tested = tl.load(counts + 2 * kind + 1)
+    seen = (accepted + guess * _PRIOR_TESTS) / (tested + _PRIOR_TESTS)
     return tl.where(tested > 0, seen, guess)
