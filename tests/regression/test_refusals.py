@@ -140,7 +140,7 @@ def test_vllm_chooses_v2_where_it_can(
     """As on a GPU."""
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    monkeypatch.setattr(frontend, "_may_run_on_v2", lambda: True)
+    monkeypatch.setattr(frontend, "_may_run_on_v2", lambda config: True)
     model = {"model": DRAFT} if proposer == "draft_model" else {}
     assert _create(model | {"draft_length": "fixed"}).use_v2_model_runner
 
