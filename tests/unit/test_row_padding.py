@@ -56,6 +56,16 @@ def test_layers_keep_the_kernels_of_all_of_them_and_of_prompts() -> None:
     assert len(counts) <= MOST_ROW_COUNTS
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_larger_counts_are_quicker_with_amx_alone(
+    monkeypatch: pytest.MonkeyPatch, has_amx: bool
+) -> None:
+    """24 rows as 32, measured while other engines started."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
+    padding = RowPadding.measured([(16, 45.2), (24, 71.0), (32, 66.5), (64, 180.0)])
+    assert padding.padded(24, 999) == (32 if has_amx else 24)
+
+
 PASSES = (
     {1: 30.0, 16: 36.0, 24: 50.0, 32: 52.0, 40: 41.0, 64: 49.0, 128: 90.0},
     {1: 31.0, 16: 36.0, 24: 47.0, 32: 48.0, 40: 38.0, 64: 66.0, 128: 88.0},

@@ -7,7 +7,8 @@ kernels from the start; the policy fills the rows up with drafts where it has so
 
 More rows are sometimes quicker: on a CPU with AMX a forward of 17 to 32 rows may take
 longer than one of 40, in one process and not in the next. There the larger one is
-computed, and the cost table, which never falls, says what it takes.
+computed, and the cost table, which never falls, says what it takes. On other CPUs a
+count that seems quicker was measured in a better moment, and would be taken for ever.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from vllm_emssd.draft_length.cost import quickest_times
 
@@ -39,6 +42,11 @@ class RowPadding:
         samples: (rows, ms) of forwards at some of `ROW_COUNTS`, of which the quickest
             time counts.
     """
+
+    @classmethod
+    def measured(cls, samples: Iterable[tuple[int, float]]) -> RowPadding:
+        """By the samples on a CPU with AMX, else as without any."""
+        return cls(samples if torch.cpu._is_amx_tile_supported() else ())
 
     def __init__(self, samples: Iterable[tuple[int, float]] = ()) -> None:
         times = quickest_times(samples)

@@ -49,7 +49,7 @@ def measure_costs(runner: UnpadCPUModelRunner) -> tuple[StepCostMeter, RowPaddin
         if num_rows <= max_rows:
             run(num_rows)
     samples = time_target(run, target, max_rows, runner.device)
-    row_padding = RowPadding(samples)
+    row_padding = RowPadding.measured(samples)
     logger.info("Row counts quicker as larger ones: %s", row_padding)
     draft_costs, confidence_ms = NO_DRAFT_MODEL, 0.0
     if drafter is not None:
