@@ -41,10 +41,12 @@ from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, nu
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
+NUM_OUTPUT_TOKENS = 48
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
 
 Result = dict[str, Any]  # of one number of requests at once
+Output = tuple[list[int], bool]  # tokens, and whether it was not cut by a round's end
 console = Console(highlight=False)
 console.width = max(console.width, 120)  # of the table: a narrower one cuts numbers
 
@@ -54,7 +56,7 @@ def parse_options() -> argparse.Namespace:
         prog="scripts/demo", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer methods, rounds and tokens")
+    add("--quick", action="store_true", help="fewer rounds, none of one request")
     add("--shipped", action="store_true", help="the shipped pair, no chat model")
     add("--model", help="a chat model of your own; needs --draft-model")
     add("--draft-model", help="with the same tokenizer")
@@ -79,7 +81,7 @@ def choose_pair(options: argparse.Namespace) -> tuple[str, str]:
     return str(MODELS / "target"), str(MODELS / "draft")
 
 
-def list_methods(draft_model: str, quick: bool) -> list[Method]:
+def list_methods(draft_model: str) -> list[Method]:
     stock = {"method": "draft_model", "model": draft_model}
     auto = {"method": "emssd", "model": draft_model, "draft_length": "auto"}
     ngram = {"method": "ngram", "num_speculative_tokens": 7}  # as far as emssd copies
@@ -88,7 +90,7 @@ def list_methods(draft_model: str, quick: bool) -> list[Method]:
         Method("plain", None),
         *(
             Method(f"stock K={k}", stock | {"num_speculative_tokens": k})
-            for k in ((1, 5) if quick else (1, 2, 5))
+            for k in (1, 5)
         ),
         Method("stock ngram", ngram),
         Method("emssd auto", auto),
@@ -111,7 +113,7 @@ def make_table(measured: Rounds, results: list[Result], kinds: list[str]) -> Tab
     for name, rounds in measured[batches[-1]].items():
         last = rounds[-1]
         rows = (last.target_rows / last.num_tokens, last.draft_rows / last.num_tokens)
-        same = len(kinds) - len(different_prompts(measured, name))
+        same = len(kinds) - len(different_prompts(measured, name, len(kinds)))
         table.add_row(
             name,
             *(format_speed(result, name) for result in results),
@@ -130,28 +132,53 @@ def format_speed(result: Result, name: str) -> str:
 
 def tokens_a_step(done: Round, kinds: list[str], kind: str) -> float:
     """Of requests of one kind, after their first token."""
-    steps = [s.num_sampled for s in done.decode_steps() if kinds[s.request] == kind]
+    steps = [
+        step.num_sampled
+        for step in done.decode_steps()
+        if kinds[step.request % len(kinds)] == kind
+    ]
     return sum(steps) / max(len(steps), 1)
 
 
-def different_prompts(measured: Rounds, name: str) -> dict[int, list[list[int]]]:
-    """Prompts of which an output of any round is not plain's: plain's, and that."""
-    largest = max(measured)
-    plain, found = measured[largest]["plain"][0].outputs, {}
-    for rounds in measured.values():
-        for done in rounds[name]:
-            for prompt, tokens in enumerate(done.outputs):
-                if tokens != plain[prompt]:
-                    found.setdefault(prompt, [plain[prompt], tokens])
+def different_prompts(
+    measured: Rounds, name: str, num_prompts: int
+) -> dict[int, list[list[int]]]:
+    """Prompts of which an output is not plain's: plain's, and the first such."""
+    plain = dict(sorted(_outputs(measured, "plain", num_prompts), key=_how_whole))
+    found: dict[int, list[list[int]]] = {}
+    for prompt, output in _outputs(measured, name, num_prompts):
+        if prompt in plain and not _agree(plain[prompt], output):
+            found.setdefault(prompt, [plain[prompt][0], output[0]])
     return found
 
 
+def _outputs(
+    measured: Rounds, name: str, num_prompts: int
+) -> Iterator[tuple[int, Output]]:
+    """Of all rounds: prompt, and what it gave. Prompts come around again."""
+    for rounds in measured.values():
+        for done in rounds[name]:
+            for i, tokens in enumerate(done.outputs):
+                yield i % num_prompts, (tokens, i not in done.unfinished)
+
+
+def _how_whole(of_prompt: tuple[int, Output]) -> tuple[bool, int]:
+    _, (tokens, is_finished) = of_prompt
+    return is_finished, len(tokens)
+
+
+def _agree(*outputs: Output) -> bool:
+    """As far as both go; one that has ended must be no shorter."""
+    (few, has_ended), (more, _) = sorted(outputs, key=lambda output: len(output[0]))
+    return more[: len(few)] == few and (len(few) == len(more) or not has_ended)
+
+
 def describe_differences(
-    measured: Rounds, methods: list[Method], tokenizer: Any
+    measured: Rounds, methods: list[Method], tokenizer: Any, num_prompts: int
 ) -> Iterator[str]:
     """A sentence for each method whose outputs are not plain decoding's."""
     for name in (method.name for method in methods):
-        found = different_prompts(measured, name)
+        found = different_prompts(measured, name, num_prompts)
         for prompt, outputs in islice(found.items(), 1):
             pairs = enumerate(zip_longest(*outputs), 1)
             at, tokens = next(pair for pair in pairs if len({*pair[1]}) > 1)
@@ -200,11 +227,11 @@ def draw(results: list[Result], caption: str, path: Path) -> None:
 def run(options: argparse.Namespace) -> int:
     model, draft_model = choose_pair(options)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    methods = list_methods(draft_model, options.quick)
+    methods = list_methods(draft_model)
     logs = Path(tempfile.mkdtemp(prefix="emssd-demo-"))
     console.print(f"comparing {len(methods)} methods; vLLM's logs: {logs}")
     is_chat = tokenizer.chat_template is not None
-    workload = WorkloadOptions(48 if options.quick else 64, MAX_PROMPT_TOKENS)
+    workload = WorkloadOptions(NUM_OUTPUT_TOKENS, MAX_PROMPT_TOKENS)
     name = "chats" if is_chat else "completion"
     requests = load_workload(name, tokenizer, workload, NUM_PROMPTS).requests
     kinds = [*CHATS] * (NUM_PROMPTS // 3) if is_chat else [name] * NUM_PROMPTS
@@ -221,12 +248,19 @@ def run(options: argparse.Namespace) -> int:
     engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
     batches, rounds = ([8, 24], 2) if options.quick else ([1, 8, 24], 3)
     # At least one prompt of each kind, also one at a time.
-    plan = Plan(methods, batches, rounds, num_prompts=len(CHATS), starts_together=True)
-    measured = measure(plan, engines, requests)
+    plan = Plan(
+        methods,
+        batches,
+        rounds,
+        num_prompts=len(CHATS),
+        is_continuous=True,  # as in a server
+        starts_together=True,
+    )
+    measured = measure(plan, engines, requests * 2)  # prompts come around again
 
     results = compare_all(measured)
     console.print(make_table(measured, results, kinds))
-    wrong = [*describe_differences(measured, methods, tokenizer)]
+    wrong = [*describe_differences(measured, methods, tokenizer, NUM_PROMPTS)]
     for sentence in [*wrong, *losses(results)]:
         console.print(f"[red]{escape(sentence)}[/]")
     said = describe_run(model, options.dtype)

@@ -137,6 +137,7 @@ class Loop:
         step.made, step.verified = made.tolist(), kept.tolist()
         rows = self._num_reqs + int(kept.sum())
         step.ms += self._costs.fixed_ms + float(self._costs.target.ms(np.array(rows)))
+        step.ms += self._costs.speculation_ms * bool(made.any())
         step.tokens = self._num_reqs + int(accepted.sum())
         fed = np.maximum(made - 1, 0)
         caught_up = np.where(made > 0, 0, self._missing)

@@ -94,6 +94,26 @@ def test_mixed_work_beats_fixed_lengths(costs: StepCosts, least: float) -> None:
     assert share > least
 
 
+@pytest.mark.parametrize(("num_reqs", "speculation_ms"), [(32, 4.0), (16, 14.0)])
+def test_what_stopping_gains_must_pay_for_speculating_at_all(
+    num_reqs: int, speculation_ms: float
+) -> None:
+    """Requests are predictable at first, later one in four: no fixed length pays."""
+    costs = dataclasses.replace(
+        prices(draft_ms=2.0, per_row_ms=1.0), speculation_ms=speculation_ms
+    )
+
+    def quality(step: int, i: int) -> float:
+        return 0.95 if step < 200 or i % 4 == 0 else 0.05
+
+    policies = auto_policy(costs, 8), FixedDraftLength(0)
+    auto, plain = (
+        Loop(policy, costs, num_reqs, quality, seed=3).run(900).tokens_per_ms(500)
+        for policy in policies
+    )
+    assert auto > 0.965 * plain
+
+
 def share_of_best_fixed(
     num_reqs: int,
     costs: StepCosts,

@@ -27,7 +27,7 @@ def meter_of(fixed_ms: float = 4.0, speculation_ms: float = 0.0) -> StepCostMete
 def learned(meter: StepCostMeter, *steps: tuple[float, bool]) -> tuple[float, float]:
     for _ in range(200):
         for ms, has_drafted in steps:
-            meter._learn_rest(ms, has_drafted)
+            meter._learn_rest(ms, 0, has_drafted)
     return meter.costs.fixed_ms, meter.costs.speculation_ms
 
 
@@ -71,7 +71,7 @@ def test_the_first_forward_of_a_row_count_is_no_price_unless_it_is_quick() -> No
 def test_an_idle_step_tells_what_a_step_costs_but_not_a_forward(learns: bool) -> None:
     meter = meter_of()
     for _ in range(3):
-        meter.step_done(learns_costs=learns)
+        meter.step_done(0, learns_costs=learns)
     assert meter.costs.fixed_ms < 4.0
     assert (meter.costs.target.at(8) < 10.0) == learns
 
@@ -86,7 +86,7 @@ def test_draft_forwards_are_learned_however_rare() -> None:
     )
     for step in range(8 * 128):
         timings[:] = [(1, 1.0)] if step % 128 == 3 else []
-        meter.step_done()
+        meter.step_done(0)
     assert meter.costs.draft.at(1) < 5.0
 
 
@@ -97,11 +97,22 @@ def test_whatever_a_step_costs_is_learned_however_far_from_the_guess(
     assert learned(meter_of(), (true_ms, False))[0] == pytest.approx(true_ms, rel=0.01)
 
 
+def test_a_step_of_more_requests_costs_more_though_it_was_never_seen() -> None:
+    """Seen with one request and no drafts, then only with drafts."""
+    meter = meter_of(1.0, 0.0)
+    for _ in range(200):
+        meter._learn_rest(2.0, 1, has_drafted=False)
+    for _ in range(200):
+        meter._learn_rest(7.0, 33, has_drafted=True)
+    assert meter.costs.fixed_ms == pytest.approx(4.0, rel=0.02)
+    assert meter.costs.speculation_ms == pytest.approx(3.0, rel=0.05)
+
+
 def test_pauses_between_requests_are_no_cost() -> None:
     """A user thinks for a second, now and then."""
     meter = meter_of()
     for step in range(600):
-        meter._learn_rest(1000.0 if step % 5 == 0 else 4.0, has_drafted=False)
+        meter._learn_rest(1000.0 if step % 5 == 0 else 4.0, 0, has_drafted=False)
     assert meter.costs.fixed_ms == pytest.approx(4.0)
 
 

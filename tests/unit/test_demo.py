@@ -74,7 +74,7 @@ def test_loss_is_told(measured: Rounds) -> None:
 
 
 def test_another_output_is_told(measured: Rounds) -> None:
-    assert list(demo.describe_differences(measured, METHODS, Words())) == [
+    assert list(demo.describe_differences(measured, METHODS, Words(), 2)) == [
         "emssd auto: 1 outputs are not plain's; in that of prompt 2, token 2 is "
         "'word9' where plain has 'word5'."
     ]
@@ -82,10 +82,19 @@ def test_another_output_is_told(measured: Rounds) -> None:
 
 def test_an_output_that_ends_early_differs(measured: Rounds) -> None:
     measured[1]["emssd auto"][0].outputs[0] = [1]
-    assert list(demo.describe_differences(measured, METHODS, Words())) == [
+    assert list(demo.describe_differences(measured, METHODS, Words(), 2)) == [
         "emssd auto: 2 outputs are not plain's; in that of prompt 1, token 2 is "
         "None where plain has 'word2'."
     ]
+
+
+def test_an_output_cut_by_the_end_of_its_round_is_compared_as_far_as_it_goes(
+    measured: Rounds,
+) -> None:
+    cut = measured[2]["emssd auto"][0]
+    cut.outputs, cut.unfinished = [[1, 2, 3], [4, 5, 6], [1, 2], [4, 9]], {2, 3}
+    found = demo.different_prompts({2: measured[2]}, "emssd auto", 2)
+    assert found == {1: [[4, 5, 6], [4, 9]]}
 
 
 def test_without_a_network_the_shipped_pair_is_shown(

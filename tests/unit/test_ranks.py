@@ -72,9 +72,9 @@ def scenario(rank: int, meeting_point: str, results: Any) -> None:
     m = meter(rank, ranks)
     out["at start"] = costs_of(m.costs)
     for _ in range(63):
-        m.step_done()
+        m.step_done(0)
     out["after 63"] = costs_of(m.costs)
-    m.step_done()
+    m.step_done(0)
     out["after 64"] = costs_of(m.costs)
     out["own"] = costs_of(m.measured)
     out["errors"] = [error_of(ranks, [3, 0, n]) for n in (1, 2 + rank, 1)]

@@ -191,7 +191,7 @@ class SteeredPrices:
         self.rng, self.lengths = np.random.default_rng(0), []
         self.num_forwards = []
 
-    def step_done(self) -> None:
+    def step_done(self, num_reqs: int) -> None:
         self.lengths.append(list(self.speculator.draft_lens.values()))
         num_forwards = self.speculator.counters.num_draft_forwards
         self.num_forwards.append(num_forwards - self.num_forwards_before)

@@ -187,7 +187,9 @@ class _Engine:
         stats, preemptions = self._emssd_stats(), self._num_preemptions()
         start = time.perf_counter()
         for batch in batches:
-            done.outputs += self._run_batch(batch, max_concurrency, is_continuous)
+            outputs, unfinished = self._run_batch(batch, max_concurrency, is_continuous)
+            done.unfinished |= {len(done.outputs) + i for i in unfinished}
+            done.outputs += outputs
         done.seconds = time.perf_counter() - start
         done.num_tokens = sum(map(len, done.outputs))
         done.num_preemptions = self._num_preemptions() - preemptions
@@ -199,8 +201,9 @@ class _Engine:
 
     def _run_batch(
         self, batch: list[Request], max_concurrency: int, is_continuous: bool
-    ) -> list[list[int]]:
-        """The tokens of each request, in the order in which they started."""
+    ) -> tuple[list[list[int]], list[int]]:
+        """The tokens of each request, in the order in which they started, and which of
+        them were aborted."""
         engine = self._llm.llm_engine
         outputs: dict[str, Sequence[int]] = {}
         running: set[str] = set()
@@ -218,7 +221,8 @@ class _Engine:
                 if output.finished:
                     running.discard(output.request_id)
         engine.abort_request(list(running))
-        return [list(tokens) for tokens in outputs.values()]
+        unfinished = [i for i, name in enumerate(outputs) if name in running]
+        return [list(tokens) for tokens in outputs.values()], unfinished
 
     def _add(self, request: Request) -> str:
         from vllm import SamplingParams

@@ -13,8 +13,9 @@ from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
 
 _PROBE_LENGTH = 2
-_SURVEY_STEPS = 16  # from one measurement of what stopping gains to the next
-_SURVEY_RATE = 0.2  # share of the latest in what is believed
+_SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
+_GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
+_GAIN_RATE = 0.0125  # share, for each step since the one before, of the latest
 _LEAST_MS = 1e-6
 
 
@@ -44,6 +45,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
+        self._gain_measured = 0  # at which of the plans
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
         self._is_survey = self._is_probe = False
         self.needs_confidence = uses_confidence
@@ -134,10 +136,11 @@ class AutoDraftLength(DraftLengthPolicy):
             kept = self._kept()
         for i in np.flatnonzero(draft_lens):
             self._made[self._req_ids[i]] = self._confidence[i, : draft_lens[i]]
-        if self._is_survey:
-            self._survey(draft_lens, kept)
-            return draft_lens  # or what is always trimmed would never be verified again
-        return kept
+        is_due = self._num_plans - self._gain_measured >= _GAIN_STEPS
+        if self._is_survey or (is_due and not self._is_probe):
+            self._measure_gain(draft_lens, kept)
+        # What is always trimmed would never be verified again.
+        return draft_lens if self._is_survey else kept
 
     def _kept(self) -> np.ndarray:
         """The drafts worth their rows, and the likeliest others in rows that would be
@@ -152,7 +155,7 @@ class AutoDraftLength(DraftLengthPolicy):
             pays.flat[likeliest[:room]] = True
         return pays.sum(axis=1)
 
-    def _survey(self, made: np.ndarray, kept: np.ndarray) -> None:
+    def _measure_gain(self, made: np.ndarray, kept: np.ndarray) -> None:
         """What stopping and trimming gained in this step over the plan's depth for all;
         drafts that were not made are taken to do as those of their depth do."""
         plan, acceptance = self._plan, self.acceptance.by_depth
@@ -168,8 +171,12 @@ class AutoDraftLength(DraftLengthPolicy):
         by_confidence = (survival[is_kept] - self._verify_cost).sum()
         by_confidence -= made.sum() * (self._draft_cost - self._verify_cost)
         by_confidence -= self._forward_cost * made.max(initial=0)
+        if not plan.depth:  # else the plan has paid for it
+            by_confidence -= plan.tokens_per_ms * self.costs.speculation_ms
         gain = float(by_confidence - by_plan) / max(int(drafts.sum()), 1)
-        self._stopping_gain += _SURVEY_RATE * (gain - self._stopping_gain)
+        rate = _GAIN_RATE * (self._num_plans - self._gain_measured)
+        self._stopping_gain += rate * (gain - self._stopping_gain)
+        self._gain_measured = self._num_plans
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
         confidence = self._made.pop(req_id, None)

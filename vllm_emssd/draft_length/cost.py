@@ -25,10 +25,11 @@ _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the 
 
 @dataclass(slots=True)
 class StepCosts:
-    """Costs of one step: both models' forwards, what a step costs besides, what one
-    that drafts costs more than that and its draft forwards, and what a draft forward
-    costs more when it tells confidences. `computed_rows`: how many the target computes
-    for as many as are needed; a CPU's forwards have few row counts."""
+    """Costs of one step: both models' forwards; `fixed_ms`, what a step of as many
+    requests as the last costs besides; `speculation_ms`, what one that drafts costs
+    more than that and its draft forwards; `confidence_ms`, what a draft forward costs
+    more when it tells confidences. `computed_rows`: how many the target computes for as
+    many as are needed; a CPU's forwards have few row counts."""
 
     target: CostTable
     draft: CostTable

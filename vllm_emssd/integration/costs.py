@@ -28,8 +28,11 @@ logger = init_logger("vllm.emssd.step_costs")
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 _PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
-FIXED_MS = 4.0  # until seen: scheduling, sampling, Python
+# What a step of one request costs besides its forwards (scheduling, sampling, Python),
+# until steps without drafts were seen: low, so that they are tried where it matters.
+FIXED_MS = 1.0
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
+_SAME_AS_STEP = 32  # requests that cost as much there as the step does
 _PAUSE = 4.0  # times the cost so far: the engine was idle, this is no cost,
 _MOST_PAUSES = 8  # unless it goes on like that
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
@@ -78,6 +81,7 @@ class StepCostMeter:
         self._num_steps = 0
         self._step_ended: float | None = None
         self._num_pauses = 0  # in a row
+        self._fixed_ms = measured.fixed_ms  # of a step, requests aside
         self._known_to_target = {rows for rows, _ in measured.target.points}
         self._known_to_draft = {rows for rows, _ in measured.draft.points}
         self.measured = measured
@@ -87,9 +91,9 @@ class StepCostMeter:
             "Measured costs in ms, those of forwards as (rows, ms): %s", self.as_dict()
         )
 
-    def step_done(self, learns_costs: bool = True) -> None:
-        """Called when a step's drafts are made: learn from the step. Without
-        `learns_costs` only what the step costs besides its forwards."""
+    def step_done(self, num_reqs: int, learns_costs: bool = True) -> None:
+        """Called when a step's drafts are made: learn from the step, of `num_reqs`
+        requests. Without `learns_costs` only what it costs besides its forwards."""
         now = time.perf_counter()
         costs = self.measured
         target = self._target.take_timings()
@@ -105,26 +109,28 @@ class StepCostMeter:
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            self._learn_rest(ms, has_drafted=bool(draft))
+            self._learn_rest(ms, num_reqs, has_drafted=bool(draft))
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
-    def _learn_rest(self, ms: float, has_drafted: bool) -> None:
+    def _learn_rest(self, ms: float, num_reqs: int, has_drafted: bool) -> None:
         """A step took `ms` besides its forwards."""
-        costs = self.measured
-        both = costs.fixed_ms + costs.speculation_ms
+        costs, per_step = self.measured, 1 + num_reqs / _SAME_AS_STEP
+        fixed = self._fixed_ms * per_step
+        both = fixed + costs.speculation_ms
         self._num_pauses = self._num_pauses + 1 if ms > _PAUSE * both else 0
-        if ms <= 0 or 0 < self._num_pauses <= _MOST_PAUSES:
-            return
-        if not has_drafted:
-            costs.fixed_ms += _FIXED_RATE * (ms - costs.fixed_ms)
-            return
-        both += _FIXED_RATE * (ms - both)
-        # A step without drafts costs no more: it was slower when last seen.
-        costs.fixed_ms = min(costs.fixed_ms, both)
-        costs.speculation_ms = both - costs.fixed_ms
+        if ms > 0 and not 0 < self._num_pauses <= _MOST_PAUSES:
+            if has_drafted:
+                both += _FIXED_RATE * (ms - both)
+                # A step without drafts costs no more: it was slower when last seen.
+                fixed = min(fixed, both)
+                costs.speculation_ms = both - fixed
+            else:
+                fixed += _FIXED_RATE * (ms - fixed)
+        self._fixed_ms = fixed / per_step
+        costs.fixed_ms = fixed
 
     def _take_over_costs(self) -> None:
         """The first rank's measured costs are everyone's from now on, and the points

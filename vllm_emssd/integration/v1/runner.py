@@ -250,9 +250,10 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         assert self._proposer is not None
         step = self._record_verified(scheduler_output, sampled_token_ids)
         # Where drafts have not paid for long, most steps end here.
+        num_sampling = int(step.is_sampling.sum())
         skips = isinstance(
             self._proposer, DraftModelProposer
-        ) and self._proposer.skips_step(int(step.is_sampling.sum()))
+        ) and self._proposer.skips_step(num_sampling)
         if skips:
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
             self.num_real_drafts.update(dict.fromkeys(step.req_ids, 0))
@@ -261,7 +262,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._publisher.step_done()
         if self._step_costs is not None:
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
-            self._step_costs.step_done(learns_costs=not skips or has_verified)
+            self._step_costs.step_done(num_sampling, not skips or has_verified)
         return drafts
 
     def _propose(self, step: ScheduledStep) -> list[list[int]]:

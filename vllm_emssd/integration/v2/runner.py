@@ -236,7 +236,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         if isinstance(output, AsyncOutput):
             self._outputs.append(output)
             if self._step_costs is not None:
-                self._step_costs.step_done()
+                self._step_costs.step_done(len(output.num_sampled_tokens_np))
         return output
 
     def _record_acceptance(self, num_late: int | None = None) -> None:
