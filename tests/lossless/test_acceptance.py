@@ -24,7 +24,7 @@ def test_engine_agrees_with_the_reference_request_by_request() -> None:
     stop_counting_others()
     with running(EngineConfig(DRAFT_MODEL, prefix_caching=True)) as llm:
         tokenizer = llm.get_tokenizer()
-        for text in texts(6):
+        for text in texts(4):
             before = stats(llm)
             (token_ids,) = greedy(llm, [text], MAX_TOKENS)
             counts = {name: n - before[name] for name, n in stats(llm).items()}

@@ -21,7 +21,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "vllm_emssd", "bench", "latency"]
     command += ["--methods", *METHODS, "--batch-size", *map(str, BATCHES)]
     command += ["--output-len", str(MAX_TOKENS), "--input-len", "256"]
-    command += ["--num-iters", "1", "--no-enable-prefix-caching", "--enforce-eager"]
+    command += ["--num-iters", "1", "--num-iters-warmup", "0", "--enforce-eager"]
+    command += ["--no-enable-prefix-caching"]
     command += ["--kv-cache-memory-bytes", "64M", "--output-json", str(path)]
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
