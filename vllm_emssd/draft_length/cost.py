@@ -2,8 +2,8 @@
 
 Costs are staircases: the first rows come for the time of reading the weights, later
 ones each cost arithmetic. So a table is a few measured points with straight lines
-between them, never falling: a point above a later one costs what that one does, and
-keeps its own measured time all the same, or the two could never part again.
+between them, never falling: a point measured above a later one costs what the later one
+does, but keeps its own time, so that later observations can tell the two apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FIRST_WEIGHT = 4.0  # or more while few were seen: observations a first time co
 _SHARED = 0.7  # of their change that all other points make: the machine is the same
 _MOST_CHANGE = 2.0  # times its cost is the most that an observation counts as
 _OUTLIER = 5.0  # times the cost: another process ran, not a forward,
-_MOST_OUTLIERS = 8  # unless it goes on like that
+_MOST_OUTLIERS = 8  # in a row; what goes on for longer is the cost
 _LEAST_MS = 1e-6
 _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
 

@@ -2,8 +2,8 @@
 
 While the answer agrees with the reference, the next tokens are those behind the
 pointer. Where it departs, what it wrote instead is collected until the end of the text
-occurs in the reference again. What was replaced by what is remembered: an identifier
-that is changed throughout costs a rejection the first time, not every time.
+occurs in the reference again. Replacements are remembered: an identifier that is
+changed throughout costs a rejection the first time, not every time.
 """
 
 from __future__ import annotations
