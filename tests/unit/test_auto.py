@@ -23,6 +23,7 @@ from vllm_emssd.draft_length import (
     AcceptanceEstimator,
     AutoDraftLength,
     CostTable,
+    FixedDraftLength,
     StepCosts,
     StepInfo,
 )
@@ -92,7 +93,7 @@ def test_what_stopping_gains_must_pay_for_speculating_at_all(
 ) -> None:
     """Requests are predictable at first, later one in four: no fixed length pays."""
     costs = dataclasses.replace(
-        prices(draft_ms=2.0, per_row_ms=1.0), speculation_ms=speculation_ms
+        made_costs(draft_ms=2.0, per_row_ms=1.0), speculation_ms=speculation_ms
     )
 
     def quality(step: int, i: int) -> float:
