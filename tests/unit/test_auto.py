@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.draft_batches import step_of
 from tests.unit.simulated_acceptance import (
     Loop,
     auto_policy,
@@ -25,7 +26,6 @@ from vllm_emssd.draft_length import (
     CostTable,
     FixedDraftLength,
     StepCosts,
-    StepInfo,
 )
 from vllm_emssd.simulate.reliability import MARGINAL, CountedDraftLength
 
@@ -37,20 +37,6 @@ CHEAP, MEDIUM, EXPENSIVE = (
     made_costs(draft_ms=10.0),
 )
 LONGEST_IDLE = 128  # steps between two probes
-
-
-def step_of(
-    num_reqs: int, most: int = 4, missing: int = 1, num_prefill: int = 0
-) -> StepInfo:
-    """`num_prefill` of the requests are in prefill, 50 rows each."""
-    is_sampling = np.arange(num_reqs) >= num_prefill
-    return StepInfo(
-        [f"r{i}" for i in range(num_reqs)],
-        is_sampling,
-        np.where(is_sampling, most, 0),
-        np.full(num_reqs, missing),
-        50 * num_prefill,
-    )
 
 
 # ---------------------------------------------------------------- what a loop earns

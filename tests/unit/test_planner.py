@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.draft_batches import step_of
 from vllm_emssd.draft_length import Copies, CostTable, StepCosts, StepInfo
 from vllm_emssd.draft_length.planner import best_plan
 
@@ -35,16 +36,6 @@ ACCEPTANCE = st.lists(
 )
 
 
-def step_of(num_reqs: int, prefill_rows: int = 0, missing: int = 1) -> StepInfo:
-    return StepInfo(
-        [f"r{i}" for i in range(num_reqs)],
-        np.ones(num_reqs, dtype=bool),
-        np.full(num_reqs, K),
-        np.full(num_reqs, missing),
-        prefill_rows,
-    )
-
-
 def rate(step: StepInfo, acceptance: np.ndarray, costs: StepCosts, depth: int) -> float:
     """Tokens a millisecond, drafts and all, by the book."""
     num_reqs, base = len(step.req_ids), step.base_rows
@@ -60,7 +51,8 @@ def rate(step: StepInfo, acceptance: np.ndarray, costs: StepCosts, depth: int) -
 def test_no_other_depth_earns_more(
     num_reqs: int, prefill_rows: int, acceptance: list[float], costs: StepCosts
 ) -> None:
-    step, alpha = step_of(num_reqs, prefill_rows), np.array(acceptance)
+    step, alpha = step_of(num_reqs), np.array(acceptance)
+    step = dataclasses.replace(step, num_prefill_rows=prefill_rows)
     plan = best_plan(step, alpha, costs)
     rates = [rate(step, alpha, costs, depth) for depth in range(K + 1)]
     assert rates[plan.depth] == pytest.approx(max(rates))
@@ -108,7 +100,8 @@ def test_prompts_in_the_step_do_not_make_drafts_cheap() -> None:
     """A step is slow with a prompt in it; that a draft slows it less says nothing."""
     alpha = np.array([0.3, 0.3, 0.3, 0.3])
     alone = best_plan(step_of(16), alpha, PER_ROW)
-    with_prompt = best_plan(step_of(16, prefill_rows=300), alpha, PER_ROW)
+    prompt = dataclasses.replace(step_of(16), num_prefill_rows=300)
+    with_prompt = best_plan(prompt, alpha, PER_ROW)
     assert alone.depth == with_prompt.depth
     assert with_prompt.tokens_per_ms == pytest.approx(alone.tokens_per_ms)
 
