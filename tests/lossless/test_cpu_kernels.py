@@ -1,7 +1,7 @@
 """Verification on a CPU, whose kernels are `vllm/utils/cpu_triton_utils.py`.
 
 The one that the plugin replaces is compared with a plain reference; a strict xfail says
-that stock's is wrong, and fails once upstream mends it. What comes out of all of them
+that stock's is wrong, and fails once upstream fixes it. What comes out of all of them
 together follows the target's law exactly.
 """
 
