@@ -99,7 +99,7 @@ class CostTable:
         if 0 < self._outliers <= _MOST_OUTLIERS:
             return
         if ms < cost / _MOST_CHANGE:
-            # No noise makes a forward this quick: what was measured before was slowed.
+            # Noise makes no forward this quick: what was measured before was slowed.
             quicker = self._measured * (1 + ms / cost) / 2
             self._measured = np.maximum(quicker, _LEAST_MS)
         else:
@@ -116,8 +116,8 @@ class CostTable:
         own = np.interp(rows, self._rows[beside], measured[beside])
         ms = ratio * np.interp(rows, self._rows, self._ms)
         moved = measured[beside] * (1 + rate * (ms / max(own, _LEAST_MS) - 1))
-        # What was measured at the start, at its quickest, and never seen since must not
-        # look cheap beside live times: a row more costs their difference.
+        # Points that were measured at the start, at their quickest, and not seen since
+        # must not look cheap beside live times: another row costs their difference.
         measured *= 1 + _SHARED * _weight(sum(self._seen) // 2) * (ratio - 1)
         # More rows cannot be quicker: if they were when they were measured, they rise.
         later = measured[right + 1 :]

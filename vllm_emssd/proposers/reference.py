@@ -138,7 +138,7 @@ class ReferencePointer:
 
     def _remember_edit(self, end: int, agreed: int) -> None:
         """What stood between the departure and the match, and what stands there now.
-        Wherever the like stands again, the edit may be made again."""
+        The edit may be made again wherever the same tokens occur."""
         assert self._departure is not None
         start = self._position
         common = min(agreed, len(self._departure), end - start)
