@@ -137,10 +137,6 @@ class DraftCursor:
         """
         self._requests[req_id].num_fed_drafts = num_fed_drafts
 
-    def num_fed_drafts(self, req_id: str) -> int:
-        """Of the request's drafts not yet verified, how many the drafter was fed."""
-        return self._requests[req_id].num_fed_drafts
-
     def record_verified(self, req_id: str, num_accepted_tokens: int) -> None:
         """The target accepted the first `num_accepted_tokens` of the pending drafts."""
         state = self._requests[req_id]

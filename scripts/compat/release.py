@@ -59,7 +59,7 @@ def prepared(which: str) -> Release:
     """
     version, source = source_of(which)
     kernels_version, kernels = installed_kernels()
-    if version == kernels_version:  # the build may have mended files of the release
+    if version == kernels_version:  # the build may have fixed files of the release
         return Release(version, source, kernels_version, kernels.parent)
     folder = CACHE / f"vllm-{version}-on-{kernels_version}-{PYTHON}"
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Process trees that tests start: all of a tree is found again, whoever its parent is.
+"""Process trees that tests start: all of a tree is found again, whatever its parent is.
 
 A mark in the environment is inherited by all that a process starts, and what is not
 started by us does not have it.

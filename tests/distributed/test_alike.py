@@ -99,7 +99,7 @@ def test_fixed_lengths_accept_what_the_single_worker_accepts(
 
 
 @pytest.mark.parametrize("setting", AUTO)
-def test_ranks_decide_by_the_same_prices(setting: Setting, runs: Runs) -> None:
+def test_ranks_decide_by_the_same_costs(setting: Setting, runs: Runs) -> None:
     costs = runs.of(setting).check().report.costs
     assert len(costs) == setting.tp
     assert all(rank["used"] == costs[0]["used"] for rank in costs)

@@ -123,7 +123,7 @@ def test_v2_float32_tokens_and_acceptance(run: Run, variant: str, how: str) -> N
             ("plain", "stock", "emssd"),
         )
     # Compiled, rows are padded to a captured number, and how the target rounds depends
-    # on it: whoever verifies drafts agrees.
+    # on it: any verifier of drafts agrees.
     check_tokens(ours, plain if eager else stock)
     assert ours["num_accepted_tokens"] == stock["num_accepted_tokens"]
     check_rows(ours["counts"], variant)

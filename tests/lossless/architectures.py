@@ -145,6 +145,7 @@ INVENTORY = (
         says="has latent attention.* --speculative-config",
         drafter="refused",
         drafter_says="has latent attention",
+        is_fast=True,
     ),
     Architecture(
         "hybrid, Mamba-2",
@@ -162,6 +163,7 @@ INVENTORY = (
             "position_embedding_type": "rope",
         },
         **RECURRENT,
+        is_fast=True,
     ),
     Architecture(
         "hybrid, Mamba-1",
@@ -230,6 +232,7 @@ INVENTORY = (
             "expand": 2,
         },
         **RECURRENT,
+        is_fast=True,
     ),
     Architecture(
         "encoder-decoder",
@@ -257,6 +260,7 @@ INVENTORY = (
         says="encoder-decoder targets.* --speculative-config",
         drafter="refused",
         drafter_says="encoder-decoder",
+        is_fast=True,
     ),
     Architecture(
         "multimodal, text prompts",
@@ -291,6 +295,7 @@ INVENTORY = (
         says="generates text.* --speculative-config",
         drafter="refused",
         drafter_says="does not generate text",
+        is_fast=True,
     ),
 )
 

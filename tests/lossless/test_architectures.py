@@ -52,11 +52,6 @@ def rows(**wanted: Any) -> list[Any]:
     ]
 
 
-def all_rows(**wanted: Any) -> list[Any]:
-    """The same where no engine starts: none is slow."""
-    return [pytest.param(*p.values, id=p.id) for p in rows(**wanted)]
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a row's model, made once."""
@@ -163,7 +158,7 @@ def create(row: Architecture, model: Path, speculative: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("proposer", ["draft_model", "llma", "mixed"])
-@pytest.mark.parametrize("row", all_rows(target="refused"))
+@pytest.mark.parametrize("row", rows(target="refused"))
 def test_target_refused_at_start(row: Architecture, proposer: str, models: Any) -> None:
     model = models(row)
     speculative = FIXED | {"proposer": proposer}
@@ -174,7 +169,7 @@ def test_target_refused_at_start(row: Architecture, proposer: str, models: Any) 
     assert re.search(r"--[a-z]", str(refusal.value))  # the flag to change
 
 
-@pytest.mark.parametrize("row", all_rows(drafter="refused"))
+@pytest.mark.parametrize("row", rows(drafter="refused"))
 def test_drafter_refused_at_start(row: Architecture, models: Any) -> None:
     (dense,) = (row for row in INVENTORY if row.example == "Llama")
     with pytest.raises(ValueError, match=row.drafter_says) as refusal:

@@ -210,7 +210,9 @@ def arrangements(case: str) -> dict[str, tuple[list[str], list[SamplingParams]]]
 
 @cache
 def results(name: str) -> dict[str, Sampled]:
-    """All cases on one engine, by "case" or "case, arrangement"."""
+    """All cases on one engine, by "case" or "case, arrangement"; of ours also one by
+    `STOPS`."""
+    stops = stops_at_min_tokens() if name in OURS else None
     stop_counting_others()
     seen = {}
     with engine(name) as llm, random_costs(llm) if name in AUTO else nullcontext():
@@ -225,10 +227,13 @@ def results(name: str) -> dict[str, Sampled]:
                 with recorded_paths(llm) as paths:
                     seen[key] = sample(llm, prompts, params)
                 PATHS_SEEN[name, key] = paths
+        if stops is not None:
+            seen[STOPS] = sample(llm, *stops[:2])
     return seen
 
 
 PATHS_SEEN: dict[tuple[str, str], set[str]] = {}
+STOPS = "stop at min_tokens"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -331,10 +336,7 @@ def stops_at_min_tokens() -> tuple[list[str], list[SamplingParams], list[list[in
     return prompts, params, expected
 
 
-@pytest.mark.parametrize("name", ["draft_model", "llma"])
+@pytest.mark.parametrize("name", OURS)
 def test_a_stop_token_counts_once_min_tokens_are_reached(name: str) -> None:
     """One that stands right behind accepted drafts, too."""
-    prompts, params, expected = stops_at_min_tokens()
-    stop_counting_others()
-    with engine(name) as llm:
-        assert sample(llm, prompts, params).token_ids == expected
+    assert results(name)[STOPS].token_ids == stops_at_min_tokens()[2]

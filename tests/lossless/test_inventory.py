@@ -148,6 +148,18 @@ STATES_V2: dict[str, list[str] | NoMatter] = {
     "TraceReplayState": OTHER_ENGINES,
     "LogitsProcRequestState": NoMatter("a view of the requests' tokens"),
 }
+# The last ones are of vLLM 0.33 alone.
+OF_THE_FRONT_END = """
+messages model prompt input instructions suffix echo user stream stream_options
+reasoning reasoning_effort include_reasoning parallel_tool_calls
+truncate_prompt_tokens truncation_side truncation add_generation_prompt
+continue_final_message add_special_tokens documents chat_template chat_template_kwargs
+priority request_id session_id return_tokens_as_token_ids return_token_ids
+return_token_offsets return_prompt_text cache_salt prompt_embeds background include
+max_tool_calls metadata previous_response_id service_tier store prompt_cache_key
+prompt_cache_options prompt_cache_retention return_weight_versions safety_identifier
+enable_response_messages previous_input_messages
+"""
 # Of requests over HTTP: the field of SamplingParams that each becomes, or why it
 # cannot matter.
 REQUESTS: dict[str, str | NoMatter] = {
@@ -167,57 +179,7 @@ REQUESTS: dict[str, str | NoMatter] = {
         ("media_io_kwargs", "mm_processor_kwargs", "mm_payload", "return_mm_kwargs"),
         OTHER_MODELS,
     ),
-    **dict.fromkeys(
-        [
-            "messages",
-            "model",
-            "prompt",
-            "input",
-            "instructions",
-            "suffix",
-            "echo",
-            "user",
-            "stream",
-            "stream_options",
-            "reasoning",
-            "reasoning_effort",
-            "include_reasoning",
-            "parallel_tool_calls",
-            "truncate_prompt_tokens",
-            "truncation_side",
-            "truncation",
-            "add_generation_prompt",
-            "continue_final_message",
-            "add_special_tokens",
-            "documents",
-            "chat_template",
-            "chat_template_kwargs",
-            "priority",
-            "request_id",
-            "session_id",
-            "return_tokens_as_token_ids",
-            "return_token_ids",
-            "return_token_offsets",
-            "return_prompt_text",
-            "cache_salt",
-            "prompt_embeds",
-            "background",
-            "include",
-            "max_tool_calls",
-            "metadata",
-            "previous_response_id",
-            "service_tier",
-            "store",
-            "prompt_cache_key",
-            "prompt_cache_options",  # since vLLM 0.33, as the next three
-            "prompt_cache_retention",
-            "return_weight_versions",
-            "safety_identifier",
-            "enable_response_messages",
-            "previous_input_messages",
-        ],
-        FRONT_END,
-    ),
+    **dict.fromkeys(OF_THE_FRONT_END.split(), FRONT_END),
 }
 
 

@@ -22,7 +22,7 @@ from tests.engine import (
 )
 from tests.lossless.distribution import FALSE_ALARM
 from tests.lossless.engines import Sampled, engine, sample, texts
-from tests.lossless.test_greedy import arrangements, stops_at_min_tokens
+from tests.lossless.test_greedy import STOPS, arrangements, stops_at_min_tokens
 from tests.lossless.test_greedy import results as greedy_results
 from tests.lossless.test_sampled import (
     PARAMETERS,
@@ -127,7 +127,7 @@ def _shift_forced_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_finished_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own: a finished request's budget goes on in whoever gets its row."""
+    """vLLM's own: a finished request's budget goes on in the one that gets its row."""
     stock = ThinkingBudgetStateHolder.sync_batch
     monkeypatch.setattr(ThinkingBudgets, "sync_batch", stock)
 
@@ -156,7 +156,7 @@ def _keep_generators_after_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (_shift_forced_tokens, "thinking_token_budget"),
         (_keep_finished_budgets, "thinking_token_budget, seed"),
-        (_mask_bonus_row_too_late, "stop at min_tokens"),
+        (_mask_bonus_row_too_late, STOPS),
         (_keep_generators_after_rejection, "seed"),
     ],
 )
@@ -166,7 +166,7 @@ def test_wrong_rows_and_states_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain_results = greedy_results("plain")
-    if case == "stop at min_tokens":
+    if case == STOPS:
         prompts, params, expected = stops_at_min_tokens()
     else:
         prompts, params = arrangements(case)["all"]

@@ -68,7 +68,7 @@ class Pass:
 @dataclass(frozen=True, slots=True)
 class Run:
     first: Pass
-    second: Pass  # the same prompts again, on the same engine; preempted ones sampled
+    second: Pass  # with prefix caching the same prompts again; preempted ones sampled
     worker: str
     scheduler: str
 
@@ -111,9 +111,13 @@ def run(name: str) -> Run:
     with running(CONFIGS[name]) as llm:
         engine_core = llm.llm_engine.engine_core.engine_core
         worker = llm.llm_engine.model_executor.driver_worker.worker
+        first = second = _one_pass(llm)
+        if CONFIGS[name].prefix_caching:
+            is_small = "small cache" in name
+            second = _one_pass(llm, **(ONE_OUTCOME if is_small else {}))
         return Run(
-            _one_pass(llm),
-            _one_pass(llm, **(ONE_OUTCOME if "small cache" in name else {})),
+            first,
+            second,
             f"{type(worker).__module__}.{type(worker).__qualname__}",
             type(engine_core.scheduler).__qualname__,
         )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fresh_process import python
 
 METHODS = ("plain", "emssd", "llma")
 BATCHES = (1, 3)
@@ -18,15 +17,12 @@ MAX_TOKENS = 48
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "result.json"
-    command = [sys.executable, "-m", "vllm_emssd", "bench", "latency"]
+    options = f"--input-len 256 --output-len {MAX_TOKENS} --kv-cache-memory-bytes 64M"
+    options += " --num-iters 1 --num-iters-warmup 0 --no-enable-prefix-caching"
+    command = ["-m", "vllm_emssd", "bench", "latency", *options.split()]
     command += ["--methods", *METHODS, "--batch-size", *map(str, BATCHES)]
-    command += ["--output-len", str(MAX_TOKENS), "--input-len", "256"]
-    command += ["--num-iters", "1", "--no-enable-prefix-caching", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", "64M", "--output-json", str(path)]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=False
-    )
+    command += ["--enforce-eager", "--output-json", str(path)]
+    done = python(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(path.read_text())
 

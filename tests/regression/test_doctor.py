@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import vllm_emssd
+from tests.fresh_process import python
 from tests.without_hooks import without
 from vllm_emssd import cli
 from vllm_emssd.commands import doctor
@@ -41,18 +41,8 @@ def test_whatever_is_not_right_says_what_to_change(found: dict[str, Finding]) ->
         assert bool(finding.fix) == (finding.state is not State.OK)
 
 
-def run_doctor(**environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vllm_emssd", "doctor"],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_a_disabled_plugin_ends_with_1() -> None:
-    done = run_doctor(VLLM_PLUGINS="")
+    done = python("-m", "vllm_emssd", "doctor", VLLM_PLUGINS="")
     assert done.returncode == 1, done.stderr[-2000:]
     assert "wrong  plugin: vLLM does not know" in done.stdout
     assert "wrong  plugin, new process: vLLM does not know" in done.stdout
@@ -75,7 +65,7 @@ def test_a_broken_installation_is_a_row(name: str, tmp_path: Path) -> None:
             (package / "__init__.py").write_text("__version__ = '0.32.0'")
     (module / "__init__.py").write_text(BROKEN[name])
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = run_doctor(PYTHONPATH=path)
+    done = python("-m", "vllm_emssd", "doctor", PYTHONPATH=path)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
@@ -97,7 +87,7 @@ def test_a_check_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_device() -> Finding:
         raise OSError("no driver")
 
-    monkeypatch.setattr(checks, "check_device", check_device)
+    monkeypatch.setattr(checks, "_checks", lambda: iter([check_device]))
     [finding] = [f for f in checks.findings() if f.about == "check device"]
     assert finding.state is State.WRONG
     assert "no driver" in finding.found

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,6 @@ from tests.engine import (
 )
 from tests.planted_failures import break_parts
 from tests.regression.runs import batch_prompts, run
-from vllm_emssd.integration.v1.greedy import highest_probability
 from vllm_emssd.integration.v1.sampling import count_nan_as_one_hot
 from vllm_emssd.integration.worker import memory_advice
 
@@ -159,12 +157,6 @@ def prompt_token_ids() -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(DRAFT)
     return [tokenizer.encode(text) for text in batch_prompts(BATCH)]
-
-
-def test_nan_confidence_is_none() -> None:
-    logits = torch.tensor([[0.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
-    confidence = highest_probability(logits).numpy()
-    assert confidence == pytest.approx(np.array([0.5, 0.0, 0.0]))
 
 
 def test_nan_distribution_counts_as_a_copy() -> None:

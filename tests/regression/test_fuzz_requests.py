@@ -25,31 +25,13 @@ from tests.engine import DRAFT, DRAFT_MODEL, LLMA, MIXED, TARGET, prompts
 from vllm_emssd.bench.server_process import ServerProcess, free_port, server_process
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-FLAGS = [
-    *[
-        "--served-model-name",
-        "target",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--seed",
-        "0",
-    ],
-    *[
-        "--max-model-len",
-        "640",
-        "--max-num-batched-tokens",
-        "4096",
-        "--host",
-        "127.0.0.1",
-    ],
-    *f"--kv-cache-memory-bytes {64 << 20} --max-logprobs 20".split(),
-    *("--chat-template", TEMPLATE),
-    *(
-        "--reasoning-config",
-        json.dumps({"reasoning_start_str": "self", "reasoning_end_str": "return x"}),
-    ),
-]
+REASONING = {"reasoning_start_str": "self", "reasoning_end_str": "return x"}
+FLAGS = (
+    "--served-model-name target --dtype float32 --enforce-eager --seed 0 "
+    "--max-model-len 640 --max-num-batched-tokens 4096 --host 127.0.0.1 "
+    f"--kv-cache-memory-bytes {64 << 20} --max-logprobs 20"
+).split()
+FLAGS += ["--chat-template", TEMPLATE, "--reasoning-config", json.dumps(REASONING)]
 METHODS = {
     "mixed": MIXED,
     "draft_model": DRAFT_MODEL,
@@ -129,45 +111,21 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "vllm_xargs": st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
 }
 # What would only test the front end, or names files, connectors and other models.
-LEFT_OUT = [
-    "model",
-    "messages",
-    "prompt",
-    "input",
-    "background",
-    "previous_response_id",
-    "previous_input_messages",
-    "stream",
-    "stream_options",
-    "request_id",
-    "session_id",
-    "prompt_embeds",
-    "use_beam_search",
-    "length_penalty",
-    "media_io_kwargs",
-    "mm_processor_kwargs",
-    "mm_payload",
-    "return_mm_kwargs",
-    "kv_transfer_params",
-    "ec_transfer_params",
-    "chat_template",
-    "documents",
-    "chat_template_kwargs",
-    "tools",
-    "tool_choice",
-    "watermarking",
-    "routed_experts_prompt_start",
-    "continue_final_message",
-    "add_generation_prompt",
-    "stream_interval",
-]
+LEFT_OUT = """
+model messages prompt input background previous_response_id previous_input_messages
+stream stream_options request_id session_id prompt_embeds use_beam_search
+length_penalty media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs
+kv_transfer_params ec_transfer_params chat_template documents chat_template_kwargs
+tools tool_choice watermarking routed_experts_prompt_start continue_final_message
+add_generation_prompt stream_interval
+"""
 
 
 def _fields(request_type: Any) -> dict[str, st.SearchStrategy[Any]]:
     return {
         name: VALUES.get(name, st.from_type(field.annotation).filter(_is_json))
         for name, field in request_type.model_fields.items()
-        if name not in LEFT_OUT
+        if name not in LEFT_OUT.split()
     }
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.fresh_process import python
 from tests.regression.runs import batch_prompts, run
 
 WITHOUT_PLUGIN = """
@@ -60,13 +58,6 @@ def test_front_end_passes_other_methods_through(asked: dict | None) -> None:
 
 def test_output_without_the_plugin_is_the_same() -> None:
     texts = batch_prompts(8)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN],
-        input=json.dumps(texts),
-        env=os.environ | {"VLLM_PLUGINS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", WITHOUT_PLUGIN, given=json.dumps(texts), VLLM_PLUGINS="")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == run("plain").first.token_ids[8]

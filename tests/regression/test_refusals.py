@@ -9,13 +9,11 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 
-import vllm_emssd
 from tests.engine import DRAFT, TARGET
 from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import unsupported
 from vllm_emssd.integration.frontend import method as frontend
 from vllm_emssd.integration.frontend.serving import tag_of
-from vllm_emssd.integration.hooks import compat
 from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
 
 
@@ -264,15 +262,3 @@ def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 4096}))
     with pytest.raises(ValueError, match="'model' has a vocabulary of another size"):
         _create({"model": str(other)})
-
-
-def test_vllm_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat.vllm, "__version__", "0.34.0")
-    with pytest.raises(RuntimeError, match=r"vLLM .*0\.32.*found 0\.34\.0"):
-        _create({})
-
-
-def test_register_twice_is_once() -> None:
-    before = EngineArgs.create_speculative_config
-    vllm_emssd.register()
-    assert EngineArgs.create_speculative_config is before

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import vllm
 
 from tests.engine import TARGET
+from tests.fresh_process import python
 from vllm_emssd.integration.hooks.compat import SUPPORTED_VLLM
 
 INSTALLED = Path(vllm.__file__).parent
@@ -33,17 +32,6 @@ def doctored(root: Path, file: str, *renamed: tuple[str, str]) -> Path:
     return root
 
 
-def run_on(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *args],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 FILE = "v1/worker/gpu_model_runner.py"
 TARGET_NAME = "vllm.v1.worker.gpu_model_runner:build_logitsprocs"
 
@@ -56,10 +44,11 @@ def test_start_with_emssd_names_the_target(tmp_path: Path) -> None:
         (", build_logitsprocs", ", build_logitsprocs as build_processors"),
         ("=build_logitsprocs(", "=build_processors("),
     )
-    done = run_on(root, "-c", START)
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = python("-c", START, PYTHONPATH=path)
     assert done.returncode != 0
     assert f"{TARGET_NAME} is missing" in done.stderr
     assert str(SUPPORTED_VLLM) in done.stderr
-    listed = run_on(root, "-m", "vllm_emssd", "doctor")
+    listed = python("-m", "vllm_emssd", "doctor", PYTHONPATH=path)
     assert listed.returncode == 1
     assert f"{TARGET_NAME} is missing" in listed.stdout

@@ -4,13 +4,12 @@ change: requests are treated alike, and each engine's counters are its own."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fresh_process import python
 
 pytestmark = pytest.mark.slow
 
@@ -24,13 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(folder: Path) -> dict[str, Any]:
     path, temporary = folder / "report.json", folder / "tmp"
     temporary.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.regression.served_engines", str(path)],
-        env=os.environ | {"TMPDIR": str(temporary)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    module = "tests.regression.served_engines"
+    done = python("-m", module, path, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text())
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.engine import DRAFT_MODEL, TARGET
+from tests.fresh_process import python
 
 STOP_SECONDS = 60  # vLLM itself would wait for 300
 
@@ -50,19 +48,13 @@ if __name__ == "__main__":
 def test_one_failing_rank_stops_the_engine(rank: int, tmp_path: Path) -> None:
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    env = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to send `fail` to the workers
-        "OMP_NUM_THREADS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), str(rank)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
+    done = python(
+        script,
+        str(rank),
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to send `fail` to the workers
+        OMP_NUM_THREADS="1",
+        VLLM_LOGGING_LEVEL="INFO",
     )
     output = done.stdout + done.stderr
     stopped = [line for line in done.stdout.splitlines() if line.startswith("STOPPED")]

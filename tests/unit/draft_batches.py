@@ -1,4 +1,4 @@
-"""Batches as a proposer is given them."""
+"""Batches as a proposer is given them, and steps as a draft-length policy is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
 
 NOT_KNOWN = -9  # what the buffer holds beyond the known tokens, and must not be read
@@ -40,4 +41,18 @@ def batch_of(
             name: np.array(values, dtype=np.int64)
             for name, values in (dict.fromkeys(whole, num_tokens) | counts).items()
         },
+    )
+
+
+def step_of(
+    num_reqs: int, most: Sequence[int] | int = 4, missing: int = 1, num_prefill: int = 0
+) -> StepInfo:
+    """The first `num_prefill` requests are in prefill, 50 rows each."""
+    is_sampling = np.arange(num_reqs) >= num_prefill
+    return StepInfo(
+        [f"r{i}" for i in range(num_reqs)],
+        is_sampling,
+        np.where(is_sampling, most, 0),
+        np.full(num_reqs, missing),
+        50 * num_prefill,
     )

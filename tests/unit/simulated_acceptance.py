@@ -1,4 +1,4 @@
-"""A closed loop around a draft-length policy: prices and acceptance, but no models.
+"""A closed loop around a draft-length policy: costs and acceptance, but no models.
 
 Time is simulated: each step costs what the tables say of the rows it computed. Drafts
 are accepted with probabilities drawn per draft, which the policy sees only through a
@@ -34,7 +34,7 @@ def staircase(first_ms: float, per_row_ms: float, free_rows: int) -> CostTable:
     )
 
 
-def prices(
+def made_costs(
     draft_ms: float = 2.0,
     target_ms: float = 20.0,
     per_row_ms: float = 0.4,
@@ -73,7 +73,7 @@ class Loop:
             number of the request: then a slow request gives way to any other.
         spread: how much acceptance varies from draft to draft, 0 to 1.
         power: confidence is acceptance to this power; 1 is calibrated.
-        meter: prices that the policy goes by, if others, which learn from each forward.
+        meter: costs that the policy goes by, if others, which learn from each forward.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Loop:
         step.ms += self._costs.speculation_ms * bool(made.any())
         step.tokens = self._num_reqs + int(accepted.sum())
         fed = np.maximum(made - 1, 0)
-        caught_up = np.where(made > 0, 0, self._missing)
-        self._missing = caught_up + accepted - np.minimum(accepted, fed) + 1
+        left = np.where(made > 0, 0, self._missing)
+        self._missing = left + accepted - np.minimum(accepted, fed) + 1
         for i, req_id in enumerate(self._req_ids):
             self.policy.observe(req_id, int(kept[i]), int(accepted[i]))
         self._left = self._left - 1 - accepted

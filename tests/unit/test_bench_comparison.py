@@ -34,10 +34,6 @@ def test_interval_holds_the_ratio_and_grows_with_noise() -> None:
     assert noisy.high - noisy.low > 5 * (steady.high - steady.low)
 
 
-def test_against_the_better_of_two() -> None:
-    assert speed_ratio([1.0] * 3, [[4.0] * 3, [2.0] * 3]).ratio == 2.0
-
-
 def test_spread() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
 

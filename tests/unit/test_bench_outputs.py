@@ -121,20 +121,6 @@ def test_result_file_is_small_and_whole(tmp_path: Path) -> None:
     assert second["ratios"]["llma/plain"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
 
 
-def test_result_says_where_it_comes_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "_compare", lambda args: {"results": []})
-    path = tmp_path / "result.json"
-    command = ["bench", "throughput", "--temperature", "0.5", "--output-json"]
-    assert cli.main([*command, str(path)]) == 0
-    written = json.loads(path.read_text())
-    assert written["provenance"]["machine"]
-    assert written["arguments"]["temperature"] == 0.5
-    assert written["arguments"]["verb"] == "throughput"
-    assert "draft_model" not in written["arguments"]
-
-
 def test_printing_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     made = result()["results"]
     print_results(made)

@@ -138,7 +138,7 @@ def test_assembled_vllm_is_the_release_with_the_kernels(tmp_path: Path) -> None:
 
 
 def test_installed_version_is_the_build_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.32.0's own Python files do not run on CPUs; the build mended them."""
+    """vLLM 0.32.0's own Python files do not run on CPUs; the build fixed them."""
     kernels = Path("site-packages/vllm")
     monkeypatch.setattr(release, "source_of", lambda which: (which, Path("source")))
     monkeypatch.setattr(release, "installed_kernels", lambda: ("9.9.0", kernels))

@@ -59,12 +59,6 @@ def test_defaults_with_model() -> None:
     assert stock == {"model": "draft"}
 
 
-def test_copy_length_is_the_default_of_num_speculative_tokens() -> None:
-    assert parse(copy_length=3)[0].num_speculative_tokens == 3
-    config, _ = parse(copy_length=3, num_speculative_tokens=2)
-    assert (config.copy_length, config.num_speculative_tokens) == (3, 2)
-
-
 def test_all_of_ours_are_taken() -> None:
     asked = {
         "proposer": "llma",
@@ -89,21 +83,6 @@ def test_mixed_drafts_and_copies_each_up_to_its_own_length() -> None:
     assert stock == {"model": "draft"}
     assert parse(proposer="mixed", model="draft")[0].max_draft_tokens == 16
     assert parse(copy_length=3)[0].max_draft_tokens == 3
-
-
-@pytest.mark.parametrize(
-    ("asked", "drafts", "copies"),
-    [
-        ({"model": "draft"}, True, False),
-        ({}, False, True),
-        ({"model": "draft", "proposer": "mixed"}, True, True),
-    ],
-)
-def test_what_each_proposer_uses(
-    asked: dict[str, Any], drafts: bool, copies: bool
-) -> None:
-    config, _ = parse(**asked)
-    assert (config.uses_draft_model, config.copies) == (drafts, copies)
 
 
 def test_none_means_default() -> None:
@@ -224,12 +203,6 @@ def test_lossy_verification_is_refused() -> None:
     assert LOSSY_VERIFICATION in message
     exact = parse(model="draft", rejection_sample_method="block")[1]
     assert exact == {"model": "draft", "rejection_sample_method": "block"}
-
-
-def test_options_survive_the_trip_to_the_workers() -> None:
-    """They travel as the plain dictionary in VllmConfig.additional_config."""
-    config, _ = parse(model="draft", num_speculative_tokens=3, unpad_inputs=False)
-    assert EmssdConfig(**config.model_dump()) == config
 
 
 VALUES_OF_EVERY_KIND: list[Any] = [

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_emssd.commands import serve
 from vllm_emssd.config import parse_speculative_config
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +79,6 @@ def test_compose_serves_with_emssd() -> None:
     assert flag == "--speculative-config"
     config, _ = parse_speculative_config(json.loads(options), ["method"])
     assert config.proposer == "llma"
-    assert callable(serve.run)
 
 
 def test_prometheus_and_grafana_find_each_other() -> None:

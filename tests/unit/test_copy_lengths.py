@@ -9,24 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.draft_batches import step_of
 from tests.unit.test_planner import step_costs
-from vllm_emssd.draft_length import CostTable, StepCosts, StepInfo
+from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True)
 FREE = CostTable([1], [0.0])
 COSTS = StepCosts(CostTable([1, 4, 512], [20.0, 20.0, 224.0]), FREE, 4.0)
-
-
-def step_of(made: list[int], prefill_rows: int = 0) -> StepInfo:
-    num_reqs = len(made)
-    return StepInfo(
-        [f"r{i}" for i in range(num_reqs)],
-        np.ones(num_reqs, dtype=bool),
-        np.array(made, dtype=np.int64),
-        np.zeros(num_reqs, dtype=np.int64),
-        prefill_rows,
-    )
 
 
 @property_test
@@ -50,7 +40,7 @@ def test_no_other_lengths_earn_more(
         ms = costs.fixed_ms + costs.target.at(len(lens) + sum(lens))
         return float(tokens / max(ms, 1e-6))
 
-    lens = CopyLengths(costs).choose(step_of(made), confidence)
+    lens = CopyLengths(costs).choose(step_of(len(made), made), confidence)
     best = max(map(rate, itertools.product(*(range(n + 1) for n in made))))
     assert (lens <= made).all()
     assert rate(tuple(lens.tolist())) == pytest.approx(best)
@@ -58,20 +48,20 @@ def test_no_other_lengths_earn_more(
 
 def test_each_copy_by_its_own_confidence() -> None:
     confidence = np.full((16, 7), np.where(np.arange(16) < 8, 0.97, 0.05)[:, None])
-    lens = CopyLengths(COSTS).choose(step_of([7] * 16), confidence)
+    lens = CopyLengths(COSTS).choose(step_of(16, 7), confidence)
     assert (lens[:8] > 2).all()
     assert (lens[8:] == 0).all()
 
 
 def test_without_costs_all_is_verified() -> None:
-    lens = CopyLengths().choose(step_of([3, 0]), np.full((2, 3), 0.01))
+    lens = CopyLengths().choose(step_of(2, [3, 0]), np.full((2, 3), 0.01))
     assert lens.tolist() == [3, 0]
 
 
 def test_copies_that_are_never_right_are_given_up_but_tried_now_and_then() -> None:
     lengths, verified = CopyLengths(COSTS), []
     for _ in range(400):
-        lens = lengths.choose(step_of([7] * 16), np.full((16, 7), 0.9))
+        lens = lengths.choose(step_of(16, 7), np.full((16, 7), 0.9))
         for i, num_drafts in enumerate(lens.tolist()):
             lengths.observe(f"r{i}", num_drafts, 0)
         verified.append(int(lens.sum()))
@@ -80,7 +70,7 @@ def test_copies_that_are_never_right_are_given_up_but_tried_now_and_then() -> No
 
 
 def test_copies_that_turn_right_are_believed_again() -> None:
-    lengths, step = CopyLengths(COSTS), step_of([7] * 16)
+    lengths, step = CopyLengths(COSTS), step_of(16, 7)
     for right in (0, 1):
         for _ in range(3000):
             lens = lengths.choose(step, np.full((16, 7), 0.9))
@@ -91,7 +81,7 @@ def test_copies_that_turn_right_are_believed_again() -> None:
 
 def test_copies_that_were_not_used_teach_nothing_and_are_forgotten() -> None:
     lengths = CopyLengths(COSTS)
-    lengths.choose(step_of([7, 7]), np.full((2, 7), 0.97))
+    lengths.choose(step_of(2, 7), np.full((2, 7), 0.97))
     before = lengths._calibration._counts.copy()
     lengths.observe("r0", 0, 0)
     lengths.release("r1")
@@ -103,5 +93,5 @@ def test_each_decision_is_shown_before_it_is_acted_on() -> None:
     shown: list[list[int]] = []
     lengths = CopyLengths(COSTS, lambda decision: shown.append(decision.tolist()))
     for made in ([7, 7], [0, 0]):
-        lens = lengths.choose(step_of(made), np.full((2, 7), 0.97))
+        lens = lengths.choose(step_of(2, made), np.full((2, 7), 0.97))
         assert shown.pop() == lens.tolist()

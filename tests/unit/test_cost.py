@@ -136,7 +136,7 @@ def test_one_step_moves_little() -> None:
 
 
 def test_a_start_in_a_slow_minute_is_soon_unlearned() -> None:
-    """A first price rests on few times, so the first live ones count for more."""
+    """A first cost comes from few times, so the first live ones count for more."""
     table = CostTable(ROWS, [ms * 1.6 for ms in TIMES_MS])
     for _ in range(10):
         table.observe(16, 30.0)
@@ -215,7 +215,7 @@ MAD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 1e6, 1e300)
 @property_test
 @given(st.lists(st.tuples(st.integers(-5, 10**9), st.sampled_from(MAD)), max_size=300))
 def test_a_clock_gone_mad_leaves_a_table(seen: list[tuple[int, float]]) -> None:
-    """Whatever is observed however often: prices stay prices."""
+    """Whatever is observed however often: costs stay costs."""
     table = CostTable(ROWS, TIMES_MS)
     for rows, took in seen:
         table.observe(rows, took)

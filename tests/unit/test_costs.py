@@ -42,7 +42,7 @@ def test_quick_steps_with_drafts_say_that_those_without_cost_no_more() -> None:
     )
 
 
-def test_steps_with_drafts_alone_leave_the_others_price() -> None:
+def test_steps_with_drafts_alone_leave_the_others_cost() -> None:
     assert learned(meter_of(4.0, 0.0), (9.0, True)) == pytest.approx(
         (4.0, 5.0), abs=0.01
     )
@@ -54,7 +54,7 @@ def test_steps_without_drafts_leave_what_drafting_costs_more() -> None:
     )
 
 
-def test_the_first_forward_of_a_row_count_is_no_price_unless_it_is_quick() -> None:
+def test_the_first_forward_of_a_row_count_is_no_cost_unless_it_is_quick() -> None:
     table = CostTable([1, 64], [10.0, 20.0])
     known = {1, 64}
     _learn(table, [(rows, 60.0) for rows in range(2, 40)], known)

@@ -78,26 +78,20 @@ def test_nothing_installed_preloads_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert "LD_PRELOAD" not in cpu_settings.cpu_settings({}, 2)
 
 
+@pytest.mark.parametrize(
+    ("folder", "can_be_named"), [("environment", True), ("an environment", False)]
+)
 def test_finds_the_libraries_of_an_environment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: str, can_be_named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """LD_PRELOAD takes a space for the end of a path."""
     monkeypatch.undo()
-    library = tmp_path / "lib" / "libiomp5.so"
-    assert library not in cpu_settings.find_preloads(str(tmp_path))
-    library.parent.mkdir()
-    library.touch()
-    assert cpu_settings.find_preloads(str(tmp_path))[0] == library
-
-
-def test_a_path_that_ld_preload_cannot_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.undo()
-    library = tmp_path / "an environment" / "lib" / "libiomp5.so"
+    library = tmp_path / folder / "lib" / "libiomp5.so"
+    assert library not in cpu_settings.find_preloads(str(tmp_path / folder))
     library.parent.mkdir(parents=True)
     library.touch()
-    found = cpu_settings.find_preloads(str(tmp_path / "an environment"))
-    assert library not in found
+    found = cpu_settings.find_preloads(str(tmp_path / folder))
+    assert (library in found) == can_be_named
 
 
 def cgroup(folder: Path, **files: str) -> None:

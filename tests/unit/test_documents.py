@@ -6,8 +6,6 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.fresh_process import python
 from vllm_emssd.bench.methods import DESCRIPTIONS
 from vllm_emssd.commands import bench
 from vllm_emssd.config import EmssdConfig
@@ -242,19 +241,13 @@ def test_methods_of_the_benchmark_page_exist() -> None:
 
 def test_site_builds(tmp_path: Path) -> None:
     """mkdocs, strictly: every link and anchor of every page, without a network."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-    done = subprocess.run(
-        [*command, "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    site = tmp_path / "site"
+    done = python("-m", "mkdocs", "build", "--strict", "--site-dir", site)
     assert done.returncode == 0, done.stderr
     for page in DOCS.glob("*.md"):
         folder = "." if page.stem == "index" else page.stem
-        assert (tmp_path / "site" / folder / "index.html").exists()
-    example = tmp_path / "site" / "adding-a-proposer" / "index.html"
+        assert (site / folder / "index.html").exists()
+    example = site / "adding-a-proposer" / "index.html"
     assert "FollowerProposer" in example.read_text()
 
 

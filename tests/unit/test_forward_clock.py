@@ -58,7 +58,7 @@ def test_events_are_read_once_they_have_passed() -> None:
     assert clock.take_timings() == [(7, 80.0)]
 
 
-def test_nobody_asks_and_nothing_piles_up() -> None:
+def test_timings_that_are_not_taken_do_not_pile_up() -> None:
     clock = WallClock()
     for num_rows in range(3000):
         clock.start()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.fresh_process import python
 
 
 def test_gpu_worker_imports_nothing_of_the_cpu_worker() -> None:
@@ -17,11 +13,5 @@ def test_gpu_worker_imports_nothing_of_the_cpu_worker() -> None:
         "import vllm_emssd.integration.v2.runner\n"
         "print([name for name in sys.modules if name.endswith('worker.cpu.shm')])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+    done = python("-c", code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

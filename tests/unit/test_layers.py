@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import vllm_emssd
+from tests.fresh_process import python
 
 PACKAGE = Path(vllm_emssd.__file__).parent
 LAYERS = {  # all else: core, 0
@@ -83,11 +82,5 @@ def test_core_imports_without_vllm() -> None:
         f"for name in {modules!r}: importlib.import_module(name)\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PACKAGE.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
+    done = python("-c", code)
+    assert done.stdout.strip() == "[]", done.stderr

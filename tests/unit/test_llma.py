@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -89,18 +88,6 @@ def test_growing_text_equals_from_scratch(
         assert proposer.propose(batch) == [expected(known, check_length, 5)]
 
 
-@property_test
-@given(requests_of_a_step)
-def test_each_request_copies_from_its_own_text(
-    requests: list[AskedDrafts],
-) -> None:
-    drafts = proposer_of(2, 7).propose(batch_asking(requests))
-    assert drafts == [
-        expected(text, 2, min(limit, 7)) if sampling else []
-        for text, limit, sampling in requests
-    ]
-
-
 @pytest.mark.parametrize("num_later", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
 def test_only_the_latest_occurrences_are_compared(num_later: int) -> None:
     """The first occurrence agrees longest, but is it among those compared?"""
@@ -116,18 +103,10 @@ class HalvesCopies(CopyLengths):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[tuple[StepInfo, np.ndarray]] = []
-        self.observed: list[tuple[str, int, int]] = []
-        self.released: list[str] = []
 
     def choose(self, step: StepInfo, confidence: np.ndarray) -> np.ndarray:
         self.told.append((step, confidence))
         return step.max_draft_tokens // 2
-
-    def observe(self, *verified: Any) -> None:
-        self.observed.append(verified)
-
-    def release(self, req_id: str) -> None:
-        self.released.append(req_id)
 
 
 @property_test
@@ -152,16 +131,6 @@ def test_lengths_are_chosen_by_length_of_the_match(
         assert drafts[i] == copy[: len(copy) // 2]
         if copy:
             assert (confidence[i] == match_len / (match_len + 1)).all()
-
-
-def test_lengths_hear_of_verification_and_release() -> None:
-    lengths = HalvesCopies()
-    proposer = LlmaProposer(2, 7, lengths)
-    proposer.record_verified("a", 3, 2)
-    proposer.record_verified("b", 0, 0)
-    proposer.release(["a"])
-    assert lengths.observed == [("a", 3, 2), ("b", 0, 0)]
-    assert lengths.released == ["a"]
 
 
 class CountedTokens(np.ndarray):

@@ -365,22 +365,6 @@ def test_a_step_asks_once_how_much_is_copied_and_once_what_is_drafted() -> None:
         assert asked == {"copies": step, "skips": step, "drafts": step}
 
 
-def test_one_of_the_two_may_be_left_out_and_come_back() -> None:
-    """The answer is counted up to, and is in the reference too: both always hold."""
-    answer = COUNTING[:60]
-    both, drafter = mixed_of_one(answer)
-    both.use("llma")
-    copied = replay(both, [1], answer, 7)
-    assert drafter.num_rows == 0
-    alone, drafter = mixed_of_one(answer)
-    alone.use("draft_model")
-    drafted = replay(alone, [1], answer, 7)
-    assert drafter.num_rows > 0
-    assert drafted.num_forwards == -(-59 // 5) > copied.num_forwards
-    with pytest.raises(ValueError, match="'ngram' makes no drafts here"):
-        alone.use("ngram")
-
-
 class ChangesItsMind(MixedProposer):
     """Another proposer each step; a drafter left out is fed what it missed."""
 

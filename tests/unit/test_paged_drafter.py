@@ -171,7 +171,7 @@ def drafter_over(stock: dict[str, Any], all_greedy: bool) -> Any:
         ({"use_local_argmax_reduction": True}, True, ("local", None)),
     ],
 )
-def test_who_samples(
+def test_which_sampler_drafts(
     stock: dict[str, Any], all_greedy: bool, drafted: tuple[str, str | None] | None
 ) -> None:
     drafter = drafter_over(stock, all_greedy)

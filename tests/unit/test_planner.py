@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.draft_batches import step_of
 from vllm_emssd.draft_length import Copies, CostTable, StepCosts, StepInfo
 from vllm_emssd.draft_length.planner import best_plan
 
@@ -35,16 +36,6 @@ ACCEPTANCE = st.lists(
 )
 
 
-def step_of(num_reqs: int, prefill_rows: int = 0, missing: int = 1) -> StepInfo:
-    return StepInfo(
-        [f"r{i}" for i in range(num_reqs)],
-        np.ones(num_reqs, dtype=bool),
-        np.full(num_reqs, K),
-        np.full(num_reqs, missing),
-        prefill_rows,
-    )
-
-
 def rate(step: StepInfo, acceptance: np.ndarray, costs: StepCosts, depth: int) -> float:
     """Tokens a millisecond, drafts and all, by the book."""
     num_reqs, base = len(step.req_ids), step.base_rows
@@ -60,7 +51,8 @@ def rate(step: StepInfo, acceptance: np.ndarray, costs: StepCosts, depth: int) -
 def test_no_other_depth_earns_more(
     num_reqs: int, prefill_rows: int, acceptance: list[float], costs: StepCosts
 ) -> None:
-    step, alpha = step_of(num_reqs, prefill_rows), np.array(acceptance)
+    step, alpha = step_of(num_reqs), np.array(acceptance)
+    step = dataclasses.replace(step, num_prefill_rows=prefill_rows)
     plan = best_plan(step, alpha, costs)
     rates = [rate(step, alpha, costs, depth) for depth in range(K + 1)]
     assert rates[plan.depth] == pytest.approx(max(rates))
@@ -104,27 +96,14 @@ def test_zero_is_a_normal_answer() -> None:
     assert best_plan(step_of(8), GOOD, FLAT).depth == K
 
 
-def test_a_stair_that_pays_as_a_whole_is_climbed() -> None:
-    stair = CostTable([1, 8, 9, 40], [20.0, 20.0, 24.0, 24.0])
-    costs = dataclasses.replace(FLAT, target=stair)
-    assert best_plan(step_of(8), GOOD, costs).depth == K
-
-
 def test_prompts_in_the_step_do_not_make_drafts_cheap() -> None:
     """A step is slow with a prompt in it; that a draft slows it less says nothing."""
     alpha = np.array([0.3, 0.3, 0.3, 0.3])
     alone = best_plan(step_of(16), alpha, PER_ROW)
-    with_prompt = best_plan(step_of(16, prefill_rows=300), alpha, PER_ROW)
+    prompt = dataclasses.replace(step_of(16), num_prefill_rows=300)
+    with_prompt = best_plan(prompt, alpha, PER_ROW)
     assert alone.depth == with_prompt.depth
     assert with_prompt.tokens_per_ms == pytest.approx(alone.tokens_per_ms)
-
-
-def test_prompts_move_the_target_along_its_staircase() -> None:
-    """Rows up to 64 are free, unless a prompt takes them."""
-    costs = dataclasses.replace(FLAT, target=CostTable([1, 64, 512], [20, 20, 1000.0]))
-    alpha = np.full(K, 0.5)
-    assert best_plan(step_of(8), alpha, costs).depth > 0
-    assert best_plan(step_of(8, prefill_rows=64), alpha, costs).depth == 0
 
 
 def test_text_that_the_drafter_missed_is_charged_over_many_steps() -> None:
@@ -134,18 +113,6 @@ def test_text_that_the_drafter_missed_is_charged_over_many_steps() -> None:
         best_plan(step_of(4, missing=n), GOOD, costs).tokens_per_ms for n in (1, 100)
     ]
     assert 0.9 * rates[0] < rates[1] < rates[0]
-
-
-def test_speculation_that_costs_more_than_it_brings_is_left() -> None:
-    costs = dataclasses.replace(FLAT, speculation_ms=200.0)
-    assert best_plan(step_of(1), GOOD, costs).depth == 0
-
-
-@pytest.mark.parametrize("which", ["target", "draft"])
-def test_a_forward_that_takes_for_ever_is_not_asked_for(which: str) -> None:
-    table = {"target": CostTable([4, 5], [1.0, 1e9]), "draft": CostTable([1], [1e9])}
-    costs = dataclasses.replace(FLAT, **{which: table[which]})
-    assert best_plan(step_of(4), GOOD, costs).depth == 0
 
 
 def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:
@@ -171,7 +138,7 @@ def test_copies_make_time_worth_more() -> None:
 
 
 @pytest.mark.parametrize("num_reqs", [0, 3])
-def test_nobody_may_draft(num_reqs: int) -> None:
+def test_no_request_may_draft(num_reqs: int) -> None:
     step = step_of(num_reqs)
     step = dataclasses.replace(step, max_draft_tokens=np.zeros(num_reqs, np.int64))
     plan = best_plan(step, GOOD, FLAT)

@@ -146,7 +146,9 @@ class Runner(PaddedRowsMixin, Stock):
         ({"_row_padding": RowPadding([(16, 1.0), (32, 3.0), (48, 2.0)])}, 48),
     ],
 )
-def test_only_where_rows_are_nobody_elses(changes: dict[str, Any], rows: int) -> None:
+def test_only_where_padding_rows_change_nothing(
+    changes: dict[str, Any], rows: int
+) -> None:
     runner = Runner()
     for name, value in changes.items():
         setattr(runner, name, value)

@@ -6,7 +6,6 @@ import ast
 import stat
 import tempfile
 import tomllib
-from dataclasses import fields
 from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ import vllm_emssd
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import metrics
 from vllm_emssd.integration.frontend.serving import attach_tag
-from vllm_emssd.metrics import COUNTER_NAMES, Counters, SharedCounters
 
 PACKAGE = Path(vllm_emssd.__file__).parent
 FILES = [
@@ -85,13 +83,6 @@ def test_the_scan_sees_what_it_looks_for() -> None:
 def test_every_number_among_the_options_is_bounded(name: str) -> None:
     bounds = {type(bound).__name__ for bound in EmssdConfig.model_fields[name].metadata}
     assert {"Ge", "Le"} <= bounds
-
-
-def test_counters_are_numbers_in_a_file_of_fixed_size(tmp_path: Path) -> None:
-    assert {f.type for f in fields(Counters)} == {"int"}
-    SharedCounters(tmp_path, 0).publish(Counters(num_steps=2**62))
-    [file] = tmp_path.iterdir()
-    assert file.stat().st_size == 8 * len(COUNTER_NAMES)
 
 
 def test_counters_are_readable_by_their_user_only(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fresh_process import python
 from tests.unit.made_traces import random_trace, straight_costs
 from vllm_emssd.cli import main
 from vllm_emssd.simulate.traces import SHIPPED_TRACE, load_trace, save_trace
@@ -59,9 +58,7 @@ def test_needs_no_vllm(tmp_path: Path) -> None:
         f"sys.exit(main(['simulate', 'predict', '--trace', {str(trace)!r}, '--costs',"
         f" {str(costs)!r}, '--max-concurrency', '2']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "padded 5" in done.stdout
 

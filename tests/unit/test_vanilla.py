@@ -1,15 +1,9 @@
-"""The replay of vanilla's padding, by hand and against a vanilla that really pads."""
+"""The replay of vanilla's padding, by hand."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 
-from tests.naive_vanilla import NaiveVanilla, accepted_of, drafts_of
-from tests.tiny_llama import tiny_llama
 from vllm_emssd.bench.round import RequestStep, Round
 from vllm_emssd.bench.vanilla import (
     DecodeCounts,
@@ -70,55 +64,3 @@ def test_replay_of_batches_in_turn() -> None:
 
 
 # ---------------------------------------------------------------- against the real one
-
-MAX_DRAFTS = 4
-MAX_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    return tiny_llama(3, vocab_size=8)
-
-
-def alone(
-    model: LlamaForCausalLM, prompt: list[int]
-) -> tuple[list[int], VerifiedRequest]:
-    """One request without batch, padding or cache: its tokens and its trace."""
-    known, steps = list(prompt), []
-
-    def wanted(tokens: list[int]) -> list[int]:
-        with torch.inference_mode():
-            return model(torch.tensor([tokens])).logits[0].argmax(dim=-1).tolist()
-
-    known.append(wanted(known)[-1])
-    while len(known) < len(prompt) + MAX_TOKENS:
-        drafts = drafts_of(known, MAX_DRAFTS)
-        after = wanted(known + drafts)[len(known) - 1 :]
-        count = accepted_of(drafts, after)
-        steps.append(Verified(len(drafts), count))
-        known += after[: count + 1]
-    return known[len(prompt) :][:MAX_TOKENS], VerifiedRequest(len(prompt), steps)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_a_vanilla_that_pads_counts_the_same(
-    model: LlamaForCausalLM, batch_size: int
-) -> None:
-    generator = random.Random(batch_size)
-    prompts = [
-        [generator.randrange(1, 8) for _ in range(generator.randrange(3, 20))]
-        for _ in range(batch_size)
-    ]
-    expected = [alone(model, prompt) for prompt in prompts]
-    naive = NaiveVanilla(model, MAX_DRAFTS)
-    assert naive.generate(prompts, MAX_TOKENS) == [tokens for tokens, _ in expected]
-
-    traces = [trace for _, trace in expected]
-    assert naive.accepted == [[tuple(s) for s in trace.steps] for trace in traces]
-    found = replay([traces])
-    assert naive.num_rows == found.vanilla.num_rows
-    assert naive.num_kv_slots == found.vanilla.num_kv_slots
-    assert any(s.num_accepted for trace in traces for s in trace.steps)
-    assert any(s.num_accepted < s.num_drafts for trace in traces for s in trace.steps)
-    pads = found.vanilla.num_kv_slots > found.padded_inputs.num_kv_slots
-    assert pads == (batch_size > 1)

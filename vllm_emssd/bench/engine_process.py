@@ -48,7 +48,7 @@ def shared_gpu(num_engines: int) -> dict[str, Any]:
 
 def same_graphs(methods: Sequence[Method], max_num_seqs: int) -> dict[str, Any]:
     """CUDA graphs of the steps of all methods, for each of them: vLLM's own stop at 512
-    rows, emssd's do not, and that is no difference between ways of drafting."""
+    rows and emssd's do not, which is not what is compared."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,5 +1,5 @@
-"""Runs all methods on the same requests, in turns, so that whatever else the machine
-does falls on all alike."""
+"""Runs all methods on the same requests, in turns, so that other load on the machine
+slows all of them alike."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +18,33 @@ DIGITS = 5
 Result = dict[str, Any]  # of one number of requests at once
 
 
-def _speed(result: Result, name: str) -> str:
-    speeds = {m: s["tokens_per_s"] for m, s in result["methods"].items()}
-    base = speeds.get("plain", next(iter(speeds.values())))
-    return f"{speeds[name]:.0f} ({speeds[name] / base:.2f})"
-
-
-def _cell(form: str) -> Callable[[Result, str], str]:
-    return lambda result, name: form.format(**result["methods"][name])
-
-
-# Title, what it shows of, how.
-TABLES: dict[str, tuple[str, Callable[[Result, str], str]]] = {
+# Title, and what it shows of a method's medians.
+TABLES = {
     "tokens/s, medians of alternating rounds (x plain, or the first method)": (
-        "tokens_per_s",
-        _speed,
+        "{tokens_per_s:.0f} ({over_base:.2f})"
     ),
-    "spread: middle half of the rounds over their median": (
-        "spread",
-        _cell("{spread:.1%}"),
-    ),
-    "accepted drafts a request and step": (
-        "accepted_per_request_step",
-        _cell("{accepted_per_request_step:.2f}"),
-    ),
-    "rows a round: target + draft model": (
-        "target_rows",
-        _cell("{target_rows:.0f} + {draft_rows:.0f}"),
-    ),
+    "spread: middle half of the rounds over their median": "{spread:.1%}",
+    "accepted drafts a request and step": "{accepted_per_request_step:.2f}",
+    "rows a round: target + draft model": "{target_rows:.0f} + {draft_rows:.0f}",
     "time to the first token, ms: median, 99th percentile": (
-        "p50_ttft_ms",
-        _cell("{p50_ttft_ms:.0f}, {p99_ttft_ms:.0f}"),
+        "{p50_ttft_ms:.0f}, {p99_ttft_ms:.0f}"
     ),
     "time between outputs, ms: median, 99th percentile": (
-        "p50_itl_ms",
-        _cell("{p50_itl_ms:.1f}, {p99_itl_ms:.1f}"),
+        "{p50_itl_ms:.1f}, {p99_itl_ms:.1f}"
     ),
 }
 
 
 def print_results(results: Sequence[Result]) -> None:
     console = Console(width=WIDTH)
-    names = list(results[0]["methods"])
-    for title, (key, cell) in TABLES.items():
-        if key in results[0]["methods"][names[0]]:
-            table = _table(title, "at once", *names)
+    for title, form in TABLES.items():
+        table = _table(title, "at once", *results[0]["methods"])
+        try:
             for result in results:
-                cells = (cell(result, name) for name in names)
-                table.add_row(str(result["batch"]), *cells)
-            console.print(table)
+                table.add_row(str(result["batch"]), *_cells(result, form))
+        except KeyError:
+            continue  # not measured here
+        console.print(table)
     console.print(_ratio_table(results))
     if any(result.get("padding") for result in results):
         console.print(_padding_table(results))
@@ -76,6 +54,13 @@ def print_results(results: Sequence[Result]) -> None:
             "[red]Requests were preempted: fewer ran at once than were asked for. "
             "Raise --kv-cache-memory-bytes.[/]"
         )
+
+
+def _cells(result: Result, form: str) -> Iterator[str]:
+    methods = result["methods"]
+    base = methods.get("plain", next(iter(methods.values())))["tokens_per_s"]
+    for method in methods.values():
+        yield form.format(over_base=method["tokens_per_s"] / base, **method)
 
 
 def _ratio_table(results: Sequence[Result]) -> Table:

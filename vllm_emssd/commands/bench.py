@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,103 +77,52 @@ def _listing(descriptions: dict[str, str]) -> str:
     return "\n".join(f"  {name:{width}}  {text}" for name, text in descriptions.items())
 
 
+def _options(
+    parser: argparse.ArgumentParser, title: str, text: str | None = None
+) -> tuple[Any, Callable[..., None]]:
+    """A group of options, and what adds one that takes values to it."""
+    group = parser.add_argument_group(title, text)
+
+    def add(flag: str, kind: Any, default: Any, text: str, **more: Any) -> None:
+        if default is not None:
+            values = default if isinstance(default, list) else [default]
+            text += f" (default: {' '.join(map(str, values))})"
+        group.add_argument(flag, type=kind, default=default, help=text, **more)
+
+    return group, add
+
+
 def _add_methods(parser: argparse.ArgumentParser, default: list[str]) -> None:
-    add = parser.add_argument_group("what is compared").add_argument
-    shown = " ".join(default)
-    add("--methods", nargs="+", default=default, help=f"below (default: {shown})")
-    add(
-        "--num-speculative-tokens",
-        type=int,
-        default=5,
-        metavar="K",
-        help="drafts of the methods that have K (default: %(default)s)",
-    )
-    target = SHIPPED_MODELS / "target"
-    add("--model", default=str(target), help="target (default: the repository's own)")
-    add(
-        "--draft-model",
-        metavar="MODEL",
-        help="default: the repository's own, with its target",
-    )
+    _, add = _options(parser, "what is compared")
+    add("--methods", str, default, "below", nargs="+")
+    drafts = "drafts of the methods that have K"
+    add("--num-speculative-tokens", int, 5, drafts, metavar="K")
+    add("--model", str, str(SHIPPED_MODELS / "target"), "target")
+    add("--draft-model", str, None, "default: the repository's own, with its target")
 
 
 def _add_requests(parser: argparse.ArgumentParser, at_once: str) -> None:
-    add = parser.add_argument_group("requests").add_argument
-    add(
-        at_once,
-        dest="batches",
-        type=int,
-        nargs="+",
-        default=[1, 8, 24],
-        metavar="N",
-        help="requests at once, one number or several (default: 1 8 24)",
-    )
-    add(
-        "--dataset-name",
-        default="completion",
-        metavar="NAME",
-        help="below (default: %(default)s)",
-    )
-    add(
-        "--dataset-path",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="of --dataset-name custom",
-    )
-    add(
-        "--num-prompts",
-        type=int,
-        metavar="N",
-        default=1,
-        help="requests in a round, at least; always a multiple of those at once",
-    )
-    add(
-        "--input-len",
-        type=int,
-        metavar="N",
-        default=512,
-        help="tokens of a prompt, at most (default: %(default)s)",
-    )
-    add(
-        "--output-len",
-        type=int,
-        metavar="N",
-        default=96,
-        help="tokens of an answer (default: %(default)s)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="where the dataset sets none",
-    )
+    _, add = _options(parser, "requests")
+    several = "requests at once, one number or several"
+    add(at_once, int, [1, 8, 24], several, dest="batches", nargs="+", metavar="N")
+    add("--dataset-name", str, "completion", "below")
+    add("--dataset-path", Path, None, "JSON lines, of --dataset-name custom")
+    add("--num-prompts", int, 1, "of a round, at least; a multiple of those at once")
+    add("--input-len", int, 512, "tokens of a prompt, at most")
+    add("--output-len", int, 96, "tokens of an answer")
+    add("--temperature", float, 0.0, "where the dataset sets none")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "engine", "vLLM's own options, alike for every method"
-    ).add_argument
-    add("--tokenizer", metavar="MODEL", help="default: --model")
-    add("--dtype", default="bfloat16", help="default: %(default)s")
-    add(
-        "--max-model-len", type=int, metavar="N", help="default: what the requests need"
-    )
-    add(
-        "--kv-cache-memory-bytes",
-        type=_bytes,
-        default="512M",
-        metavar="SIZE",
-        help="default: 512M",
-    )
-    add(
-        "--block-size",
-        type=int,
-        metavar="N",
-        help="tokens of a K/V block; prompts are cached by it",
-    )
-    add("--enforce-eager", action="store_true", help="do not compile, which is default")
-    add(
+    text = "vLLM's own options, alike for every method"
+    group, add = _options(parser, "engine", text)
+    add("--tokenizer", str, None, "default: --model")
+    add("--dtype", str, "bfloat16", "of the models")
+    add("--max-model-len", int, None, "default: what the requests need")
+    add("--kv-cache-memory-bytes", _bytes, "512M", "of each engine")
+    add("--block-size", int, None, "tokens of a K/V block; prompts are cached by it")
+    group.add_argument("--enforce-eager", action="store_true", help="do not compile")
+    group.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -182,41 +131,20 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_rounds(parser: argparse.ArgumentParser, has_engines: bool) -> None:
-    add = parser.add_argument_group("rounds and result").add_argument
-    add(
-        "--num-iters",
-        type=int,
-        metavar="N",
-        default=5,
-        help="rounds of each method that count (default: %(default)s)",
-    )
-    add(
-        "--num-iters-warmup",
-        type=int,
-        metavar="N",
-        default=1,
-        help="rounds before them: they fill the prefix cache (default: %(default)s)",
-    )
-    add(
-        "--starts",
-        type=int,
-        metavar="N",
-        default=1,
-        help="of everything, each with so many rounds: evens out what a process has of "
-        "good or bad luck for as long as it lives (default: %(default)s)",
-    )
+    group, add = _options(parser, "rounds and result")
+    add("--num-iters", int, 5, "rounds of each method that count")
+    before = "rounds before them: they fill the prefix cache"
+    add("--num-iters-warmup", int, 1, before)
+    starts = "of everything, each with so many rounds: one process may be slow for good"
+    add("--starts", int, 1, starts)
     if has_engines:
-        add(
+        group.add_argument(
             "--start-together",
             action="store_true",
             help="start all engines at once: for several cores an engine",
         )
-    add(
-        "--output-json",
-        type=Path,
-        metavar="FILE",
-        help="medians and intervals, with command, commit, versions and machine",
-    )
+    said = "for medians and intervals, with command, commit, versions and machine"
+    add("--output-json", Path, None, said)
 
 
 def _bytes(text: str) -> int:

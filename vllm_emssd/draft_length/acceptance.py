@@ -1,9 +1,9 @@
 """How likely a draft is accepted, learned from those that were verified.
 
-Before drafting, the acceptance of drafts by their depth is known. While drafting, the
-drafter's *confidence* (its highest probability where the draft was made) is known, and
-how often drafts of about that confidence were accepted. Estimates forget, and start
-high: what is tried is soon known, what is never tried is never known.
+Before drafting, the acceptance of drafts by their depth is known. While drafting, so is
+the drafter's *confidence* (its highest probability where the draft was made), and how
+often drafts of about that confidence were accepted. Older drafts count less. Estimates
+start high, since nothing is learned of what is never tried.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Calibration:
         self._counts[1] += np.bincount(bins, minlength=size)
 
     def doubt(self) -> None:
-        """Let what comes next count for more."""
+        """Make the next observations count for more."""
         self._counts *= np.minimum(1, _DOUBTED_TESTS / np.maximum(self._counts[1], 1))
 
 
@@ -72,7 +72,7 @@ class AcceptanceEstimator:
         return survival_before * self._calibration.acceptance(confidence, self._mean)
 
     def hoped_for(self) -> np.ndarray:
-        """Acceptance by depth, a standard error better than it seems. [K]"""
+        """Acceptance by depth, a standard error above the estimate. [K]"""
         variance = self.by_depth * (1 - self.by_depth)
         error = np.sqrt(variance / (self._depth_counts[1] + _PRIOR_TESTS))
         return np.minimum(self.by_depth + error, _MOST_ACCEPTANCE)
@@ -128,7 +128,7 @@ class AcceptanceEstimator:
         self._update_estimates()
 
     def doubt(self) -> None:
-        """Nothing was drafted for long: let what comes next count for more."""
+        """Nothing was drafted for long: make the next observations count for more."""
         tested = self._depth_counts[1, 0]
         self._depth_counts *= min(1.0, _DOUBTED_TESTS / max(tested, 1.0))
         self._calibration.doubt()

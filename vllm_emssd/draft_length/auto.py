@@ -65,7 +65,8 @@ class AutoDraftLength(DraftLengthPolicy):
         plan = best_plan(step, self.acceptance.by_depth, self.costs, confidence_ms)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
         if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
-            # Not idle for what may be chance: nothing would be learned then.
+            # Idle only if drafts would not pay even were acceptance better than
+            # estimated: an idle engine learns nothing.
             hoped_for = self.acceptance.hoped_for()
             plan = best_plan(step, hoped_for, self.costs, confidence_ms)
         self._plan = plan

@@ -2,8 +2,8 @@
 
 Costs are staircases: the first rows come for the time of reading the weights, later
 ones each cost arithmetic. So a table is a few measured points with straight lines
-between them, never falling: a point above a later one costs what that one does, and
-keeps its own measured time all the same, or the two could never part again.
+between them, never falling: a point measured above a later one costs what the later one
+does, but keeps its own time, so that later observations can tell the two apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FIRST_WEIGHT = 4.0  # or more while few were seen: observations a first time co
 _SHARED = 0.7  # of their change that all other points make: the machine is the same
 _MOST_CHANGE = 2.0  # times its cost is the most that an observation counts as
 _OUTLIER = 5.0  # times the cost: another process ran, not a forward,
-_MOST_OUTLIERS = 8  # unless it goes on like that
+_MOST_OUTLIERS = 8  # in a row; what goes on for longer is the cost
 _LEAST_MS = 1e-6
 _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
 
@@ -99,7 +99,7 @@ class CostTable:
         if 0 < self._outliers <= _MOST_OUTLIERS:
             return
         if ms < cost / _MOST_CHANGE:
-            # No noise makes a forward this quick: what was measured before was slowed.
+            # Noise makes no forward this quick: what was measured before was slowed.
             quicker = self._measured * (1 + ms / cost) / 2
             self._measured = np.maximum(quicker, _LEAST_MS)
         else:
@@ -116,8 +116,8 @@ class CostTable:
         own = np.interp(rows, self._rows[beside], measured[beside])
         ms = ratio * np.interp(rows, self._rows, self._ms)
         moved = measured[beside] * (1 + rate * (ms / max(own, _LEAST_MS) - 1))
-        # What was measured at the start, at its quickest, and never seen since must not
-        # look cheap beside live times: a row more costs their difference.
+        # Points that were measured at the start, at their quickest, and not seen since
+        # must not look cheap beside live times: another row costs their difference.
         measured *= 1 + _SHARED * _weight(sum(self._seen) // 2) * (ratio - 1)
         # More rows cannot be quicker: if they were when they were measured, they rise.
         later = measured[right + 1 :]

@@ -55,7 +55,7 @@ def best_plan(
     without_ms = target.at(base_rows)
 
     may_draft = step.max_draft_tokens > 0
-    if num_copied:  # whoever gains more by its copy keeps it
+    if num_copied:  # a request that gains more by its copy keeps it
         num_reqs = max(int(may_draft.sum()), 1)
         row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
         drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_LEAST_GAIN = 0.02  # of a plan: less is noise, and what is not measured
+_LEAST_GAIN = 0.02  # of a plan: less is within the error of its costs
 _SHORTEST, _LONGEST = 4, 128  # steps from one probe to the next
 _PROBE_SHARE = 0.005  # of the time that probes may take, unless they get too rare,
 _HOPEFUL_SHARE = 0.03  # or this after one whose drafts were accepted
@@ -36,7 +36,7 @@ class Probing:
         return self._num_steps < self._next_plan and not changed
 
     def is_enough(self, gain: float) -> bool:
-        """Whether a plan's gain is more than what is not measured may cost."""
+        """Whether a plan gains more than its costs may be wrong by."""
         return gain >= _LEAST_GAIN
 
     def pays(self, gain: float, num_sampling: int) -> bool:

@@ -33,8 +33,8 @@ CONTEXT = 256  # tokens each row attends to
 FIXED_MS = 1.0
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _SAME_AS_STEP = 32  # requests that cost as much there as the step does
-_PAUSE = 4.0  # times the cost so far: the engine was idle, this is no cost,
-_MOST_PAUSES = 8  # unless it goes on like that
+_PAUSE = 4.0  # times the cost so far: the engine was idle, which is no cost
+_MOST_PAUSES = 8  # in a row; what goes on for longer is the cost
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])

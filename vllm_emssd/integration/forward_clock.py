@@ -32,8 +32,8 @@ class ForwardClock(Protocol):
 
 
 class WallClock:
-    """A forward that follows another, before the times are taken, counts from the end
-    of that one: what is decided between them is part of its cost."""
+    """A forward that follows another one of the same step is timed from the end of that
+    one, so that the decision between them is part of its cost."""
 
     def __init__(self) -> None:
         self._started = 0.0

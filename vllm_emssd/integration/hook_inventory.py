@@ -3,7 +3,7 @@ it."""
 
 from __future__ import annotations
 
-from vllm_emssd.integration.cpu.fixes import CPU_FIXES
+from vllm_emssd.integration.cpu.fixes import EXPAND_HOOK
 from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK
 from vllm_emssd.integration.cpu.worker import CPU_RUNNER_HOOK, CPU_RUNNER_V2_HOOK
 from vllm_emssd.integration.frontend.method import FRONTEND_HOOK
@@ -21,7 +21,7 @@ INVENTORY: tuple[Hook, ...] = (
     CPU_RUNNER_V2_HOOK,
     LOGITSPROCS_HOOK,
     INIT_SPECULATOR_HOOK,
-    *CPU_FIXES,
+    EXPAND_HOOK,
     KERNELS_HOOK,
 )
 

@@ -6,8 +6,9 @@ latest of equals. Once a request has copied a stretch of its prompt, the prompt 
 reference: an edit of a text in it is followed like that of a reference it brought.
 
 Copies of one *kind* come from the same source after a match of about the same length.
-Of the possible copies the one is taken that promises most, by how its kind fared in
-this request, else in all; before anything was verified, by the length of the match.
+The copy with the most tokens expected to be accepted is taken. That is estimated from
+copies of its kind in this request, else in all requests; before any was verified, from
+the length of the match.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 While the answer agrees with the reference, the next tokens are those behind the
 pointer. Where it departs, what it wrote instead is collected until the end of the text
-occurs in the reference again. What was replaced by what is remembered: an identifier
-that is changed throughout costs a rejection the first time, not every time.
+occurs in the reference again. Replacements are remembered: an identifier that is
+changed throughout costs a rejection the first time, not every time.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class ReferencePointer:
 
     def _remember_edit(self, end: int, agreed: int) -> None:
         """What stood between the departure and the match, and what stands there now.
-        Wherever the like stands again, the edit may be made again."""
+        The edit may be made again wherever the same tokens occur."""
         assert self._departure is not None
         start = self._position
         common = min(agreed, len(self._departure), end - start)

@@ -1,4 +1,4 @@
-"""Repairs of vLLM's CPU kernels that sampled speculation needs to be exact.
+"""Repair of the vLLM CPU kernel without which sampled speculation is not exact.
 
 In place in every emssd worker on a CPU; for stock speculation on request, by
 `EMSSD_CPU_FIXES=1`.
@@ -6,12 +6,9 @@ In place in every emssd worker on a CPU; for stock speculation on request, by
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from vllm_emssd.integration.hooks.hook import Hook, install
+from vllm_emssd.integration.hooks.hook import Hook
 
 
 def expand_batch_to_tokens(
@@ -31,26 +28,15 @@ def expand_batch_to_tokens(
     return torch.repeat_interleave(values, counts, output_size=num_tokens)
 
 
-def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
-    return expand_batch_to_tokens
-
-
-CPU_FIXES = [
-    Hook(
-        target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
-        why=(
-            "stock's CPU kernel writes into a temporary int64 copy, so temperature, "
-            "top_k and top_p of drafted rows are uninitialised memory"
-        ),
-        signature="x, cu_num_tokens, num_tokens, replace_from, replace_to",
-        remove_when="_expand_kernel_impl fills a float32 output on the CPU",
-        make=_make,
-        when="in an emssd worker on a CPU; for stock with EMSSD_CPU_FIXES=1",
-        patch="0001-cpu-expand-kernel",
-    )
-]
-
-
-def install_cpu_fixes() -> None:
-    """Install the fixes that this vLLM needs. After its CPU kernels are registered."""
-    install(CPU_FIXES)
+EXPAND_HOOK = Hook(
+    target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+    why=(
+        "stock's CPU kernel writes into a temporary int64 copy, so temperature, "
+        "top_k and top_p of drafted rows are uninitialised memory"
+    ),
+    signature="x, cu_num_tokens, num_tokens, replace_from, replace_to",
+    remove_when="_expand_kernel_impl fills a float32 output on the CPU",
+    make=lambda stock: expand_batch_to_tokens,
+    when="in an emssd worker on a CPU; for stock with EMSSD_CPU_FIXES=1",
+    patch="0001-cpu-expand-kernel",
+)

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PRELOADS = ("libiomp5", "libtcmalloc")  # Intel OpenMP and a faster malloc
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch asks for them, where the system lets it
-FEW_CPUS = 4  # so few that a core kept for the scheduler is missed
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # makes torch ask the system for them
+FEW_CPUS = 4  # with so few, a core kept for the scheduler slows the model
 
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 _TCMALLOC_PLACES = ("/usr/lib", "/usr/local/lib")

@@ -12,9 +12,9 @@ from vllm.distributed.device_communicators.cpu_communicator import (
 )
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_emssd.integration.cpu.fixes import install_cpu_fixes
+from vllm_emssd.integration.cpu.fixes import EXPAND_HOOK
 from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK
-from vllm_emssd.integration.hooks.hook import Hook, installed
+from vllm_emssd.integration.hooks.hook import Hook, install, installed
 from vllm_emssd.integration.v1.runner import UnpadCPUModelRunner
 from vllm_emssd.integration.worker import EmssdWorkerMixin
 
@@ -50,7 +50,7 @@ class FixedCPUWorker(CPUWorker):
     """vLLM's CPU worker with its kernels repaired, for stock speculation."""
 
     def init_device(self) -> None:
-        install_cpu_fixes()
+        install([EXPAND_HOOK])  # after vLLM registered its CPU kernels
         super().init_device()
 
 

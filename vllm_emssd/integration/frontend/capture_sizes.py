@@ -1,4 +1,4 @@
-"""Which steps the target replays from CUDA graphs, where the user does not say."""
+"""Row counts that CUDA graphs are recorded for, unless the user chose some."""
 
 from __future__ import annotations
 

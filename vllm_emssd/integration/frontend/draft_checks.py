@@ -7,7 +7,6 @@ of which model they belong to; another tokenizer it does not find at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
@@ -26,28 +25,21 @@ logger = init_logger("vllm.emssd.draft_checks")
 _READ_AS_FILES = ("auto", "hf", "safetensors")  # load formats that read these
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _INDEX = "model.safetensors.index.json"
-_FEWEST_ALIKE, _FEW_ALIKE = 0.5, 0.99  # of token ids
+_FEWEST_ALIKE = 0.5  # of token ids, or hardly any draft would be accepted
 
-SAMPLE_TEXTS = {
-    "English": (
-        "The committee hasn't decided yet whether next year's meeting will take place "
-        "in Edinburgh; members who can't travel may, however, join it from home."
-    ),
-    "code": (
-        "def mean(values: list[float]) -> float:\n"
-        "    if not values:\n"
-        '        raise ValueError("no values")\n'
-        "    return sum(values) / len(values)  # e.g. mean([1.5, 2.5]) == 2.0\n"
-        "for (int i = 0; i < n; ++i) { total += a[i] & 0xFF; }\n"
-    ),
-    "other scripts": (
-        "Größe und Maß, déjà vu, señor. Привет, как дела? Καλημέρα κόσμε. "
-        "你好世界。今日は良い天気ですね。안녕하세요. नमस्ते दुनिया। مرحبا بالعالم 🙂"
-    ),
-    "digits": "In 2024 it was 1234567.89, 100% of 3,000 or -0.5e-10; call 555-0199.",
-    "whitespace": "one  two   three\tfour\n\n\n  five        six \r\n seven\n",
-    "markup": '<p class="a">**bold** [link](https://example.org/?q=1)</p>\n```json\n{}',
-}
+# Words, code, several scripts, numbers, white space, markup.
+SAMPLE_TEXT = """\
+The committee hasn't decided yet whether next year's meeting will take place in
+Edinburgh; members who can't travel may, however, join it from home. In 2024 it was
+1234567.89, 100% of 3,000 or -0.5e-10; call 555-0199.
+def mean(values: list[float]) -> float:
+    if not values:
+        raise ValueError("no values")
+    return sum(values) / len(values)  # e.g. mean([1.5, 2.5]) == 2.0
+Größe und Maß, déjà vu, señor. Привет, как дела? Καλημέρα κόσμε. 你好世界。
+今日は良い天気ですね。안녕하세요. नमस्ते दुनिया। مرحبا بالعالم 🙂
+one  two   three\tfour\r\n\n\n  <p class="a">**five**</p> [six](https://example.org/?q=1)
+"""
 
 
 def check_draft_weights(model: str, load_format: str) -> None:
@@ -94,7 +86,7 @@ def check_draft_tokenizer(
     try:
         target_tokenizer = cached_tokenizer_from_config(target)
         draft_tokenizer = _load_draft_tokenizer(model, revision, target)
-        shares = shares_alike(target_tokenizer, draft_tokenizer)
+        text, specials = shares_alike(target_tokenizer, draft_tokenizer)
     except Exception as error:  # the tokenizers library raises bare ones
         logger.warning(
             "The tokenizer of the draft model %s was not compared with the target's: "
@@ -103,23 +95,22 @@ def check_draft_tokenizer(
             error,
         )
         return
-    share = sum(shares.values()) / len(shares)
-    if share < _FEWEST_ALIKE:
+    same = f"{text:.0%} of a text's token ids, {specials:.0%} of special tokens alike"
+    if text < _FEWEST_ALIKE:
         raise ValueError(
             _error(
                 model,
-                f"has another tokenizer than the target ({share:.0%} of sample texts' "
-                "token ids are the same), so hardly any draft would be accepted; "
-                "choose a draft model of the target's family, or remove 'model' to "
-                "copy from the text",
+                f"has another tokenizer than the target ({same}), so hardly any draft "
+                "would be accepted; choose a draft model of the target's family, or "
+                "remove 'model' to copy from the text",
             )
         )
-    if few := [kind for kind, alike in shares.items() if alike < _FEW_ALIKE]:
+    if min(text, specials) < 1:
         logger.warning(
             "The draft model %s gives some text other token ids than the target (%s): "
             "fewer drafts may be accepted there.",
             model,
-            ", ".join(f"{kind}: {shares[kind]:.0%} alike" for kind in few),
+            same,
         )
 
 
@@ -141,34 +132,22 @@ def _load_draft_tokenizer(
         return load(tokenizer_mode="auto")
 
 
-def shares_alike(target: TokenizerLike, draft: TokenizerLike) -> dict[str, float]:
-    """By kind of text, the share of token ids that both tokenizers give alike.
+def shares_alike(target: TokenizerLike, draft: TokenizerLike) -> tuple[float, float]:
+    """Of the token ids of a sample of text, the share that both tokenizers give alike,
+    and the same of the special tokens that both know.
 
     Ids are compared, not how they are spelled: the same id of a Mistral-format and a
     Hugging Face tokenizer is spelled differently. Special tokens are compared by name,
-    those that both know, since not every tokenizer parses them from text.
+    since not every tokenizer parses them from text.
     """
-    shares = {
-        kind: _share(
-            target.encode(text, add_special_tokens=False),
-            draft.encode(text, add_special_tokens=False),
-        )
-        for kind, text in SAMPLE_TEXTS.items()
-    }
+    ours = target.encode(SAMPLE_TEXT, add_special_tokens=False)
+    its = draft.encode(SAMPLE_TEXT, add_special_tokens=False)
+    matches = SequenceMatcher(None, ours, its, autojunk=False).get_matching_blocks()
+    of_text = sum(block.size for block in matches) / max(len(ours), len(its))
     special_ids = zip(target.all_special_tokens, target.all_special_ids, strict=True)
-    known = draft.get_vocab()
-    ids = {**target.get_added_vocab(), **dict(special_ids)}
-    both = [token for token in ids if token in known]
-    if both:
-        alike = sum(ids[token] == known[token] for token in both)
-        shares["special tokens"] = alike / len(both)
-    return shares
-
-
-def _share(target_ids: Sequence[int], draft_ids: Sequence[int]) -> float:
-    matches = SequenceMatcher(None, target_ids, draft_ids, autojunk=False)
-    alike = sum(block.size for block in matches.get_matching_blocks())
-    return alike / max(len(target_ids), len(draft_ids), 1)
+    named, known = target.get_added_vocab() | dict(special_ids), draft.get_vocab()
+    is_alike = [named[token] == known[token] for token in named if token in known]
+    return of_text, sum(is_alike) / len(is_alike) if is_alike else 1.0
 
 
 def _error(model: str, fix: str) -> str:

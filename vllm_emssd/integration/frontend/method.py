@@ -33,7 +33,6 @@ from vllm_emssd.integration.frontend.draft_checks import (
     check_draft_weights,
 )
 from vllm_emssd.integration.frontend.serving import attach_tag, install_serving_hooks
-from vllm_emssd.integration.hooks.compat import check_vllm_version
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.metrics import LOG_STATS_KEY
 from vllm_emssd.integration.unsupported import (
@@ -140,7 +139,6 @@ def _create_ours(
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
 ) -> SpeculativeConfig:
-    check_vllm_version()
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, stock_part, model_config, parallel_config)

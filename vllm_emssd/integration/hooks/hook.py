@@ -78,15 +78,12 @@ def install(hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         if differs := difference(hook):
             raise RuntimeError(differs)
-    replacements = []
     for hook in hooks:
-        if hook.target not in _originals:
+        if not is_installed(hook):
             owner, name = hook.owner_and_name
             original = getattr(owner, name)
-            replacements.append((hook, owner, name, original, hook.make(original)))
-    for hook, owner, name, original, replacement in replacements:
-        _originals[hook.target] = original
-        setattr(owner, name, replacement)
+            setattr(owner, name, hook.make(original))
+            _originals[hook.target] = original
 
 
 def undo(hooks: Sequence[Hook]) -> None:
