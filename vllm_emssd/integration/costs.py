@@ -102,7 +102,7 @@ class StepCostMeter:
             told_ms = 0.0
             if self._drafter is not None and self._drafter.tells_confidence:
                 told_ms = costs.confidence_ms
-            one = draft[self._num_steps % len(draft) :][:1] if draft else []  # is enough
+            one = draft and [draft[self._num_steps % len(draft)]]  # which is enough
             bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in one]
             _learn(costs.target, target, self._known_to_target)
             _learn(costs.draft, bare, self._known_to_draft)
