@@ -216,7 +216,8 @@ def test_a_request_takes_the_place_of_the_first_that_ends(
             counting.left[name] = counting.total[name] = request.max_tokens
             return name
 
-    done = Fed()._run_batch(requests(1, 2, 3, 4), most, is_continuous)
+    done, unfinished = Fed()._run_batch(requests(1, 2, 3, 4), most, is_continuous)
     assert sum(map(len, done)) == num_tokens
     assert counting.concurrency == seen
-    assert len(counting.aborted) == num_aborted
+    assert len(counting.aborted) == len(unfinished) == num_aborted
+    assert all(len(done[i]) < i + 1 for i in unfinished)
