@@ -60,7 +60,7 @@ STOCK_METHODS = {
     },
 }
 BENCH = [
-    *["--draft-model", STOCK["model"], "--input-len", "256", "--output-len", "128"],
+    *["--draft-model", STOCK["model"], "--input-len", "257", "--output-len", "128"],
     *["--num-prompts", "2", "--num-iters", "4"],
     *["--start-together", "--kv-cache-memory-bytes", "4608M"],
     *["--methods", "plain", "stock", "stock-k3", "emssd", "auto"],

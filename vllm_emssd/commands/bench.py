@@ -108,7 +108,8 @@ def _add_requests(parser: argparse.ArgumentParser, at_once: str) -> None:
     add("--dataset-name", str, "completion", "below")
     add("--dataset-path", Path, None, "JSON lines, of --dataset-name custom")
     add("--num-prompts", int, 1, "of a round, at least; a multiple of those at once")
-    add("--input-len", int, 512, "tokens of a prompt, at most")
+    # 512 tokens of a cached prompt are whole K/V blocks: one is left to compute.
+    add("--input-len", int, 513, "tokens of a prompt, at most")
     add("--output-len", int, 96, "tokens of an answer")
     add("--temperature", float, 0.0, "where the dataset sets none")
 
