@@ -21,6 +21,6 @@ def python(
         input=given,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
