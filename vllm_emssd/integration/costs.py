@@ -30,7 +30,7 @@ _PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
 # What a step of one request costs besides its forwards (scheduling, sampling, Python),
 # until steps without drafts were seen: low, so that they are tried where it matters.
-FIXED_MS = 1.0
+FIXED_MS = 0.25
 _FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
 _SAME_AS_STEP = 32  # requests that cost as much there as the step does
 _PAUSE = 4.0  # times the cost so far: the engine was idle, which is no cost
