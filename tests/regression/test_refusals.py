@@ -44,7 +44,7 @@ def test_accepted_config_reaches_every_process() -> None:
         (False, "1", "draft_model", True),
         (False, "0", "draft_model", False),
         (False, None, "llma", False),
-        (False, None, "mixed", False),
+        (False, None, "mixed", True),
     ],
 )
 def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
@@ -131,7 +131,7 @@ def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
     assert tag_of(spec_config) is not None
 
 
-@pytest.mark.parametrize("proposer", ["draft_model", "llma"])
+@pytest.mark.parametrize("proposer", ["draft_model", "llma", "mixed"])
 def test_vllm_chooses_v2_where_it_can(
     proposer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,8 +139,9 @@ def test_vllm_chooses_v2_where_it_can(
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setattr(frontend, "_may_run_on_v2", lambda config: True)
-    model = {"model": DRAFT} if proposer == "draft_model" else {}
-    assert _create(model | {"draft_length": "fixed"}).use_v2_model_runner
+    asked = {"proposer": proposer, "draft_length": "fixed"}
+    model = {} if proposer == "llma" else {"model": DRAFT}
+    assert _create(model | asked).use_v2_model_runner
 
 
 @pytest.mark.parametrize(
@@ -236,10 +237,6 @@ def test_refused(
 @pytest.mark.parametrize(
     ("speculative", "message"),
     [
-        (
-            {"model": DRAFT, "proposer": "mixed"},
-            '"mixed" works on .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0',
-        ),
         ({"draft_length": "auto"}, r"'draft_length' \"auto\".*\"fixed\""),
         ({"model": DRAFT, "unpad_inputs": False}, "remove 'unpad_inputs'"),
     ],
@@ -250,6 +247,12 @@ def test_refused_on_the_v2_runner(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match=message):
         _create(speculative)
+
+
+def test_proposers_of_other_packages_are_refused_on_the_v2_runner() -> None:
+    config = EmssdConfig.model_construct(proposer="follower")
+    with pytest.raises(ValueError, match=r'"follower" works on .* V1 .*RUNNER=0'):
+        unsupported.refuse_options(config)
 
 
 def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:

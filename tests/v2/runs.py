@@ -19,6 +19,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import pytest
 from tests.engine import (
     DRAFT_MODEL,
     LLMA,
+    MIXED,
     STOCK,
     TARGET,
     DraftRowCounter,
@@ -67,6 +69,9 @@ STOCK_K = STOCK | {"num_speculative_tokens": K}
 EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
 ITSELF = EMSSD | {"model": TARGET, "draft_sample_method": "probabilistic"}
 AUTO = {"draft_length": "auto"}
+COPY = 6  # most tokens copied: more than are drafted
+BOTH = MIXED | {"num_speculative_tokens": K, "copy_length": COPY}
+BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
 
 
 class RaggedLengths(FixedDraftLength):
@@ -153,6 +158,54 @@ def copying(llm: Any, name: str) -> dict[str, Any]:
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
     return seen
+
+
+class SpiedSources:
+    """Drafts of a mixed speculator, made and accepted, by what made them."""
+
+    def __init__(self, llm: Any) -> None:
+        self.seen: dict[str, Counter[str]] = {"made": Counter(), "accepted": Counter()}
+        self._speculator = model_runner(llm).speculator
+
+    def __enter__(self) -> dict[str, Counter[str]]:
+        settle = self._speculator._settle
+
+        def spied(step: Any, left: Any, num_accepted: Any, is_wanted: Any) -> None:
+            made = step.num_draft_tokens - step.num_forbidden
+            for which, counts in (("made", made), ("accepted", num_accepted)):
+                for was_copied, source in ((left[1], "copied"), (~left[1], "drafted")):
+                    num = int(counts[is_wanted & step.is_sampling & was_copied].sum())
+                    self.seen[which][source] += num
+            settle(step, left, num_accepted, is_wanted)
+
+        self._speculator._settle = spied
+        return self.seen
+
+    def __exit__(self, *error: Any) -> None:
+        del self._speculator._settle
+
+
+def mixing(llm: Any, name: str) -> dict[str, Any]:
+    """Copies and drafts. Those of the target itself are all right, unless the drafter
+    was not fed what was copied."""
+    with SpiedSources(llm) as sources:
+        sampled = {"temperature": 1.0} if "itself" in name else {}
+        if "auto" in name:
+            with SteeredPrices(llm) as steered:
+                seen = {"free": one_pass(llm)}
+                steered.draw()
+                seen["edited"] = one_pass(llm, **edited(seen["free"]["token_ids"]))
+            return seen | sources
+        seen = {"greedy": one_pass(llm, **sampled)}
+        reference = edited(seen["greedy"]["token_ids"])
+        seen["edited"] = one_pass(llm, **reference, **sampled)
+        if "itself" not in name and "tight" not in name:
+            seen["seeded"] = one_pass(llm, **reference, seed=7, temperature=1.0)
+            seen["structured"] = one_pass(llm, **structured())
+            for only in ("draft_model", "llma"):
+                llm.collective_rpc("emssd_use_proposer", args=(only,))
+                seen[only] = one_pass(llm, **reference)
+    return seen | sources
 
 
 def structured(**parameters: Any) -> dict[str, Any]:
@@ -323,6 +376,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         return failing(llm)
     if "copying" in name:
         return copying(llm, name)
+    if "mixed" in name:
+        return mixing(llm, name)
     if name.startswith("padded"):
         return padded(llm, name)
     if name in ("auto", "auto tight", "async auto"):
@@ -338,6 +393,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
             seen[what] = one_pass(llm, temperature=1.0)
         return seen
     seen = {"greedy": one_pass(llm)}
+    if name == "plain":
+        seen["seeded"] = one_pass(llm, seed=7, temperature=1.0)
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
@@ -374,6 +431,14 @@ def run_all(path: Path, only: list[str]) -> None:
         "copying tight": EngineConfig(LLMA, **TIGHT),
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
         "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
+        "mixed": EngineConfig(BOTH, **CACHED),
+        "mixed tight": EngineConfig(BOTH, **TIGHT),
+        "mixed itself": EngineConfig(BOTH_ITSELF, **SMALL),
+        "mixed auto": EngineConfig(BOTH | AUTO, **CACHED),
+        "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
+        "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
+        "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
+        "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
         "padded": EngineConfig(EMSSD, **SMALL),
         "padded itself": EngineConfig(ITSELF, **SMALL),
         "padded auto": EngineConfig(EMSSD | AUTO, **SMALL),

@@ -17,9 +17,10 @@ METHOD_NAME = f'"method": "{METHOD}"'
 USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
 AUTO_NEEDS_V2 = (
     "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs with vLLM's "
-    'V1 model runner, and with "proposer": "draft_model" on its V2 model runner; use '
+    "V1 model runner, and with a draft model on its V2 model runner; use "
     '"draft_length": "fixed".'
 )
+ONLY_MIXED_CHOOSES = 'only "proposer": "mixed" has proposers to choose from'
 _REMOVE = "Remove --speculative-config"
 
 # ---------------------------------------------------------------------- models
@@ -103,7 +104,7 @@ def refuse_drafter(spec_config: SpeculativeConfig) -> None:
 
 def refuse_options(config: EmssdConfig) -> None:
     """On the V2 runner, options that the V1 runner alone has."""
-    if config.proposer not in ("draft_model", "llma"):
+    if not (config.uses_draft_model or config.copies):
         raise ValueError(
             f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
             f"V1 model runner only. {USE_V1}."

@@ -281,8 +281,8 @@ def _may_run_on_v2(config: EmssdConfig) -> bool:
     the user chooses, and that can do what is asked for."""
     use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
     may_choose = not current_platform.is_cpu() if use_v2 is None else use_v2
-    copies = config.proposer == "llma" and config.unpad_inputs
-    return bool(may_choose) and (config.proposer == "draft_model" or copies)
+    copies = config.copies and config.unpad_inputs
+    return bool(may_choose) and (config.uses_draft_model or copies)
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
@@ -294,7 +294,7 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '
-            'sampled only with "proposer": "draft_model" or "llma" on vLLM\'s V2 model '
-            "runner; use that, or remove --async-scheduling."
+            "sampled only with its own proposers on vLLM's V2 model runner; use that, "
+            "or remove --async-scheduling."
         )
     return is_possible and args.async_scheduling is not False

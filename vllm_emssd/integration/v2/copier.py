@@ -58,7 +58,7 @@ class DeviceCopier:
         self._references: dict[int, torch.Tensor] = {}  # by slot
         self._addresses = torch.zeros(most, dtype=torch.int64, device=device)
         self.drafts = torch.zeros(most, num_drafts, dtype=torch.int64, device=device)
-        self._num_drafts = ints(most)
+        self._found = floats(most, 2)
 
     def admit(
         self, slot: int, most_drafts: int, reference: np.ndarray | None = None
@@ -116,7 +116,8 @@ class DeviceCopier:
                 verified each request's begin, its drafts and one more, and their end.
 
         Returns: on the device, overwritten by the next call: [num_reqs, K] int64, those
-        not made any tokens; and [num_reqs] int32 how many are made.
+        not made any tokens; and [num_reqs, 2] float64 how many are made, and how many
+        of them are expected to be accepted.
         """
         states, num_reqs = self._req_states, len(idx_mapping)
         token_ids = states.all_token_ids.gpu
@@ -148,7 +149,7 @@ class DeviceCopier:
             self._pools,
             self._num_idle,
             self.drafts,
-            self._num_drafts,
+            self._found,
             states.max_model_len,
             K=num_columns,
             K_PADDED=triton.next_power_of_2(num_columns),
@@ -156,4 +157,4 @@ class DeviceCopier:
             TAIL_LENGTH=max(MAX_MATCH_LENGTH, self._check_length),
             BLOCK_SIZE=_BLOCK_SIZE,
         )
-        return self.drafts[:num_reqs], self._num_drafts[:num_reqs]
+        return self.drafts[:num_reqs], self._found[:num_reqs]

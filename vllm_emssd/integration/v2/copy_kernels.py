@@ -146,7 +146,7 @@ def find_copies_kernel(
     pools,
     num_idle,
     drafts,  # [num_reqs, K] int64
-    num_drafts,  # [num_reqs] int32
+    out_found,  # [num_reqs, 2] float64: tokens copied, how many are to be accepted
     max_model_len,
     K: tl.constexpr,  # noqa: N803
     K_PADDED: tl.constexpr,  # noqa: N803  a power of two
@@ -374,7 +374,9 @@ def find_copies_kernel(
     copied = tl.where(is_own, own_tokens, tokens)
     copied = tl.where(offsets < num_copied, copied, last)
     tl.store(drafts + i * K + offsets, copied.to(tl.int64), mask=offsets < K)
-    tl.store(num_drafts + i, num_copied)
+    gain = tl.where(is_own, own_gain, ref_gain)
+    tl.store(out_found + 2 * i, num_copied.to(tl.float64))
+    tl.store(out_found + 2 * i + 1, tl.where(num_copied > 0, gain, 0.0))
 
     tl.store(row + _FOLLOWED, followed)
     tl.store(row + _REFERENCE_LEN, reference_len)

@@ -4,6 +4,8 @@
 
 from vllm.triton_utils import tl, triton
 
+CERTAIN_BLOCK_SIZE = 4096  # of the vocabulary
+
 
 @triton.jit(do_not_specialize=["num_reqs", "num_rows_padded"])
 def place_rows_kernel(
@@ -111,3 +113,26 @@ def advance_kernel(
     tl.store(seq_lens + i, tl.where(i < num_reqs, within + 1, 0).to(tl.int32))
     tl.store(idx_mapping + i, tl.where(position > last_position, -1, state))
     tl.store(query_start_loc + i + 1, tl.minimum(i + 1, num_reqs).to(tl.int32))
+
+
+@triton.jit
+def make_certain_kernel(
+    rows,  # [num_rows] int64: of the drafts
+    idx_mapping,  # [num_reqs] int64: request states
+    drafts,  # [num_reqs, K] int64
+    drafts_stride,
+    logits,  # [max_num_reqs, K, vocab_size], by request state
+    logits_stride,
+    logits_stride_of_step,
+    vocab_size,
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+):
+    """A program a row, draft and block of the vocabulary: the draft is certain."""
+    row = tl.load(rows + tl.program_id(0))
+    step = tl.program_id(1)
+    draft = tl.load(drafts + row * drafts_stride + step)
+    tokens = tl.program_id(2) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    values = tl.where(tokens == draft, 0.0, float("-inf"))
+    state = tl.load(idx_mapping + row)
+    to = logits + state * logits_stride + step * logits_stride_of_step
+    tl.store(to + tokens, values, mask=tokens < vocab_size)
