@@ -27,7 +27,10 @@ from vllm_emssd.integration.v2.copy_kernels import (
 )
 from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH
 
-_BLOCK_SIZE = 512
+# Tokens looked at at once. A search waits for memory, not for bandwidth: it takes as
+# long as it has blocks.
+_LARGEST_BLOCK, _NUM_WARPS = 2048, 8
+_REQUESTS_A_BLOCK = 512
 _MOST_REPLAYED = 512  # tokens of a resumed answer that are followed in its reference
 
 
@@ -47,6 +50,8 @@ class DeviceCopier:
         self._req_states = req_states
         self._check_length = check_length
         self._device = device
+        longest = triton.next_power_of_2(req_states.max_model_len)
+        self._block_size = min(longest, _LARGEST_BLOCK)
         most = req_states.max_num_reqs
         ints = partial(torch.zeros, dtype=torch.int32, device=device)
         floats = partial(torch.zeros, dtype=torch.float64, device=device)
@@ -130,7 +135,7 @@ class DeviceCopier:
             self._pools,
             self._num_idle,
             num_reqs,
-            BLOCK_SIZE=_BLOCK_SIZE,
+            BLOCK_SIZE=_REQUESTS_A_BLOCK,
         )
         num_columns = self.drafts.shape[1]
         find_copies_kernel[(num_reqs,)](
@@ -155,6 +160,7 @@ class DeviceCopier:
             K_PADDED=triton.next_power_of_2(num_columns),
             CHECK_LENGTH=self._check_length,
             TAIL_LENGTH=max(MAX_MATCH_LENGTH, self._check_length),
-            BLOCK_SIZE=_BLOCK_SIZE,
+            BLOCK_SIZE=self._block_size,
+            num_warps=_NUM_WARPS,
         )
         return self.drafts[:num_reqs], self._found[:num_reqs]
