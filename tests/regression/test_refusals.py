@@ -10,7 +10,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine import DRAFT, TARGET
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.config import ADAPTIVE, ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import unsupported
 from vllm_emssd.integration.frontend import method as frontend
 from vllm_emssd.integration.frontend.serving import tag_of
@@ -69,10 +69,7 @@ def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
             frontend._settle_draft_length(config, asked)
 
 
-V2_ONLY = (
-    r'"proposer": "draft_model" or "llma" on vLLM\'s V2 model runner'
-    r".*--async-scheduling"
-)
+V2_ONLY = r"its own proposers on vLLM's V2 model runner.*--async-scheduling"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ V2_ONLY = (
         (True, None, "draft_model", "fixed", V2_ONLY),
         (False, None, "llma", "fixed", None),
         (True, None, "llma", "fixed", V2_ONLY),
-        (False, None, "mixed", "fixed", V2_ONLY),
+        (False, None, "mixed", "fixed", None),
     ],
 )
 def test_scheduling_is_asynchronous_where_lengths_are_known_ahead(
@@ -148,6 +145,7 @@ def test_vllm_chooses_v2_where_it_can(
     ("method", "error"),
     [
         ("draft_model", "VLLM_USE_V2_MODEL_RUNNER=0, or --no-async"),
+        ("adaptive", "'enable_adaptive_verification' works on .* V2"),
         ("ngram_gpu", 'was prepared for.*"?VLLM_USE_V2_MODEL_RUNNER=0'),
     ],
 )
@@ -157,7 +155,9 @@ def test_v1_refuses_what_was_prepared_for_v2(method: str, error: str) -> None:
     vllm_config = SimpleNamespace(
         additional_config={ADDITIONAL_CONFIG_KEY: options},
         scheduler_config=SimpleNamespace(async_scheduling=True),
-        speculative_config=SimpleNamespace(method=method),
+        speculative_config=SimpleNamespace(
+            method=method, enable_adaptive_verification=method == "adaptive"
+        ),
     )
     with pytest.raises(ValueError, match=error):
         UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
@@ -225,6 +225,7 @@ def test_spec_flags_are_merged() -> None:
         ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
         ({}, {"additional_config": [1]}, "must be a dictionary, got list"),
         ({}, {"async_scheduling": True}, "remove --async-scheduling"),
+        ({"model": DRAFT, ADAPTIVE: True}, {}, f"'{ADAPTIVE}' works on .* V2"),
     ],
 )
 def test_refused(

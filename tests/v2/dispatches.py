@@ -56,7 +56,7 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
     """Of `propose`, in the steps in which all requests decode."""
     from vllm import SamplingParams
 
-    from vllm_emssd.integration.v2 import copy_source, mixed_speculator
+    from vllm_emssd.integration.v2 import copy_source, mixed_speculator, pending_steps
     from vllm_emssd.integration.v2 import speculator as draft_speculator
 
     speculator, steps = model_runner(llm).speculator, []
@@ -70,8 +70,8 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
             graph.run_fullgraph = work.counts_as_one(replay, REPLAY)
         with counting(work), pytest.MonkeyPatch.context() as patch:
             # These do not wait for what they copy.
-            copy = work.counts_as_one(copy_source.async_copy_to_np, "copy to host")
-            patch.setattr(copy_source, "async_copy_to_np", copy)
+            copy = work.counts_as_one(pending_steps.async_copy_to_np, "copy to host")
+            patch.setattr(pending_steps, "async_copy_to_np", copy)
             copy = work.counts_as_one(copy_source.async_tensor_h2d, "copy to device")
             for module in (copy_source, mixed_speculator, draft_speculator):
                 patch.setattr(module, "async_tensor_h2d", copy)

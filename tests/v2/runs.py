@@ -13,6 +13,7 @@ from tests.v2 import interpreter
 if __name__ == "__main__":
     interpreter.install()
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -48,6 +49,11 @@ from vllm_emssd.draft_length import CostTable, FixedDraftLength, StepInfo
 
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
+LOGPROBS: dict[str, Any] = {
+    "logprobs": 2,
+    "logit_bias": {201: 3.0},
+    "presence_penalty": 0.5,
+}
 REGEX = r"(foo|bar)(_[a-z]{2}){1,2}"
 SMALL = {
     "max_model_len": 128,
@@ -69,6 +75,7 @@ STOCK_K = STOCK | {"num_speculative_tokens": K}
 EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
 ITSELF = EMSSD | {"model": TARGET, "draft_sample_method": "probabilistic"}
 AUTO = {"draft_length": "auto"}
+TRIM = {"enable_adaptive_verification": True}
 COPY = 6  # most tokens copied: more than are drafted
 BOTH = MIXED | {"num_speculative_tokens": K, "copy_length": COPY}
 BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
@@ -276,6 +283,65 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
     return seen | {"measured": measured}
 
 
+class Trimming:
+    """vLLM's adaptive verification where it asks for CUDA graphs, by other costs."""
+
+    def __init__(self) -> None:
+        self.budgets: list[int] = []
+
+    def __enter__(self) -> list[int]:
+        from vllm.config.vllm import VllmConfig
+        from vllm.v1.worker.gpu import model_runner as runner
+        from vllm.v1.worker.gpu.spec_decode import adaptive_verification as adaptive
+
+        budgets = self.budgets
+
+        class Manager(adaptive.AdaptiveVerificationManager):
+            def reallocate_drafts(self, *args: Any) -> Any:
+                reallocated = super().reallocate_drafts(*args)
+                budgets.append(reallocated[2])
+                return reallocated
+
+        def make(enable_adaptive_verification: bool, **options: Any) -> Manager:
+            assert enable_adaptive_verification
+            names = ("req_states", "query_start_loc", "num_bonus_tokens")
+            made = {name: options[name] for name in (*names, "max_total_logits")}
+            manager = Manager(**made)
+            manager.set_cost_curves([(1, 0.1)], [(1, 4.0), (64, 4.0 + 63 * 0.7)])
+            return manager
+
+        self._patch = pytest.MonkeyPatch()
+        validate = "_validate_adaptive_verification"
+        self._patch.setattr(VllmConfig, validate, lambda config: None)
+        self._patch.setattr(
+            runner, "resolve_adaptive_cudagraph_mode", lambda mode, **options: mode
+        )
+        self._patch.setattr(runner, "maybe_create_adaptive_verification_manager", make)
+        self._patch.setattr(
+            adaptive,
+            "_assign_draft_token_budget_compiled",
+            adaptive._assign_draft_token_budget,
+        )
+        return self.budgets
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.undo()
+
+
+def trimming(llm: Any, name: str, budgets: list[int]) -> dict[str, Any]:
+    """Drafts of which the device verifies the likeliest."""
+    if "itself" in name:
+        return {"sampled": one_pass(llm, temperature=1.0)}
+    budgets.clear()
+    seen = {"greedy": one_pass(llm)}
+    seen["greedy"]["num_verified"] = sum(budgets)
+    seen["logprobs"] = one_pass(llm, **LOGPROBS)
+    seen["structured"] = one_pass(llm, **structured())
+    model_runner(llm).speculator.set_policy(RaggedLengths())
+    seen["ragged"] = one_pass(llm)
+    return seen
+
+
 def stopped(llm: Any, greedy: dict[str, Any]) -> dict[str, Any]:
     """Ended by a token in mid-step, which a step launched meanwhile cannot know."""
     stop = greedy["token_ids"][2][8]
@@ -403,9 +469,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name in ("cached", "async cached"):
         seen["again"] = one_pass(llm)  # on cached prefixes
     elif name not in ("stock", "tight", "async tight"):
-        seen["logprobs"] = one_pass(
-            llm, logprobs=2, logit_bias={201: 3.0}, presence_penalty=0.5
-        )
+        seen["logprobs"] = one_pass(llm, **LOGPROBS)
         seen["structured"] = one_pass(llm, **structured())
     if name not in ("plain", "stock"):
         model_runner(llm).speculator.set_policy(RaggedLengths())
@@ -439,6 +503,9 @@ def run_all(path: Path, only: list[str]) -> None:
         "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
         "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
+        "trimmed": EngineConfig(EMSSD | TRIM, **SMALL),
+        "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
+        "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "padded": EngineConfig(EMSSD, **SMALL),
         "padded itself": EngineConfig(ITSELF, **SMALL),
         "padded auto": EngineConfig(EMSSD | AUTO, **SMALL),
@@ -457,8 +524,13 @@ def run_all(path: Path, only: list[str]) -> None:
         )
         stop_counting_others()
         started = time.perf_counter()
-        with running(config) as llm:
-            seen[name] = passes(llm, name)
+        with contextlib.ExitStack() as stack:
+            budgets = stack.enter_context(Trimming()) if "trimmed" in name else []
+            llm = stack.enter_context(running(config))
+            if "trimmed" in name:
+                seen[name] = trimming(llm, name, budgets)
+            else:
+                seen[name] = passes(llm, name)
             runner = type(model_runner(llm))
             seen[name]["runner"] = f"{runner.__module__}.{runner.__qualname__}"
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler

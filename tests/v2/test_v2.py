@@ -298,6 +298,28 @@ def test_the_drafter_is_fed_what_was_copied(name: str) -> None:
     assert accepted["drafted"] >= 0.95 * made["drafted"]
 
 
+@pytest.mark.parametrize("name", ["trimmed", "async trimmed"])
+def test_trimmed_drafts_give_the_same_tokens(name: str) -> None:
+    for what in ("greedy", "ragged"):
+        assert seen(name, what)["token_ids"] == seen("plain")["token_ids"]
+        assert seen(name, what)["counts"]["num_accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["trimmed", "async trimmed"])
+def test_drafts_that_the_device_left_out_do_not_count(name: str) -> None:
+    run = seen(name)
+    num_verified = run["counts"]["num_draft_tokens"]
+    assert 0 < num_verified < run["gained"]["spec_decode_num_draft_tokens"]
+    # A step in vain of each request, launched before its end is known.
+    in_vain = K * len(MAX_TOKENS) if name.startswith("async") else 0
+    assert num_verified <= run["num_verified"] <= num_verified + in_vain
+
+
+def test_trimmed_samples_of_the_target_itself_are_accepted() -> None:
+    counts = seen("async trimmed itself", "sampled")["counts"]
+    assert counts["num_accepted_tokens"] >= 0.95 * counts["num_draft_tokens"] > 0
+
+
 def test_asynchronous_scheduling_costs_a_step_in_vain_at_the_end_and_no_row_else() -> (
     None
 ):
@@ -338,7 +360,7 @@ def test_rows_of_a_decoding_request_against_stocks() -> None:
     assert rows == (K + 1) * num_decode_steps
 
 
-@pytest.mark.parametrize("name", ["fixed", "async"])
+@pytest.mark.parametrize("name", ["fixed", "async", "trimmed", "async trimmed"])
 @pytest.mark.parametrize("what", ["logprobs", "structured"])
 def test_sampling_parameters_do_what_they_do_without_speculation(
     name: str, what: str

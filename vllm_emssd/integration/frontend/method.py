@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from vllm_emssd import __version__
 from vllm_emssd.config import (
+    ADAPTIVE,
     ADDITIONAL_CONFIG_KEY,
     MAX_FIXED_DRAFTS,
     METHOD,
@@ -36,6 +37,7 @@ from vllm_emssd.integration.frontend.serving import attach_tag, install_serving_
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.metrics import LOG_STATS_KEY
 from vllm_emssd.integration.unsupported import (
+    ADAPTIVE_NEEDS_V2,
     AUTO_NEEDS_V2,
     METHOD_NAME,
     refuse_drafter,
@@ -142,6 +144,8 @@ def _create_ours(
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, stock_part, model_config, parallel_config)
+    if stock_part.get(ADAPTIVE) and not _may_run_on_v2(config):
+        raise ValueError(ADAPTIVE_NEEDS_V2)
     config = _settle_draft_length(config, asked)
     may_be_async = _settle_async_scheduling(args, config)
     if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks

@@ -16,7 +16,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -25,6 +24,7 @@ from vllm_emssd.draft_length import Copies
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.request_options import reference_of
 from vllm_emssd.integration.v2.copier import DeviceCopier
+from vllm_emssd.integration.v2.pending_steps import LateArray
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -39,23 +39,6 @@ class FoundCopies:
 
     token_ids: torch.Tensor
     copies: Copies
-
-
-class _OnItsWay:
-    """What a step found, being copied to the host."""
-
-    def __init__(
-        self, slots: np.ndarray, numbers: np.ndarray, found: torch.Tensor
-    ) -> None:
-        self.slots, self.numbers = slots, numbers
-        self._copied_at = torch.cuda.Event()
-        self._found_np = async_copy_to_np(found)
-        self._copied_at.record()
-
-    def wait(self) -> np.ndarray:
-        """[num_reqs, 2] float64"""
-        self._copied_at.synchronize()
-        return self._found_np
 
 
 class CopySource:
@@ -86,7 +69,8 @@ class CopySource:
             (3, req_states.max_num_reqs), np.int64
         )
         self._gains = np.zeros(req_states.max_num_reqs)
-        self._last: _OnItsWay | None = None
+        # Of the last step: slots, admissions, and what was found.
+        self._last: tuple[np.ndarray, np.ndarray, LateArray] | None = None
 
     def forget_warm_up(self) -> None:
         """How copies fared so far, of requests that do not count."""
@@ -137,7 +121,7 @@ class CopySource:
                 num_sampled,
                 self._first_rows(input_batch, step, was_copied),
             )
-            self._last = _OnItsWay(slots, self.numbers[slots], found)
+            self._last = slots, self.numbers[slots], LateArray(found)
         except Exception as error:
             self._failures.take(error)
             self._copier.forget_copies()
@@ -170,9 +154,9 @@ class CopySource:
         """What the last step found, of requests that are still there."""
         if self._last is None:
             return
-        last, self._last = self._last, None
-        found = last.wait()
-        is_same = self.numbers[last.slots] == last.numbers
-        slots = last.slots[is_same]
+        slots, numbers, late = self._last
+        self._last, found = None, late.wait()
+        is_same = self.numbers[slots] == numbers
+        slots = slots[is_same]
         self._num_copied[slots] = found[is_same, 0].astype(np.int64)
         self._gains[slots] = found[is_same, 1]

@@ -112,6 +112,7 @@ class RaggedSpeculator(BaseSpeculator):
             return
         step, left, is_wanted = self._pending_steps.pop()
         num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
+        step = self._as_verified(step, left, num_accepted)
         self._settle(step, left, num_accepted, is_wanted)
         step.count(
             num_sampled,
@@ -120,6 +121,13 @@ class RaggedSpeculator(BaseSpeculator):
             is_wanted,
             has_draft_model=self.has_draft_model,
         )
+
+    def _as_verified(
+        self, step: ScheduledStep, left: Any, num_accepted: np.ndarray
+    ) -> ScheduledStep:
+        """The step with the drafts that were verified: all that were scheduled, unless
+        the device left some out."""
+        return step
 
     def _settle(
         self,

@@ -126,7 +126,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        if self.emssd_config.draft_length == "auto" or self.emssd_config.copies:
+        is_ragged = self.emssd_config.draft_length == "auto" or self.emssd_config.copies
+        if is_ragged and self.adaptive_verification is None:  # which wants them itself
             self._want_varlen_graphs()
 
     def _want_varlen_graphs(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,16 @@ from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.v2.copy_source import FoundCopies
 from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
 from vllm_emssd.integration.v2.kernels import CERTAIN_BLOCK_SIZE, make_certain_kernel
-from vllm_emssd.integration.v2.pending_steps import scheduled_step
+from vllm_emssd.integration.v2.pending_steps import LateArray, scheduled_step
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
 from vllm_emssd.ragged import grant_rows
 from vllm_emssd.verification import ScheduledStep
 
 logger = init_logger("vllm.emssd.v2")
+
+
+# Of a step: what was fed, which drafts are copies, and how many were rejected.
+_Left = tuple[Turn, np.ndarray, LateArray | None]
 
 
 class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
@@ -196,9 +201,16 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         seeds: torch.Tensor,
         *args: Any,
         dummy_run: bool = False,
+        is_profile: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
         if dummy_run and self._sits_out_dummy_runs:
+            return self.draft_tokens[: input_batch.num_reqs]
+        if dummy_run and self.enable_adaptive_verification and not is_profile:
+            # vLLM times it, to know what drafts cost.
+            num_reqs = min(input_batch.num_reqs, self._drafter.max_num_reqs)
+            for _ in range(self._most_drafts):
+                self._drafter.rehearse(num_reqs, self._drafter.max_model_len // 2)
             return self.draft_tokens[: input_batch.num_reqs]
         if dummy_run:  # profiling: stock's rows, the most there can be
             return super().propose(
@@ -215,13 +227,18 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
                 seeds,
                 *args,
                 dummy_run=True,
+                is_profile=is_profile,
                 **kwargs,
             )
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         slots = input_batch.idx_mapping_np
         verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
         turn = self._cursor.begin(slots, step.is_sampling, verified)
-        self._pending_steps.add(step, turn.numbers, (turn, self._is_copied[slots]))
+        # Of drafts that were trimmed on the device, how many were not accepted.
+        trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
+        rejected = LateArray(num_rejected) if trims else None
+        left = turn, self._is_copied[slots], rejected
+        self._pending_steps.add(step, turn.numbers, left)
         found = self._find_copies(input_batch, step, num_sampled)
         copies = None if found is None else found.copies
         drafts = self.draft_tokens[: len(slots)] if found is None else found.token_ids
@@ -258,15 +275,29 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         drafts."""
         raise NotImplementedError
 
+    def _as_verified(
+        self, step: ScheduledStep, left: _Left, num_accepted: np.ndarray
+    ) -> ScheduledStep:
+        rejected = left[2]
+        if rejected is None:
+            return step
+        num_possible = step.num_draft_tokens - step.num_forbidden
+        num_verified = np.where(step.is_sampling, num_accepted + rejected.wait(), 0)
+        return replace(
+            step,
+            num_draft_tokens=num_verified,
+            num_forbidden=np.maximum(num_verified - num_possible, 0),
+        )
+
     def _settle(
         self,
         step: ScheduledStep,
-        left: tuple[Turn, np.ndarray],
+        left: _Left,
         num_accepted: np.ndarray,
         is_wanted: np.ndarray,
     ) -> None:
         """Move the cursors, and learn what is accepted."""
-        turn, was_copied = left
+        turn, was_copied, _ = left
         self._cursor.settle(turn, num_accepted)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_draft_tokens - step.num_forbidden
@@ -396,8 +427,11 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
             self._count_forward(num_drafting, num_drafting)
         if num_drafting == len(slots):
             return drafts
-        columns = others.clone()
-        columns[async_tensor_h2d(drafting, device=self.device)] = drafts
+        columns, rows = others.clone(), async_tensor_h2d(drafting, device=self.device)
+        columns[rows] = drafts
+        if self.enable_adaptive_verification:  # it expects them in the batch's order
+            confidences = self.draft_token_confidence_probs
+            confidences[rows] = confidences[:num_drafting].clone()
         return columns
 
     def _rows_of(self, idx_mapping: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
