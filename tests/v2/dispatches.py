@@ -25,7 +25,6 @@ from tests.engine import (
     DRAFT,
     DRAFT_MODEL,
     LLMA,
-    MIXED,
     EngineConfig,
     model_runner,
     prompts,
@@ -37,7 +36,7 @@ from tests.v2.padded_forwards import pad_forwards
 
 REPO = Path(__file__).resolve().parents[2]
 LAYERS = (2, 8)  # of the drafter
-COPIES, BOTH = 0, -1  # in their place, without a drafter and with copies beside it
+COPIES = 0  # layers where there is none
 BATCHES = (1, 24)  # requests
 K = 5
 
@@ -56,8 +55,7 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
     """Of `propose`, in the steps in which all requests decode."""
     from vllm import SamplingParams
 
-    from vllm_emssd.integration.v2 import copy_source, mixed_speculator, pending_steps
-    from vllm_emssd.integration.v2 import speculator as draft_speculator
+    from vllm_emssd.integration.v2 import pending_steps
 
     speculator, steps = model_runner(llm).speculator, []
     propose = speculator.propose
@@ -69,15 +67,12 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
             replay = type(graph).run_fullgraph.__get__(graph)
             graph.run_fullgraph = work.counts_as_one(replay, REPLAY)
         with counting(work), pytest.MonkeyPatch.context() as patch:
-            # These do not wait for what they copy.
+            # It does not wait for what it copies.
             copy = work.counts_as_one(pending_steps.async_copy_to_np, "copy to host")
             patch.setattr(pending_steps, "async_copy_to_np", copy)
-            copy = work.counts_as_one(copy_source.async_tensor_h2d, "copy to device")
-            for module in (copy_source, mixed_speculator, draft_speculator):
-                patch.setattr(module, "async_tensor_h2d", copy)
             drafts = propose(input_batch, *args, **kwargs)
         is_steady = input_batch.num_draft_tokens == num_reqs * K
-        if hasattr(speculator, "_source"):  # which copies any number
+        if not speculator.has_draft_model:
             num_computed = input_batch.num_computed_tokens_np
             is_steady = (num_computed >= input_batch.prefill_len_np).all()
         if is_steady:
@@ -98,11 +93,13 @@ def run_all(path: Path) -> None:
     seen: list[dict[str, Any]] = []
     interpreter.schedule_asynchronously(True)
     with TemporaryDirectory() as folder:
-        methods = {COPIES: LLMA, BOTH: MIXED | {"copy_length": K}}
-        for num_layers in LAYERS:
-            draft = DRAFT if num_layers == 2 else grown(num_layers, Path(folder) / "m")
-            methods[num_layers] = DRAFT_MODEL | {"model": draft}
-        for num_layers, method in methods.items():
+        for num_layers in (COPIES, *LAYERS):
+            method = LLMA
+            if num_layers != COPIES:
+                draft = (
+                    DRAFT if num_layers == 2 else grown(num_layers, Path(folder) / "m")
+                )
+                method = DRAFT_MODEL | {"model": draft}
             small: dict[str, Any] = {"max_model_len": 128, "kv_cache_bytes": 64 << 20}
             options = {"block_size": 32, "async_scheduling": True}
             config = EngineConfig(method, options=options, **small)

@@ -168,14 +168,16 @@ def copying(llm: Any, name: str) -> dict[str, Any]:
 
 
 class SpiedSources:
-    """Drafts of a mixed speculator, made and accepted, by what made them."""
+    """Drafts of a mixed speculator, made and accepted, by what made them; and of copies
+    how many are certain by the drafts' distribution, if there is one."""
 
     def __init__(self, llm: Any) -> None:
-        self.seen: dict[str, Counter[str]] = {"made": Counter(), "accepted": Counter()}
+        names = ("made", "accepted", "certain")
+        self.seen: dict[str, Counter[str]] = {name: Counter() for name in names}
         self._speculator = model_runner(llm).speculator
 
     def __enter__(self) -> dict[str, Counter[str]]:
-        settle = self._speculator._settle
+        settle, add = self._speculator._settle, self._speculator._add_copies
 
         def spied(step: Any, left: Any, num_accepted: Any, is_wanted: Any) -> None:
             made = step.num_draft_tokens - step.num_forbidden
@@ -185,11 +187,24 @@ class SpiedSources:
                     self.seen[which][source] += num
             settle(step, left, num_accepted, is_wanted)
 
+        def added(input_batch: Any, drafts: Any, *args: Any) -> Any:
+            num_drafts, slots = add(input_batch, drafts, *args), input_batch.idx_mapping
+            if self._speculator.draft_logits is None:
+                return num_drafts
+            for row in np.flatnonzero(self._speculator._is_copied[slots.numpy()]):
+                tokens = drafts[row, : num_drafts[row], None]
+                logits = self._speculator.draft_logits[slots[row], : num_drafts[row]]
+                is_certain = logits.softmax(dim=-1).gather(1, tokens) == 1
+                self.seen["certain"]["yes"] += int(is_certain.sum())
+                self.seen["certain"]["no"] += int((~is_certain).sum())
+            return num_drafts
+
         self._speculator._settle = spied
+        self._speculator._add_copies = added
         return self.seen
 
     def __exit__(self, *error: Any) -> None:
-        del self._speculator._settle
+        del self._speculator._settle, self._speculator._add_copies
 
 
 def mixing(llm: Any, name: str) -> dict[str, Any]:
@@ -206,10 +221,10 @@ def mixing(llm: Any, name: str) -> dict[str, Any]:
         seen = {"greedy": one_pass(llm, **sampled)}
         reference = edited(seen["greedy"]["token_ids"])
         seen["edited"] = one_pass(llm, **reference, **sampled)
-        if "itself" not in name and "tight" not in name:
+        if name in ("mixed", "async mixed"):
             seen["seeded"] = one_pass(llm, **reference, seed=7, temperature=1.0)
             seen["structured"] = one_pass(llm, **structured())
-            for only in ("draft_model", "llma"):
+            for only in ("draft_model", "llma") if name == "mixed" else ():
                 llm.collective_rpc("emssd_use_proposer", args=(only,))
                 seen[only] = one_pass(llm, **reference)
     return seen | sources
@@ -307,7 +322,8 @@ class Trimming:
             names = ("req_states", "query_start_loc", "num_bonus_tokens")
             made = {name: options[name] for name in (*names, "max_total_logits")}
             manager = Manager(**made)
-            manager.set_cost_curves([(1, 0.1)], [(1, 4.0), (64, 4.0 + 63 * 0.7)])
+            verify_curve = [(n, 4.0 + 2.0 * n) for n in range(1, 129)]
+            manager.set_cost_curves([(1, 0.1)], verify_curve)
             return manager
 
         self._patch = pytest.MonkeyPatch()
@@ -496,14 +512,10 @@ def run_all(path: Path, only: list[str]) -> None:
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
         "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "mixed": EngineConfig(BOTH, **CACHED),
-        "mixed tight": EngineConfig(BOTH, **TIGHT),
-        "mixed itself": EngineConfig(BOTH_ITSELF, **SMALL),
-        "mixed auto": EngineConfig(BOTH | AUTO, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
         "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
         "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
-        "trimmed": EngineConfig(EMSSD | TRIM, **SMALL),
         "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
         "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "padded": EngineConfig(EMSSD, **SMALL),

@@ -26,10 +26,10 @@ ASYNC = ("async", "async cached", "async tight")
 OURS = ("fixed", "cached", "tight", *ASYNC)
 AUTO = ("auto", "auto tight", "auto itself", "async auto")
 COPYING = ("copying", "copying tight", "async copying", "async copying tight")
-MIXED = ("mixed", "mixed tight", "async mixed", "async mixed tight")
+MIXED = ("mixed", "async mixed", "async mixed tight")
 FAILING = ("failing", "failing async")
 PRICES = ("free", "drawn", "measured")
-TIMEOUT = 900  # seconds for all engines: 300 beside another test process
+TIMEOUT = 1200  # seconds for all engines: 500 beside another test process
 
 
 def results() -> dict[str, Any]:
@@ -253,13 +253,13 @@ def test_copies_beside_drafts_give_the_same_tokens(name: str, what: str) -> None
     assert run["counts"]["num_accepted_tokens"] == run["gained"][accepted]
 
 
-@pytest.mark.parametrize("name", ["mixed auto", "async mixed auto"])
-def test_automatic_lengths_beside_copies_give_the_same_tokens(name: str) -> None:
-    for what in ("free", "edited"):
-        assert seen(name, what)["token_ids"] == seen("plain")["token_ids"]
+@pytest.mark.parametrize("what", ["free", "edited"])
+def test_automatic_lengths_beside_copies_give_the_same_tokens(what: str) -> None:
+    run = seen("async mixed auto", what)
+    assert run["token_ids"] == seen("plain")["token_ids"]
 
 
-@pytest.mark.parametrize("name", [*MIXED, "mixed auto", "async mixed auto"])
+@pytest.mark.parametrize("name", [*MIXED, "async mixed auto"])
 def test_both_copies_and_drafts_are_accepted(name: str) -> None:
     assert min(results()[name]["accepted"].values()) > 20
 
@@ -271,14 +271,14 @@ def test_copies_beside_drafts_with_seeds_and_grammars(name: str) -> None:
         assert seen(name, what)["counts"]["num_accepted_tokens"] > 0
 
 
-@pytest.mark.parametrize("name", ["mixed", "async mixed"])
-def test_one_of_the_two_may_be_left_out(name: str) -> None:
-    both, drafts, copies = (seen(name, n) for n in ("edited", "draft_model", "llma"))
+def test_one_of_the_two_may_be_left_out() -> None:
+    drafts, copies = (seen("mixed", what) for what in ("draft_model", "llma"))
     for run in (drafts, copies):
         assert run["token_ids"] == seen("plain")["token_ids"]
         assert run["counts"]["num_accepted_tokens"] > 0
-    assert copies["draft_rows"] == 0
-    assert drafts["draft_rows"] > both["draft_rows"]
+    assert copies["draft_rows"] == 0 < drafts["draft_rows"]
+    counts = drafts["counts"]
+    assert counts["num_draft_tokens"] <= K * counts["num_request_steps"]
 
 
 def test_mixed_makes_about_what_it_makes_on_v1() -> None:
@@ -290,28 +290,34 @@ def test_mixed_makes_about_what_it_makes_on_v1() -> None:
         assert counts["num_draft_rows"] >= v1["num_draft_rows"]
 
 
-@pytest.mark.parametrize("name", ["mixed itself", "async mixed itself"])
-def test_the_drafter_is_fed_what_was_copied(name: str) -> None:
+def test_the_drafter_is_fed_what_was_copied() -> None:
     """Samples of the target itself are accepted, unless its K/V has holes."""
-    accepted, made = results()[name]["accepted"], results()[name]["made"]
+    run = results()["async mixed itself"]
+    accepted, made = run["accepted"], run["made"]
     assert min(accepted.values()) > 0
     assert accepted["drafted"] >= 0.95 * made["drafted"]
 
 
-@pytest.mark.parametrize("name", ["trimmed", "async trimmed"])
-def test_trimmed_drafts_give_the_same_tokens(name: str) -> None:
-    for what in ("greedy", "ragged"):
-        assert seen(name, what)["token_ids"] == seen("plain")["token_ids"]
-        assert seen(name, what)["counts"]["num_accepted_tokens"] > 0
+def test_copies_of_sampled_requests_are_certain() -> None:
+    """Or they would be judged by a distribution that they did not come from."""
+    certain = results()["async mixed itself"]["certain"]
+    assert certain["yes"] > 0
+    assert certain.get("no", 0) == 0
 
 
-@pytest.mark.parametrize("name", ["trimmed", "async trimmed"])
-def test_drafts_that_the_device_left_out_do_not_count(name: str) -> None:
-    run = seen(name)
+@pytest.mark.parametrize("what", ["greedy", "ragged"])
+def test_trimmed_drafts_give_the_same_tokens(what: str) -> None:
+    run = seen("async trimmed", what)
+    assert run["token_ids"] == seen("plain")["token_ids"]
+    assert run["counts"]["num_accepted_tokens"] > 0
+
+
+def test_drafts_that_the_device_left_out_do_not_count() -> None:
+    run = seen("async trimmed")
     num_verified = run["counts"]["num_draft_tokens"]
     assert 0 < num_verified < run["gained"]["spec_decode_num_draft_tokens"]
     # A step in vain of each request, launched before its end is known.
-    in_vain = K * len(MAX_TOKENS) if name.startswith("async") else 0
+    in_vain = K * len(MAX_TOKENS)
     assert num_verified <= run["num_verified"] <= num_verified + in_vain
 
 
@@ -360,7 +366,7 @@ def test_rows_of_a_decoding_request_against_stocks() -> None:
     assert rows == (K + 1) * num_decode_steps
 
 
-@pytest.mark.parametrize("name", ["fixed", "async", "trimmed", "async trimmed"])
+@pytest.mark.parametrize("name", ["fixed", "async", "async trimmed"])
 @pytest.mark.parametrize("what", ["logprobs", "structured"])
 def test_sampling_parameters_do_what_they_do_without_speculation(
     name: str, what: str

@@ -2,9 +2,10 @@
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import torch
 from vllm.triton_utils import tl, triton
 
-CERTAIN_BLOCK_SIZE = 4096  # of the vocabulary
+_VOCAB_BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["num_reqs", "num_rows_padded"])
@@ -113,6 +114,29 @@ def advance_kernel(
     tl.store(seq_lens + i, tl.where(i < num_reqs, within + 1, 0).to(tl.int32))
     tl.store(idx_mapping + i, tl.where(position > last_position, -1, state))
     tl.store(query_start_loc + i + 1, tl.minimum(i + 1, num_reqs).to(tl.int32))
+
+
+def make_certain(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    drafts: torch.Tensor,
+    depth: int,
+) -> None:
+    """Say to the rejection sampler that the first drafts of these rows are certain, or
+    it takes them for samples of the drafter's distribution. Arguments as below."""
+    grid = (len(rows), depth, triton.cdiv(logits.shape[2], _VOCAB_BLOCK))
+    make_certain_kernel[grid](
+        rows,
+        idx_mapping,
+        drafts,
+        drafts.stride(0),
+        logits,
+        logits.stride(0),
+        logits.stride(1),
+        logits.shape[2],
+        BLOCK_SIZE=_VOCAB_BLOCK,
+    )
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import Copies
 from vllm_emssd.integration.v2.copy_source import CopySource, FoundCopies
+from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts, check_source
 from vllm_emssd.verification import ScheduledStep
@@ -101,8 +102,8 @@ class MixedSpeculator(UnpadSpeculator):
         self._is_copied[input_batch.idx_mapping_np] = is_copied
         if self.draft_logits is not None and is_copied.any():
             rows = async_tensor_h2d(np.flatnonzero(is_copied), device=self.device)
-            most = self._copy_length
-            self._make_certain(rows, input_batch.idx_mapping, drafts, most)
+            states, most = input_batch.idx_mapping, self._copy_length
+            make_certain(self.draft_logits, rows, states, drafts, most)
         return np.where(is_copied, copies.rows, num_made)
 
     def _learn_acceptance(

@@ -20,7 +20,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
-from vllm.triton_utils import triton
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -42,7 +41,7 @@ from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.v2.copy_source import FoundCopies
 from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
-from vllm_emssd.integration.v2.kernels import CERTAIN_BLOCK_SIZE, make_certain_kernel
+from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.pending_steps import LateArray, scheduled_step
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
 from vllm_emssd.ragged import grant_rows
@@ -418,7 +417,8 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         num_drafting = len(drafting)
         drafts = self.draft_tokens[:num_drafting]
         if greedy is not None:
-            self._make_certain(greedy, idx_mapping, drafts, depth)
+            assert self.draft_logits is not None
+            make_certain(self.draft_logits, greedy, idx_mapping, drafts, depth)
         self._cursor.draft(slots[drafting], lens[drafting] - 1)
         is_first = num_known <= self._req_states.prompt_len.np[slots]
         num_decode = FIRST_ROWS * num_drafting - int(is_first[drafting].sum())
@@ -451,30 +451,6 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         rows = async_tensor_h2d(rows, device=self.device)
         self.temperature[idx_mapping[rows]] = 0.0
         return rows
-
-    def _make_certain(
-        self,
-        rows: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        drafts: torch.Tensor,
-        depth: int,
-    ) -> None:
-        """Say that the first drafts of these rows are certain to the rejection sampler,
-        which would else take them for samples of the drafter's distribution."""
-        logits = self.draft_logits
-        assert logits is not None
-        grid = (len(rows), depth, triton.cdiv(logits.shape[2], CERTAIN_BLOCK_SIZE))
-        make_certain_kernel[grid](
-            rows,
-            idx_mapping,
-            drafts,
-            drafts.stride(0),
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            logits.shape[2],
-            BLOCK_SIZE=CERTAIN_BLOCK_SIZE,
-        )
 
     def _count_forward(self, num_rows: int, num_decode: int) -> None:
         self.counters.num_draft_forwards += 1
