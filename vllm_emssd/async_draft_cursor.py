@@ -5,7 +5,8 @@ leaves the device idle. How many rows the drafter lacks can be bounded without i
 the drafts verified, those that the drafter was fed need no row, however many are
 accepted; one at most was not. So `num_lacking` counts from the end of the text, which
 the device knows: two at most for a request that drafted before. Feeding one token again
-writes the same K/V.
+writes the same K/V. Of drafts that another proposer made none was fed: until their
+acceptance is known, all of them count as lacking.
 
 Any number of steps may run before one's acceptance is known. What each step left is
 kept in a `Turn` until then, and recorded as if it had been known at once. Requests are
@@ -32,6 +33,7 @@ class Turn:
     slots: np.ndarray  # int64
     numbers: np.ndarray  # int64: of the admissions
     is_late: np.ndarray  # bool: what it did is recorded when its acceptance is known
+    num_drafts: np.ndarray  # int64: to be verified
     num_fed_drafts: np.ndarray  # int64: of the drafts verified
     num_lacking: np.ndarray  # int64: when the step was over
 
@@ -68,10 +70,11 @@ class AsyncDraftCursor:
             self._num_hits,  # leading tokens in blocks that the request may share
             self._draft_len,  # leading tokens with valid draft K/V
             self._num_tokens,  # known by the steps that are settled
-            self._num_pending,  # steps to be settled
+            self._num_pending,  # steps to be settled,
+            self._most_pending,  # and what they add to the tokens known at most
             self._num_lacking,  # known tokens, pending ones included, without draft K/V
             self._num_fed_drafts,  # of the drafts made last
-        ) = np.zeros((7, num_slots), dtype=np.int64)
+        ) = np.zeros((8, num_slots), dtype=np.int64)
         self._numbers = np.full(num_slots, FREE)
 
     # ------------------------------------------------------------ requests and blocks
@@ -103,6 +106,7 @@ class AsyncDraftCursor:
                 self._num_blocks,
                 self._draft_len,
                 self._num_pending,
+                self._most_pending,
                 self._num_fed_drafts,
             ):
                 state[slot] = 0
@@ -137,9 +141,11 @@ class AsyncDraftCursor:
         self._num_fed_drafts[slots] = 0
         is_late = (num_drafts > 0) | (self._num_pending[slots] > 0)
         self._num_pending[slots] += is_late
+        self._most_pending[slots] += is_late * (1 + num_drafts)
         # Nothing is uncertain of the others, which may count on what it feeds now.
         self._num_tokens[slots] += is_sampling & ~is_late
-        return Turn(slots, self._numbers[slots], is_late, num_fed, num_fed)
+        numbers = self._numbers[slots]
+        return Turn(slots, numbers, is_late, num_drafts, num_fed, num_fed)
 
     def num_lacking(self, slots: np.ndarray) -> np.ndarray:
         """Tokens from the end of each request's text back to its first without draft
@@ -195,10 +201,15 @@ class AsyncDraftCursor:
         on = turn.is_late & (self._numbers[turn.slots] == turn.numbers)
         slots, accepted = turn.slots[on], num_accepted[on]
         self._num_pending[slots] -= 1
+        self._most_pending[slots] -= 1 + turn.num_drafts[on]
         self._num_tokens[slots] += 1 + accepted
         fed = self._draft_len[slots] + np.minimum(accepted, turn.num_fed_drafts[on])
         known = self._num_tokens[slots] - turn.num_lacking[on]
         self._advance(slots, np.maximum(fed, known))
+        longest = self._num_tokens[slots] + self._most_pending[slots]
+        self._num_lacking[slots] = np.minimum(
+            self._num_lacking[slots], longest - self._draft_len[slots]
+        )
 
     def _advance(self, slots: np.ndarray, draft_lens: np.ndarray) -> None:
         """The leading tokens have valid draft K/V: so have the blocks full of them."""

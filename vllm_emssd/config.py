@@ -26,7 +26,6 @@ ADDITIONAL_CONFIG_KEY = "emssd"  # where VllmConfig.additional_config carries ou
 # Keys of vLLM's that contradict what the method does, and what to do instead.
 REFUSED_STOCK_KEYS: dict[str, str] = {
     "disable_padded_drafter_batch": "emssd never pads the drafter's batch; remove it",
-    "enable_adaptive_verification": "emssd sets lengths by 'draft_length'; remove it",
     "num_speculative_tokens_per_batch_size": (
         "emssd sets lengths by 'draft_length'; remove it"
     ),
@@ -38,6 +37,7 @@ REFUSED_STOCK_KEYS: dict[str, str] = {
         'remove it or use "method": "draft_model"'
     ),
 }
+ADAPTIVE = "enable_adaptive_verification"
 LOSSY_VERIFICATION = (
     'vLLM\'s "fly" keeps drafts that the target would not emit; remove it or use '
     '"method": "draft_model"'
@@ -124,7 +124,7 @@ def parse_speculative_config(
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
     model = asked.get("model")
     ours.setdefault("proposer", "draft_model" if model else "llma")
-    _check_pairs(ours, model)
+    _check_pairs(ours, asked)
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:
@@ -140,13 +140,17 @@ def parse_speculative_config(
     return config, stock
 
 
-def _check_pairs(ours: Mapping[str, Any], model: Any) -> None:
-    proposer = ours["proposer"]
+def _check_pairs(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    proposer, model = ours["proposer"], asked.get("model")
     if proposer in ("draft_model", "mixed") and not model:
         raise _error("proposer", f"{proposer!r} needs 'model', a draft model")
     if model and (proposer == "llma" or proposer in plugin_proposers()):
         rather = ", or use 'mixed' to copy and draft" if proposer == "llma" else ""
         raise _error("model", f"proposer {proposer!r} uses no model; remove it{rather}")
+    if proposer != "draft_model" and asked.get(ADAPTIVE):
+        raise _error(
+            ADAPTIVE, 'only "proposer": "draft_model" has confidences; remove it'
+        )
     for key in ("check_length", "copy_length"):
         if proposer == "draft_model" and key in ours:
             fix = 'only "proposer": "llma" and "mixed" copy; remove one of them'

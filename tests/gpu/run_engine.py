@@ -12,6 +12,7 @@ from typing import Any
 from tests.engine import (
     DRAFT_MODEL,
     LLMA,
+    MIXED,
     STOCK,
     EngineConfig,
     model_runner,
@@ -27,6 +28,7 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "ragged": DRAFT_MODEL,
     "auto": DRAFT_MODEL | {"draft_length": "auto"},
     "llma": LLMA,
+    "mixed": MIXED,
 }
 BATCH = 24  # requests
 GPU_SHARE = 0.05  # several run at once; the K/V cache has a size of its own

@@ -181,8 +181,9 @@ def test_v1_float32_tokens_and_acceptance(run: Run) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_copies(run: Run, runner: str) -> None:
-    plain, ours = run("plain", runner, **EXACT), run("llma", runner, **EXACT)
+@pytest.mark.parametrize("side", ["llma", "mixed"])
+def test_copies(run: Run, side: str, runner: str) -> None:
+    plain, ours = run("plain", runner, **EXACT), run(side, runner, **EXACT)
     check_tokens(ours, plain)
     assert ours["counts"]["num_draft_tokens"] > 0
 

@@ -10,7 +10,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine import DRAFT, TARGET
-from vllm_emssd.config import ADDITIONAL_CONFIG_KEY, EmssdConfig
+from vllm_emssd.config import ADAPTIVE, ADDITIONAL_CONFIG_KEY, EmssdConfig
 from vllm_emssd.integration import unsupported
 from vllm_emssd.integration.frontend import method as frontend
 from vllm_emssd.integration.frontend.serving import tag_of
@@ -44,7 +44,7 @@ def test_accepted_config_reaches_every_process() -> None:
         (False, "1", "draft_model", True),
         (False, "0", "draft_model", False),
         (False, None, "llma", False),
-        (False, None, "mixed", False),
+        (False, None, "mixed", True),
     ],
 )
 def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
@@ -69,10 +69,7 @@ def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
             frontend._settle_draft_length(config, asked)
 
 
-V2_ONLY = (
-    r'"proposer": "draft_model" or "llma" on vLLM\'s V2 model runner'
-    r".*--async-scheduling"
-)
+V2_ONLY = r"its own proposers on vLLM's V2 model runner.*--async-scheduling"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ V2_ONLY = (
         (True, None, "draft_model", "fixed", V2_ONLY),
         (False, None, "llma", "fixed", None),
         (True, None, "llma", "fixed", V2_ONLY),
-        (False, None, "mixed", "fixed", V2_ONLY),
+        (False, None, "mixed", "fixed", None),
     ],
 )
 def test_scheduling_is_asynchronous_where_lengths_are_known_ahead(
@@ -131,7 +128,7 @@ def test_vllm_itself_decides_where_it_may_schedule_asynchronously(
     assert tag_of(spec_config) is not None
 
 
-@pytest.mark.parametrize("proposer", ["draft_model", "llma"])
+@pytest.mark.parametrize("proposer", ["draft_model", "llma", "mixed"])
 def test_vllm_chooses_v2_where_it_can(
     proposer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,14 +136,16 @@ def test_vllm_chooses_v2_where_it_can(
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setattr(frontend, "_may_run_on_v2", lambda config: True)
-    model = {"model": DRAFT} if proposer == "draft_model" else {}
-    assert _create(model | {"draft_length": "fixed"}).use_v2_model_runner
+    asked = {"proposer": proposer, "draft_length": "fixed"}
+    model = {} if proposer == "llma" else {"model": DRAFT}
+    assert _create(model | asked).use_v2_model_runner
 
 
 @pytest.mark.parametrize(
     ("method", "error"),
     [
         ("draft_model", "VLLM_USE_V2_MODEL_RUNNER=0, or --no-async"),
+        ("adaptive", "'enable_adaptive_verification' works on .* V2"),
         ("ngram_gpu", 'was prepared for.*"?VLLM_USE_V2_MODEL_RUNNER=0'),
     ],
 )
@@ -156,7 +155,9 @@ def test_v1_refuses_what_was_prepared_for_v2(method: str, error: str) -> None:
     vllm_config = SimpleNamespace(
         additional_config={ADDITIONAL_CONFIG_KEY: options},
         scheduler_config=SimpleNamespace(async_scheduling=True),
-        speculative_config=SimpleNamespace(method=method),
+        speculative_config=SimpleNamespace(
+            method=method, enable_adaptive_verification=method == "adaptive"
+        ),
     )
     with pytest.raises(ValueError, match=error):
         UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
@@ -224,6 +225,7 @@ def test_spec_flags_are_merged() -> None:
         ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
         ({}, {"additional_config": [1]}, "must be a dictionary, got list"),
         ({}, {"async_scheduling": True}, "remove --async-scheduling"),
+        ({"model": DRAFT, ADAPTIVE: True}, {}, f"'{ADAPTIVE}' works on .* V2"),
     ],
 )
 def test_refused(
@@ -236,10 +238,6 @@ def test_refused(
 @pytest.mark.parametrize(
     ("speculative", "message"),
     [
-        (
-            {"model": DRAFT, "proposer": "mixed"},
-            '"mixed" works on .* V1 model runner only. Set VLLM_USE_V2_MODEL_RUNNER=0',
-        ),
         ({"draft_length": "auto"}, r"'draft_length' \"auto\".*\"fixed\""),
         ({"model": DRAFT, "unpad_inputs": False}, "remove 'unpad_inputs'"),
     ],
@@ -250,6 +248,12 @@ def test_refused_on_the_v2_runner(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match=message):
         _create(speculative)
+
+
+def test_proposers_of_other_packages_are_refused_on_the_v2_runner() -> None:
+    config = EmssdConfig.model_construct(proposer="follower")
+    with pytest.raises(ValueError, match=r'"follower" works on .* V1 .*RUNNER=0'):
+        unsupported.refuse_options(config)
 
 
 def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:

@@ -35,29 +35,42 @@ class Pair:
         self.num_late = num_late
         self.num_tokens = PROMPT  # known
         self.num_drafts = 0  # being verified
+        self.num_copied = 0  # of them, by another proposer
         self.pending: list[tuple[Turn, int]] = []  # and accepted; oldest first
+        self.copies_pending: list[int] = []  # verified in these steps
+        self.most_behind = 0  # where it was fed from before the text on
         self.seen: Counter[str] = Counter()
 
-    def step(self, num_accepted: int, num_next: int | None, budget: int) -> None:
+    def step(
+        self, num_accepted: int, num_next: int | None, budget: int, num_copied: int = 0
+    ) -> None:
         """The target accepts; the drafter is fed, unless `num_next` is None, up to
         `budget` rows of what it lacks but for the last two tokens, and with these makes
-        `num_next` drafts."""
-        had_drafted = self.num_drafts > 0
+        `num_next` drafts. Where it makes none, another proposer makes some."""
+        had_drafted = self.num_drafts > self.num_copied
+        self.copies_pending.append(self.num_copied)
+        not_known = sum(self.copies_pending)
         turn = self.late.begin(SLOT, np.array([True]), np.array([self.num_drafts]))
         self.num_tokens += 1 + num_accepted
         self.in_time.record_verified("a", num_accepted)
         valid = self.in_time.draft_len("a")
         lacking = int(self.late.num_lacking(SLOT)[0])
         start = self.num_tokens - lacking
-        assert 0 <= start <= valid <= start + 1, "skips a token, or feeds one in vain"
-        if had_drafted:
+        assert start <= valid, "skips a token"
+        most_in_vain = 1 + not_known + self.most_behind
+        assert valid <= start + most_in_vain, "feeds a token in vain"
+        if had_drafted and not not_known:
             assert lacking <= 2
+        self.most_behind = max(self.most_behind, -start)
+        start = max(start, 0)
         drafts = num_next or 0
         if num_next is not None:
             wanted = max(lacking - 2, 0)
             granted = min(wanted, budget)
             self.late.feed(SLOT, np.array([granted]))
-            self.in_time.advance("a", max(start + granted, valid))
+            # Where it began before the text, what follows the text is fed in vain.
+            fed = min(max(start + granted, valid), self.num_tokens)
+            self.in_time.advance("a", fed)
             drafts = drafts if granted == wanted else 0
             self.seen["fed again"] += start < valid
             self.seen["chunked"] += granted < wanted
@@ -68,12 +81,14 @@ class Pair:
         self.late.end(turn)
         self.pending.append((turn, num_accepted))
         self.hear(self.num_late)
-        self.num_drafts = drafts
+        self.num_copied = 0 if drafts else num_copied
+        self.num_drafts = drafts or num_copied
 
     def hear(self, num_late: int) -> None:
         """All acceptance but the last `num_late`."""
         while len(self.pending) > num_late:
             turn, num_accepted = self.pending.pop(0)
+            self.copies_pending.pop(0)
             self.late.settle(turn, np.array([num_accepted]))
 
     def draft_len(self) -> int:
@@ -85,10 +100,10 @@ class Pair:
         cursors = self.late, self.in_time
         valid, all_valid = (cursor._block_is_valid for cursor in cursors)
         assert not (valid & ~all_valid).any(), "vouches for what it did not feed"
-        if self.pending:
-            assert behind >= 0
-        else:
-            assert behind == 0
+        assert behind >= 0
+        if not self.pending:
+            assert behind <= self.most_behind
+        if not self.pending and not behind:
             assert valid.tolist() == all_valid.tolist()
 
 
@@ -99,12 +114,15 @@ def run(seed: int) -> Counter[str]:
         made = pair.num_drafts
         if rng.random() < 0.2:  # a grammar cuts drafts that were fed
             pair.num_drafts = rng.randint(0, made)
+            pair.num_copied = min(pair.num_copied, pair.num_drafts)
             pair.seen["cut"] += pair.num_drafts < made
+        pair.seen["copied"] += pair.num_copied > 0
         accepted = rng.randint(0, pair.num_drafts)
         pair.seen["all accepted"] += accepted == K
         pair.seen["none accepted"] += pair.num_drafts > 0 == accepted
         num_next = rng.choice([None, 0, 1, K, K, K])
-        pair.step(accepted, num_next, rng.choice([1, 3, 100, 100]))
+        num_copied = rng.choice([0, 0, 2, 2 * K])
+        pair.step(accepted, num_next, rng.choice([1, 3, 100, 100]), num_copied)
         pair.check()
     pair.hear(0)
     pair.check()
@@ -126,6 +144,7 @@ def test_the_runs_visit_what_they_claim() -> None:
     assert set(seen) == {
         "all accepted",
         "chunked",
+        "copied",
         "cut",
         "fed again",
         "known late",

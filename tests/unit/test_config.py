@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_emssd.config import (
+    ADAPTIVE,
     LOSSY_VERIFICATION,
     REFUSED_STOCK_KEYS,
     EmssdConfig,
@@ -23,6 +24,7 @@ STOCK_KEYS = {
     "rejection_sample_method",
     "revision",
     *REFUSED_STOCK_KEYS,
+    ADAPTIVE,
 }
 OUR_KEYS = sorted(EmssdConfig.model_fields)
 
@@ -174,6 +176,12 @@ def test_all_wrong_values_are_named_at_once() -> None:
         ({"model": "draft", "check_length": 2}, "check_length", "remove one"),
         ({"proposer": "mixed"}, "proposer", "needs 'model'"),
         ({"proposer": "llma", "model": "draft"}, "model", "'mixed'"),
+        (
+            {"proposer": "mixed", "model": "draft", ADAPTIVE: True},
+            ADAPTIVE,
+            'only "proposer": "draft_model"',
+        ),
+        ({ADAPTIVE: True}, ADAPTIVE, 'only "proposer": "draft_model"'),
     ],
 )
 def test_impossible_pair_names_key_and_fix(

@@ -278,12 +278,12 @@ def test_drafts_that_did_badly_are_tried_again(can_copy: bool) -> None:
     """While copies look better the record of drafts fades; else it stays."""
     proposer, drafter = mixed_of_one(None, copy_length=3)
     for _ in range(100):
-        proposer._drafts.observe(4, 0, keep=0.99)
-    before = proposer._drafts.tested
+        proposer._drafts.record.observe(4, 0, keep=0.99)
+    before = proposer._drafts.record.tested
     tokens = [5, 6, 7, 8, 5, 6] if can_copy else [5, 6, 7, 8, 9, 1]
     proposer.propose(batch_of({"r": tokens}, [4], num_prompt_tokens=[4]))
     assert (drafter.num_rows == 0) == can_copy
-    assert (proposer._drafts.tested < before) == can_copy
+    assert (proposer._drafts.record.tested < before) == can_copy
 
 
 def test_copies_where_drafting_would_be_better_and_does_not_pay() -> None:
@@ -391,7 +391,7 @@ def test_the_record_of_drafts_fades_once_a_step(num_requests: int) -> None:
         for _ in range(num_requests):
             proposer.record_verified("r", 4, 4)
     weights = sum(0.99**i for i in range(200))
-    assert proposer._drafts.tested == pytest.approx(4 * num_requests * weights)
+    assert proposer._drafts.record.tested == pytest.approx(4 * num_requests * weights)
 
 
 def test_without_costs_missing_rows_and_failed_drafts_speak_for_the_copy() -> None:
@@ -399,7 +399,8 @@ def test_without_costs_missing_rows_and_failed_drafts_speak_for_the_copy() -> No
 
     def gain(num_tokens: int) -> float:
         batch = batch_of({"r": [1] * num_tokens}, [4])
-        [gain] = proposer._gains_of_drafts(batch, np.array([4]))
+        missing = proposer._drafting.missing_rows(batch)
+        [gain] = proposer._drafts.gains(np.array([4]), missing)
         return gain
 
     at_first = gain(2)

@@ -20,15 +20,18 @@ from typing import Any
 
 H100 = "cuda", 90, 32
 INTS64 = ("idx_mapping", "positions", "out_idx_mapping", "draft_step", "out_num_reqs")
-INTS64 += ("tokens", "last_positions", "draft_tokens", "num_real", "drafts")
+INTS64 += ("tokens", "last_positions", "draft_tokens", "num_real", "drafts", "rows")
 TYPES = dict.fromkeys(INTS64, "*i64") | {
     "reference_addresses": "*i64",
     "records": "*fp64",
     "pools": "*fp64",
+    "out_found": "*fp64",
+    "logits": "*fp32",
     "text_address": "i64",
 }
 NUMBERS = ("num_reqs", "num_rows_padded", "max_num_reqs", "last_position")
-NUMBERS += ("token_ids_stride", "draft_tokens_stride", "max_model_len")
+NUMBERS += ("token_ids_stride", "draft_tokens_stride", "max_model_len", "vocab_size")
+NUMBERS += ("drafts_stride", "logits_stride", "logits_stride_of_step")
 TYPES |= dict.fromkeys(NUMBERS, "i32")  # all others are arrays of int32
 
 
@@ -52,7 +55,11 @@ def main(path: Path) -> None:
         find_copies_kernel,
         observe_copies_kernel,
     )
-    from vllm_emssd.integration.v2.kernels import advance_kernel, place_rows_kernel
+    from vllm_emssd.integration.v2.kernels import (
+        advance_kernel,
+        make_certain_kernel,
+        place_rows_kernel,
+    )
 
     del triton.backends.backends["cpu"]  # the one that was pretended
     block = {"BLOCK_SIZE": 512}
@@ -61,6 +68,7 @@ def main(path: Path) -> None:
         "place_rows": size_of(place_rows_kernel, ROWS=2, **block),
         "place_spans": size_of(place_rows_kernel, ROWS=0, **block),
         "advance": size_of(advance_kernel, **block),
+        "make_certain": size_of(make_certain_kernel, **block),
         "observe_copies": size_of(observe_copies_kernel, **block),
         "find_copies": size_of(find_copies_kernel, **copies, **block),
     }

@@ -25,7 +25,7 @@ import torch
 
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copy_lengths import CopyLengths
-from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.proposers.llma import NO_COPY, Copy, LlmaProposer
 
 VOCAB = 40
 MAX_LEN = 400
@@ -161,15 +161,26 @@ class BothCopiers:
             most,
         )
         by_host = self.host.propose(batch)
-        drafts, num = self.device.find(
+        drafts, found = self.device.find(
             torch.tensor(slots),
             torch.tensor(num_sampled, dtype=torch.int32),
             num_rows.cumsum(0).to(torch.int32),
         )
         by_device = [
-            row[:n] for row, n in zip(drafts.tolist(), num.tolist(), strict=True)
+            row[: int(n)]
+            for row, (n, _) in zip(drafts.tolist(), found.tolist(), strict=True)
         ]
+        gains = [pending.gain for pending in self.pending(answers, by_host)]
+        np.testing.assert_allclose(found[:, 1], gains)
         return by_host, by_device
+
+    def pending(self, answers: list[Answer], drafts: list[list[int]]) -> list[Copy]:
+        copies = []
+        for a, made in zip(answers, drafts, strict=True):
+            request = self.host._requests.get(a.req_id)
+            pending = request.pending if request and made else None
+            copies.append(pending or NO_COPY)
+        return copies
 
 
 def run(seed: int, check_length: int, copy_length: int) -> dict[str, int]:

@@ -55,7 +55,7 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
     """Of `propose`, in the steps in which all requests decode."""
     from vllm import SamplingParams
 
-    from vllm_emssd.integration.v2 import copy_speculator
+    from vllm_emssd.integration.v2 import pending_steps
 
     speculator, steps = model_runner(llm).speculator, []
     propose = speculator.propose
@@ -68,8 +68,8 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
             graph.run_fullgraph = work.counts_as_one(replay, REPLAY)
         with counting(work), pytest.MonkeyPatch.context() as patch:
             # It does not wait for what it copies.
-            copy = work.counts_as_one(copy_speculator.async_copy_to_np, "copy to host")
-            patch.setattr(copy_speculator, "async_copy_to_np", copy)
+            copy = work.counts_as_one(pending_steps.async_copy_to_np, "copy to host")
+            patch.setattr(pending_steps, "async_copy_to_np", copy)
             drafts = propose(input_batch, *args, **kwargs)
         is_steady = input_batch.num_draft_tokens == num_reqs * K
         if not speculator.has_draft_model:

@@ -13,12 +13,14 @@ from tests.v2 import interpreter
 if __name__ == "__main__":
     interpreter.install()
 
+import contextlib
 import copy
 import dataclasses
 import json
 import logging
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import pytest
 from tests.engine import (
     DRAFT_MODEL,
     LLMA,
+    MIXED,
     STOCK,
     TARGET,
     DraftRowCounter,
@@ -46,6 +49,11 @@ from vllm_emssd.draft_length import CostTable, FixedDraftLength, StepInfo
 
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
+LOGPROBS: dict[str, Any] = {
+    "logprobs": 2,
+    "logit_bias": {201: 3.0},
+    "presence_penalty": 0.5,
+}
 REGEX = r"(foo|bar)(_[a-z]{2}){1,2}"
 SMALL = {
     "max_model_len": 128,
@@ -67,6 +75,10 @@ STOCK_K = STOCK | {"num_speculative_tokens": K}
 EMSSD = DRAFT_MODEL | {"num_speculative_tokens": K}
 ITSELF = EMSSD | {"model": TARGET, "draft_sample_method": "probabilistic"}
 AUTO = {"draft_length": "auto"}
+TRIM = {"enable_adaptive_verification": True}
+COPY = 6  # most tokens copied: more than are drafted
+BOTH = MIXED | {"num_speculative_tokens": K, "copy_length": COPY}
+BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
 
 
 class RaggedLengths(FixedDraftLength):
@@ -155,6 +167,69 @@ def copying(llm: Any, name: str) -> dict[str, Any]:
     return seen
 
 
+class SpiedSources:
+    """Drafts of a mixed speculator, made and accepted, by what made them; and of copies
+    how many are certain by the drafts' distribution, if there is one."""
+
+    def __init__(self, llm: Any) -> None:
+        names = ("made", "accepted", "certain")
+        self.seen: dict[str, Counter[str]] = {name: Counter() for name in names}
+        self._speculator = model_runner(llm).speculator
+
+    def __enter__(self) -> dict[str, Counter[str]]:
+        settle, add = self._speculator._settle, self._speculator._add_copies
+
+        def spied(step: Any, left: Any, num_accepted: Any, is_wanted: Any) -> None:
+            made = step.num_draft_tokens - step.num_forbidden
+            for which, counts in (("made", made), ("accepted", num_accepted)):
+                for was_copied, source in ((left[1], "copied"), (~left[1], "drafted")):
+                    num = int(counts[is_wanted & step.is_sampling & was_copied].sum())
+                    self.seen[which][source] += num
+            settle(step, left, num_accepted, is_wanted)
+
+        def added(input_batch: Any, drafts: Any, *args: Any) -> Any:
+            num_drafts, slots = add(input_batch, drafts, *args), input_batch.idx_mapping
+            if self._speculator.draft_logits is None:
+                return num_drafts
+            for row in np.flatnonzero(self._speculator._is_copied[slots.numpy()]):
+                tokens = drafts[row, : num_drafts[row], None]
+                logits = self._speculator.draft_logits[slots[row], : num_drafts[row]]
+                is_certain = logits.softmax(dim=-1).gather(1, tokens) == 1
+                self.seen["certain"]["yes"] += int(is_certain.sum())
+                self.seen["certain"]["no"] += int((~is_certain).sum())
+            return num_drafts
+
+        self._speculator._settle = spied
+        self._speculator._add_copies = added
+        return self.seen
+
+    def __exit__(self, *error: Any) -> None:
+        del self._speculator._settle, self._speculator._add_copies
+
+
+def mixing(llm: Any, name: str) -> dict[str, Any]:
+    """Copies and drafts. Those of the target itself are all right, unless the drafter
+    was not fed what was copied."""
+    with SpiedSources(llm) as sources:
+        sampled = {"temperature": 1.0} if "itself" in name else {}
+        if "auto" in name:
+            with SteeredPrices(llm) as steered:
+                seen = {"free": one_pass(llm)}
+                steered.draw()
+                seen["edited"] = one_pass(llm, **edited(seen["free"]["token_ids"]))
+            return seen | sources
+        seen = {"greedy": one_pass(llm, **sampled)}
+        reference = edited(seen["greedy"]["token_ids"])
+        seen["edited"] = one_pass(llm, **reference, **sampled)
+        if name in ("mixed", "async mixed"):
+            seen["seeded"] = one_pass(llm, **reference, seed=7, temperature=1.0)
+            seen["structured"] = one_pass(llm, **structured())
+            for only in ("draft_model", "llma") if name == "mixed" else ():
+                llm.collective_rpc("emssd_use_proposer", args=(only,))
+                seen[only] = one_pass(llm, **reference)
+    return seen | sources
+
+
 def structured(**parameters: Any) -> dict[str, Any]:
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -221,6 +296,66 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
     prices = prices_at_start + llm.collective_rpc("emssd_costs")
     measured |= {"prices": prices}
     return seen | {"measured": measured}
+
+
+class Trimming:
+    """vLLM's adaptive verification where it asks for CUDA graphs, by other costs."""
+
+    def __init__(self) -> None:
+        self.budgets: list[int] = []
+
+    def __enter__(self) -> list[int]:
+        from vllm.config.vllm import VllmConfig
+        from vllm.v1.worker.gpu import model_runner as runner
+        from vllm.v1.worker.gpu.spec_decode import adaptive_verification as adaptive
+
+        budgets = self.budgets
+
+        class Manager(adaptive.AdaptiveVerificationManager):
+            def reallocate_drafts(self, *args: Any) -> Any:
+                reallocated = super().reallocate_drafts(*args)
+                budgets.append(reallocated[2])
+                return reallocated
+
+        def make(enable_adaptive_verification: bool, **options: Any) -> Manager:
+            assert enable_adaptive_verification
+            names = ("req_states", "query_start_loc", "num_bonus_tokens")
+            made = {name: options[name] for name in (*names, "max_total_logits")}
+            manager = Manager(**made)
+            verify_curve = [(n, 4.0 + 2.0 * n) for n in range(1, 129)]
+            manager.set_cost_curves([(1, 0.1)], verify_curve)
+            return manager
+
+        self._patch = pytest.MonkeyPatch()
+        validate = "_validate_adaptive_verification"
+        self._patch.setattr(VllmConfig, validate, lambda config: None)
+        self._patch.setattr(
+            runner, "resolve_adaptive_cudagraph_mode", lambda mode, **options: mode
+        )
+        self._patch.setattr(runner, "maybe_create_adaptive_verification_manager", make)
+        self._patch.setattr(
+            adaptive,
+            "_assign_draft_token_budget_compiled",
+            adaptive._assign_draft_token_budget,
+        )
+        return self.budgets
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.undo()
+
+
+def trimming(llm: Any, name: str, budgets: list[int]) -> dict[str, Any]:
+    """Drafts of which the device verifies the likeliest."""
+    if "itself" in name:
+        return {"sampled": one_pass(llm, temperature=1.0)}
+    budgets.clear()
+    seen = {"greedy": one_pass(llm)}
+    seen["greedy"]["num_verified"] = sum(budgets)
+    seen["logprobs"] = one_pass(llm, **LOGPROBS)
+    seen["structured"] = one_pass(llm, **structured())
+    model_runner(llm).speculator.set_policy(RaggedLengths())
+    seen["ragged"] = one_pass(llm)
+    return seen
 
 
 def stopped(llm: Any, greedy: dict[str, Any]) -> dict[str, Any]:
@@ -323,6 +458,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         return failing(llm)
     if "copying" in name:
         return copying(llm, name)
+    if "mixed" in name:
+        return mixing(llm, name)
     if name.startswith("padded"):
         return padded(llm, name)
     if name in ("auto", "auto tight", "async auto"):
@@ -338,6 +475,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
             seen[what] = one_pass(llm, temperature=1.0)
         return seen
     seen = {"greedy": one_pass(llm)}
+    if name == "plain":
+        seen["seeded"] = one_pass(llm, seed=7, temperature=1.0)
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
@@ -346,9 +485,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
     if name in ("cached", "async cached"):
         seen["again"] = one_pass(llm)  # on cached prefixes
     elif name not in ("stock", "tight", "async tight"):
-        seen["logprobs"] = one_pass(
-            llm, logprobs=2, logit_bias={201: 3.0}, presence_penalty=0.5
-        )
+        seen["logprobs"] = one_pass(llm, **LOGPROBS)
         seen["structured"] = one_pass(llm, **structured())
     if name not in ("plain", "stock"):
         model_runner(llm).speculator.set_policy(RaggedLengths())
@@ -374,6 +511,13 @@ def run_all(path: Path, only: list[str]) -> None:
         "copying tight": EngineConfig(LLMA, **TIGHT),
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
         "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
+        "mixed": EngineConfig(BOTH, **CACHED),
+        "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
+        "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
+        "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
+        "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
+        "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
+        "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "padded": EngineConfig(EMSSD, **SMALL),
         "padded itself": EngineConfig(ITSELF, **SMALL),
         "padded auto": EngineConfig(EMSSD | AUTO, **SMALL),
@@ -392,8 +536,13 @@ def run_all(path: Path, only: list[str]) -> None:
         )
         stop_counting_others()
         started = time.perf_counter()
-        with running(config) as llm:
-            seen[name] = passes(llm, name)
+        with contextlib.ExitStack() as stack:
+            budgets = stack.enter_context(Trimming()) if "trimmed" in name else []
+            llm = stack.enter_context(running(config))
+            if "trimmed" in name:
+                seen[name] = trimming(llm, name, budgets)
+            else:
+                seen[name] = passes(llm, name)
             runner = type(model_runner(llm))
             seen[name]["runner"] = f"{runner.__module__}.{runner.__qualname__}"
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler

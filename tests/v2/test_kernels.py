@@ -16,5 +16,5 @@ def test_copies_are_those_of_the_proposer_for_v1() -> None:
 
 def test_the_kernels_compile_for_a_gpu() -> None:
     sizes = results_of("tests.v2.compiled")
-    assert len(sizes) == 5
+    assert len(sizes) == 6
     assert min(sizes.values()) > 0

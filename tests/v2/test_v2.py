@@ -11,6 +11,7 @@ import pytest
 from tests.engine import LLMA, EngineConfig, running
 from tests.v2.results import results_of
 from tests.v2.runs import (
+    BOTH,
     CACHED,
     MAX_TOKENS,
     REGEX,
@@ -25,9 +26,10 @@ ASYNC = ("async", "async cached", "async tight")
 OURS = ("fixed", "cached", "tight", *ASYNC)
 AUTO = ("auto", "auto tight", "auto itself", "async auto")
 COPYING = ("copying", "copying tight", "async copying", "async copying tight")
+MIXED = ("mixed", "async mixed", "async mixed tight")
 FAILING = ("failing", "failing async")
 PRICES = ("free", "drawn", "measured")
-TIMEOUT = 900  # seconds for all engines: 300 beside another test process
+TIMEOUT = 1200  # seconds for all engines: 500 beside another test process
 
 
 def results() -> dict[str, Any]:
@@ -54,7 +56,7 @@ def seen(name: str, what: str = "greedy") -> dict[str, Any]:
 
 def test_the_v2_runner_ran() -> None:
     assert results()["stock"]["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
-    for name in (*OURS, *AUTO, *COPYING):
+    for name in (*OURS, *AUTO, *COPYING, *MIXED):
         assert results()[name]["runner"].endswith("v2.runner.UnpadCPUModelRunnerV2")
         is_async = name.startswith("async")
         wanted = "UnpadAsyncScheduler" if is_async else "UnpadScheduler"
@@ -233,6 +235,97 @@ def test_asynchronous_copies_begin_a_step_later() -> None:
     assert 0 < ahead["num_accepted_tokens"] <= late["num_accepted_tokens"]
 
 
+@cache
+def v1_mixed() -> tuple[dict[str, int], dict[str, int]]:
+    """As `v1_copies`, with drafts of a model too."""
+    with running(EngineConfig(BOTH, **CACHED)) as llm:
+        first = one_pass(llm)
+        return first["counts"], one_pass(llm, **edited(first["token_ids"]))["counts"]
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("what", ["greedy", "edited"])
+def test_copies_beside_drafts_give_the_same_tokens(name: str, what: str) -> None:
+    run = seen(name, what)
+    assert run["token_ids"] == seen("plain")["token_ids"]
+    assert run["counts"]["num_draft_rows"] == run["draft_rows"] > 0
+    accepted = "spec_decode_num_accepted_tokens"
+    assert run["counts"]["num_accepted_tokens"] == run["gained"][accepted]
+
+
+@pytest.mark.parametrize("what", ["free", "edited"])
+def test_automatic_lengths_beside_copies_give_the_same_tokens(what: str) -> None:
+    run = seen("async mixed auto", what)
+    assert run["token_ids"] == seen("plain")["token_ids"]
+
+
+@pytest.mark.parametrize("name", [*MIXED, "async mixed auto"])
+def test_both_copies_and_drafts_are_accepted(name: str) -> None:
+    assert min(results()[name]["accepted"].values()) > 20
+
+
+@pytest.mark.parametrize("name", ["mixed", "async mixed"])
+def test_copies_beside_drafts_with_seeds_and_grammars(name: str) -> None:
+    for what in ("seeded", "structured"):
+        assert seen(name, what)["token_ids"] == seen("plain", what)["token_ids"]
+        assert seen(name, what)["counts"]["num_accepted_tokens"] > 0
+
+
+def test_one_of_the_two_may_be_left_out() -> None:
+    drafts, copies = (seen("mixed", what) for what in ("draft_model", "llma"))
+    for run in (drafts, copies):
+        assert run["token_ids"] == seen("plain")["token_ids"]
+        assert run["counts"]["num_accepted_tokens"] > 0
+    assert copies["draft_rows"] == 0 < drafts["draft_rows"]
+    counts = drafts["counts"]
+    assert counts["num_draft_tokens"] <= K * counts["num_request_steps"]
+
+
+def test_mixed_makes_about_what_it_makes_on_v1() -> None:
+    """The V1 runner knows how drafts fared a step earlier."""
+    for v1, what in zip(v1_mixed(), ("greedy", "edited"), strict=True):
+        counts = seen("mixed", what)["counts"]
+        for name in ("num_accepted_tokens", "num_draft_tokens", "num_verify_rows"):
+            assert counts[name] == pytest.approx(v1[name], rel=0.05)
+        assert counts["num_draft_rows"] >= v1["num_draft_rows"]
+
+
+def test_the_drafter_is_fed_what_was_copied() -> None:
+    """Samples of the target itself are accepted, unless its K/V has holes."""
+    run = results()["async mixed itself"]
+    accepted, made = run["accepted"], run["made"]
+    assert min(accepted.values()) > 0
+    assert accepted["drafted"] >= 0.95 * made["drafted"]
+
+
+def test_copies_of_sampled_requests_are_certain() -> None:
+    """Or they would be judged by a distribution that they did not come from."""
+    certain = results()["async mixed itself"]["certain"]
+    assert certain["yes"] > 0
+    assert certain.get("no", 0) == 0
+
+
+@pytest.mark.parametrize("what", ["greedy", "ragged"])
+def test_trimmed_drafts_give_the_same_tokens(what: str) -> None:
+    run = seen("async trimmed", what)
+    assert run["token_ids"] == seen("plain")["token_ids"]
+    assert run["counts"]["num_accepted_tokens"] > 0
+
+
+def test_drafts_that_the_device_left_out_do_not_count() -> None:
+    run = seen("async trimmed")
+    num_verified = run["counts"]["num_draft_tokens"]
+    assert 0 < num_verified < run["gained"]["spec_decode_num_draft_tokens"]
+    # A step in vain of each request, launched before its end is known.
+    in_vain = K * len(MAX_TOKENS)
+    assert num_verified <= run["num_verified"] <= num_verified + in_vain
+
+
+def test_trimmed_samples_of_the_target_itself_are_accepted() -> None:
+    counts = seen("async trimmed itself", "sampled")["counts"]
+    assert counts["num_accepted_tokens"] >= 0.95 * counts["num_draft_tokens"] > 0
+
+
 def test_asynchronous_scheduling_costs_a_step_in_vain_at_the_end_and_no_row_else() -> (
     None
 ):
@@ -273,7 +366,7 @@ def test_rows_of_a_decoding_request_against_stocks() -> None:
     assert rows == (K + 1) * num_decode_steps
 
 
-@pytest.mark.parametrize("name", ["fixed", "async"])
+@pytest.mark.parametrize("name", ["fixed", "async", "async trimmed"])
 @pytest.mark.parametrize("what", ["logprobs", "structured"])
 def test_sampling_parameters_do_what_they_do_without_speculation(
     name: str, what: str

@@ -11,15 +11,20 @@ from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_emssd.config import METHOD, EmssdConfig
+from vllm_emssd.config import ADAPTIVE, METHOD, EmssdConfig
 
 METHOD_NAME = f'"method": "{METHOD}"'
 USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
 AUTO_NEEDS_V2 = (
     "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs with vLLM's "
-    'V1 model runner, and with "proposer": "draft_model" on its V2 model runner; use '
+    "V1 model runner, and with a draft model on its V2 model runner; use "
     '"draft_length": "fixed".'
 )
+ADAPTIVE_NEEDS_V2 = (
+    f"--speculative-config: {ADAPTIVE!r} works on vLLM's V2 model runner only; remove "
+    "it."
+)
+ONLY_MIXED_CHOOSES = 'only "proposer": "mixed" has proposers to choose from'
 _REMOVE = "Remove --speculative-config"
 
 # ---------------------------------------------------------------------- models
@@ -103,7 +108,7 @@ def refuse_drafter(spec_config: SpeculativeConfig) -> None:
 
 def refuse_options(config: EmssdConfig) -> None:
     """On the V2 runner, options that the V1 runner alone has."""
-    if config.proposer not in ("draft_model", "llma"):
+    if not (config.uses_draft_model or config.copies):
         raise ValueError(
             f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
             f"V1 model runner only. {USE_V1}."
@@ -117,6 +122,8 @@ def refuse_options(config: EmssdConfig) -> None:
 
 def refuse_unprepared_v1(vllm_config: VllmConfig) -> None:
     """Where vLLM chose its V1 runner after the front end had prepared for V2."""
+    if vllm_config.speculative_config.enable_adaptive_verification:
+        raise ValueError(ADAPTIVE_NEEDS_V2)
     if vllm_config.speculative_config.method == "ngram_gpu":
         raise ValueError(
             '"proposer": "llma" was prepared for vLLM\'s V2 model runner, but vLLM '

@@ -68,8 +68,6 @@ class EmssdWorkerMixin(Worker):
 
         Raises ValueError with another proposer than "mixed", and for other names.
         """
-        if not hasattr(self.model_runner, "use_proposer"):
-            raise ValueError("only the V1 runner has a mixed proposer")
         self.model_runner.use_proposer(proposer)
 
 

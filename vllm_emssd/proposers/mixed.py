@@ -31,6 +31,49 @@ _DRAFT_COST = 0.02  # in accepted tokens: a draft costs little, but not nothing;
 _MISSING_ROW_COST = 0.001  # missed text is charged over the steps to come
 
 
+class ModelDrafts:
+    """How a model's drafts fared, those of all requests, and what that says of more."""
+
+    def __init__(self) -> None:
+        self.record = AcceptanceRecord()
+
+    def lose_to(
+        self, copies: Copies, num_drafts: np.ndarray, missing_rows: np.ndarray
+    ) -> np.ndarray:
+        """Which requests' copies promise at least as much as so many drafts, for which
+        the drafter must be fed `missing_rows` before. All [num_reqs]."""
+        gains = self.gains(num_drafts, missing_rows)
+        loses = (copies.rows > 0) & (copies.gains >= gains)
+        if (loses & (num_drafts > 0)).any():
+            self.record.fade()  # so that drafts that did badly are tried again
+        return loses
+
+    def gains(self, num_drafts: np.ndarray, missing_rows: np.ndarray) -> np.ndarray:
+        """Accepted tokens to expect of so many drafts of each request, less what they
+        cost. [num_reqs] float64"""
+        acceptance = self.record.acceptance(_PRIOR_ACCEPTANCE)
+        depth = np.arange(1, num_drafts.max(initial=0) + 1)
+        by_number = np.concatenate([[0.0], (acceptance**depth).cumsum()])
+        cost = _DRAFT_COST * num_drafts + _MISSING_ROW_COST * missing_rows
+        return np.where(num_drafts > 0, by_number[num_drafts] - cost, 0.0)
+
+    def observe_step(self, num_drafts: np.ndarray, num_accepted: np.ndarray) -> None:
+        """Requests verified so many drafts, each >= 1, of the model. Both [num_reqs]"""
+        if len(num_drafts):
+            self.record.fade(_FORGET)
+            self.record.accepted += float(num_accepted.sum())
+            self.record.tested += float(np.minimum(num_accepted + 1, num_drafts).sum())
+
+
+def check_source(only: str | None) -> None:
+    """Raises ValueError for what is neither a name of the two nor None for both."""
+    if only not in (DRAFT_MODEL, LLMA, None):
+        raise ValueError(
+            f'{only!r} makes no drafts here: give "{DRAFT_MODEL}", "{LLMA}", or '
+            "None for both"
+        )
+
+
 def no_drafts(batch: DraftBatch) -> list[list[int]]:
     return [[] for _ in batch.req_ids]
 
@@ -56,7 +99,7 @@ class MixedProposer:
         self._drafting = drafting
         self._num_draft_tokens = num_draft_tokens
         self._weighs_copies = weighs_copies
-        self._drafts = AcceptanceRecord()  # of all requests
+        self._drafts = ModelDrafts()
         self._has_faded = False  # that record, in this step
         self._only: str | None = None
         self._copied: set[str] = set()  # requests whose drafts to verify are copies
@@ -66,11 +109,7 @@ class MixedProposer:
 
         Raises ValueError for a name that is not `DRAFT_MODEL` or `LLMA`.
         """
-        if only not in (DRAFT_MODEL, LLMA, None):
-            raise ValueError(
-                f'{only!r} makes no drafts here: give "{DRAFT_MODEL}", "{LLMA}", or '
-                "None for both"
-            )
+        check_source(only)
         self._only = only
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
@@ -107,26 +146,16 @@ class MixedProposer:
         num_copied = np.array(list(map(len, copied)), dtype=np.int64)
         acceptance = [copy.acceptance for copy in copies]
         gains = np.array(list(map(expected_accepted, acceptance, num_copied.tolist())))
+        copies_at_hand = Copies(num_copied, gains)
         if not self._weighs_copies:
-            prefers = gains >= self._gains_of_drafts(batch, may_draft)
-            keeps_copy = prefers & (num_copied > 0)
-            if (keeps_copy & (may_draft > 0)).any():
-                self._drafts.fade()  # so that drafts that did badly are tried again
-            may_draft = np.where(keeps_copy, 0, may_draft)
+            missing = self._drafting.missing_rows(batch)
+            loses = self._drafts.lose_to(copies_at_hand, may_draft, missing)
+            may_draft = np.where(loses, 0, may_draft)
         return self._drafting.propose(
             dataclasses.replace(
-                batch, max_draft_tokens=may_draft, copies=Copies(num_copied, gains)
+                batch, max_draft_tokens=may_draft, copies=copies_at_hand
             )
         )
-
-    def _gains_of_drafts(self, batch: DraftBatch, num_drafts: np.ndarray) -> np.ndarray:
-        """Accepted tokens to expect of so many drafts of each request, less what they
-        cost. [num_reqs] float64"""
-        acceptance = self._drafts.acceptance(_PRIOR_ACCEPTANCE)
-        gains = np.array([expected_accepted(acceptance, n) for n in num_drafts])
-        cost = _DRAFT_COST * num_drafts
-        cost += _MISSING_ROW_COST * self._drafting.missing_rows(batch)
-        return np.where(num_drafts > 0, gains - cost, 0.0)
 
     def _note_copies(self, batch: DraftBatch, copies: list[list[int]]) -> None:
         """Which requests' drafts are copies now."""
@@ -151,7 +180,7 @@ class MixedProposer:
             self._drafting.record_verified(req_id, *verified)
             if num_draft_tokens:
                 keep = 1.0 if self._has_faded else _FORGET
-                self._drafts.observe(*verified, keep)
+                self._drafts.record.observe(*verified, keep)
                 self._has_faded = True
 
     def release(self, req_ids: Iterable[str]) -> None:

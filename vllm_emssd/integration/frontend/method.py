@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from vllm_emssd import __version__
 from vllm_emssd.config import (
+    ADAPTIVE,
     ADDITIONAL_CONFIG_KEY,
     MAX_FIXED_DRAFTS,
     METHOD,
@@ -36,6 +37,7 @@ from vllm_emssd.integration.frontend.serving import attach_tag, install_serving_
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.metrics import LOG_STATS_KEY
 from vllm_emssd.integration.unsupported import (
+    ADAPTIVE_NEEDS_V2,
     AUTO_NEEDS_V2,
     METHOD_NAME,
     refuse_drafter,
@@ -142,6 +144,8 @@ def _create_ours(
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, stock_part, model_config, parallel_config)
+    if stock_part.get(ADAPTIVE) and not _may_run_on_v2(config):
+        raise ValueError(ADAPTIVE_NEEDS_V2)
     config = _settle_draft_length(config, asked)
     may_be_async = _settle_async_scheduling(args, config)
     if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
@@ -281,8 +285,8 @@ def _may_run_on_v2(config: EmssdConfig) -> bool:
     the user chooses, and that can do what is asked for."""
     use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
     may_choose = not current_platform.is_cpu() if use_v2 is None else use_v2
-    copies = config.proposer == "llma" and config.unpad_inputs
-    return bool(may_choose) and (config.proposer == "draft_model" or copies)
+    copies = config.copies and config.unpad_inputs
+    return bool(may_choose) and (config.uses_draft_model or copies)
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
@@ -294,7 +298,7 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '
-            'sampled only with "proposer": "draft_model" or "llma" on vLLM\'s V2 model '
-            "runner; use that, or remove --async-scheduling."
+            "sampled only with its own proposers on vLLM's V2 model runner; use that, "
+            "or remove --async-scheduling."
         )
     return is_possible and args.async_scheduling is not False

@@ -45,7 +45,11 @@ from vllm_emssd.integration.kv_cache import (
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.request_options import RequestLimits, reference_of
-from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_unprepared_v1
+from vllm_emssd.integration.unsupported import (
+    AUTO_NEEDS_V2,
+    ONLY_MIXED_CHOOSES,
+    refuse_unprepared_v1,
+)
 from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
@@ -207,7 +211,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
         if not isinstance(self._proposer, MixedProposer):
-            raise ValueError('only "proposer": "mixed" has proposers to choose from')
+            raise ValueError(ONLY_MIXED_CHOOSES)
         self._proposer.use(proposer)
 
     # ------------------------------------------------------------ a step

@@ -27,7 +27,10 @@ from vllm_emssd.integration.v2.copy_kernels import (
 )
 from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH
 
-_BLOCK_SIZE = 512
+# Tokens looked at at once. A search waits for memory, not for bandwidth: it takes as
+# long as it has blocks.
+_LARGEST_BLOCK, _NUM_WARPS = 2048, 8
+_REQUESTS_A_BLOCK = 512
 _MOST_REPLAYED = 512  # tokens of a resumed answer that are followed in its reference
 
 
@@ -47,6 +50,8 @@ class DeviceCopier:
         self._req_states = req_states
         self._check_length = check_length
         self._device = device
+        longest = triton.next_power_of_2(req_states.max_model_len)
+        self._block_size = min(longest, _LARGEST_BLOCK)
         most = req_states.max_num_reqs
         ints = partial(torch.zeros, dtype=torch.int32, device=device)
         floats = partial(torch.zeros, dtype=torch.float64, device=device)
@@ -58,7 +63,7 @@ class DeviceCopier:
         self._references: dict[int, torch.Tensor] = {}  # by slot
         self._addresses = torch.zeros(most, dtype=torch.int64, device=device)
         self.drafts = torch.zeros(most, num_drafts, dtype=torch.int64, device=device)
-        self._num_drafts = ints(most)
+        self._found = floats(most, 2)
 
     def admit(
         self, slot: int, most_drafts: int, reference: np.ndarray | None = None
@@ -116,7 +121,8 @@ class DeviceCopier:
                 verified each request's begin, its drafts and one more, and their end.
 
         Returns: on the device, overwritten by the next call: [num_reqs, K] int64, those
-        not made any tokens; and [num_reqs] int32 how many are made.
+        not made any tokens; and [num_reqs, 2] float64 how many are made, and how many
+        of them are expected to be accepted.
         """
         states, num_reqs = self._req_states, len(idx_mapping)
         token_ids = states.all_token_ids.gpu
@@ -129,7 +135,7 @@ class DeviceCopier:
             self._pools,
             self._num_idle,
             num_reqs,
-            BLOCK_SIZE=_BLOCK_SIZE,
+            BLOCK_SIZE=_REQUESTS_A_BLOCK,
         )
         num_columns = self.drafts.shape[1]
         find_copies_kernel[(num_reqs,)](
@@ -148,12 +154,13 @@ class DeviceCopier:
             self._pools,
             self._num_idle,
             self.drafts,
-            self._num_drafts,
+            self._found,
             states.max_model_len,
             K=num_columns,
             K_PADDED=triton.next_power_of_2(num_columns),
             CHECK_LENGTH=self._check_length,
             TAIL_LENGTH=max(MAX_MATCH_LENGTH, self._check_length),
-            BLOCK_SIZE=_BLOCK_SIZE,
+            BLOCK_SIZE=self._block_size,
+            num_warps=_NUM_WARPS,
         )
-        return self.drafts[:num_reqs], self._num_drafts[:num_reqs]
+        return self.drafts[:num_reqs], self._found[:num_reqs]

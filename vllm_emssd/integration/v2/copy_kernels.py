@@ -146,7 +146,7 @@ def find_copies_kernel(
     pools,
     num_idle,
     drafts,  # [num_reqs, K] int64
-    num_drafts,  # [num_reqs] int32
+    out_found,  # [num_reqs, 2] float64: tokens copied, how many are to be accepted
     max_model_len,
     K: tl.constexpr,  # noqa: N803
     K_PADDED: tl.constexpr,  # noqa: N803  a power of two
@@ -244,35 +244,9 @@ def find_copies_kernel(
                     just_edited = 1
                     departure = -1
             elif num_written >= CHECK_LENGTH:
-                behind = _longest_match(
-                    ref,
-                    position + 1,
-                    reference_len - position,
-                    text,
-                    at + 1,
-                    _MAX_CANDIDATES // 2,
-                    CHECK_LENGTH,
-                    1,
-                    True,
-                    BLOCK_SIZE,
+                found, agreed = _found_again(
+                    ref, reference_len, position, text, at + 1, CHECK_LENGTH, BLOCK_SIZE
                 )
-                before = _longest_match(
-                    ref,
-                    position,
-                    position,
-                    text,
-                    at + 1,
-                    _MAX_CANDIDATES // 2,
-                    CHECK_LENGTH,
-                    -1,
-                    True,
-                    BLOCK_SIZE,
-                )
-                is_before = (before >> 32) > (behind >> 32)
-                best = tl.where(is_before, before, behind)
-                agreed = (best >> 32).to(tl.int32)
-                steps = (-(best & _LAST) + _LAST).to(tl.int32)
-                found = tl.where(is_before, position - steps, position + 1 + steps)
                 if agreed > 0:
                     common = tl.minimum(agreed, num_written)
                     common = tl.minimum(common, found - position)
@@ -341,15 +315,8 @@ def find_copies_kernel(
     own = _acceptance(own_kind, match_len, pools, record)
     ref_kind = tl.minimum(_bit_length(run) + _FIRST_OF_REFERENCE, _KINDS - 1)
     by_ref = _acceptance(ref_kind, run + _HEAD_START, pools, record)
-    own_gain = by_ref * 0
-    ref_gain = by_ref * 0
-    own_power = own_gain + 1
-    ref_power = own_gain + 1
-    for j in range(K):
-        own_power *= own
-        ref_power *= by_ref
-        own_gain += tl.where(j < num_own, own_power, 0.0)
-        ref_gain += tl.where(j < count, ref_power, 0.0)
+    own_gain = _gain(own, num_own, K)
+    ref_gain = _gain(by_ref, count, K)
     is_own = own_gain > ref_gain
     kind = tl.where(is_own, own_kind, ref_kind)
     num_copied = tl.where(is_own, num_own, count)
@@ -374,7 +341,9 @@ def find_copies_kernel(
     copied = tl.where(is_own, own_tokens, tokens)
     copied = tl.where(offsets < num_copied, copied, last)
     tl.store(drafts + i * K + offsets, copied.to(tl.int64), mask=offsets < K)
-    tl.store(num_drafts + i, num_copied)
+    gain = tl.where(is_own, own_gain, ref_gain)
+    tl.store(out_found + 2 * i, num_copied.to(tl.float64))
+    tl.store(out_found + 2 * i + 1, tl.where(num_copied > 0, gain, 0.0))
 
     tl.store(row + _FOLLOWED, followed)
     tl.store(row + _REFERENCE_LEN, reference_len)
@@ -459,6 +428,49 @@ def _along_reference(
         walk += tl.where(is_edited, _of(lane, old_len), 1)
         walk_edited = is_edited.to(tl.int32)
     return tokens, tl.minimum(count, length)
+
+
+@triton.jit
+def _found_again(
+    ref,
+    reference_len,
+    position,
+    text,
+    text_len,
+    CHECK_LENGTH: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+):
+    """Where in the reference the text goes on after a departure at `position`, and how
+    many tokens agree before there; none agree if it is not found."""
+    behind = _longest_match(
+        ref,
+        position + 1,
+        reference_len - position,
+        text,
+        text_len,
+        _MAX_CANDIDATES // 2,
+        CHECK_LENGTH,
+        1,
+        True,
+        BLOCK_SIZE,
+    )
+    before = _longest_match(
+        ref,
+        position,
+        position,
+        text,
+        text_len,
+        _MAX_CANDIDATES // 2,
+        CHECK_LENGTH,
+        -1,
+        True,
+        BLOCK_SIZE,
+    )
+    is_before = (before >> 32) > (behind >> 32)
+    best = tl.where(is_before, before, behind)
+    steps = (-(best & _LAST) + _LAST).to(tl.int32)
+    found = tl.where(is_before, position - steps, position + 1 + steps)
+    return found, (best >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -564,6 +576,17 @@ def _if_begun(lane, text, departure, num_written, new_start, new_len):
 @triton.jit
 def _bit_length(number):
     return tl.sum(((number >> tl.arange(0, 32)) > 0).to(tl.int32), 0)
+
+
+@triton.jit
+def _gain(acceptance, num_copied, K: tl.constexpr):  # noqa: N803
+    """Tokens expected to be accepted."""
+    gain = acceptance * 0
+    power = gain + 1
+    for j in range(K):
+        power *= acceptance
+        gain += tl.where(j < num_copied, power, 0.0)
+    return gain
 
 
 @triton.jit

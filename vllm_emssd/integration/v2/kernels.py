@@ -2,7 +2,10 @@
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import torch
 from vllm.triton_utils import tl, triton
+
+_VOCAB_BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["num_reqs", "num_rows_padded"])
@@ -111,3 +114,49 @@ def advance_kernel(
     tl.store(seq_lens + i, tl.where(i < num_reqs, within + 1, 0).to(tl.int32))
     tl.store(idx_mapping + i, tl.where(position > last_position, -1, state))
     tl.store(query_start_loc + i + 1, tl.minimum(i + 1, num_reqs).to(tl.int32))
+
+
+def make_certain(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    drafts: torch.Tensor,
+    depth: int,
+) -> None:
+    """Say to the rejection sampler that the first drafts of these rows are certain, or
+    it takes them for samples of the drafter's distribution. Arguments as below."""
+    grid = (len(rows), depth, triton.cdiv(logits.shape[2], _VOCAB_BLOCK))
+    make_certain_kernel[grid](
+        rows,
+        idx_mapping,
+        drafts,
+        drafts.stride(0),
+        logits,
+        logits.stride(0),
+        logits.stride(1),
+        logits.shape[2],
+        BLOCK_SIZE=_VOCAB_BLOCK,
+    )
+
+
+@triton.jit
+def make_certain_kernel(
+    rows,  # [num_rows] int64: of the drafts
+    idx_mapping,  # [num_reqs] int64: request states
+    drafts,  # [num_reqs, K] int64
+    drafts_stride,
+    logits,  # [max_num_reqs, K, vocab_size], by request state
+    logits_stride,
+    logits_stride_of_step,
+    vocab_size,
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+):
+    """A program a row, draft and block of the vocabulary: the draft is certain."""
+    row = tl.load(rows + tl.program_id(0))
+    step = tl.program_id(1)
+    draft = tl.load(drafts + row * drafts_stride + step)
+    tokens = tl.program_id(2) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    values = tl.where(tokens == draft, 0.0, float("-inf"))
+    state = tl.load(idx_mapping + row)
+    to = logits + state * logits_stride + step * logits_stride_of_step
+    tl.store(to + tokens, values, mask=tokens < vocab_size)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -41,6 +43,19 @@ def scheduled_step(
         is_sampling=num_computed + num_scheduled >= input_batch.prefill_len_np,
         num_forbidden=num_forbidden,
     )
+
+
+class LateArray:
+    """An array of the device on its way to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copied_at = torch.cuda.Event()
+        self._array = async_copy_to_np(tensor)
+        self._copied_at.record()
+
+    def wait(self) -> np.ndarray:
+        self._copied_at.synchronize()
+        return self._array
 
 
 class PendingSteps:

@@ -6,12 +6,12 @@ has, not which, and learns late how many were accepted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from vllm.config import VllmConfig
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -37,11 +37,14 @@ class RaggedSpeculator(BaseSpeculator):
         self.num_grammar_valid: Mapping[str, int] = {}
         self._req_states = req_states
         self._last_made: tuple[list[str], np.ndarray] = [], np.zeros(0, np.int64)
-        self._makes_fewer: dict[str, int] = {}  # requests with fewer drafts than K
+        self._num_made = np.zeros(self.max_num_reqs, np.int64)  # drafts, by slot
         self._constrained: set[str] = set()  # requests under a grammar
         self._numbers: dict[str, int] = {}  # of the requests' last admissions
         self._request_limits = RequestLimits()
         self._pending_steps = PendingSteps()
+
+    def forget_warm_up(self) -> None:
+        """What was learned from vLLM's own requests, which do not count."""
 
     # ------------------------------------------------------------ before a step
 
@@ -50,9 +53,17 @@ class RaggedSpeculator(BaseSpeculator):
         has given them their slots."""
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         for new in scheduler_output.scheduled_new_reqs:
+            self._num_made[self._req_states.req_id_to_index[new.req_id]] = 0
             params = new.sampling_params
             if params is not None and params.structured_outputs is not None:
                 self._constrained.add(new.req_id)
+
+    def _most_of(self, new_reqs: Sequence[NewRequestData], most: int) -> np.ndarray:
+        """Most drafts of new requests, by their own limits too. [num_new] int64"""
+        most_drafts = np.full(len(new_reqs), most)
+        rows = {new.req_id: row for row, new in enumerate(new_reqs)}
+        self._request_limits.apply(most_drafts, rows)
+        return most_drafts
 
     def release(self, req_ids: Iterable[str]) -> None:
         """Forget finished requests."""
@@ -64,17 +75,29 @@ class RaggedSpeculator(BaseSpeculator):
         self._request_limits.release(req_ids)
 
     def preempt(self, req_ids: Iterable[str]) -> None:
-        """Forget drafts that will not be verified."""
+        """Forget what requests had beside their text: it will be anew."""
         for req_id in req_ids:
-            self._makes_fewer.pop(req_id, None)
+            slot = self._req_states.req_id_to_index.get(req_id)
+            if slot is not None:
+                self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
+        """The slot's request has gone."""
+        raise NotImplementedError
 
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """An async scheduler schedules K drafts of every request before there are any.
         Those that were not made cost no rows; but under a grammar they stay, since its
         bit mask has a row for each, and are forbidden."""
-        fewer = self._makes_fewer
-        if self._constrained:
-            fewer = {r: n for r, n in fewer.items() if r not in self._constrained}
+        req_ids = list(scheduler_output.scheduled_spec_decode_tokens)
+        slot_of = self._req_states.req_id_to_index
+        slots = np.fromiter(map(slot_of.__getitem__, req_ids), np.int64, len(req_ids))
+        num_made = self._num_made[slots]
+        fewer = {
+            req_ids[i]: int(num_made[i])
+            for i in np.flatnonzero(num_made < self.num_speculative_steps)
+            if req_ids[i] not in self._constrained
+        }
         return with_drafts_made(scheduler_output, fewer)
 
     # ------------------------------------------------------------ after a step
@@ -89,6 +112,7 @@ class RaggedSpeculator(BaseSpeculator):
             return
         step, left, is_wanted = self._pending_steps.pop()
         num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
+        step = self._as_verified(step, left, num_accepted)
         self._settle(step, left, num_accepted, is_wanted)
         step.count(
             num_sampled,
@@ -97,6 +121,13 @@ class RaggedSpeculator(BaseSpeculator):
             is_wanted,
             has_draft_model=self.has_draft_model,
         )
+
+    def _as_verified(
+        self, step: ScheduledStep, left: Any, num_accepted: np.ndarray
+    ) -> ScheduledStep:
+        """The step with the drafts that were verified: all that were scheduled, unless
+        the device left some out."""
+        return step
 
     def _settle(
         self,
@@ -114,12 +145,9 @@ class RaggedSpeculator(BaseSpeculator):
         req_ids, num_made = self._last_made
         return dict(zip(req_ids, num_made.tolist(), strict=True))
 
-    def _note_made(self, req_ids: list[str], num_made: np.ndarray) -> None:
-        """[num_reqs] drafts that the requests of a batch have."""
+    def _note_made(
+        self, req_ids: list[str], slots: np.ndarray, num_made: np.ndarray
+    ) -> None:
+        """Drafts that the requests of a batch have. [num_reqs] each"""
         self._last_made = req_ids, num_made
-        fewer = np.flatnonzero(num_made < self.num_speculative_steps).tolist()
-        if self._makes_fewer:
-            for req_id in req_ids:
-                self._makes_fewer.pop(req_id, None)
-        for i in fewer:
-            self._makes_fewer[req_ids[i]] = int(num_made[i])
+        self._num_made[slots] = num_made

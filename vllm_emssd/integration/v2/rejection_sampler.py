@@ -65,7 +65,10 @@ class UnpadRejectionSamplerV2(RejectionSampler):
             logits,
             num_logprobs,
             flat_sampled,
-            input_batch.cu_num_logits_np.tolist(),
+            # Where drafts are trimmed, the device alone knows.
+            input_batch.cu_num_logits.clone()
+            if self.enable_adaptive_verification
+            else input_batch.cu_num_logits_np.tolist(),
             logprob_token_ids_state=self.sampler.logprob_token_ids_state,
             expanded_idx_mapping=input_batch.expanded_idx_mapping,
             max_per_req_token_ids=max_token_ids,

@@ -44,8 +44,13 @@ from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
+from vllm_emssd.integration.unsupported import (
+    ONLY_MIXED_CHOOSES,
+    refuse_deployment,
+    refuse_options,
+)
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
+from vllm_emssd.integration.v2.mixed_speculator import MixedSpeculator
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
@@ -121,7 +126,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        if self.emssd_config.draft_length == "auto" or self.emssd_config.copies:
+        is_ragged = self.emssd_config.draft_length == "auto" or self.emssd_config.copies
+        if is_ragged and self.adaptive_verification is None:  # which wants them itself
             self._want_varlen_graphs()
 
     def _want_varlen_graphs(self) -> None:
@@ -159,9 +165,9 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         """Warm-up is over, whose requests do not count: where it was asked for, measure
         costs and draft by them from now on."""
         self._record_acceptance(num_late=0)
-        if isinstance(self.speculator, CopySpeculator):
-            self.speculator.forget_warm_up()
-        elif self.emssd_config.draft_length == "auto":
+        self.speculator.forget_warm_up()
+        if self.emssd_config.draft_length == "auto":
+            assert isinstance(self.speculator, UnpadSpeculator)
             self._step_costs = self._measure_costs(self.speculator)
             policy = AutoDraftLength(
                 self._step_costs.costs,
@@ -206,6 +212,12 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def costs_now(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
         return {} if self._step_costs is None else self._step_costs.as_dict()
+
+    def use_proposer(self, proposer: str | None) -> None:
+        """See the worker's `emssd_use_proposer`."""
+        if not isinstance(self.speculator, MixedSpeculator):
+            raise ValueError(ONLY_MIXED_CHOOSES)
+        self.speculator.use(proposer)
 
     # ------------------------------------------------------------ a step
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,23 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
+from vllm_emssd.draft_length import Copies, DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.draft_length.policy import StepInfo
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.kv_cache import draft_group
+from vllm_emssd.integration.v2.copy_source import FoundCopies
 from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
-from vllm_emssd.integration.v2.pending_steps import scheduled_step
+from vllm_emssd.integration.v2.kernels import make_certain
+from vllm_emssd.integration.v2.pending_steps import LateArray, scheduled_step
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
 from vllm_emssd.ragged import grant_rows
 from vllm_emssd.verification import ScheduledStep
 
 logger = init_logger("vllm.emssd.v2")
+
+
+# Of a step: what was fed, which drafts are copies, and how many were rejected.
+_Left = tuple[Turn, np.ndarray, LateArray | None]
 
 
 class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
@@ -66,9 +73,10 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         self._sits_out_dummy_runs = False
         self.policy: DraftLengthPolicy = FixedDraftLength()
         self._feeds_every_prompt = vllm_config.kv_transfer_config is not None
-        # By slot: drafts to be verified, and whether they are greedy whatever is asked.
-        self._num_made = np.zeros(self.max_num_reqs, np.int64)
-        self._is_greedy = np.zeros(self.max_num_reqs, bool)
+        # By slot: whether drafts are greedy whatever is asked, and whether those to be
+        # verified are copies.
+        self._is_greedy, self._is_copied = np.zeros((2, self.max_num_reqs), bool)
+        self._most_drafts = config.num_speculative_tokens  # of the model
         self._begin(vllm_config, req_states)
 
     # ------------------------------------------------------------ start-up
@@ -148,7 +156,6 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         slot_of = self._req_states.req_id_to_index
         admitted, extended = block_updates(scheduler_output, self._gid)
         slots = [slot_of[request.req_id] for request in admitted]
-        self._num_made[slots] = 0
         num_tokens = self._req_states.prefill_len.np[slots].tolist()
         numbers = self._cursor.update_blocks(
             zip(slots, num_tokens, admitted, strict=True),
@@ -171,14 +178,9 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         for req_id in req_ids:
             self.policy.release(req_id)
 
-    def preempt(self, req_ids: Iterable[str]) -> None:
-        """Forgets blocks that were taken away, too."""
-        req_ids = list(req_ids)
-        super().preempt(req_ids)
-        for req_id in req_ids:
-            slot = self._req_states.req_id_to_index.get(req_id)
-            if slot is not None:
-                self._cursor.release(slot)
+    def _vacate(self, slot: int) -> None:
+        """Its blocks were taken away."""
+        self._cursor.release(slot)
 
     # ------------------------------------------------------------ a step
 
@@ -198,9 +200,16 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         seeds: torch.Tensor,
         *args: Any,
         dummy_run: bool = False,
+        is_profile: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
         if dummy_run and self._sits_out_dummy_runs:
+            return self.draft_tokens[: input_batch.num_reqs]
+        if dummy_run and self.enable_adaptive_verification and not is_profile:
+            # vLLM times it, to know what drafts cost.
+            num_reqs = min(input_batch.num_reqs, self._drafter.max_num_reqs)
+            for _ in range(self._most_drafts):
+                self._drafter.rehearse(num_reqs, self._drafter.max_model_len // 2)
             return self.draft_tokens[: input_batch.num_reqs]
         if dummy_run:  # profiling: stock's rows, the most there can be
             return super().propose(
@@ -217,51 +226,100 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
                 seeds,
                 *args,
                 dummy_run=True,
+                is_profile=is_profile,
                 **kwargs,
             )
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         slots = input_batch.idx_mapping_np
         verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
         turn = self._cursor.begin(slots, step.is_sampling, verified)
-        self._pending_steps.add(step, turn.numbers, turn)
-        num_made, drafts = np.zeros_like(slots), self.draft_tokens[: len(slots)]
+        # Of drafts that were trimmed on the device, how many were not accepted.
+        trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
+        rejected = LateArray(num_rejected) if trims else None
+        left = turn, self._is_copied[slots], rejected
+        self._pending_steps.add(step, turn.numbers, left)
+        found = self._find_copies(input_batch, step, num_sampled)
+        copies = None if found is None else found.copies
+        drafts = self.draft_tokens[: len(slots)] if found is None else found.token_ids
+        num_made = np.zeros_like(slots)
         try:
-            lens = self._plan(input_batch, step)
+            lens = self._plan(input_batch, step, copies)
             if lens.any():
                 self.temperature.copy_(temperature)
                 self.seeds.copy_(seeds)
-                drafts = self._draft(input_batch, lens)
+                drafts = self._draft(input_batch, lens, drafts)
                 num_made = lens
+            if copies is not None:
+                num_made = self._add_copies(input_batch, drafts, num_made, copies)
         except Exception as error:
             self._failures.take(error)
         self._cursor.end(turn)
-        self._num_made[slots] = num_made
-        self._note_made(step.req_ids, num_made)
+        self._note_made(step.req_ids, slots, num_made)
         return drafts
+
+    def _find_copies(
+        self, input_batch: InputBatch, step: ScheduledStep, num_sampled: torch.Tensor
+    ) -> FoundCopies | None:
+        """None where nothing copies."""
+        return None
+
+    def _add_copies(
+        self,
+        input_batch: InputBatch,
+        drafts: torch.Tensor,
+        num_made: np.ndarray,
+        copies: Copies,
+    ) -> np.ndarray:
+        """Requests without drafts of the model have their copies. [num_reqs] int64 all
+        drafts."""
+        raise NotImplementedError
+
+    def _as_verified(
+        self, step: ScheduledStep, left: _Left, num_accepted: np.ndarray
+    ) -> ScheduledStep:
+        rejected = left[2]
+        if rejected is None:
+            return step
+        num_possible = step.num_draft_tokens - step.num_forbidden
+        num_verified = np.where(step.is_sampling, num_accepted + rejected.wait(), 0)
+        return replace(
+            step,
+            num_draft_tokens=num_verified,
+            num_forbidden=np.maximum(num_verified - num_possible, 0),
+        )
 
     def _settle(
         self,
         step: ScheduledStep,
-        left: Turn,
+        left: _Left,
         num_accepted: np.ndarray,
         is_wanted: np.ndarray,
     ) -> None:
         """Move the cursors, and learn what is accepted."""
-        self._cursor.settle(left, num_accepted)
+        turn, was_copied, _ = left
+        self._cursor.settle(turn, num_accepted)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_draft_tokens - step.num_forbidden
-        is_seen = step.is_sampling & is_wanted & (num_possible > 0)
-        if self.is_automatic and is_seen.any():
+        is_seen = step.is_sampling & is_wanted & (num_possible > 0) & ~was_copied
+        if is_seen.any():
             try:
-                self.policy.observe_step(
-                    step.req_ids, np.where(is_seen, num_possible, 0), num_accepted
-                )
+                num_verified = np.where(is_seen, num_possible, 0)
+                self._learn_acceptance(step.req_ids, num_verified, num_accepted)
             except Exception as error:
                 self._failures.take(error)
 
+    def _learn_acceptance(
+        self, req_ids: list[str], num_verified: np.ndarray, num_accepted: np.ndarray
+    ) -> None:
+        """Of the model's drafts. Both [num_reqs]; what verified none does not count."""
+        if self.is_automatic:
+            self.policy.observe_step(req_ids, num_verified, num_accepted)
+
     # ------------------------------------------------------------ what to feed
 
-    def _plan(self, input_batch: InputBatch, step: ScheduledStep) -> np.ndarray:
+    def _plan(
+        self, input_batch: InputBatch, step: ScheduledStep, copies: Copies | None
+    ) -> np.ndarray:
         """How many drafts each request makes, after what else it lacks was fed.
         [num_reqs] int64"""
         slots, is_sampling = input_batch.idx_mapping_np, step.is_sampling
@@ -275,7 +333,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         longest = np.where(is_sampling, num_prefilled + 1, prefill_len)
         most = max_draft_tokens(
             longest,
-            self.num_speculative_steps,
+            self._most_drafts,
             self.max_model_len,
             self._drafter.max_model_len,
             self._req_states.max_seq_len[slots] if self.is_automatic else None,
@@ -290,9 +348,10 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
             StepInfo(
                 step.req_ids,
                 is_sampling,
-                np.where(is_sampling, most, 0),
+                self._may_draft(np.where(is_sampling, most, 0), missing, copies),
                 missing,
                 int(step.num_scheduled_tokens[~is_sampling].sum()),
+                copies,
             )
         )
         feeds = lens > 0
@@ -310,6 +369,12 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         drafting = np.flatnonzero(lens)
         lens[drafting[self._drafter.max_num_reqs :]] = 0
         return lens
+
+    def _may_draft(
+        self, most: np.ndarray, missing: np.ndarray, copies: Copies | None
+    ) -> np.ndarray:
+        """Most drafts of the model, of those each request may make. [num_reqs] each"""
+        return most
 
     def _catch_up(
         self, input_batch: InputBatch, wanted: np.ndarray, longest: np.ndarray
@@ -336,21 +401,24 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
             self._count_forward(int(granted.sum()), int(num_decode.sum()))
         return granted == wanted
 
-    def _draft(self, input_batch: InputBatch, lens: np.ndarray) -> torch.Tensor:
+    def _draft(
+        self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
+    ) -> torch.Tensor:
         """Make the drafts. [num_reqs, K] int64 on the device; those not made are any
-        tokens."""
+        tokens. `others`: the same, of requests that make none."""
         slots = input_batch.idx_mapping_np
         drafting, depth = np.flatnonzero(lens), int(lens.max())
         idx_mapping = self._rows_of(input_batch.idx_mapping, drafting)
         num_known = (
             input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
         )
-        greedy = self._greedy_states(idx_mapping, slots[drafting])
+        greedy = self._greedy_rows(idx_mapping, slots[drafting])
         self._drafter.draft(idx_mapping, depth, num_known[drafting] + 1)
         num_drafting = len(drafting)
         drafts = self.draft_tokens[:num_drafting]
         if greedy is not None:
-            self._make_one_hot(*greedy, drafts[:, :depth])
+            assert self.draft_logits is not None
+            make_certain(self.draft_logits, greedy, idx_mapping, drafts, depth)
         self._cursor.draft(slots[drafting], lens[drafting] - 1)
         is_first = num_known <= self._req_states.prompt_len.np[slots]
         num_decode = FIRST_ROWS * num_drafting - int(is_first[drafting].sum())
@@ -359,8 +427,11 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
             self._count_forward(num_drafting, num_drafting)
         if num_drafting == len(slots):
             return drafts
-        columns = drafts.new_zeros(len(slots), self.num_speculative_steps)
-        columns[async_tensor_h2d(drafting, device=self.device)] = drafts
+        columns, rows = others.clone(), async_tensor_h2d(drafting, device=self.device)
+        columns[rows] = drafts
+        if self.enable_adaptive_verification:  # it expects them in the batch's order
+            confidences = self.draft_token_confidence_probs
+            confidences[rows] = confidences[:num_drafting].clone()
         return columns
 
     def _rows_of(self, idx_mapping: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -369,32 +440,17 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
             return idx_mapping
         return idx_mapping[async_tensor_h2d(rows, device=self.device)]
 
-    def _greedy_states(
+    def _greedy_rows(
         self, idx_mapping: torch.Tensor, slots: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Rows and request states of those that draft greedily where others sample,
-        whose temperature is set; None if there are none."""
+    ) -> torch.Tensor | None:
+        """Those that draft greedily where others sample, whose temperature is set; None
+        if there are none."""
         if self.draft_logits is None or not self._is_greedy[slots].any():
             return None
-        rows = async_tensor_h2d(
-            np.flatnonzero(self._is_greedy[slots]), device=self.device
-        )
-        states = idx_mapping[rows]
-        self.temperature[states] = 0.0
-        return rows, states
-
-    def _make_one_hot(
-        self, rows: torch.Tensor, states: torch.Tensor, drafts: torch.Tensor
-    ) -> None:
-        """Say that these drafts are certain to the rejection sampler, which would else
-        take them for samples of the drafter's distribution."""
-        assert self.draft_logits is not None
-        depth = drafts.shape[1]
-        logits = self.draft_logits.new_full(
-            (len(rows), depth, self.draft_logits.shape[2]), float("-inf")
-        )
-        logits.scatter_(2, drafts[rows].unsqueeze(-1), 0.0)
-        self.draft_logits[states, :depth] = logits
+        rows = np.flatnonzero(self._is_greedy[slots])
+        rows = async_tensor_h2d(rows, device=self.device)
+        self.temperature[idx_mapping[rows]] = 0.0
+        return rows
 
     def _count_forward(self, num_rows: int, num_decode: int) -> None:
         self.counters.num_draft_forwards += 1

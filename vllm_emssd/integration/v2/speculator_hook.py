@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
+from vllm_emssd.integration.v2.mixed_speculator import MixedSpeculator
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
 INIT_SPECULATOR_HOOK = Hook(
@@ -25,6 +26,8 @@ INIT_SPECULATOR_HOOK = Hook(
 def _make_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> UnpadSpeculator | CopySpeculator:
-    if EmssdConfig.carried_by(vllm_config.additional_config).uses_draft_model:
-        return UnpadSpeculator(vllm_config, device, req_states=req_states)
-    return CopySpeculator(vllm_config, device, req_states)
+    config = EmssdConfig.carried_by(vllm_config.additional_config)
+    if not config.uses_draft_model:
+        return CopySpeculator(vllm_config, device, req_states)
+    speculator = MixedSpeculator if config.copies else UnpadSpeculator
+    return speculator(vllm_config, device, req_states=req_states)

@@ -1,0 +1,162 @@
+"""Copies for the speculators that make them, found on the device and told to the host.
+
+How many tokens were copied is known on the device alone. A synchronous scheduler waits
+for it, right behind the sampler. An asynchronous one has scheduled the next step by
+then, so the host goes by what the step before found. That it waits for, which costs
+nothing: a forward of the target is queued behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_emssd.config import EmssdConfig
+from vllm_emssd.draft_length import Copies
+from vllm_emssd.integration.failure_policy import FailurePolicy
+from vllm_emssd.integration.request_options import reference_of
+from vllm_emssd.integration.v2.copier import DeviceCopier
+from vllm_emssd.integration.v2.pending_steps import LateArray
+from vllm_emssd.verification import ScheduledStep
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCopies:
+    """Of a batch.
+
+    `token_ids`: [num_reqs, K] int64 on the device; those not copied are any tokens.
+    `copies`: by what the host knows, of this step or of the one before. Where more is
+    to be verified than was copied, the rest is the request's last token again.
+    """
+
+    token_ids: torch.Tensor
+    copies: Copies
+
+
+class CopySource:
+    """Args:
+    num_columns: of the drafts of a request, at least as many as may be copied.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        req_states: RequestState,
+        num_columns: int,
+        device: torch.device,
+        failures: FailurePolicy,
+    ) -> None:
+        config = EmssdConfig.carried_by(vllm_config.additional_config)
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._req_states = req_states
+        self._copier = DeviceCopier(
+            req_states, config.check_length, num_columns, device
+        )
+        self._failures = failures
+        self._waits = not vllm_config.scheduler_config.async_scheduling
+        self._is_warm_up = True  # vLLM's own: then all drafts are verified
+        self._num_admitted = 0
+        # By slot: admission, most drafts, and what was found in the step last known.
+        self.numbers, self._most, self._num_copied = np.zeros(
+            (3, req_states.max_num_reqs), np.int64
+        )
+        self._gains = np.zeros(req_states.max_num_reqs)
+        # Of the last step: slots, admissions, and what was found.
+        self._last: tuple[np.ndarray, np.ndarray, LateArray] | None = None
+
+    def forget_warm_up(self) -> None:
+        """How copies fared so far, of requests that do not count."""
+        self._is_warm_up = False
+        self._copier.forget()
+
+    def admit(self, new_reqs: Sequence[NewRequestData], most: np.ndarray) -> None:
+        """New requests (resumed ones too). `most`: [num_new] drafts of each."""
+        for new, most_drafts in zip(new_reqs, most.tolist(), strict=True):
+            slot = self._req_states.req_id_to_index[new.req_id]
+            reference = reference_of(new.sampling_params, self._vocab_size)
+            try:
+                self._copier.admit(slot, most_drafts, reference)
+            except torch.OutOfMemoryError as error:  # vLLM left no room for references
+                self._failures.take(error)
+                self._copier.admit(slot, most_drafts)
+            self._num_admitted += 1
+            self.numbers[slot] = self._num_admitted
+            self._most[slot], self._num_copied[slot] = most_drafts, 0
+
+    def release(self, slot: int) -> None:
+        """The request in the slot, if any, has gone."""
+        self._copier.release(slot)
+
+    def no_copies(self, num_reqs: int) -> torch.Tensor:
+        """[num_reqs, K] int64 any tokens, on the device."""
+        return self._copier.drafts[:num_reqs]
+
+    def find(
+        self,
+        input_batch: InputBatch,
+        step: ScheduledStep,
+        num_sampled: torch.Tensor,
+        was_copied: np.ndarray | bool = True,
+    ) -> FoundCopies:
+        """What requests may copy after what they sampled.
+
+        Args:
+            num_sampled: [num_reqs] int32, on the device.
+            was_copied: [num_reqs] bool: the drafts verified were copies.
+        """
+        slots = input_batch.idx_mapping_np
+        if not self._waits:
+            self._learn()
+        try:
+            token_ids, found = self._copier.find(
+                input_batch.idx_mapping,
+                num_sampled,
+                self._first_rows(input_batch, step, was_copied),
+            )
+            self._last = slots, self.numbers[slots], LateArray(found)
+        except Exception as error:
+            self._failures.take(error)
+            self._copier.forget_copies()
+            token_ids = self.no_copies(len(slots))
+            self._last, self._num_copied[slots] = None, 0
+        if self._waits:
+            self._learn()
+        rows = self._num_copied[slots]
+        if not self._waits:
+            rows = np.where((rows > 0) | self._is_warm_up, self._most[slots], 0)
+        copies = Copies(np.where(step.is_sampling, rows, 0), self._gains[slots])
+        return FoundCopies(token_ids, copies)
+
+    def _first_rows(
+        self,
+        input_batch: InputBatch,
+        step: ScheduledStep,
+        was_copied: np.ndarray | bool,
+    ) -> torch.Tensor:
+        """[num_reqs + 1] int32 on the device: of each request's rows, but for drafts
+        that say nothing of copies."""
+        first_rows = input_batch.cu_num_logits
+        if np.all(was_copied) and not np.any(step.num_forbidden):
+            return first_rows
+        num_copied = (step.num_draft_tokens - step.num_forbidden) * was_copied
+        ends = np.concatenate([[0], (1 + num_copied).cumsum()]).astype(np.int32)
+        return async_tensor_h2d(ends, device=first_rows.device)
+
+    def _learn(self) -> None:
+        """What the last step found, of requests that are still there."""
+        if self._last is None:
+            return
+        slots, numbers, late = self._last
+        self._last, found = None, late.wait()
+        is_same = self.numbers[slots] == numbers
+        slots = slots[is_same]
+        self._num_copied[slots] = found[is_same, 0].astype(np.int64)
+        self._gains[slots] = found[is_same, 1]
