@@ -37,6 +37,7 @@ class _RequestState:
     block_ids: list[int] = field(default_factory=list)
     num_hit_blocks: int = 0  # leading blocks that it shares, or may share
     num_fed_drafts: int = 0  # of the drafts not yet verified
+    first: int = 0  # tokens before it have no draft K/V, and are not attended to
 
 
 class DraftCursor:
@@ -129,6 +130,19 @@ class DraftCursor:
         state.draft_len = draft_len
         if first < end:
             self._block_is_valid[state.block_ids[first:end]] = True
+
+    def restart_at(self, req_id: str, position: int) -> None:
+        """Go on at a block's first position: what lies between the cursor and there
+        cannot be fed, so the drafter's text begins there."""
+        state = self._requests[req_id]
+        if position % self._block_size or position < state.draft_len:
+            where = f"from {state.draft_len} at {position}"
+            raise ValueError(f"cursor of {req_id} cannot restart {where}")
+        state.draft_len = state.first = position
+
+    def first(self, req_id: str) -> int:
+        """The first position with draft K/V, a block's first: 0 unless restarted."""
+        return self._requests[req_id].first
 
     def record_fed_drafts(self, req_id: str, num_fed_drafts: int) -> None:
         """The drafter was fed the first `num_fed_drafts` drafts it proposed.

@@ -114,15 +114,17 @@ class DraftModelProposer:
         fed = np.flatnonzero(granted)
         if fed.size == 0:
             return [[] for _ in batch.req_ids]
+        self._start_feeding(batch, fed, starts)
         rows = RaggedRows.from_spans(fed, starts[fed], (starts + granted)[fed])
         made = self._draft(batch, rows, draft_lens)
         num_made = np.zeros(batch.num_reqs, dtype=np.int64)
         for requests, _ in made:
             num_made[requests] += 1
         for i in fed:
-            self._cursor.advance(batch.req_ids[i], int(starts[i] + granted[i]))
             num_fed_drafts = max(int(num_made[i]) - 1, 0)
-            self._cursor.record_fed_drafts(batch.req_ids[i], num_fed_drafts)
+            self._record_fed(
+                batch.req_ids[i], int(starts[i] + granted[i]), num_fed_drafts
+            )
         return _on_host(made, self.policy.trim(num_made))
 
     def record_verified(
@@ -156,12 +158,27 @@ class DraftModelProposer:
         ends = np.minimum(ends, self._drafter.max_model_len)
         return starts, np.maximum(starts, ends)
 
+    def _known_ids(self, batch: DraftBatch, rows: RaggedRows) -> np.ndarray:
+        """The tokens that known rows take. [num_rows] integers"""
+        known_ids: np.ndarray = batch.token_ids[rows.row_req_indices, rows.positions]
+        return known_ids
+
+    def _start_feeding(
+        self, batch: DraftBatch, fed: np.ndarray, starts: np.ndarray
+    ) -> None:
+        """Requests `fed`, batch rows, are about to be fed from `starts` [num_reqs]."""
+
+    def _record_fed(self, req_id: str, end: int, num_fed_drafts: int) -> None:
+        """A request was fed its known tokens up to `end`, and some of its drafts."""
+        self._cursor.advance(req_id, end)
+        self._cursor.record_fed_drafts(req_id, num_fed_drafts)
+
     def _draft(
         self, batch: DraftBatch, rows: RaggedRows, draft_lens: np.ndarray
     ) -> list[tuple[np.ndarray, torch.Tensor]]:
         """Run the forwards. Returns the batch rows and the drafts of each; no request
         makes more than its `draft_lens` [num_reqs]; those that draft are in `rows`."""
-        known_ids = batch.token_ids[rows.row_req_indices, rows.positions]
+        known_ids = self._known_ids(batch, rows)
         drafting = rows.req_indices[draft_lens[rows.req_indices] > 0]
         sampled_rows = rows.last_rows[draft_lens[rows.req_indices] > 0]
         self._count_forward(batch, rows)
@@ -170,7 +187,7 @@ class DraftModelProposer:
             return []
 
         active, lens = drafting, draft_lens[drafting]  # the set only shrinks
-        positions = batch.num_tokens[drafting]
+        positions = rows.positions[sampled_rows] + 1
         made: list[tuple[np.ndarray, torch.Tensor]] = []  # of each forward
         for position in range(int(lens.max())):
             made.append((active, tokens))

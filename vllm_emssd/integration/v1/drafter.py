@@ -23,7 +23,7 @@ from vllm.forward_context import (
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_emssd.integration.forward_clock import WallClock
@@ -61,7 +61,7 @@ class PagedDrafter:
 
     def __init__(
         self,
-        stock: DraftModelProposer,
+        stock: SpecDecodeBaseProposer,
         vllm_config: VllmConfig,
         input_batch: InputBatch,
         requests: Mapping[str, CachedRequestState],
@@ -180,11 +180,15 @@ class PagedDrafter:
             return self._run_any(rows)[:num_rows]
         positions, context = self._next_forward(rows, draft_position, self._context)
         with context:
-            hidden_states: torch.Tensor = stock.model(
-                input_ids=stock.input_ids[:num_rows],
-                positions=positions,
-                inputs_embeds=None,
-            )
+            return self._call_model(num_rows, positions)
+
+    def _call_model(self, num_rows: int, positions: torch.Tensor) -> torch.Tensor:
+        """On the rows in the buffers of vLLM's object. [num_rows, hidden_size]"""
+        hidden_states: torch.Tensor = self._stock.model(
+            input_ids=self._stock.input_ids[:num_rows],
+            positions=positions,
+            inputs_embeds=None,
+        )
         return hidden_states
 
     def _run_any(self, rows: RaggedRows) -> torch.Tensor:
@@ -209,10 +213,8 @@ class PagedDrafter:
             ),
         ):
             context = get_forward_context()
-            hidden_states: torch.Tensor = stock.model(
-                input_ids=stock.input_ids[:num_input_rows],
-                positions=stock.positions[:num_input_rows],
-                inputs_embeds=None,
+            hidden_states = self._call_model(
+                num_input_rows, stock.positions[:num_input_rows]
             )
         self._next_forwards = None
         says_rows = mode != CUDAGraphMode.NONE or across_dp is not None
@@ -255,7 +257,7 @@ class PagedDrafter:
         device = self._stock.device
         positions, slots, seq_lens = (
             async_tensor_h2d(values, device=device).view(len(ahead), -1).unbind()
-            for values in (positions, self._slots(all_rows), all_rows.seq_lens)
+            for values in (positions, self._slots(all_rows), self._seq_lens(all_rows))
         )
         return _NextForwards(
             draft_position,
@@ -271,14 +273,21 @@ class PagedDrafter:
             self._block_table.block_table.np, self._stock.block_size
         )
 
+    def _seq_lens(self, rows: RaggedRows) -> np.ndarray:
+        """Context of each request in the forward. [num_reqs] int32"""
+        return rows.seq_lens
+
+    def _block_tables(self, req_indices: np.ndarray) -> torch.Tensor:
+        """Blocks of each request's context. [num_reqs, max_blocks_per_req]"""
+        index = async_tensor_h2d(req_indices, device=self._stock.device)
+        return self._block_table.block_table.gpu[index]
+
     def _attention_metadata(self, rows: RaggedRows) -> CommonAttentionMetadata:
         device = self._stock.device
-        block_table = self._block_table.block_table.gpu
         slots = self._slots(rows)
         query_start_loc = torch.from_numpy(rows.query_start_loc)
-        seq_lens_np = rows.seq_lens
+        seq_lens_np = self._seq_lens(rows)
         seq_lens = torch.from_numpy(seq_lens_np)
-        req_indices = async_tensor_h2d(rows.req_indices, device=device)
         return CommonAttentionMetadata(
             query_start_loc=async_tensor_h2d(query_start_loc, device=device),
             query_start_loc_cpu=query_start_loc,
@@ -287,7 +296,7 @@ class PagedDrafter:
             num_actual_tokens=rows.num_rows,
             max_query_len=1 if rows.has_one_row_each else int(rows.query_lens.max()),
             max_seq_len=int(seq_lens_np.max()),
-            block_table_tensor=block_table[req_indices],
+            block_table_tensor=self._block_tables(rows.req_indices),
             slot_mapping=async_tensor_h2d(slots, device=device),
             seq_lens_cpu_upper_bound=seq_lens,
         )
