@@ -48,6 +48,10 @@ class Counters:
         "The same if every decoding request verified the step's longest draft."
     )
     num_emitted_tokens: int = _counter("Tokens sampled, before stop truncation.")
+    num_draft_restarts: int = _counter(
+        "Times that an EAGLE head began a request's text anew, as hidden states of "
+        "tokens before were not kept."
+    )
     num_failed_proposals: int = _counter(
         "Times that the proposer raised and a step went on without its drafts."
     )

@@ -84,6 +84,7 @@ class ScheduledStep:
         counters: Counters,
         is_wanted: np.ndarray | bool = True,
         has_draft_model: bool = True,
+        has_head: bool = False,
     ) -> None:
         """Add what came of it.
 
@@ -91,11 +92,14 @@ class ScheduledStep:
             num_sampled: [num_reqs], 0 where not sampling.
             is_wanted: [num_reqs] bool, False for a request that turned out to have
                 ended in an earlier step: rows were computed, nothing came of them.
+            has_head: the draft model is an EAGLE head, which padded batches feed no
+                token more than the scheduled ones.
         """
         is_counted = self.is_sampling & is_wanted
         at_least = np.where(self.is_decode, 1 + num_spec_tokens, 0)
-        padded = np.maximum(self.num_scheduled_tokens, at_least) + num_spec_tokens
-        padded_decode = np.where(self.is_decode, padded, num_spec_tokens)
+        num_more = num_spec_tokens - has_head
+        padded = np.maximum(self.num_scheduled_tokens, at_least) + num_more
+        padded_decode = np.where(self.is_decode, padded, num_more)
         num_drafts = self.num_draft_tokens[self.is_sampling]
         num_possible = self.num_draft_tokens - self.num_forbidden
         num_counted = int(is_counted.sum())

@@ -25,6 +25,7 @@ PUBLISHED = (  # the interface users and dashboards rely on
     "num_verify_rows",
     "num_padded_verify_rows",
     "num_emitted_tokens",
+    "num_draft_restarts",
     "num_failed_proposals",
 )
 

@@ -25,6 +25,10 @@ ADAPTIVE_NEEDS_V2 = (
     "it."
 )
 ONLY_MIXED_CHOOSES = 'only "proposer": "mixed" has proposers to choose from'
+HEADS_NEED_V1 = (
+    "--speculative-config: 'model' is an EAGLE-3 head, with which emssd drafts on "
+    f"vLLM's V1 model runner only. {USE_V1}."
+)
 _REMOVE = "Remove --speculative-config"
 
 # ---------------------------------------------------------------------- models
@@ -83,11 +87,16 @@ def refuse_wrong_verification(target: ModelConfig, method: str) -> None:
 
 
 def refuse_drafter(spec_config: SpeculativeConfig) -> None:
-    """A model that cannot draft on its own."""
+    """A model that cannot draft on its own, nor as an EAGLE-3 head of the target."""
     draft = spec_config.draft_model_config
-    what = ""
-    if spec_config.method != "draft_model":
+    is_head = spec_config.method == "eagle3"
+    what = _why_no_head(draft, spec_config.target_model_config) if is_head else ""
+    if what:
+        pass
+    elif not is_head and spec_config.method != "draft_model":
         what = f'is one that vLLM drafts with by its method "{spec_config.method}" only'
+    elif not is_head and "eagle" in draft.architecture.lower():
+        what = "is a head of another kind than EAGLE-3"
     elif draft.is_hybrid or draft.is_attention_free:
         what = "has recurrent state, which rejected drafts would spoil"
     elif draft.is_encoder_decoder:
@@ -101,6 +110,23 @@ def refuse_drafter(spec_config: SpeculativeConfig) -> None:
             f"--speculative-config: 'model' {draft.model!r} {what}. Choose another "
             "'model', or remove it to copy from the text (llma)."
         )
+
+
+def _why_no_head(head: ModelConfig, target: ModelConfig) -> str:
+    """Why it cannot be the target's EAGLE-3 head, "" if it can."""
+    config = head.hf_config
+    size = getattr(config, "target_hidden_size", None) or config.hidden_size
+    if size != target.get_hidden_size():
+        return (
+            f"is an EAGLE-3 head for a hidden size of {size}, and the target's is "
+            f"{target.get_hidden_size()}"
+        )
+    if config.vocab_size != target.get_vocab_size():
+        return (
+            f"is an EAGLE-3 head for a vocabulary of {config.vocab_size} tokens, and "
+            f"the target's has {target.get_vocab_size()}"
+        )
+    return ""
 
 
 # ---------------------------------------------------------------- vLLM's runners

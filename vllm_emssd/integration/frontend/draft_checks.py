@@ -19,6 +19,7 @@ from vllm.tokenizers import (
     cached_tokenizer_from_config,
     get_tokenizer,
 )
+from vllm.transformers_utils.config import get_config
 
 logger = init_logger("vllm.emssd.draft_checks")
 
@@ -71,6 +72,24 @@ def _wrong_in(folder: Path) -> str:
         except (SafetensorError, OSError) as error:
             return f"{path.name} is broken ({error}); download the file again"
     return ""
+
+
+def is_eagle3_head(model: str, revision: str | None, target: ModelConfig) -> bool:
+    """Whether vLLM would take the draft model for an EAGLE-3 head: by its name, or by
+    the architecture that its config names. What cannot be read is left to vLLM."""
+    if "eagle3" in model.lower():
+        return True
+    try:
+        config = get_config(
+            model,
+            trust_remote_code=target.trust_remote_code,
+            revision=revision,
+            config_format=target.config_format,
+        )
+    except (OSError, ValueError):
+        return False
+    names = getattr(config, "architectures", None) or ()
+    return any("eagle3" in name.lower() for name in names)
 
 
 def check_draft_tokenizer(

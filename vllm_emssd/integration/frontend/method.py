@@ -32,6 +32,7 @@ from vllm_emssd.integration.frontend.capture_sizes import widen_capture_sizes
 from vllm_emssd.integration.frontend.draft_checks import (
     check_draft_tokenizer,
     check_draft_weights,
+    is_eagle3_head,
 )
 from vllm_emssd.integration.frontend.serving import attach_tag, install_serving_hooks
 from vllm_emssd.integration.hooks.hook import Hook
@@ -39,6 +40,7 @@ from vllm_emssd.integration.metrics import LOG_STATS_KEY
 from vllm_emssd.integration.unsupported import (
     ADAPTIVE_NEEDS_V2,
     AUTO_NEEDS_V2,
+    HEADS_NEED_V1,
     METHOD_NAME,
     refuse_drafter,
     refuse_options,
@@ -151,10 +153,14 @@ def _create_ours(
     if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
         refuse_options(config)
     model = stock_part.get("model")
+    has_head = False
     if model:
         check_draft_weights(model, args.load_format)
+        has_head = is_eagle3_head(model, stock_part.get("revision"), model_config)
+    if has_head and _may_run_on_v2(config):
+        raise ValueError(HEADS_NEED_V1)
 
-    stock_args = _stock_args(args, config, stock_part)
+    stock_args = _stock_args(args, config, stock_part, has_head)
     try:
         spec_config = stock(stock_args, model_config, parallel_config)
     except ValueError as error:
@@ -169,7 +175,7 @@ def _create_ours(
     # An unpadded batch of stock's own would turn async scheduling off.
     if config.uses_draft_model:
         spec_config.disable_padded_drafter_batch = not may_be_async
-    if model:
+    if model and not has_head:  # which has none
         check_draft_tokenizer(model, stock_part.get("revision"), model_config)
 
     install_serving_hooks()
@@ -189,13 +195,13 @@ def _create_ours(
 
 
 def _stock_args(
-    args: EngineArgs, config: EmssdConfig, stock_part: dict[str, Any]
+    args: EngineArgs, config: EmssdConfig, stock_part: dict[str, Any], has_head: bool
 ) -> EngineArgs:
     """A copy of `args` that asks for a method that vLLM knows."""
     stock_args = copy.copy(args)
     stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
     if config.uses_draft_model:
-        method = {"method": "draft_model"}
+        method = {"method": "eagle3" if has_head else "draft_model"}
     elif _may_run_on_v2(config):
         method = {"method": "ngram_gpu"}  # has texts on the device, for us to look at
     else:

@@ -16,6 +16,7 @@ import torch
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -52,6 +53,7 @@ from vllm_emssd.integration.unsupported import (
 )
 from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
+from vllm_emssd.integration.v1.eagle_drafter import EagleDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
     UnpadRejectionSampler,
     UnpadSampler,
@@ -62,6 +64,8 @@ from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer, plugin_proposer
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.eagle import EagleProposer
+from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
 from vllm_emssd.verification import ScheduledStep, pad_to_longest
@@ -75,7 +79,7 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        spec_config.disable_padded_drafter_batch = spec_config.uses_draft_model()
+        spec_config.disable_padded_drafter_batch = spec_config.uses_draft_kv_cache()
 
 
 class UnpadRunnerMixin(UnpadSamplingMixin):
@@ -98,6 +102,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._proposer: Proposer | None = None  # made with the KV cache
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
+        self._hidden_states: HiddenStates | None = None  # for an EAGLE head, if any
         self._step_costs: StepCostMeter | None = None  # with automatic lengths
         self._row_padding: RowPadding | None = None  # likewise
         self._automatic: AutoDraftLength | None = None  # likewise
@@ -142,14 +147,17 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             return copying
         assert self.paged_drafter is not None
         assert self._cursor is not None
-        drafting = DraftModelProposer(
-            self.paged_drafter,
-            self._cursor,
-            policy,
-            self.counters,
-            check,
-            feeds_every_prompt=self.vllm_config.kv_transfer_config is not None,
-        )
+        feeds_every_prompt = self.vllm_config.kv_transfer_config is not None
+        parts = (self.paged_drafter, self._cursor, policy, self.counters, check)
+        if self._hidden_states is None:
+            drafting = DraftModelProposer(*parts, feeds_every_prompt)
+        else:
+            drafting = EagleProposer(
+                *parts,
+                feeds_every_prompt,
+                states=self._hidden_states,
+                block_size=self.drafter.block_size,
+            )
         if not config.copies:
             return drafting
         most = config.num_speculative_tokens
@@ -163,13 +171,20 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             group.kv_cache_spec.block_size,
             trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
         )
-        self.paged_drafter = PagedDrafter(
+        parts = (
             self.drafter,
             self.vllm_config,
             self.input_batch,
             self.requests,
             min(self.effective_drafter_max_model_len, self.max_model_len),
-            is_timed=self.emssd_config.draft_length == "auto",
+            self.emssd_config.draft_length == "auto",
+        )
+        if self.speculative_config.uses_draft_model():
+            self.paged_drafter = PagedDrafter(*parts)
+            return
+        self._hidden_states = HiddenStates(self.max_num_tokens)
+        self.paged_drafter = EagleDrafter(
+            *parts, states=self._hidden_states, cursor=self._cursor
         )
 
     def start_automatic_lengths(self) -> None:
@@ -248,11 +263,17 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self,
         scheduler_output: SchedulerOutput,
         sampled_token_ids: list[list[int]],
+        sampling_metadata: SamplingMetadata,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
         assert self._proposer is not None
         step = self._record_verified(scheduler_output, sampled_token_ids)
+        if self._hidden_states is not None:
+            self._keep_hidden_states(step, aux_hidden_states or [hidden_states])
         # Where drafts have not paid for long, most steps end here.
         num_sampling = int(step.is_sampling.sum())
         skips = isinstance(
@@ -268,6 +289,24 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
             self._step_costs.step_done(num_sampling, not skips or has_verified)
         return drafts
+
+    def _keep_hidden_states(
+        self, step: ScheduledStep, states: list[torch.Tensor]
+    ) -> None:
+        """Of the step's tokens, all but rejected drafts. `states`: [num_rows, any
+        width] each."""
+        assert self._hidden_states is not None
+        num_reqs, scheduled = len(step.req_ids), step.num_scheduled_tokens
+        starts = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
+        ends = np.where(
+            step.is_sampling,
+            self.input_batch.num_tokens_no_spec[:num_reqs] - 1,
+            starts + scheduled,
+        )
+        first_rows = np.cumsum(scheduled) - scheduled
+        self._hidden_states.keep(
+            step.req_ids, starts, ends - starts, first_rows, states
+        )
 
     def _propose(self, step: ScheduledStep) -> list[list[int]]:
         assert self._proposer is not None
@@ -300,6 +339,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             self.emssd_config.num_speculative_tokens,
             self.counters,
             has_draft_model=self._cursor is not None,
+            has_head=self._hidden_states is not None,
         )
         return step
 

@@ -1,0 +1,102 @@
+"""An EAGLE-3 head over vLLM's paged blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_emssd.draft_cursor import DraftCursor
+from vllm_emssd.integration.v1.drafter import PagedDrafter
+from vllm_emssd.proposers.hidden_states import HiddenStates
+from vllm_emssd.ragged import RaggedRows
+
+
+class EagleDrafter(PagedDrafter):
+    """As `PagedDrafter`, with hidden states beside the tokens: a step's first forward
+    takes the target's, the next ones the head's own.
+
+    Args:
+        states: of the target, of all rows that are fed.
+        cursor: where each request's text begins for the head.
+    """
+
+    def __init__(
+        self, *args: Any, states: HiddenStates, cursor: DraftCursor, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._states = states
+        self._cursor = cursor
+        # Of the rows that the last forward drafted after: hidden states
+        # [num_sampled, hidden_size], and whose they are, [num_sampled] batch rows.
+        self._own = torch.empty(0)
+        self._own_req_indices = np.empty(0, dtype=np.int64)
+
+    def _forward(
+        self,
+        rows: RaggedRows,
+        token_ids: np.ndarray | torch.Tensor,
+        sampled_rows: np.ndarray,
+        draft_position: int,
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        stock = self._stock
+        stock.hidden_states[: rows.num_rows] = (
+            self._own_states(rows) if draft_position else self._target_states(rows)
+        )
+        drafted = super()._forward(rows, token_ids, sampled_rows, draft_position)
+        self._own = self._own[async_tensor_h2d(sampled_rows, device=stock.device)]
+        self._own_req_indices = rows.row_req_indices[sampled_rows]
+        return drafted
+
+    def _call_model(self, num_rows: int, positions: torch.Tensor) -> torch.Tensor:
+        stock = self._stock
+        hidden_states: torch.Tensor
+        hidden_states, self._own = stock.model(
+            input_ids=stock.input_ids[:num_rows],
+            positions=positions,
+            hidden_states=stock.hidden_states[:num_rows],
+            inputs_embeds=None,
+        )
+        return hidden_states
+
+    def _own_states(self, rows: RaggedRows) -> torch.Tensor:
+        """Of requests that draft on, which keep their order."""
+        if rows.num_reqs == len(self._own_req_indices):
+            return self._own
+        goes_on = np.isin(self._own_req_indices, rows.req_indices)
+        return self._own[torch.from_numpy(np.flatnonzero(goes_on))]
+
+    def _target_states(self, rows: RaggedRows) -> torch.Tensor:
+        if self._input_batch.num_reqs == 0:  # costs are measured: any states will do
+            return self._stock.hidden_states[: rows.num_rows]
+        starts = rows.positions[rows.query_start_loc[:-1]]
+        states = self._states.of(
+            self._req_ids(rows.req_indices), starts, starts + rows.query_lens
+        )
+        combined: torch.Tensor = self._stock.model.combine_hidden_states(states)
+        return combined
+
+    def _seq_lens(self, rows: RaggedRows) -> np.ndarray:
+        seq_lens: np.ndarray = rows.seq_lens - self._firsts(rows.req_indices)
+        return seq_lens
+
+    def _block_tables(self, req_indices: np.ndarray) -> torch.Tensor:
+        tables = super()._block_tables(req_indices)
+        num_skipped = self._firsts(req_indices) // self._stock.block_size
+        if not num_skipped.any():
+            return tables
+        columns = torch.arange(tables.shape[1]) + torch.from_numpy(num_skipped)[:, None]
+        columns = columns.clamp_(max=tables.shape[1] - 1)
+        return tables.gather(1, columns.to(tables.device, torch.int64))
+
+    def _firsts(self, req_indices: np.ndarray) -> np.ndarray:
+        """Where each request's text begins. [num_reqs] int32"""
+        if self._input_batch.num_reqs == 0:
+            return np.zeros(len(req_indices), dtype=np.int32)
+        firsts = map(self._cursor.first, self._req_ids(req_indices))
+        return np.fromiter(firsts, np.int32, len(req_indices))
+
+    def _req_ids(self, req_indices: np.ndarray) -> list[str]:
+        return [self._input_batch.req_ids[i] for i in req_indices]

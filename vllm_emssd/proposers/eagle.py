@@ -1,0 +1,77 @@
+"""Drafts from an EAGLE head, fed only tokens whose draft K/V is missing.
+
+A row at position p takes the target's hidden state at p and the token at p + 1, and
+drafts the token at p + 2. Drafts follow on the head's own hidden states, so an accepted
+draft's K/V is not that of its token: accepted tokens are fed again, with the target's
+hidden states, in the next step's first forward. That has one row for each new token,
+and no row for a rejected draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.hidden_states import HiddenStates
+from vllm_emssd.ragged import RaggedRows
+
+
+class EagleProposer(DraftModelProposer):
+    """As `DraftModelProposer`, with a cursor over rows: row p belongs to position p,
+    but needs the token behind it.
+
+    A request of which not all hidden states are kept begins its text anew at the first
+    block from which on they are.
+
+    Args:
+        states: of the target, kept of each step before `propose`.
+        block_size: of the KV cache.
+    """
+
+    def __init__(
+        self, *args: Any, states: HiddenStates, block_size: int, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._states = states
+        self._block_size = block_size
+
+    def release(self, req_ids: Iterable[str]) -> None:
+        req_ids = list(req_ids)
+        super().release(req_ids)
+        self._states.release(req_ids)
+
+    def _missing_spans(self, batch: DraftBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Rows whose K/V is missing and can be computed."""
+        req_ids, num_reqs = batch.req_ids, batch.num_reqs
+        cursors = np.fromiter(map(self._cursor.draft_len, req_ids), np.int64, num_reqs)
+        kept = np.fromiter(map(self._states.first, req_ids), np.int64, num_reqs)
+        restarts = -(-kept // self._block_size) * self._block_size
+        starts = np.where(kept > cursors, restarts, cursors)
+        ends = np.where(
+            batch.is_sampling, batch.num_tokens - 1, batch.num_prefilled_tokens
+        )
+        ends = np.minimum(ends, self._drafter.max_model_len)
+        return starts, np.maximum(starts, ends)
+
+    def _known_ids(self, batch: DraftBatch, rows: RaggedRows) -> np.ndarray:
+        known_ids: np.ndarray = batch.token_ids[
+            rows.row_req_indices, rows.positions + 1
+        ]
+        return known_ids
+
+    def _start_feeding(
+        self, batch: DraftBatch, fed: np.ndarray, starts: np.ndarray
+    ) -> None:
+        for i in fed:
+            req_id, start = batch.req_ids[i], int(starts[i])
+            if start > self._cursor.draft_len(req_id):
+                self._cursor.restart_at(req_id, start)
+                self._counters.num_draft_restarts += 1
+
+    def _record_fed(self, req_id: str, end: int, num_fed_drafts: int) -> None:
+        self._cursor.advance(req_id, end)
+        self._states.forget_before(req_id, end)
