@@ -16,6 +16,7 @@ MODELS = Path(
     os.environ.get("EMSSD_TEST_MODELS", Path(__file__).parent.parent / "models")
 )
 TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
+EAGLE3_HEAD = str(MODELS / "eagle3")
 MAX_MODEL_LEN = 1280
 NUM_SPECULATIVE_TOKENS = 5
 
@@ -25,6 +26,8 @@ STOCK = {
     "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
 }
 DRAFT_MODEL = STOCK | {"method": "emssd", "draft_length": "fixed"}
+STOCK_EAGLE3 = STOCK | {"method": "eagle3", "model": EAGLE3_HEAD}
+EAGLE3 = DRAFT_MODEL | {"model": EAGLE3_HEAD}
 LLMA = {"method": "emssd", "draft_length": "fixed"}
 MIXED = DRAFT_MODEL | {"proposer": "mixed"}
 

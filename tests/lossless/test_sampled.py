@@ -17,6 +17,7 @@ from vllm import SamplingParams
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     MIXED,
     EngineConfig,
@@ -46,6 +47,7 @@ CONFIGS = {
     "draft_model, probabilistic": EngineConfig(PROBABILISTIC, prefix_caching=True),
     "llma": EngineConfig(LLMA, prefix_caching=True),
     "mixed": EngineConfig(MIXED | SAMPLED_DRAFTS, prefix_caching=True),
+    "eagle3, probabilistic": EngineConfig(EAGLE3 | SAMPLED_DRAFTS, prefix_caching=True),
 }
 # The end of it repeats, so that llma has something to copy.
 REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"
@@ -88,6 +90,7 @@ def compare(plain: Sampled, ours: Sampled) -> float:
     [
         "draft_model",
         "draft_model, probabilistic",
+        "eagle3, probabilistic",
         "llma",
         pytest.param("mixed", marks=pytest.mark.slow),
     ],

@@ -8,9 +8,11 @@ from typing import Any
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     ONE_OUTCOME,
     STOCK,
+    STOCK_EAGLE3,
     DraftRowCounter,
     EngineConfig,
     draft_model,
@@ -38,6 +40,14 @@ CONFIGS = {
         DRAFT_MODEL, prefix_caching=True, kv_cache_bytes=SMALL_CACHE
     ),
     "draft_model, padded": EngineConfig(DRAFT_MODEL | {"unpad_inputs": False}),
+    "eagle3, stock": EngineConfig(STOCK_EAGLE3),
+    "eagle3": EngineConfig(EAGLE3),
+    "eagle3, cached": EngineConfig(
+        EAGLE3, prefix_caching=True, max_num_batched_tokens=CHUNK
+    ),
+    "eagle3, small cache": EngineConfig(
+        EAGLE3, prefix_caching=True, kv_cache_bytes=SMALL_CACHE
+    ),
     "llma": EngineConfig(LLMA),
     "llma, cached": EngineConfig(
         LLMA, prefix_caching=True, max_num_batched_tokens=CHUNK
@@ -47,7 +57,8 @@ CONFIGS = {
     ),
     "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}),
 }
-OURS = [name for name in CONFIGS if name not in ("plain", "stock")]
+STOCKS = ("plain", "stock", "eagle3, stock")
+OURS = [name for name in CONFIGS if name not in STOCKS]
 
 
 @dataclass(frozen=True, slots=True)

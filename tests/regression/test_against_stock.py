@@ -7,7 +7,7 @@ import pytest
 from tests.engine import NUM_SPECULATIVE_TOKENS
 from tests.regression.runs import BATCHES, OURS, run
 
-DRAFT_MODEL_RUNS = [name for name in OURS if name.startswith("draft_model")]
+DRAFT_MODEL_RUNS = [name for name in OURS if name.startswith(("draft_model", "eagle"))]
 
 
 @pytest.mark.parametrize("name", ["stock", *OURS])
@@ -24,15 +24,24 @@ def test_drafts_are_accepted(name: str) -> None:
         assert seen.num_accepted_tokens > 0.1 * seen.num_draft_tokens > 0
 
 
-@pytest.mark.parametrize("name", ["draft_model", "draft_model, padded"])
-def test_acceptance_is_stocks(name: str) -> None:
-    stock, ours = run("stock").first, run(name).first
+@pytest.mark.parametrize(
+    ("name", "stocks_name"),
+    [
+        ("draft_model", "stock"),
+        ("draft_model, padded", "stock"),
+        ("eagle3", "eagle3, stock"),
+        ("eagle3, cached", "eagle3, stock"),
+    ],
+)
+def test_acceptance_is_stocks(name: str, stocks_name: str) -> None:
+    stock, ours = run(stocks_name).first, run(name).first
     assert ours.num_accepted_tokens == stock.num_accepted_tokens
     assert ours.num_draft_tokens == stock.num_draft_tokens
 
 
-def test_second_pass_on_cached_prefixes_accepts_as_much() -> None:
-    seen = run("draft_model, cached")
+@pytest.mark.parametrize("name", ["draft_model, cached", "eagle3, cached"])
+def test_second_pass_on_cached_prefixes_accepts_as_much(name: str) -> None:
+    seen = run(name)
     assert seen.second.num_cached_tokens > seen.first.num_cached_tokens > 0
     first = seen.first.num_accepted_tokens / seen.first.num_draft_tokens
     second = seen.second.num_accepted_tokens / seen.second.num_draft_tokens

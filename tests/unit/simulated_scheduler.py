@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from tests.engine import DRAFT_MODEL, TARGET
+from tests.engine import DRAFT_MODEL, EAGLE3, TARGET
 from tests.oracle import VOCAB_SIZE
 from vllm_emssd.draft_cursor import AdmittedRequest
 from vllm_emssd.integration.drafting import block_updates
@@ -53,6 +53,7 @@ class Setup:
     drafts_always: bool = False  # the policy never asks for fewer than the most
     tells_confidence: bool = True  # the drafter, of each draft
     failure_chance: float = 0.0  # of each draft forward, and of each verification
+    has_head: bool = False  # an EAGLE head drafts, not a draft model
 
     @property
     def max_blocks_per_req(self) -> int:
@@ -89,14 +90,15 @@ class Schedule:
 
 
 @cache
-def _config() -> VllmConfig:
+def _config(has_head: bool) -> VllmConfig:
     init_none_hash(sha256)
-    args = EngineArgs(TARGET, max_model_len=512, speculative_config=DRAFT_MODEL)
+    method = EAGLE3 if has_head else DRAFT_MODEL
+    args = EngineArgs(TARGET, max_model_len=512, speculative_config=method)
     return args.create_engine_config()
 
 
 def _config_of(setup: Setup) -> VllmConfig:
-    config = copy.copy(_config())
+    config = copy.copy(_config(setup.has_head))
     for part, name, value in (
         ("scheduler_config", "max_num_seqs", setup.max_num_reqs),
         ("scheduler_config", "max_num_batched_tokens", setup.token_budget),

@@ -1,0 +1,174 @@
+"""An EAGLE-3 head: its rows, what it missed while lengths were 0, and what it cannot.
+
+Tokens and acceptance are compared with stock's in `test_against_stock.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+
+from models.make.eagle3_head import Eagle3Head
+from tests.engine import (
+    DRAFT_MODEL,
+    EAGLE3,
+    EAGLE3_HEAD,
+    NUM_SPECULATIVE_TOKENS,
+    TARGET,
+    EngineConfig,
+    greedy,
+    model_runner,
+    prompts,
+    running,
+    stats,
+    stop_counting_others,
+)
+from tests.lossless.test_auto import random_costs
+from tests.regression.runs import BATCHES, run
+from tests.tiny_llama import tiny_llama
+from vllm_emssd.proposers.hidden_states import HiddenStates
+
+AUTO = {"draft_length": "auto", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
+TEXTS = list(prompts()[:4])
+
+
+def test_rows_are_stocks_less_those_of_rejected_drafts() -> None:
+    """A step's first forward has a row for each new token, at most K + 1 a request."""
+    counts, stock = run("eagle3").first.counts, run("eagle3, stock").first
+    assert counts is not None
+    first = counts["num_accepted_tokens"] + counts["num_request_steps"]
+    later = counts["num_draft_tokens"]  # at most K - 1 rows of each K drafts
+    prompt_rows = counts["num_draft_rows"] - counts["num_draft_rows_decode"]
+    assert counts["num_draft_rows_decode"] <= first + later
+    assert prompt_rows == run("eagle3").first.num_prompt_tokens
+    assert stock.draft_rows is not None
+    num_rejected = counts["num_draft_tokens"] - counts["num_accepted_tokens"]
+    saved = stock.draft_rows - counts["num_draft_rows"]
+    # And what stock drafts in a request's last step, for nothing.
+    most_at_the_end = 2 * NUM_SPECULATIVE_TOKENS * sum(BATCHES)
+    assert num_rejected <= saved <= num_rejected + most_at_the_end
+    assert counts["num_padded_draft_rows"] == pytest.approx(stock.draft_rows, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def few_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped head, with a vocabulary of some tokens only."""
+    target = LlamaForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    tokens = torch.arange(1, 2048, 3)
+    head = Eagle3Head(target, [1, 3, 5], 1024, tokens)
+    head.load(Path(EAGLE3_HEAD))
+    folder = tmp_path_factory.mktemp("heads") / "few"
+    head.save(folder, TARGET, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "auto", "mixed"])
+def test_tokens_are_the_targets(lengths: str, few_tokens: Path) -> None:
+    with running(EngineConfig()) as llm:
+        expected = greedy(llm, TEXTS), greedy(llm, TEXTS, temperature=0.9, seed=3)
+    options: dict[str, Any] = {
+        "fixed": {"model": str(few_tokens)},
+        "auto": AUTO,
+        "mixed": {"proposer": "mixed"},
+    }[lengths]
+    config = EngineConfig(
+        EAGLE3 | options, prefix_caching=True, max_num_batched_tokens=192
+    )
+    stop_counting_others()
+    with running(config) as llm:
+        for _ in range(2):
+            if lengths == "auto":
+                with random_costs(llm):
+                    seen = [greedy(llm, TEXTS)]
+                    seen.append(greedy(llm, TEXTS, temperature=0.9, seed=3))
+            else:
+                seen = [greedy(llm, TEXTS)]
+                seen.append(greedy(llm, TEXTS, temperature=0.9, seed=3))
+            assert tuple(seen) == expected
+        assert stats(llm)["num_accepted_tokens"] > 50
+        assert stats(llm)["num_failed_proposals"] == 0
+
+
+def accepted_after(llm: Any, text: list[int], num_without: int) -> list[int]:
+    """Tokens emitted in each of the first steps with drafts, once a request alone has
+    emitted `num_without` tokens without."""
+    engine, seen = llm.llm_engine, []
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    llm.collective_rpc("emssd_fix_draft_length", args=(0 if num_without else 5,))
+    engine.add_request("one", {"prompt_token_ids": text}, params)
+    num_tokens = 0
+    while len(seen) < 12:
+        (output,) = engine.step() or [None]
+        if output is None:
+            continue
+        new = len(output.outputs[0].token_ids) - num_tokens
+        num_tokens += new
+        if num_tokens == num_without:
+            llm.collective_rpc("emssd_fix_draft_length", args=(5,))
+        if num_tokens > num_without + 1:
+            seen.append(new)
+    engine.abort_request(["one"])
+    return seen
+
+
+def test_drafts_after_200_steps_without_are_those_of_a_head_that_saw_all() -> None:
+    """Unless fewer hidden states are kept than were missed: then it begins anew."""
+    with running(EngineConfig(EAGLE3 | AUTO)) as llm:
+        text = llm.get_tokenizer().encode(TEXTS[0])
+        (answer,) = greedy(llm, [TEXTS[0]], max_tokens=200)
+        expected = accepted_after(llm, text + answer, 0)
+        runner = model_runner(llm)
+        assert accepted_after(llm, text, 200) == expected
+        assert sum(expected) > len(expected)
+        assert stats(llm)["num_draft_restarts"] == 0
+
+        runner._hidden_states = few = HiddenStates(32, most_of_a_request=32)
+        runner.paged_drafter._states = runner._proposer._states = few
+        accepted_after(llm, text[:30], 220)
+        assert stats(llm)["num_draft_restarts"] == 1
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def create(head: Path | str, **options: Any) -> Any:
+    return EngineArgs(
+        model=TARGET,
+        max_model_len=512,
+        speculative_config=DRAFT_MODEL | {"model": str(head)},
+        **options,
+    ).create_engine_config()
+
+
+def test_a_head_is_recognised_by_its_config(tmp_path: Path) -> None:
+    head = shutil.copytree(EAGLE3_HEAD, tmp_path / "head")
+    assert create(head).speculative_config.method == "eagle3"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"hidden_size": 32, "vocab_size": 2048}, "hidden size of 32.* is 384"),
+        ({"hidden_size": 384, "vocab_size": 64}, "vocabulary of 64 .* has 2048"),
+    ],
+)
+def test_a_head_of_another_target_is_refused(
+    sizes: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    target = tiny_llama(head_dim=16, **sizes)
+    Eagle3Head(target, [1], 32).save(tmp_path / "head", "other", torch.float32)
+    with pytest.raises(ValueError, match=words):
+        create(tmp_path / "head")
+
+
+def test_a_head_on_the_v2_runner_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match=r"EAGLE-3 head.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        create(EAGLE3_HEAD)
