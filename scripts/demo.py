@@ -41,7 +41,7 @@ from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, nu
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
-NUM_OUTPUT_TOKENS = 48
+NUM_OUTPUT_TOKENS = 36
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
 
