@@ -110,7 +110,10 @@ def test_result_file_is_small_and_whole(tmp_path: Path) -> None:
     made = result()
     write_result(path, made | {"nothing": math.nan, "third": 1 / 3})
     lines = path.read_text().splitlines()
-    assert sum('"tokens_per_s"' in line for line in lines) == len(made["results"]) * 2
+    medians = [line for line in lines if '"tokens_per_s"' in line]
+    assert medians
+    assert all('"accepted_histogram"' in line for line in medians)
+    assert len(lines) < 20
     read = json.loads(path.read_text())
     assert read.pop("nothing") is None
     assert read.pop("third") == 0.33333

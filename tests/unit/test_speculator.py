@@ -16,8 +16,7 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     """All K stay scheduled there, however many were made."""
     observed: list[Any] = []
     speculator = SimpleNamespace(
-        is_automatic=True,
-        policy=SimpleNamespace(observe_step=lambda *seen: observed.extend(seen)),
+        _learn_acceptance=lambda *seen: observed.extend(seen),
         _cursor=SimpleNamespace(settle=lambda turn, accepted: None),
     )
     step = ScheduledStep(
@@ -30,7 +29,8 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     )
     accepted = np.array([3, 0, 2])
     wanted = np.ones(3, dtype=bool)
-    UnpadSpeculator._settle(speculator, step, None, accepted, wanted)
+    left = None, np.zeros(3, dtype=bool), np.zeros(3, dtype=np.int64)
+    UnpadSpeculator._settle(speculator, step, left, accepted, wanted)
     req_ids, num_drafts, num_accepted = observed
     assert req_ids == step.req_ids
     assert num_drafts.tolist() == [4, 0, 2]

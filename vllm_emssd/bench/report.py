@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 160
-LINE = 1600  # characters: a method and its medians
+LINE = 1200  # characters: a method and its medians
 DIGITS = 5
 
 Result = dict[str, Any]  # of one number of requests at once
