@@ -137,7 +137,7 @@ def test_idle_steps_change_no_token_and_end_when_drafts_pay() -> None:
             return propose(batch)
 
         proposer.propose = counted
-        meter.step_done = lambda learns_costs=True: None  # costs stay
+        meter.step_done = lambda *_: None  # costs stay
         meter.costs.target = CostTable([1, 256], [4.0, 4.5])
         meter.costs.draft = CostTable([1], [1e4])
         assert greedy(llm, texts(24)) == expected
