@@ -144,6 +144,7 @@ def different_prompts(
     measured: Rounds, name: str, num_prompts: int
 ) -> dict[int, list[list[int]]]:
     """Prompts of which an output is not plain's: plain's, and the first such."""
+    # The last of a prompt counts: the longest.
     plain = dict(sorted(_outputs(measured, "plain", num_prompts), key=_how_whole))
     found: dict[int, list[list[int]]] = {}
     for prompt, output in _outputs(measured, name, num_prompts):

@@ -168,23 +168,23 @@ def copying(llm: Any, name: str) -> dict[str, Any]:
 
 
 class SpiedSources:
-    """Drafts of a mixed speculator, made and accepted, by what made them; and of copies
-    how many are certain by the drafts' distribution, if there is one."""
+    """Accepted drafts of a mixed speculator by what made them; and of copies how many
+    are certain by the drafts' distribution, if there is one."""
 
     def __init__(self, llm: Any) -> None:
-        names = ("made", "accepted", "certain")
-        self.seen: dict[str, Counter[str]] = {name: Counter() for name in names}
+        self.seen: dict[str, Counter[str]] = {
+            "accepted": Counter(),
+            "certain": Counter(),
+        }
         self._speculator = model_runner(llm).speculator
 
     def __enter__(self) -> dict[str, Counter[str]]:
         settle, add = self._speculator._settle, self._speculator._add_copies
 
         def spied(step: Any, left: Any, num_accepted: Any, is_wanted: Any) -> None:
-            made = step.num_draft_tokens - step.num_forbidden
-            for which, counts in (("made", made), ("accepted", num_accepted)):
-                for was_copied, source in ((left[1], "copied"), (~left[1], "drafted")):
-                    num = int(counts[is_wanted & step.is_sampling & was_copied].sum())
-                    self.seen[which][source] += num
+            for was_copied, source in ((left[1], "copied"), (~left[1], "drafted")):
+                counts = is_wanted & step.is_sampling & was_copied
+                self.seen["accepted"][source] += int(num_accepted[counts].sum())
             settle(step, left, num_accepted, is_wanted)
 
         def added(input_batch: Any, drafts: Any, *args: Any) -> Any:
@@ -208,8 +208,7 @@ class SpiedSources:
 
 
 def mixing(llm: Any, name: str) -> dict[str, Any]:
-    """Copies and drafts. Those of the target itself are all right, unless the drafter
-    was not fed what was copied."""
+    """Copies and drafts."""
     with SpiedSources(llm) as sources:
         sampled = {"temperature": 1.0} if "itself" in name else {}
         if "auto" in name:

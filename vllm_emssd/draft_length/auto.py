@@ -15,7 +15,7 @@ from vllm_emssd.draft_length.probing import Probing
 _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
-_GAIN_RATE = 0.0125  # share, for each step since the one before, of the latest
+_GAIN_RATE = 0.0125  # weight of one, for each step since the one before
 _LEAST_MS = 1e-6
 
 
@@ -45,7 +45,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
-        self._gain_measured = 0  # at which of the plans
+        self._gain_measured = 0  # the plan at which it last was
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
         self._is_survey = self._is_probe = False
         self.needs_confidence = uses_confidence

@@ -28,11 +28,11 @@ logger = init_logger("vllm.emssd.step_costs")
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 _PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
-# What a step of one request costs besides its forwards (scheduling, sampling, Python),
-# until steps without drafts were seen: low, so that they are tried where it matters.
+# What a step costs besides its forwards (scheduling, sampling, Python), until a step
+# without drafts was seen: low, so that one is tried where drafts gain little.
 FIXED_MS = 0.25
-_FIXED_RATE = 0.05  # share of a step in what steps cost besides the forwards
-_SAME_AS_STEP = 32  # requests that cost as much there as the step does
+_FIXED_RATE = 0.05  # weight of a step in what steps cost besides the forwards
+_REQUESTS_AS_A_STEP = 32  # this many requests add as much to that again
 _PAUSE = 4.0  # times the cost so far: the engine was idle, which is no cost
 _MOST_PAUSES = 8  # in a row; what goes on for longer is the cost
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
@@ -81,7 +81,7 @@ class StepCostMeter:
         self._num_steps = 0
         self._step_ended: float | None = None
         self._num_pauses = 0  # in a row
-        self._fixed_ms = measured.fixed_ms  # of a step, requests aside
+        self._fixed_ms = measured.fixed_ms  # without what requests add
         self._known_to_target = {rows for rows, _ in measured.target.points}
         self._known_to_draft = {rows for rows, _ in measured.draft.points}
         self.measured = measured
@@ -102,7 +102,7 @@ class StepCostMeter:
             told_ms = 0.0
             if self._drafter is not None and self._drafter.tells_confidence:
                 told_ms = costs.confidence_ms
-            one = draft and [draft[self._num_steps % len(draft)]]  # which is enough
+            one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
             bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in one]
             _learn(costs.target, target, self._known_to_target)
             _learn(costs.draft, bare, self._known_to_draft)
@@ -118,7 +118,7 @@ class StepCostMeter:
 
     def _learn_rest(self, ms: float, num_reqs: int, has_drafted: bool) -> None:
         """A step took `ms` besides its forwards."""
-        costs, per_step = self.measured, 1 + num_reqs / _SAME_AS_STEP
+        costs, per_step = self.measured, 1 + num_reqs / _REQUESTS_AS_A_STEP
         fixed = self._fixed_ms * per_step
         both = fixed + costs.speculation_ms
         self._num_pauses = self._num_pauses + 1 if ms > _PAUSE * both else 0

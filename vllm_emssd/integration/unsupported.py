@@ -88,28 +88,33 @@ def refuse_wrong_verification(target: ModelConfig, method: str) -> None:
 
 def refuse_drafter(spec_config: SpeculativeConfig) -> None:
     """A model that cannot draft on its own, nor as an EAGLE-3 head of the target."""
-    draft = spec_config.draft_model_config
-    is_head = spec_config.method == "eagle3"
-    what = _why_no_head(draft, spec_config.target_model_config) if is_head else ""
-    if what:
-        pass
-    elif not is_head and spec_config.method != "draft_model":
-        what = f'is one that vLLM drafts with by its method "{spec_config.method}" only'
-    elif not is_head and "eagle" in draft.architecture.lower():
-        what = "is a head of another kind than EAGLE-3"
-    elif draft.is_hybrid or draft.is_attention_free:
-        what = "has recurrent state, which rejected drafts would spoil"
-    elif draft.is_encoder_decoder:
-        what = "is an encoder-decoder model"
-    elif draft.use_mla and current_platform.is_cpu():
-        what = "has latent attention (MLA), which vLLM drafts wrongly with on a CPU"
-    elif draft.uses_mrope:
-        what = "has multimodal rotary positions, which vLLM does not draft with"
-    if what:
+    if what := _why_no_drafter(spec_config):
         raise ValueError(
-            f"--speculative-config: 'model' {draft.model!r} {what}. Choose another "
-            "'model', or remove it to copy from the text (llma)."
+            f"--speculative-config: 'model' {spec_config.draft_model_config.model!r} "
+            f"{what}. Choose another 'model', or remove it to copy from the text "
+            "(llma)."
         )
+
+
+def _why_no_drafter(spec_config: SpeculativeConfig) -> str:
+    """Why its model cannot draft here, "" if it can."""
+    draft = spec_config.draft_model_config
+    if spec_config.method == "eagle3":
+        if what := _why_no_head(draft, spec_config.target_model_config):
+            return what
+    elif spec_config.method != "draft_model":
+        return f'is one that vLLM drafts with by its method "{spec_config.method}" only'
+    elif "eagle" in draft.architecture.lower():
+        return "is a head of another kind than EAGLE-3"
+    if draft.is_hybrid or draft.is_attention_free:
+        return "has recurrent state, which rejected drafts would spoil"
+    if draft.is_encoder_decoder:
+        return "is an encoder-decoder model"
+    if draft.use_mla and current_platform.is_cpu():
+        return "has latent attention (MLA), which vLLM drafts wrongly with on a CPU"
+    if draft.uses_mrope:
+        return "has multimodal rotary positions, which vLLM does not draft with"
+    return ""
 
 
 def _why_no_head(head: ModelConfig, target: ModelConfig) -> str:

@@ -33,6 +33,8 @@ class EagleDrafter(PagedDrafter):
         # [num_sampled, hidden_size], and whose they are, [num_sampled] batch rows.
         self._own = torch.empty(0)
         self._own_req_indices = np.empty(0, dtype=np.int64)
+        # Where the text of each batch row begins in this step.
+        self._firsts = np.zeros(self.max_num_reqs, dtype=np.int32)
 
     def _forward(
         self,
@@ -42,6 +44,9 @@ class EagleDrafter(PagedDrafter):
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         stock = self._stock
+        if draft_position == 0:
+            firsts = list(map(self._cursor.first, self._input_batch.req_ids))
+            self._firsts[: len(firsts)] = firsts
         stock.hidden_states[: rows.num_rows] = (
             self._own_states(rows) if draft_position else self._target_states(rows)
         )
@@ -72,31 +77,20 @@ class EagleDrafter(PagedDrafter):
         if self._input_batch.num_reqs == 0:  # costs are measured: any states will do
             return self._stock.hidden_states[: rows.num_rows]
         starts = rows.positions[rows.query_start_loc[:-1]]
-        states = self._states.of(
-            self._req_ids(rows.req_indices), starts, starts + rows.query_lens
-        )
+        req_ids = [self._input_batch.req_ids[i] for i in rows.req_indices]
+        states = self._states.of(req_ids, starts, starts + rows.query_lens)
         combined: torch.Tensor = self._stock.model.combine_hidden_states(states)
         return combined
 
     def _seq_lens(self, rows: RaggedRows) -> np.ndarray:
-        seq_lens: np.ndarray = rows.seq_lens - self._firsts(rows.req_indices)
+        seq_lens: np.ndarray = rows.seq_lens - self._firsts[rows.req_indices]
         return seq_lens
 
     def _block_tables(self, req_indices: np.ndarray) -> torch.Tensor:
         tables = super()._block_tables(req_indices)
-        num_skipped = self._firsts(req_indices) // self._stock.block_size
+        num_skipped = self._firsts[req_indices] // self._stock.block_size
         if not num_skipped.any():
             return tables
         columns = torch.arange(tables.shape[1]) + torch.from_numpy(num_skipped)[:, None]
         columns = columns.clamp_(max=tables.shape[1] - 1)
         return tables.gather(1, columns.to(tables.device, torch.int64))
-
-    def _firsts(self, req_indices: np.ndarray) -> np.ndarray:
-        """Where each request's text begins. [num_reqs] int32"""
-        if self._input_batch.num_reqs == 0:
-            return np.zeros(len(req_indices), dtype=np.int32)
-        firsts = map(self._cursor.first, self._req_ids(req_indices))
-        return np.fromiter(firsts, np.int32, len(req_indices))
-
-    def _req_ids(self, req_indices: np.ndarray) -> list[str]:
-        return [self._input_batch.req_ids[i] for i in req_indices]

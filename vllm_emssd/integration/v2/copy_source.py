@@ -42,8 +42,10 @@ class FoundCopies:
 
 
 class CopySource:
-    """Args:
-    num_columns: of the drafts of a request, at least as many as may be copied.
+    """Has the device find copies, and says what the host knows of them.
+
+    Args:
+        num_columns: of the drafts of a request, at least as many as may be copied.
     """
 
     def __init__(
