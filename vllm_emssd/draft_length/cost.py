@@ -27,14 +27,16 @@ _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the 
 class StepCosts:
     """Costs of one step: both models' forwards; `fixed_ms`, what a step of as many
     requests as the last costs besides; `speculation_ms`, what one that drafts costs
-    more than that and its draft forwards; `confidence_ms`, what a draft forward costs
-    more when it tells confidences. `computed_rows`: how many the target computes for as
-    many as are needed; a CPU's forwards have few row counts."""
+    more than that and its draft forwards; `deciding_ms`, what it costs more again if it
+    decides by confidence; `confidence_ms`, what each draft forward costs more that
+    tells it. `computed_rows`: how many the target computes for as many as are needed; a
+    CPU's forwards have few row counts."""
 
     target: CostTable
     draft: CostTable
     fixed_ms: float
     speculation_ms: float = 0.0
+    deciding_ms: float = 0.0
     confidence_ms: float = 0.0
     computed_rows: Callable[[int], int] = int
 

@@ -31,14 +31,11 @@ class Plan:
     forward_ms: float  # of a draft forward, however few requests are in it
 
 
-def best_plan(
-    step: StepInfo, acceptance: np.ndarray, costs: StepCosts, confidence_ms: float = 0.0
-) -> Plan:
+def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
     """The depth of most tokens a millisecond, 0 included.
 
     Args:
         acceptance: [K] by depth, K >= 1.
-        confidence_ms: of each draft forward, if it is to tell confidences.
     """
     target, draft = costs.target, costs.draft
     k = np.arange(len(acceptance) + 1)
@@ -68,7 +65,7 @@ def best_plan(
     missing = max(int(step.missing_rows[may_draft].sum()), num_reqs)
     backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
     ms = base_ms + target.ms(base_rows + num_more) - without_ms
-    ms += k * (draft.at(num_reqs) + confidence_ms)
+    ms += k * draft.at(num_reqs)
     ms += (k > 0) * (costs.speculation_ms + backfill_ms)
     rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
     depth = int(rate.argmax()) if num_reqs else 0

@@ -28,14 +28,13 @@ logger = init_logger("vllm.emssd.step_costs")
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 _PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
-# What a step costs besides its forwards (scheduling, sampling, Python), until a step
-# without drafts was seen: low, so that one is tried where drafts gain little.
+# What a step costs besides its forwards (scheduling, sampling, Python), until one of
+# its kind was seen: low, so that each kind is tried where it may gain little.
 FIXED_MS = 0.25
-_FIXED_RATE = 0.05  # weight of a step in what steps cost besides the forwards
-_REQUESTS_AS_A_STEP = 32  # this many requests add as much to that again
-_PAUSE = 4.0  # times the cost so far: the engine was idle, which is no cost
-_MOST_PAUSES = 8  # in a row; what goes on for longer is the cost
+_REQUESTS_AS_A_STEP = 32  # this many requests are thought to add as much to that again
+_NUM_REQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
+_BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -80,8 +79,11 @@ class StepCostMeter:
         self._ranks = ranks
         self._num_steps = 0
         self._step_ended: float | None = None
-        self._num_pauses = 0  # in a row
-        self._fixed_ms = measured.fixed_ms  # without what requests add
+        # By requests, of steps without drafts, with drafts, and with confidences asked.
+        guess = measured.fixed_ms * (1 + np.array(_NUM_REQS) / _REQUESTS_AS_A_STEP)
+        more = 0.0, measured.speculation_ms, measured.speculation_ms
+        self._rest_ms = [CostTable(_NUM_REQS, guess + ms) for ms in more]
+        self._kinds_seen: set[int] = set()
         self._known_to_target = {rows for rows, _ in measured.target.points}
         self._known_to_draft = {rows for rows, _ in measured.draft.points}
         self.measured = measured
@@ -95,13 +97,12 @@ class StepCostMeter:
         """Called when a step's drafts are made: learn from the step, of `num_reqs`
         requests. Without `learns_costs` only what it costs besides its forwards."""
         now = time.perf_counter()
-        costs = self.measured
+        costs, drafter = self.measured, self._drafter
         target = self._target.take_timings()
-        draft = [] if self._drafter is None else self._drafter.take_timings()
+        draft = [] if drafter is None else drafter.take_timings()
+        tells_confidence = drafter is not None and drafter.tells_confidence
         if learns_costs:
-            told_ms = 0.0
-            if self._drafter is not None and self._drafter.tells_confidence:
-                told_ms = costs.confidence_ms
+            told_ms = costs.confidence_ms * tells_confidence
             one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
             bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in one]
             _learn(costs.target, target, self._known_to_target)
@@ -110,28 +111,28 @@ class StepCostMeter:
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            self._learn_rest(ms, num_reqs, has_drafted=bool(draft))
+            kind = bool(draft) * (1 + tells_confidence)
+            self._learn_rest(ms, max(num_reqs, 1), kind)
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
-    def _learn_rest(self, ms: float, num_reqs: int, has_drafted: bool) -> None:
-        """A step took `ms` besides its forwards."""
-        costs, per_step = self.measured, 1 + num_reqs / _REQUESTS_AS_A_STEP
-        fixed = self._fixed_ms * per_step
-        both = fixed + costs.speculation_ms
-        self._num_pauses = self._num_pauses + 1 if ms > _PAUSE * both else 0
-        if ms > 0 and not 0 < self._num_pauses <= _MOST_PAUSES:
-            if has_drafted:
-                both += _FIXED_RATE * (ms - both)
-                # A step without drafts costs no more: it was slower when last seen.
-                fixed = min(fixed, both)
-                costs.speculation_ms = both - fixed
-            else:
-                fixed += _FIXED_RATE * (ms - fixed)
-        self._fixed_ms = fixed / per_step
-        costs.fixed_ms = fixed
+    def _learn_rest(self, ms: float, num_reqs: int, kind: int) -> None:
+        """A step took `ms` besides its forwards. `kind`: 0 without drafts, 1 with, 2
+        with their confidences."""
+        learned = self._rest_ms[kind]
+        # A GPU's time may be counted in another step: only what is slow is unusual.
+        learned.observe(num_reqs, max(ms, learned.at(num_reqs) / 2))
+        self._kinds_seen.add(kind)
+        plain, by_depth, by_confidence = (t.at(num_reqs) for t in self._rest_ms)
+        costs, drafting = self.measured, by_depth
+        if 1 not in self._kinds_seen:
+            drafting = by_confidence if 2 in self._kinds_seen else max(by_depth, plain)
+        # A step without drafts costs no more: it was slower when last seen.
+        costs.fixed_ms = min(plain, drafting)
+        costs.speculation_ms = drafting - costs.fixed_ms
+        costs.deciding_ms = max(by_confidence - drafting, 0.0)
 
     def _take_over_costs(self) -> None:
         """The first rank's measured costs are everyone's from now on, and the points
@@ -141,12 +142,13 @@ class StepCostMeter:
         tables = self.measured.target.points, self.measured.draft.points
         sizes = self._ranks.of_first(np.array(list(map(len, tables)))).astype(int)
         measured = self.measured
-        rest = [measured.fixed_ms, measured.speculation_ms, measured.confidence_ms]
+        rest = [getattr(measured, name) for name in _BESIDES]
         own = np.concatenate([rest, *(np.array(table).T.ravel() for table in tables)])
-        shared = self._ranks.of_first(np.resize(own, 3 + 2 * sizes.sum()))
+        shared = self._ranks.of_first(np.resize(own, len(rest) + 2 * sizes.sum()))
         costs = self.costs
-        costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = shared[:3].tolist()
-        target, draft = np.split(shared[3:], [2 * sizes[0]])
+        for name, ms in zip(_BESIDES, shared.tolist(), strict=False):
+            setattr(costs, name, ms)
+        target, draft = np.split(shared[len(rest) :], [2 * sizes[0]])
         costs.target = CostTable(*target.reshape(2, -1))
         costs.draft = CostTable(*draft.reshape(2, -1))
 
@@ -155,9 +157,7 @@ class StepCostMeter:
         return {
             "target": self.costs.target.points,
             "draft": self.costs.draft.points,
-            "fixed_ms": self.costs.fixed_ms,
-            "speculation_ms": self.costs.speculation_ms,
-            "confidence_ms": self.costs.confidence_ms,
+            **{name: getattr(self.costs, name) for name in _BESIDES},
         }
 
 

@@ -33,8 +33,9 @@ class CostFile(BaseModel):
 
     `fixed` is what a step costs besides the forwards (scheduling, sampling, reading the
     requests' K/V where the tables leave that out), by requests in the step;
-    `speculation_ms` what it costs more with speculation on, `confidence_ms` what a
-    draft forward costs more if it tells confidences and `draft` leaves that out.
+    `speculation_ms` what it costs more with speculation on, `deciding_ms` what it costs
+    more again if it decides by confidence, `confidence_ms` what a draft forward costs
+    more if it tells it and `draft` leaves that out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,7 @@ class CostFile(BaseModel):
     draft: ModelCosts
     fixed: list[Point] = Field(min_length=1)  # (requests, ms), requests rising
     speculation_ms: float = Field(default=0.0, ge=0)
+    deciding_ms: float = Field(default=0.0, ge=0)
     confidence_ms: float = Field(default=0.0, ge=0)
     provenance: dict[str, str] = Field(min_length=1)  # machine, command, versions, ...
 
@@ -63,6 +65,7 @@ class CostFile(BaseModel):
             table_of(self.draft.points),
             self.fixed_ms(num_reqs, False),
             self.speculation_ms,
+            self.deciding_ms,
             self.confidence_ms,
         )
 

@@ -61,7 +61,9 @@ class ReplayDrafter:
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         self._ms += self._costs.draft.at(rows.num_rows)
-        self._ms += self._costs.confidence_ms * self.tells_confidence
+        if self.tells_confidence:
+            self._ms += self._costs.confidence_ms
+            self._ms += self._costs.deciding_ms * (draft_position == 0)
         requests = rows.row_req_indices[sampled_rows]
         tokens = self._tokens[requests, draft_position]
         return torch.from_numpy(tokens), self._confidence[requests, draft_position]

@@ -58,8 +58,7 @@ def measure_costs(runner: UnpadCPUModelRunner) -> tuple[StepCostMeter, RowPaddin
         CostTable.from_samples(samples),
         draft_costs,
         FIXED_MS,
-        0.0,
-        confidence_ms,
-        runner.computed_rows,
+        confidence_ms=confidence_ms,
+        computed_rows=runner.computed_rows,
     )
     return StepCostMeter(costs, target, drafter, runner._ranks), row_padding
