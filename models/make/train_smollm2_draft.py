@@ -119,9 +119,10 @@ def make_batch(chats: list[Chat], prompt_share: float = 0.0) -> Batch:
     return token_ids, counts
 
 
-def in_order(chats: list[Chat], size: int) -> list[Batch]:
-    """Each chat once; answers alone count."""
-    return [make_batch(chats[i : i + size]) for i in range(0, len(chats), size)]
+def in_order(chats: list[Chat], size: int, prompt_share: float = 0.0) -> list[Batch]:
+    """Each chat once."""
+    starts = range(0, len(chats), size)
+    return [make_batch(chats[i : i + size], prompt_share) for i in starts]
 
 
 def shuffled(chats: list[Chat], size: int) -> Iterator[Batch]:
