@@ -8,6 +8,7 @@ does, but keeps its own time, so that later observations can tell the two apart.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -78,8 +79,19 @@ class CostTable:
         return np.where(np.less(rows, 1), 0.0, cost)
 
     def at(self, rows: int) -> float:
-        """Cost of one row count."""
-        return float(self.ms(np.array(rows)))
+        """Cost of one row count; as `ms`, without its arrays."""
+        if rows < 1:
+            return 0.0
+        if rows >= self._rows_list[-1]:
+            beyond = (rows - self._rows_list[-1]) * self._slope_beyond
+            return self._ms_list[-1] + beyond
+        right = bisect_right(self._rows_list, rows)
+        if right == 0:
+            return self._ms_list[0]
+        start, end = self._rows_list[right - 1 : right + 1]
+        share = (rows - start) / (end - start)
+        low, high = self._ms_list[right - 1 : right + 1]
+        return low + share * (high - low)
 
     def cover(self, rows: int) -> None:
         """Live forwards have as many rows: add points up to there, each at twice the
@@ -135,6 +147,7 @@ class CostTable:
         """The points moved. Beyond the last the slope is that of the table's upper
         half: two neighbors alone may be noise."""
         self._ms = np.minimum.accumulate(self._measured[::-1])[::-1].copy()
+        self._rows_list, self._ms_list = self._rows.tolist(), self._ms.tolist()
         first, last = self._rows[0], self._rows[-1]
         middle = max(last / 2, first)
         rise = self._ms[-1] - np.interp(middle, self._rows, self._ms)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_emssd.draft_length.cost import StepCosts
-from vllm_emssd.draft_length.policy import Copies, StepInfo
+from vllm_emssd.draft_length.policy import StepInfo
 
 _BACKFILL_STEPS = 32  # over which feeding text that the drafter missed is charged
 _LEAST_MS = 1e-6
@@ -39,11 +39,11 @@ def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
     """
     target, draft = costs.target, costs.draft
     k = np.arange(len(acceptance) + 1)
-    gains = np.concatenate([[0.0], acceptance.cumprod().cumsum()])
-    nothing = np.zeros(len(step.req_ids), dtype=np.int64)
-    copies = step.copies or Copies(nothing, nothing)
-    num_copied = int(copies.rows.sum())
-    tokens = step.num_sampling + float(copies.gains.sum())
+    gains = np.zeros(len(k))
+    acceptance.cumprod().cumsum(out=gains[1:])
+    copies = step.copies
+    num_copied = int(copies.rows.sum()) if copies else 0
+    tokens = step.num_sampling + (float(copies.gains.sum()) if copies else 0.0)
     # Prompts must be computed whatever the lengths: they move the target along its
     # curve, but a slow step with a prompt in it does not make drafts cheap.
     base_ms = max(costs.fixed_ms + target.at(step.num_sampling + num_copied), _LEAST_MS)
@@ -52,21 +52,23 @@ def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
     without_ms = target.at(base_rows)
 
     may_draft = step.max_draft_tokens > 0
-    if num_copied:  # a request that gains more by its copy keeps it
-        num_reqs = max(int(may_draft.sum()), 1)
+    if copies and num_copied:  # a request that gains more by its copy keeps it
+        num_reqs = max(int(np.count_nonzero(may_draft)), 1)
         row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
         drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
         drafted = (gains - without_drafts * drafted_ms).max()
         may_draft &= copies.gains - without_drafts * row_ms * copies.rows <= drafted
-    num_reqs = int(may_draft.sum())
-    rows = base_rows - int(copies.rows[may_draft].sum() if num_reqs else 0)
-    num_more = num_reqs * k - (base_rows - rows) * (k > 0)
-    tokens_by_k = tokens + num_reqs * gains - (k > 0) * copies.gains[may_draft].sum()
+    num_reqs = int(np.count_nonzero(may_draft))
+    rows, num_more, tokens_by_k = base_rows, num_reqs * k, tokens + num_reqs * gains
+    if copies and num_copied:  # drafts take the place of copies
+        rows -= int(copies.rows[may_draft].sum())
+        num_more[1:] -= base_rows - rows
+        tokens_by_k[1:] -= copies.gains[may_draft].sum()
     missing = max(int(step.missing_rows[may_draft].sum()), num_reqs)
     backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
     ms = base_ms + target.ms(base_rows + num_more) - without_ms
     ms += k * draft.at(num_reqs)
-    ms += (k > 0) * (costs.speculation_ms + backfill_ms)
+    ms[1:] += costs.speculation_ms + backfill_ms
     rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
     depth = int(rate.argmax()) if num_reqs else 0
 

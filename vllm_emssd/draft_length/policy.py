@@ -37,7 +37,7 @@ class StepInfo:
 
     @property
     def num_sampling(self) -> int:
-        return int(self.is_sampling.sum())
+        return int(np.count_nonzero(self.is_sampling))
 
     @property
     def base_rows(self) -> int:
