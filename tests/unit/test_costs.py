@@ -89,6 +89,20 @@ def test_draft_forwards_are_learned_however_rare() -> None:
     assert meter.costs.draft.at(1) < 5.0
 
 
+def test_confidences_cost_what_forwards_that_tell_them_take_more() -> None:
+    meter = meter_of()
+    meter.costs.draft = CostTable([1], [1.0])
+    drafter = SimpleNamespace(take_timings=lambda: [(1, 1.25)], tells_confidence=True)
+    meter._drafter = drafter  # type: ignore[assignment]
+    for _ in range(100):
+        meter.step_done(0)
+    assert meter.costs.confidence_ms == pytest.approx(0.25, rel=0.02)
+    assert meter.costs.draft.at(1) == 1.0
+    drafter.tells_confidence = False
+    meter.step_done(0)
+    assert meter.costs.draft.at(1) > 1.0
+
+
 @pytest.mark.parametrize("true_ms", [0.3, 16.5, 80.0, 2000.0])
 def test_whatever_a_step_costs_is_learned_however_far_from_the_guess(
     true_ms: float,

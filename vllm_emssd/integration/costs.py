@@ -33,6 +33,7 @@ CONTEXT = 256  # tokens each row attends to
 FIXED_MS = 0.25
 _REQUESTS_AS_A_STEP = 32  # this many requests are thought to add as much to that again
 _NUM_REQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_RATE = 0.05  # weight of a forward in what its confidences cost more
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 _BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
 
@@ -102,11 +103,13 @@ class StepCostMeter:
         draft = [] if drafter is None else drafter.take_timings()
         tells_confidence = drafter is not None and drafter.tells_confidence
         if learns_costs:
-            told_ms = costs.confidence_ms * tells_confidence
             one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
-            bare = [(rows, max(ms - told_ms, 0.0)) for rows, ms in one]
             _learn(costs.target, target, self._known_to_target)
-            _learn(costs.draft, bare, self._known_to_draft)
+            if not tells_confidence:
+                _learn(costs.draft, one, self._known_to_draft)
+            for rows, ms in one if tells_confidence else ():
+                more = np.clip(ms - costs.draft.at(rows), 0, costs.draft.at(rows))
+                costs.confidence_ms += _RATE * (float(more) - costs.confidence_ms)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         if self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
