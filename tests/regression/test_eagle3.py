@@ -5,6 +5,7 @@ Tokens and acceptance are compared with stock's in `test_against_stock.py`.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from models.make.eagle3_head import Eagle3Head
 from tests.engine import (
+    DRAFT,
     DRAFT_MODEL,
     EAGLE3,
     EAGLE3_HEAD,
@@ -167,6 +169,34 @@ def test_a_head_of_another_target_is_refused(
     Eagle3Head(target, [1], 32).save(tmp_path / "head", "other", torch.float32)
     with pytest.raises(ValueError, match=words):
         create(tmp_path / "head")
+
+
+MTP = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "num_nextn_predict_layers": 1,
+}
+EAGLE_1 = {"architectures": ["EagleLlamaForCausalLM"]}
+P_EAGLE = {"speculators_model_type": "peagle", "mask_token_id": 3}
+
+
+@pytest.mark.parametrize(
+    ("like", "changes", "words"),
+    [
+        (DRAFT, MTP, 'by its method "mtp" only'),
+        (DRAFT, EAGLE_1, "another kind than EAGLE-3"),
+        (EAGLE3_HEAD, P_EAGLE, "another kind than EAGLE-3"),
+    ],
+)
+def test_heads_of_other_kinds_are_refused(
+    like: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    head = tmp_path / Path(like).name  # vLLM goes by names too
+    config = json.loads((Path(like) / "config.json").read_text())
+    head.mkdir()
+    (head / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=rf"{words}.*remove it to copy"):
+        create(head, load_format="dummy")
 
 
 def test_a_head_on_the_v2_runner_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

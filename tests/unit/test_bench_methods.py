@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -67,6 +69,16 @@ def test_lengths_by_name() -> None:
     assert config("k12") == config("emssd") | twelve
     assert config("stock-k12") == config("stock") | twelve
     assert parse_method("stock", "DRAFT", 12).speculative_config == config("stock-k12")
+
+
+@pytest.mark.parametrize("architecture", ["Eagle3Speculator", "LlamaForCausalLMEagle3"])
+def test_stock_with_a_head_is_vllms_eagle3(architecture: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    for head in (str(tmp_path), "someone/llama-EAGLE3"):
+        found = parse_method("stock-k3", head).speculative_config
+        asked = {"method": "eagle3", "model": head, "num_speculative_tokens": 3}
+        assert found == asked
+    assert config("stock-k3")["method"] == "draft_model"
 
 
 def test_custom() -> None:

@@ -7,17 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vllm_emssd.config import MAX_AUTO_DRAFTS
 
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
-    "stock": "vLLM's draft_model, K drafts; stock-kN: N drafts",
+    "stock": "vLLM's draft_model, with a head eagle3, K drafts; stock-kN: N drafts",
     "ngram": "vLLM's ngram with the lengths of llma: 2 tokens must agree, 7 drafts",
     "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
     "suffix": "vLLM's suffix (arctic-inference), 7 drafts, no old answers",
-    "emssd": "emssd draft model, K drafts; kN: N drafts",
+    "emssd": "emssd draft model or head, K drafts; kN: N drafts",
     "auto": "emssd draft model, automatic lengths",
     "padded": "emssd draft model, K drafts, padded inputs (the paper's vanilla)",
     "llma": "emssd copy, 7 drafts",
@@ -106,7 +107,7 @@ def _known(
     }
     return {
         "plain": None,
-        "stock": drafts | {"method": "draft_model"},
+        "stock": drafts | {"method": _stock_method(draft_model or "")},
         "ngram": ngram,
         "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
@@ -119,6 +120,15 @@ def _known(
         "mixed": mixed,
         "mixed-auto": mixed | auto | most,
     }
+
+
+def _stock_method(draft_model: str) -> str:
+    """vLLM has another one for EAGLE-3 heads, told by their name or architecture."""
+    config = Path(draft_model) / "config.json"
+    content = json.loads(config.read_text()) if config.is_file() else {}
+    names = [draft_model, *(content.get("architectures") or ())]
+    is_head = any("eagle3" in name.lower() for name in names)
+    return "eagle3" if is_head else "draft_model"
 
 
 def in_one_engine(methods: Sequence[Method]) -> tuple[Method, list[Method]]:

@@ -99,13 +99,13 @@ def refuse_drafter(spec_config: SpeculativeConfig) -> None:
 def _why_no_drafter(spec_config: SpeculativeConfig) -> str:
     """Why its model cannot draft here, "" if it can."""
     draft = spec_config.draft_model_config
+    if "eagle" in (name := draft.architecture.lower()) and "eagle3" not in name:
+        return "is a head of another kind than EAGLE-3"
     if spec_config.method == "eagle3":
         if what := _why_no_head(draft, spec_config.target_model_config):
             return what
     elif spec_config.method != "draft_model":
         return f'is one that vLLM drafts with by its method "{spec_config.method}" only'
-    elif "eagle" in draft.architecture.lower():
-        return "is a head of another kind than EAGLE-3"
     if draft.is_hybrid or draft.is_attention_free:
         return "has recurrent state, which rejected drafts would spoil"
     if draft.is_encoder_decoder:
