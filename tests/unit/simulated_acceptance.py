@@ -180,6 +180,7 @@ class Loop:
             if self.policy.needs_confidence:
                 told = confidence[active, position]
                 ms += self._costs.confidence_ms
+                ms += self._costs.deciding_ms * (position == 0)
             step.draft_ms += ms
             goes_on = self.policy.continue_drafting(active, told, position)
             active = active[goes_on & (lens[active] > position + 1)]

@@ -371,10 +371,13 @@ def test_confidence_is_asked_for_where_it_earns_its_cost() -> None:
     assert share_asked(costly, spread=0.1) == 1 / 16
 
 
-def test_what_asking_costs_is_not_lost() -> None:
+@pytest.mark.parametrize(
+    "asking", [{"confidence_ms": 1.0}, {"deciding_ms": 4.0}], ids=str
+)
+def test_what_asking_costs_is_not_lost(asking: dict[str, float]) -> None:
     """With confidences that cost a sixth of a step, as good as the best fixed length,
     whose drafter does not tell them."""
-    costs = dataclasses.replace(made_costs(draft_ms=0.5), confidence_ms=1.0)
+    costs = dataclasses.replace(made_costs(draft_ms=0.5), **asking)
     share = share_of_best_fixed(8, costs, lambda *_: 0.8, num_steps=400, spread=0.1)
     assert share >= 0.97
 
