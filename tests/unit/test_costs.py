@@ -69,7 +69,7 @@ def test_the_first_forward_of_a_row_count_is_no_cost_unless_it_is_quick() -> Non
 @pytest.mark.parametrize("learns", [False, True])
 def test_an_idle_step_tells_what_a_step_costs_but_not_a_forward(learns: bool) -> None:
     meter = meter_of()
-    for _ in range(3):
+    for _ in range(8):
         meter.step_done(0, learns_costs=learns)
     assert meter.costs.fixed_ms < 4.0
     assert (meter.costs.target.at(8) < 10.0) == learns

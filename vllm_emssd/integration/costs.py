@@ -34,6 +34,7 @@ FIXED_MS = 0.25
 _REQUESTS_AS_A_STEP = 32  # this many requests are thought to add as much to that again
 _NUM_REQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _RATE = 0.05  # weight of a forward in what its confidences cost more
+_IDLE_STEPS = 4  # from one that is learned from to the next
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 _BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
 
@@ -96,7 +97,8 @@ class StepCostMeter:
 
     def step_done(self, num_reqs: int, learns_costs: bool = True) -> None:
         """Called when a step's drafts are made: learn from the step, of `num_reqs`
-        requests. Without `learns_costs` only what it costs besides its forwards."""
+        requests. Without `learns_costs` only what it costs besides its forwards, and
+        that of one step in four: idle steps must take no time."""
         now = time.perf_counter()
         costs, drafter = self.measured, self._drafter
         target = self._target.take_timings()
@@ -111,7 +113,8 @@ class StepCostMeter:
                 more = np.clip(ms - costs.draft.at(rows), 0, costs.draft.at(rows))
                 costs.confidence_ms += _RATE * (float(more) - costs.confidence_ms)
         # Times of a GPU may come a step late: then none is of this step, or two are.
-        if self._step_ended is not None and len(target) == 1:
+        is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
+        if is_due and self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
             kind = bool(draft) * (1 + tells_confidence)
