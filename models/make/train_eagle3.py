@@ -30,15 +30,10 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.make import train_pair
+from models.make.chat_batches import PROMPT_SHARE, Chat, in_order, read_chats
 from models.make.distillation import Batch, Loss, train
 from models.make.documents import collect_documents
 from models.make.eagle3_head import Eagle3Head, KeysValues
-from models.make.train_smollm2_draft import (
-    PROMPT_SHARE,
-    Chat,
-    in_order,
-    read_chats,
-)
 
 DECAY = 0.8  # weight of each row on own hidden states against the one before
 LENGTH = 256  # tokens of a window of text

@@ -1,4 +1,4 @@
-"""The demo's chat model with its draft model: plain decoding's tokens, and a gain."""
+"""The demo's chat model with its EAGLE-3 head: plain decoding's tokens, and a gain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import pytest
 from vllm import SamplingParams
 
 from scripts import fetch_smollm2
-from tests.engine import EngineConfig, running, stop_counting_others, vllm_counters
+from tests.engine import (
+    MODELS,
+    EngineConfig,
+    running,
+    stop_counting_others,
+    vllm_counters,
+)
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
 
 pytestmark = pytest.mark.slow
@@ -20,10 +26,9 @@ MIN_ACCEPTED = 0.1  # of the drafts; far below what was measured
 @pytest.fixture(scope="module")
 def pair() -> tuple[str, str]:
     try:
-        target, draft = fetch_smollm2.fetch_pair()
+        return str(fetch_smollm2.fetch()), str(MODELS / "smollm2-eagle3")
     except fetch_smollm2.FetchError as error:
         pytest.skip(str(error))
-    return str(target), str(draft)
 
 
 def decode(

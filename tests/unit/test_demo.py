@@ -104,7 +104,7 @@ def test_without_a_network_the_shipped_pair_is_shown(
     def fail(**_: object) -> None:
         raise demo.FetchError("is this machine online?")
 
-    monkeypatch.setattr(demo, "fetch_pair", fail)
+    monkeypatch.setattr(demo, "fetch", fail)
     monkeypatch.setattr("sys.argv", ["demo"])
     model, draft_model = demo.choose_pair(demo.parse_options())
     assert model == str(demo.MODELS / "target")

@@ -107,7 +107,7 @@ def _known(
     }
     return {
         "plain": None,
-        "stock": drafts | {"method": _stock_method(draft_model or "")},
+        "stock": drafts | {"method": stock_method(draft_model or "")},
         "ngram": ngram,
         "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
@@ -122,7 +122,7 @@ def _known(
     }
 
 
-def _stock_method(draft_model: str) -> str:
+def stock_method(draft_model: str) -> str:
     """vLLM has another one for EAGLE-3 heads, told by their name or architecture."""
     config = Path(draft_model) / "config.json"
     content = json.loads(config.read_text()) if config.is_file() else {}
