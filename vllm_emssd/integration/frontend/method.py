@@ -200,8 +200,12 @@ def _stock_args(
     """A copy of `args` that asks for a method that vLLM knows."""
     stock_args = copy.copy(args)
     stock_args.spec_method = stock_args.spec_model = stock_args.spec_tokens = None
-    if config.uses_draft_model:
-        method = {"method": "eagle3" if has_head else "draft_model"}
+    if has_head:
+        # vLLM computes a cached prompt's last block again for its own heads, as theirs
+        # need the hidden states; ours goes on with the K/V that it has, or begins anew.
+        method = {"method": "eagle3", "disable_eagle_block_drop": True}
+    elif config.uses_draft_model:
+        method = {"method": "draft_model"}
     elif _may_run_on_v2(config):
         method = {"method": "ngram_gpu"}  # has texts on the device, for us to look at
     else:
