@@ -42,9 +42,10 @@ from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, nu
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
-NUM_OUTPUT_TOKENS = 36
+NUM_OUTPUT_TOKENS = 48
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
+BLOCK_SIZE = 32  # a CPU's 128 would have up to as many rows of a cached prompt computed
 
 Result = dict[str, Any]  # of one number of requests at once
 Output = tuple[list[int], bool]  # tokens, and whether it was not cut by a round's end
@@ -247,6 +248,7 @@ def run(options: argparse.Namespace) -> int:
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": NUM_PROMPTS,
         "kv_cache_memory_bytes": KV_CACHE_MIB << 20,
+        "block_size": BLOCK_SIZE,
         "enable_prefix_caching": True,  # as by default: the rounds time decoding
         "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
     }
