@@ -19,6 +19,7 @@ from vllm.lora.request import LoRARequest
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     TARGET,
     EngineConfig,
@@ -34,6 +35,7 @@ SCALE = 0.05  # of the random weights: enough to turn tokens
 METHODS = {
     "draft_model": DRAFT_MODEL,
     "auto": DRAFT_MODEL | {"draft_length": "auto"},
+    "eagle3": EAGLE3,
     "llma": LLMA,
 }
 

@@ -53,7 +53,10 @@ from vllm_emssd.integration.unsupported import (
 )
 from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
-from vllm_emssd.integration.v1.eagle_drafter import EagleDrafter
+from vllm_emssd.integration.v1.eagle_drafter import (
+    EagleDrafter,
+    leave_out_adapters,
+)
 from vllm_emssd.integration.v1.rejection_sampler import (
     UnpadRejectionSampler,
     UnpadSampler,
@@ -112,6 +115,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._failures = FailurePolicy(self.counters, self.parallel_config)
 
     # ------------------------------------------------------------ start-up
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.speculative_config.method == "eagle3":
+            leave_out_adapters(self.drafter.model)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
