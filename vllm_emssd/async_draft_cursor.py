@@ -168,16 +168,18 @@ class AsyncDraftCursor:
         self._draft_len[slot] += num_valid * self._block_size
         self._num_lacking[slot] -= num_valid * self._block_size
 
-    def waits_for_another(self, slots: np.ndarray) -> np.ndarray:
+    def waits_for_another(self, slots: np.ndarray, feeds: np.ndarray) -> np.ndarray:
         """Which requests would begin in a block in which an earlier one is about to
         begin: those with a common prefix share its blocks, often from the step in which
-        the first of them fills it. [num_reqs] bool"""
+        the first of them fills it. [num_reqs] bool both"""
+        waits = feeds.copy()
+        slots = slots[feeds]
         index = self._draft_len[slots] // self._block_size
         blocks = self._blocks[slots, np.minimum(index, self._blocks.shape[1] - 1)]
         # A block that is not allocated yet is shared with no other request.
         blocks = np.where(index < self._num_blocks[slots], blocks, -1 - slots)
-        waits = np.ones(len(slots), dtype=bool)
-        waits[np.unique(blocks, return_index=True)[1]] = False
+        first = np.unique(blocks, return_index=True)[1]
+        waits[np.flatnonzero(feeds)[first]] = False
         return waits
 
     def feed(self, slots: np.ndarray, num_rows: np.ndarray) -> None:

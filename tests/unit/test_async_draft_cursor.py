@@ -236,13 +236,16 @@ def test_blocks_that_another_filled_count_where_they_are_trusted(trust: bool) ->
 
 def test_of_those_that_begin_in_a_block_one_writes_it() -> None:
     cursor = many()
-    both = np.array([1, 0])
-    assert cursor.waits_for_another(both).tolist() == [False, True]
+    both, feed = np.array([1, 0]), np.ones(2, dtype=bool)
+    assert cursor.waits_for_another(both, feed).tolist() == [False, True]
+    one_feeds = np.array([False, True])
+    assert cursor.waits_for_another(both, one_feeds).tolist() == [False, False]
     prefill(cursor, 0, 2 * BLOCK_SIZE)
     prefill(cursor, 1, 2 * BLOCK_SIZE)
-    assert cursor.waits_for_another(both).tolist() == [False, False]
+    assert cursor.waits_for_another(both, feed).tolist() == [False, False]
 
 
 def test_requests_with_no_block_yet_do_not_wait_for_each_other() -> None:
     cursor = AsyncDraftCursor(2, NUM_BLOCKS, BLOCK_SIZE, NUM_BLOCKS)
-    assert not cursor.waits_for_another(np.array([0, 1])).any()
+    feed = np.ones(2, dtype=bool)
+    assert not cursor.waits_for_another(np.array([0, 1]), feed).any()

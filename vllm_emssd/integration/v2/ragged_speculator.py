@@ -61,8 +61,7 @@ class RaggedSpeculator(BaseSpeculator):
     def _most_of(self, new_reqs: Sequence[NewRequestData], most: int) -> np.ndarray:
         """Most drafts of new requests, by their own limits too. [num_new] int64"""
         most_drafts = np.full(len(new_reqs), most)
-        rows = {new.req_id: row for row, new in enumerate(new_reqs)}
-        self._request_limits.apply(most_drafts, rows)
+        self._request_limits.apply(most_drafts, [new.req_id for new in new_reqs])
         return most_drafts
 
     def release(self, req_ids: Iterable[str]) -> None:
