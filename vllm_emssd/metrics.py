@@ -59,6 +59,12 @@ class Counters:
     def as_dict(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def count_draft_forward(self, num_rows: int, num_decode: int) -> None:
+        """`num_decode`: of the rows, those at positions after the prompt."""
+        self.num_draft_forwards += 1
+        self.num_draft_rows += num_rows
+        self.num_draft_rows_decode += num_decode
+
     def reset(self) -> None:
         """Count from zero again."""
         for f in fields(self):

@@ -106,14 +106,3 @@ class RaggedRows:
         slots: np.ndarray = blocks.astype(np.int64) * block_size
         slots += self.positions % block_size
         return slots
-
-
-def grant_rows(wanted: np.ndarray, budget: int) -> np.ndarray:
-    """Share `budget` rows so that the most requests get all they want: the smallest
-    wishes come first (ties: the lower index), the first that does not fit gets what is
-    left, later ones nothing. Shapes: [num_reqs] int64."""
-    order = np.argsort(wanted, kind="stable")
-    before = np.cumsum(wanted[order]) - wanted[order]
-    granted: np.ndarray = np.empty_like(wanted)
-    granted[order] = np.clip(budget - before, 0, wanted[order])
-    return granted

@@ -19,7 +19,7 @@ class Inspection:
 
     def costs(self) -> dict[str, Any]:
         """By which drafts are decided on, and the worker's own measurements."""
-        meter = self.model_runner._step_costs
+        meter = self.model_runner.step_costs
         return {
             name: [costs.target.points, costs.draft.points, costs.fixed_ms]
             for name, costs in (("used", meter.costs), ("own", meter.measured))
@@ -28,7 +28,7 @@ class Inspection:
     def measure_otherwise(self) -> None:
         """The first rank finds drafts nearly free, the others far too expensive; and
         all take over the first one's costs, as they do every 64th step."""
-        meter = self.model_runner._step_costs
+        meter = self.model_runner.step_costs
         draft_ms = 0.1 if self.model_runner._ranks.is_first else 1000.0
         meter.measured.target = CostTable([1, 512], [20.0, 20.0])
         if meter._drafter is not None:

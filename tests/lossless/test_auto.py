@@ -51,7 +51,7 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def random_costs(llm: Any) -> Iterator[None]:
     """Draw new costs after each step: drafts from free to far too expensive."""
-    meter = model_runner(llm)._step_costs
+    meter = model_runner(llm).step_costs
     rng = np.random.default_rng(0)
 
     def step_done(num_reqs: int, learns_costs: bool = True) -> None:
@@ -128,7 +128,7 @@ def test_idle_steps_change_no_token_and_end_when_drafts_pay() -> None:
     stop_counting_others()
     with running(CONFIGS["draft_model"]) as llm:
         runner = model_runner(llm)
-        meter, proposer = runner._step_costs, runner._proposer
+        meter, proposer = runner.step_costs, runner._proposer
         propose, num_plans = proposer.propose, 0
 
         def counted(batch: Any) -> Any:

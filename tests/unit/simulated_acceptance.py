@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_emssd.draft_length import (
-    AcceptanceEstimator,
     AutoDraftLength,
     CostTable,
     DraftLengthPolicy,
@@ -50,7 +49,7 @@ def made_costs(
 
 
 def auto_policy(costs: StepCosts, num_spec_tokens: int) -> AutoDraftLength:
-    return AutoDraftLength(costs, AcceptanceEstimator(num_spec_tokens), may_trim=True)
+    return AutoDraftLength(costs, num_spec_tokens, may_trim=True)
 
 
 @dataclass

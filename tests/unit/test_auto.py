@@ -21,7 +21,6 @@ from tests.unit.simulated_acceptance import (
     made_costs,
 )
 from vllm_emssd.draft_length import (
-    AcceptanceEstimator,
     AutoDraftLength,
     CostTable,
     FixedDraftLength,
@@ -235,7 +234,7 @@ def test_smallest_batches(num_reqs: int, num_spec_tokens: int) -> None:
 def test_a_probe_is_found_among_the_requests_of_a_step(
     num_accepted: int, is_good: bool
 ) -> None:
-    policy = AutoDraftLength(CHEAP, AcceptanceEstimator(4), False, False)
+    policy = AutoDraftLength(CHEAP, 4, False, False)
     policy._probed = "b"
     noted: list[bool] = []
     policy._probing.probe_accepted = lambda: noted.append(True)  # type: ignore[method-assign]
@@ -274,7 +273,7 @@ def test_goes_on_beyond_a_stair_that_pays_as_a_whole() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_may_not_trim_never_trims(seed: int) -> None:
     """Where drafts are sampled, what was drafted is verified, whatever its odds."""
-    policy = AutoDraftLength(MEDIUM, AcceptanceEstimator(8), may_trim=False)
+    policy = AutoDraftLength(MEDIUM, 8, may_trim=False)
     loop = Loop(policy, MEDIUM, 8, lambda _, i: 0.1 + 0.1 * i, seed=seed).run(150)
     assert all(step.made == step.verified for step in loop.steps)
     assert any(any(step.made) for step in loop.steps)
@@ -423,7 +422,7 @@ def test_whether_a_draft_is_kept_does_not_depend_on_later_ones(
 def test_drafts_barely_worth_verifying_are_accepted_about_as_often_as_they_cost() -> (
     None
 ):
-    policy = CountedDraftLength(CHEAP, AcceptanceEstimator(8), may_trim=True)
+    policy = CountedDraftLength(CHEAP, 8, may_trim=True)
     Loop(policy, CHEAP, 32, lambda _, i: 0.3 + 0.02 * i, lifetime=400).run(400)
     number, *sums = policy.reliability[:, MARGINAL]
     predicted, accepted, cost = np.array(sums) / number
@@ -472,7 +471,7 @@ def test_lengths_stay_lengths_while_costs_and_confidence_are_mad(seed: int) -> N
         target=CostTable(*zip(*MEDIUM.target.points, strict=True)),
         draft=CostTable(*zip(*MEDIUM.draft.points, strict=True)),
     )
-    policy = AutoDraftLength(costs, AcceptanceEstimator(4), may_trim=True)
+    policy = AutoDraftLength(costs, 4, may_trim=True)
     step = step_of(4)
     for _ in range(300):
         for table in (costs.target, costs.draft):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
-from vllm_emssd.ragged import RaggedRows, grant_rows
+from vllm_emssd.ragged import RaggedRows
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 BLOCK_SIZE, MAX_NUM_REQS, MAX_POSITION = 3, 9, 40
@@ -113,11 +113,3 @@ def test_refuses_inconsistent_rows(
 def test_from_spans_refuses_an_empty_span(end: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rows_of([(0, 0, 2), (1, 4, end), (2, 0, 5)])
-
-
-@property_test
-@given(st.lists(st.integers(0, 12)), st.integers(0, 60))
-def test_grant_rows_equals_loop(wanted: list[int], budget: int) -> None:
-    granted = grant_rows(np.array(wanted, dtype=np.int64), budget)
-    assert granted.tolist() == oracle.granted(wanted, budget)
-    assert granted.sum() == min(sum(wanted), budget)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from tests.unit.simulated_acceptance import made_costs
-from vllm_emssd.draft_length import AcceptanceEstimator, StepInfo
+from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.simulate.reliability import MARGINAL, CountedDraftLength
 
 
 def test_counts_verified_drafts_by_what_was_predicted() -> None:
-    policy = CountedDraftLength(made_costs(), AcceptanceEstimator(3), may_trim=False)
+    policy = CountedDraftLength(made_costs(), 3, may_trim=False)
     ones = np.ones(1, dtype=np.int64)
     policy.plan(StepInfo(["a"], ones > 0, 3 * ones, ones, 0))
     policy.continue_drafting(np.array([0]), np.array([0.5]), 0)

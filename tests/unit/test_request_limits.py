@@ -40,9 +40,10 @@ def test_lowers_only_the_requests_that_have_one() -> None:
     )
     limits.admit([SimpleNamespace(req_id="pooling", sampling_params=None)])
     limits.release(["gone", "never came"])
-    rows = {"free": 0, "a": 1, "b": 2, "c": 3, "odd": 4, "gone": 5}
-    most = np.full(len(rows), 5)
-    limits.apply(most, rows)
+    most, req_ids = np.full(6, 5), ["free", "a", "b", "c", "odd", "gone"]
+    limits.apply(most, req_ids)
     assert most.tolist() == [5, 2, 0, 5, 5, 5]
     limits.release(["a", "b", "c"])
-    assert not limits
+    most[:] = 5
+    limits.apply(most, req_ids)
+    assert most.tolist() == [5] * 6

@@ -56,7 +56,7 @@ class EmulatedGraphs:
         for desc in self._descs:
             graph = self._graphs[desc] = EmulatedGraph()
             graph.record(
-                lambda desc=desc: drafter.recorded_forward(
+                lambda desc=desc: drafter.captured_forward(
                     desc.num_reqs, desc.num_tokens, {}, {}
                 )
             )
@@ -113,7 +113,7 @@ def run(seed: int, recorded: bool) -> dict[str, int]:
         lacking = np.minimum([texts[i].num_lacking for i in batch], lens)
         behind = np.flatnonzero(lacking > 2)
         if behind.size:
-            drafter.catch_up(
+            drafter.backfill(
                 idx_mapping[behind], lacking[behind] - 2, lacking[behind], lens[behind]
             )
         depth = rng.randint(1, K)
@@ -138,7 +138,7 @@ def planted(fault: str) -> Iterator[None]:
     """Something that a recording holds fast, or that cannot be recorded."""
     from vllm_emssd.integration.v2.drafter import DeviceDrafter
 
-    forward = DeviceDrafter.recorded_forward
+    forward = DeviceDrafter.captured_forward
 
     def faulty(self: Any, *args: Any, **kwargs: Any) -> None:
         if fault == "moved address":
@@ -151,7 +151,7 @@ def planted(fault: str) -> Iterator[None]:
         self.max_model_len = MAX_LEN
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeviceDrafter, "recorded_forward", faulty)
+        patch.setattr(DeviceDrafter, "captured_forward", faulty)
         yield
 
 

@@ -240,7 +240,7 @@ class SteeredPrices:
     """In place of measured prices, others; and each step's draft lengths noted."""
 
     def __init__(self, llm: Any) -> None:
-        self.meter = model_runner(llm)._step_costs
+        self.meter = model_runner(llm).step_costs
         self.speculator = model_runner(llm).speculator
         self.rng: np.random.Generator | None = None
         self.lengths: list[list[int]] = []
@@ -435,7 +435,7 @@ def failing(llm: Any) -> dict[str, Any]:
             patch,
             (speculator, "_plan", 4),
             (speculator._drafter, "draft", 2),
-            (speculator._drafter, "catch_up", 2),
+            (speculator._drafter, "backfill", 2),
         )
         seen["failing"] = one_pass(llm)
     seen["failing"]["num_failures"] = [part.num_failures for part in broken]

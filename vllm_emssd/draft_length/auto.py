@@ -26,7 +26,7 @@ class AutoDraftLength(DraftLengthPolicy):
 
     Args:
         costs: refreshed by the caller.
-        acceptance: learned from what is verified.
+        num_speculative_tokens: most drafts of a request.
         may_trim: whether drafts that turn out unlikely may be left out of verification.
         uses_confidence: False where the caller never tells it: the depth decides.
     """
@@ -34,12 +34,12 @@ class AutoDraftLength(DraftLengthPolicy):
     def __init__(
         self,
         costs: StepCosts,
-        acceptance: AcceptanceEstimator,
+        num_speculative_tokens: int,
         may_trim: bool,
         uses_confidence: bool = True,
     ) -> None:
         self.costs = costs
-        self.acceptance = acceptance
+        self.acceptance = AcceptanceEstimator(num_speculative_tokens)
         self._may_trim = may_trim
         self._uses_confidence = uses_confidence
         self._probing = Probing()

@@ -8,7 +8,7 @@ ids, and sends those along. Workers leave out what did not go through these chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -58,9 +58,6 @@ class RequestLimits:
     def __init__(self) -> None:
         self._limits: dict[str, int] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._limits)
-
     def admit(self, new_requests: Iterable[NewRequestData]) -> None:
         for new in new_requests:
             limit = _option(new.sampling_params, MAX_DRAFT_TOKENS_KEY)
@@ -71,12 +68,11 @@ class RequestLimits:
         for req_id in req_ids:
             self._limits.pop(req_id, None)
 
-    def apply(self, max_draft_tokens: np.ndarray, rows: Mapping[str, int]) -> None:
-        """Lower `max_draft_tokens` [num_reqs] in place; `rows`: of each request."""
-        for req_id, limit in self._limits.items():
-            row = rows.get(req_id)
-            if row is not None:
-                max_draft_tokens[row] = min(max_draft_tokens[row], limit)
+    def apply(self, max_draft_tokens: np.ndarray, req_ids: Sequence[str]) -> None:
+        """Lower `max_draft_tokens` [num_reqs] in place."""
+        for row, req_id in enumerate(req_ids if self._limits else ()):
+            limit = self._limits.get(req_id, max_draft_tokens[row])
+            max_draft_tokens[row] = min(max_draft_tokens[row], limit)
 
 
 # ------------------------------------------------------------------ references

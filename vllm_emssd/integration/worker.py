@@ -46,7 +46,8 @@ class EmssdWorkerMixin(Worker):
     def emssd_costs(self) -> dict[str, Any]:
         """The costs that this rank's automatic lengths go by now: (rows, ms) of
         `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
-        costs: dict[str, Any] = self.model_runner.costs_now()
+        meter = self.model_runner.step_costs
+        costs: dict[str, Any] = {} if meter is None else meter.as_dict()
         return costs
 
     def emssd_fix_draft_length(self, num_draft_tokens: int | None) -> None:

@@ -10,6 +10,7 @@ Paper: EMS-SD (arXiv 2405.07542), "unpad input tokens", applied to the drafter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy
+from vllm_emssd.feeding import plan_feeding
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.ragged import RaggedRows, grant_rows
+from vllm_emssd.ragged import RaggedRows
 
 
 class Drafter(Protocol):
@@ -92,39 +94,33 @@ class DraftModelProposer:
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         starts, ends = self._missing_spans(batch)
         step = batch.step_info(batch.max_draft_tokens, ends - starts)
-        draft_lens = self.policy.plan(step)
-        self._drafter.tells_confidence = self.policy.needs_confidence
-        feeds = draft_lens > 0
-        if self.policy.feeds_prompts:
-            feeds = feeds | (~batch.is_sampling & (batch.max_draft_tokens > 0))
+        prompt_rows = None
         if self._feeds_every_prompt:
-            ends = np.where(feeds, ends, np.minimum(ends, batch.num_prefilled_tokens))
-            feeds = feeds | batch.computes_prompt
-        self._agree(draft_lens, np.where(feeds, step.missing_rows, 0))
-        if not feeds.any():
-            return [[] for _ in batch.req_ids]
-        # A block shared by several requests is written by one; the others wait a step.
-        waits = self._cursor.waits_for_another(batch.req_ids, feeds)
-        draft_lens = np.where(waits, 0, draft_lens)
-        wanted = np.where(feeds & ~waits, ends - starts, 0)
-        granted = grant_rows(wanted, self._drafter.max_num_rows)
-        # Requests that lack more than fits draft once they have been fed all of it.
-        draft_lens = np.where(granted < wanted, 0, draft_lens)
-
-        fed = np.flatnonzero(granted)
+            rows_to_prefilled = np.minimum(ends, batch.num_prefilled_tokens) - starts
+            prompt_rows = np.where(batch.computes_prompt, rows_to_prefilled, 0)
+        num_rows, draft_lens = plan_feeding(
+            step,
+            self.policy,
+            batch.max_draft_tokens > 0,
+            partial(self._cursor.waits_for_another, batch.req_ids),
+            self._drafter.max_num_rows,
+            prompt_rows=prompt_rows,
+        )
+        self._drafter.tells_confidence = self.policy.needs_confidence
+        self._agree(draft_lens, num_rows)
+        fed = np.flatnonzero(num_rows)
         if fed.size == 0:
             return [[] for _ in batch.req_ids]
         self._start_feeding(batch, fed, starts)
-        rows = RaggedRows.from_spans(fed, starts[fed], (starts + granted)[fed])
+        ends = starts + num_rows
+        rows = RaggedRows.from_spans(fed, starts[fed], ends[fed])
         made = self._draft(batch, rows, draft_lens)
         num_made = np.zeros(batch.num_reqs, dtype=np.int64)
         for requests, _ in made:
             num_made[requests] += 1
         for i in fed:
             num_fed_drafts = max(int(num_made[i]) - 1, 0)
-            self._record_fed(
-                batch.req_ids[i], int(starts[i] + granted[i]), num_fed_drafts
-            )
+            self._record_fed(batch.req_ids[i], int(ends[i]), num_fed_drafts)
         return _on_host(made, self.policy.trim(num_made))
 
     def record_verified(
@@ -181,7 +177,8 @@ class DraftModelProposer:
         known_ids = self._known_ids(batch, rows)
         drafting = rows.req_indices[draft_lens[rows.req_indices] > 0]
         sampled_rows = rows.last_rows[draft_lens[rows.req_indices] > 0]
-        self._count_forward(batch, rows)
+        is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]
+        self._counters.count_draft_forward(rows.num_rows, int(is_decode.sum()))
         tokens, confidence = self._drafter.forward(rows, known_ids, sampled_rows, 0)
         if drafting.size == 0:
             return []
@@ -204,9 +201,7 @@ class DraftModelProposer:
                 )
                 tokens = tokens[torch.from_numpy(np.flatnonzero(goes_on))]
             rows = RaggedRows.one_each(active, positions + position)
-            self._counters.num_draft_forwards += 1
-            self._counters.num_draft_rows += num_rows
-            self._counters.num_draft_rows_decode += num_rows
+            self._counters.count_draft_forward(num_rows, num_rows)
             tokens, confidence = self._drafter.forward(
                 rows, tokens, rows.last_rows, position + 1
             )
@@ -215,12 +210,6 @@ class DraftModelProposer:
     def _agree(self, *decisions: np.ndarray) -> None:
         if self._check_agreement is not None:
             self._check_agreement(np.concatenate(decisions))
-
-    def _count_forward(self, batch: DraftBatch, rows: RaggedRows) -> None:
-        is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]
-        self._counters.num_draft_forwards += 1
-        self._counters.num_draft_rows += rows.num_rows
-        self._counters.num_draft_rows_decode += int(is_decode.sum())
 
 
 def _on_host(

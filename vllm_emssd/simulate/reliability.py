@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_emssd.draft_length import AcceptanceEstimator, AutoDraftLength, StepCosts
+from vllm_emssd.draft_length import AutoDraftLength, StepCosts
 
 MARGINAL = 10  # the line after the ten deciles
 
@@ -15,9 +15,9 @@ class CountedDraftLength(AutoDraftLength):
     cost, within a quarter. [number | predicted | accepted | cost in tokens, line]"""
 
     def __init__(
-        self, costs: StepCosts, acceptance: AcceptanceEstimator, may_trim: bool
+        self, costs: StepCosts, num_speculative_tokens: int, may_trim: bool
     ) -> None:
-        super().__init__(costs, acceptance, may_trim)
+        super().__init__(costs, num_speculative_tokens, may_trim)
         self.reliability = np.zeros((4, 11))
         self._predicted: dict[str, tuple[np.ndarray, float]] = {}  # survival, its cost
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 
 from vllm_emssd.draft_length import (
-    AcceptanceEstimator,
     DraftLengthPolicy,
     FixedDraftLength,
 )
@@ -159,9 +158,7 @@ class SimulatedEngine:
         setting, is_auto = self._setting, method.name == "auto"
         policy: DraftLengthPolicy = FixedDraftLength()
         if is_auto:
-            policy = CountedDraftLength(
-                self._step_costs, AcceptanceEstimator(method.k), may_trim=True
-            )
+            policy = CountedDraftLength(self._step_costs, method.k, may_trim=True)
             self.outcome.reliability = policy.reliability
         self._policy = _Timed(policy)
         drafter = DrafterSetting(

@@ -23,7 +23,6 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import (
-    AcceptanceEstimator,
     AutoDraftLength,
     DraftLengthPolicy,
     FixedDraftLength,
@@ -31,17 +30,13 @@ from vllm_emssd.draft_length import (
 )
 from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
-from vllm_emssd.integration.drafting import (
-    block_updates,
-    max_draft_tokens,
-)
+from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import (
     draft_group,
-    keep_windows_whole,
-    refuse_states,
     remake_metadata_builders,
+    specs_for_drafting,
 )
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
@@ -106,7 +101,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
         self._hidden_states: HiddenStates | None = None  # for an EAGLE head, if any
-        self._step_costs: StepCostMeter | None = None  # with automatic lengths
+        self.step_costs: StepCostMeter | None = None  # with automatic lengths
         self._row_padding: RowPadding | None = None  # likewise
         self._automatic: AutoDraftLength | None = None  # likewise
         self._request_limits = RequestLimits()
@@ -123,9 +118,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
-        refuse_states(specs)
-        uses_draft_model = self.emssd_config.uses_draft_model
-        return keep_windows_whole(specs) if uses_draft_model else specs
+        return specs_for_drafting(specs, self.emssd_config.uses_draft_model)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
@@ -199,18 +192,14 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self._step_costs, self._row_padding = measure_costs(self)
+        self.step_costs, self._row_padding = measure_costs(self)
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
-        costs = self._step_costs.costs
-        acceptance = AcceptanceEstimator(self.num_spec_tokens)
-        self._automatic = AutoDraftLength(costs, acceptance, may_trim=not is_sampled)
+        costs = self.step_costs.costs
+        most = self.num_spec_tokens
+        self._automatic = AutoDraftLength(costs, most, may_trim=not is_sampled)
         self._proposer = self._make_proposer(self._automatic, costs)
 
     # ------------------------------------------------------------ calls of the worker
-
-    def costs_now(self) -> dict[str, Any]:
-        """See the worker's `emssd_costs`."""
-        return {} if self._step_costs is None else self._step_costs.as_dict()
 
     def fix_draft_length(self, num_draft_tokens: int | None) -> None:
         """See the worker's `emssd_fix_draft_length`."""
@@ -293,9 +282,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         else:
             drafts = self._propose(step)
         self._publisher.step_done()
-        if self._step_costs is not None:
+        if self.step_costs is not None:
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
-            self._step_costs.step_done(num_sampling, not skips or has_verified)
+            self.step_costs.step_done(num_sampling, not skips or has_verified)
         return drafts
 
     def _keep_hidden_states(
@@ -412,7 +401,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         )
         most[num_tokens >= limits] = 0  # this step was their last
         most[self._requests_of_custom_logitsprocs()] = 0
-        self._request_limits.apply(most, self.input_batch.req_id_to_index)
+        self._request_limits.apply(most, self.input_batch.req_ids)
         return most
 
     def _max_num_tokens(self, num_reqs: int) -> np.ndarray:

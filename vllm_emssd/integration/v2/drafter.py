@@ -11,7 +11,7 @@ step is a few replays of CUDA graphs, and nothing between them:
 
 A graph holds all of a forward: slots, attention metadata, model, sampling, and going on
 by a token. Without graphs the same is launched kernel by kernel. What requests lack
-besides is fed before, in a pass of its own (`catch_up`).
+besides is fed before, in a pass of its own (`backfill`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DeviceDrafter:
             graphs = stock.graphs_of(rows)
             if graphs is not None and graphs.needs_capture():
                 graphs.capture(
-                    self.recorded_forward,
+                    self.captured_forward,
                     stock.model_state,
                     stock.input_buffers,
                     stock.block_tables,
@@ -93,7 +93,7 @@ class DeviceDrafter:
     # ------------------------------------------------------------ a step
 
     @torch.inference_mode()
-    def catch_up(
+    def backfill(
         self,
         idx_mapping: torch.Tensor,
         num_rows: np.ndarray,
@@ -132,7 +132,7 @@ class DeviceDrafter:
     @torch.inference_mode()
     def draft(self, idx_mapping: torch.Tensor, depth: int, longest: np.ndarray) -> None:
         """Make `depth` drafts of each request, of which no token is missing but the
-        last two. Arguments as those of `catch_up`."""
+        last two. Arguments as those of `backfill`."""
         num_reqs = len(idx_mapping)
         descs = [self._desc(num_reqs, rows) for rows in (FIRST_ROWS, 1)]
         num_padded = max(desc.num_reqs or num_reqs for desc in descs)
@@ -236,7 +236,7 @@ class DeviceDrafter:
         metadata = self._attn_metadata(desc, starts, longest)
         self._run(desc.num_reqs, num_rows, metadata, slot_mappings)
 
-    def recorded_forward(
+    def captured_forward(
         self,
         num_reqs: int,
         num_rows: int,

@@ -27,12 +27,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_length import (
-    AcceptanceEstimator,
-    AutoDraftLength,
-    CostTable,
-    StepCosts,
-)
+from vllm_emssd.draft_length import AutoDraftLength, CostTable, StepCosts
 from vllm_emssd.integration.costs import (
     CONTEXT,
     FIXED_MS,
@@ -41,7 +36,7 @@ from vllm_emssd.integration.costs import (
 )
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.hooks.hook import installed
-from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
+from vllm_emssd.integration.kv_cache import specs_for_drafting
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.unsupported import (
@@ -108,7 +103,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._outputs: deque[AsyncOutput | None] = deque()
         self._ranks = Ranks(self.device)
         self.step_timing = self._target_timing = TargetTiming()
-        self._step_costs: StepCostMeter | None = None  # with automatic lengths
+        self.step_costs: StepCostMeter | None = None  # with automatic lengths
         self._publisher: Publisher | None = None  # once the warm-up is over
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -120,9 +115,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
-        refuse_states(specs)
-        uses_draft_model = self.emssd_config.uses_draft_model
-        return keep_windows_whole(specs) if uses_draft_model else specs
+        return specs_for_drafting(specs, self.emssd_config.uses_draft_model)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
@@ -168,10 +161,10 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.speculator.forget_warm_up()
         if self.emssd_config.draft_length == "auto":
             assert isinstance(self.speculator, UnpadSpeculator)
-            self._step_costs = self._measure_costs(self.speculator)
+            self.step_costs = self._measure_costs(self.speculator)
             policy = AutoDraftLength(
-                self._step_costs.costs,
-                AcceptanceEstimator(self.num_speculative_steps),
+                self.step_costs.costs,
+                self.num_speculative_steps,
                 may_trim=False,
                 uses_confidence=False,
             )
@@ -209,10 +202,6 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._record_acceptance()
         return self.speculator.counters
 
-    def costs_now(self) -> dict[str, Any]:
-        """See the worker's `emssd_costs`."""
-        return {} if self._step_costs is None else self._step_costs.as_dict()
-
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
         if not isinstance(self.speculator, MixedSpeculator):
@@ -247,8 +236,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         output = super().sample_tokens(grammar_output)
         if isinstance(output, AsyncOutput):
             self._outputs.append(output)
-            if self._step_costs is not None:
-                self._step_costs.step_done(len(output.num_sampled_tokens_np))
+            if self.step_costs is not None:
+                self.step_costs.step_done(len(output.num_sampled_tokens_np))
         return output
 
     def _record_acceptance(self, num_late: int | None = None) -> None:

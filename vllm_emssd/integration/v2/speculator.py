@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import Copies, DraftLengthPolicy, FixedDraftLength
 from vllm_emssd.draft_length.policy import StepInfo
+from vllm_emssd.feeding import plan_feeding
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.v2.copy_source import FoundCopies
@@ -44,14 +46,14 @@ from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
 from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.pending_steps import LateArray, scheduled_step
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
-from vllm_emssd.ragged import grant_rows
 from vllm_emssd.verification import ScheduledStep
 
 logger = init_logger("vllm.emssd.v2")
 
 
-# Of a step: what was fed, which drafts are copies, and how many were rejected.
-_Left = tuple[Turn, np.ndarray, LateArray | None]
+# Of a step: what was fed, to which admissions, which drafts are copies, and how many
+# were rejected.
+_Left = tuple[Turn, np.ndarray, np.ndarray, LateArray | None]
 
 
 class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
@@ -157,12 +159,10 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         admitted, extended = block_updates(scheduler_output, self._gid)
         slots = [slot_of[request.req_id] for request in admitted]
         num_tokens = self._req_states.prefill_len.np[slots].tolist()
-        numbers = self._cursor.update_blocks(
+        self._cursor.update_blocks(
             zip(slots, num_tokens, admitted, strict=True),
             ((slot_of[req_id], block_ids) for req_id, block_ids in extended),
         )
-        req_ids = [request.req_id for request in admitted]
-        self._numbers.update(zip(req_ids, numbers, strict=True))
         for new in scheduler_output.scheduled_new_reqs:
             # A grammar cuts drafts by their value, and only greedy ones may be. With a
             # seed a draft is accepted where the target samples it: the likeliest is
@@ -177,10 +177,6 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         super().release(req_ids)
         for req_id in req_ids:
             self.policy.release(req_id)
-
-    def _vacate(self, slot: int) -> None:
-        """Its blocks were taken away."""
-        self._cursor.release(slot)
 
     # ------------------------------------------------------------ a step
 
@@ -236,8 +232,9 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         # Of drafts that were trimmed on the device, how many were not accepted.
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
-        left = turn, self._is_copied[slots], rejected
-        self._pending_steps.add(step, turn.numbers, left)
+        numbers = self._numbers[slots]
+        left = turn, numbers, self._is_copied[slots], rejected
+        self._pending_steps.add(step, numbers, left)
         found = self._find_copies(input_batch, step, num_sampled)
         copies = None if found is None else found.copies
         drafts = self.draft_tokens[: len(slots)] if found is None else found.token_ids
@@ -277,7 +274,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
     def _as_verified(
         self, step: ScheduledStep, left: _Left, num_accepted: np.ndarray
     ) -> ScheduledStep:
-        rejected = left[2]
+        rejected = left[-1]
         if rejected is None:
             return step
         num_possible = step.num_draft_tokens - step.num_forbidden
@@ -296,8 +293,8 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         is_wanted: np.ndarray,
     ) -> None:
         """Move the cursors, and learn what is accepted."""
-        turn, was_copied, _ = left
-        self._cursor.settle(turn, num_accepted)
+        turn, numbers, was_copied, _ = left
+        self._cursor.settle(turn, num_accepted, self._numbers[turn.slots] == numbers)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_draft_tokens - step.num_forbidden
         is_seen = step.is_sampling & is_wanted & (num_possible > 0) & ~was_copied
@@ -338,13 +335,16 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
             self._drafter.max_model_len,
             self._req_states.max_seq_len[slots] if self.is_automatic else None,
         )
-        if self._request_limits:
-            rows = {req_id: row for row, req_id in enumerate(step.req_ids)}
-            self._request_limits.apply(most, rows)
+        self._request_limits.apply(most, step.req_ids)
         num_lacking = self._cursor.num_lacking(slots)
         not_computed = np.where(is_sampling, 0, prefill_len - num_prefilled)
         missing = np.maximum(num_lacking - not_computed, 0)
-        lens = self.policy.plan(
+        prompt_rows = None
+        if self._feeds_every_prompt:
+            room = self._drafter.max_model_len - (longest - num_lacking)
+            prompt_rows = np.minimum(missing - is_sampling, room)
+            prompt_rows = np.where(step.is_decode, 0, prompt_rows)
+        num_rows, lens = plan_feeding(
             StepInfo(
                 step.req_ids,
                 is_sampling,
@@ -352,20 +352,16 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
                 missing,
                 int(step.num_scheduled_tokens[~is_sampling].sum()),
                 copies,
-            )
+            ),
+            self.policy,
+            most > 0,
+            partial(self._cursor.waits_for_another, slots),
+            self._drafter.max_num_rows,
+            FIRST_ROWS,
+            prompt_rows,
         )
-        feeds = lens > 0
-        if self.policy.feeds_prompts:
-            feeds = feeds | (~is_sampling & (most > 0))
-        wanted = np.where(feeds, missing - FIRST_ROWS * is_sampling, 0)
-        if self._feeds_every_prompt:
-            room = self._drafter.max_model_len - (longest - num_lacking)
-            prompt_rows = np.minimum(missing - is_sampling, room)
-            wanted = np.maximum(wanted, np.where(step.is_decode, 0, prompt_rows))
-        wanted = np.maximum(wanted, 0)
-        if wanted.any():
-            complete = self._catch_up(input_batch, wanted, longest)
-            lens = np.where(complete, lens, 0)
+        if num_rows.any():
+            self._backfill(input_batch, num_rows, num_lacking, longest)
         drafting = np.flatnonzero(lens)
         lens[drafting[self._drafter.max_num_reqs :]] = 0
         return lens
@@ -376,30 +372,24 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         """Most drafts of the model, of those each request may make. [num_reqs] each"""
         return most
 
-    def _catch_up(
-        self, input_batch: InputBatch, wanted: np.ndarray, longest: np.ndarray
-    ) -> np.ndarray:
-        """Feed `wanted` rows of each request, as far as they fit. Which were fed all.
-        [num_reqs] each"""
-        slots = input_batch.idx_mapping_np
-        num_lacking = self._cursor.num_lacking(slots)
-        asks = np.flatnonzero(wanted)
-        # A block shared by several requests is written by one; others wait a step.
-        waits = np.zeros(len(slots), dtype=bool)
-        waits[asks] = self._cursor.waits_for_another(slots[asks])
-        granted = grant_rows(np.where(waits, 0, wanted), self._drafter.max_num_rows)
-        fed = np.flatnonzero(granted)
-        if fed.size:
-            idx_mapping = self._rows_of(input_batch.idx_mapping, fed)
-            self._drafter.catch_up(
-                idx_mapping, granted[fed], num_lacking[fed], longest[fed]
-            )
-            self._cursor.feed(slots[fed], granted[fed])
-            starts = (longest - num_lacking)[fed]
-            first = np.maximum(starts, self._req_states.prompt_len.np[slots[fed]])
-            num_decode = np.maximum(starts + granted[fed] - first, 0)
-            self._count_forward(int(granted.sum()), int(num_decode.sum()))
-        return granted == wanted
+    def _backfill(
+        self,
+        input_batch: InputBatch,
+        num_rows: np.ndarray,
+        num_lacking: np.ndarray,
+        longest: np.ndarray,
+    ) -> None:
+        """Feed the first `num_rows` that each request lacks. [num_reqs] each"""
+        fed = np.flatnonzero(num_rows)
+        num_rows, num_lacking, longest = num_rows[fed], num_lacking[fed], longest[fed]
+        slots = input_batch.idx_mapping_np[fed]
+        idx_mapping = self._rows_of(input_batch.idx_mapping, fed)
+        self._drafter.backfill(idx_mapping, num_rows, num_lacking, longest)
+        self._cursor.feed(slots, num_rows)
+        starts = longest - num_lacking
+        first = np.maximum(starts, self._req_states.prompt_len.np[slots])
+        num_decode = np.maximum(starts + num_rows - first, 0)
+        self.counters.count_draft_forward(int(num_rows.sum()), int(num_decode.sum()))
 
     def _draft(
         self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
@@ -422,9 +412,9 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         self._cursor.draft(slots[drafting], lens[drafting] - 1)
         is_first = num_known <= self._req_states.prompt_len.np[slots]
         num_decode = FIRST_ROWS * num_drafting - int(is_first[drafting].sum())
-        self._count_forward(FIRST_ROWS * num_drafting, num_decode)
+        self.counters.count_draft_forward(FIRST_ROWS * num_drafting, num_decode)
         for _ in range(depth - 1):
-            self._count_forward(num_drafting, num_drafting)
+            self.counters.count_draft_forward(num_drafting, num_drafting)
         if num_drafting == len(slots):
             return drafts
         columns, rows = others.clone(), async_tensor_h2d(drafting, device=self.device)
@@ -451,8 +441,3 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         rows = async_tensor_h2d(rows, device=self.device)
         self.temperature[idx_mapping[rows]] = 0.0
         return rows
-
-    def _count_forward(self, num_rows: int, num_decode: int) -> None:
-        self.counters.num_draft_forwards += 1
-        self.counters.num_draft_rows += num_rows
-        self.counters.num_draft_rows_decode += num_decode
