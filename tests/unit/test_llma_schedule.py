@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.draft_batches import batch_of
 from tests.unit.proposing_engine import PlannedFailureError, ProposingEngine
 from tests.unit.simulated_scheduler import Request, Setup
+from tests.unit.test_draft_model import setups
 from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copy_lengths import CopyLengths
@@ -79,17 +81,7 @@ class CopyEngine(ProposingEngine):
 
 @st.composite
 def engines(draw: st.DrawFn) -> CopyEngine:
-    setup = Setup(
-        seed=draw(st.integers(0, 2**32 - 1)),
-        num_steps=draw(st.integers(1, 60)),
-        max_num_reqs=draw(st.integers(1, 5)),
-        num_spec_tokens=draw(st.integers(1, 9)),
-        block_size=draw(st.integers(1, 5)),
-        num_spare_blocks=draw(st.integers(0, 20)),
-        max_model_len=draw(st.integers(5, 70)),
-        token_budget=draw(st.integers(1, 40)),
-        failure_chance=draw(st.sampled_from((0.0, 0.1, 0.5))),
-    )
+    setup = dataclasses.replace(draw(setups()), max_model_len=draw(st.integers(5, 70)))
     return CopyEngine(setup, draw(st.integers(1, 4)), draw(st.integers(1, 9)))
 
 
