@@ -1,18 +1,10 @@
 """Host work of steady drafting steps, under the interpreter.
 
-    python -m tests.v2.dispatches RESULTS.json
-
-In a process of its own: see `runs.py`. Draft forwards are replayed as from graphs.
+Draft forwards are replayed as from graphs.
 """
 
 from __future__ import annotations
 
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.install()
-
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +23,7 @@ from tests.engine import (
     running,
     stop_counting_others,
 )
+from tests.v2 import interpreter
 from tests.v2.host_work import REPLAY, HostWork, counting
 from tests.v2.padded_forwards import pad_forwards
 
@@ -87,9 +80,7 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
     return steps
 
 
-def run_all(path: Path) -> None:
-    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
-
+def run_all() -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     interpreter.schedule_asynchronously(True)
     with TemporaryDirectory() as folder:
@@ -116,8 +107,4 @@ def run_all(path: Path) -> None:
                                 "waits": work.waits,
                             }
                         )
-    path.write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))
+    return seen
