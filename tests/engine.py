@@ -99,6 +99,21 @@ def model_runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextlib.contextmanager
+def few_blocks(llm: Any, num_blocks: int) -> Iterator[None]:
+    """The cache emptied, and all its blocks taken but these: fewer than are wanted, so
+    that requests are preempted."""
+    assert llm.reset_prefix_cache()
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - num_blocks)
+    yield
+    pool.free_blocks(taken)
+
+
 def stats(llm: Any) -> dict[str, int]:
     """The plugin's counters."""
     (counts,) = llm.collective_rpc("emssd_stats")
@@ -108,6 +123,20 @@ def stats(llm: Any) -> dict[str, int]:
 def vllm_counters(llm: Any) -> dict[str, int]:
     """vLLM's own counters of the engine, by name."""
     return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+@contextlib.contextmanager
+def counting(llm: Any) -> Iterator[dict[str, int]]:
+    """What the block adds to vLLM's counters and the plugin's, by name, at its end."""
+
+    def counters() -> dict[str, int]:
+        ours = stats(llm) if hasattr(model_runner(llm), "counters") else {}
+        return vllm_counters(llm) | ours
+
+    before, gained = counters(), {}
+    yield gained
+    after = counters()
+    gained |= {name: int(n - before.get(name, 0)) for name, n in after.items()}
 
 
 def stop_counting_others() -> None:
@@ -124,17 +153,23 @@ def draft_model(llm: Any) -> Any:
     return getattr(drafter, "model", None)
 
 
-class DraftRowCounter:
-    """Rows fed to the draft model, seen from the model itself."""
+@dataclass
+class DraftRows:
+    num_rows: int = 0
+    num_forwards: int = 0
 
-    def __init__(self, model: Any) -> None:
-        self.num_rows = 0
-        self.num_forwards = 0
-        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self.num_rows += int(kwargs["input_ids"].shape[0])
-        self.num_forwards += 1
+@contextlib.contextmanager
+def counting_draft_rows(llm: Any) -> Iterator[DraftRows]:
+    """Rows fed to the draft model, if there is one, seen from the model itself."""
+    rows, model = DraftRows(), draft_model(llm)
 
-    def close(self) -> None:
-        self._handle.remove()
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.num_rows += int(kwargs["input_ids"].shape[0])
+        rows.num_forwards += 1
+
+    with contextlib.ExitStack() as stack:
+        if model is not None:
+            hook = model.register_forward_pre_hook(count, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield rows

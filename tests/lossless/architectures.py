@@ -23,23 +23,23 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 Outcome = Literal["exact", "refused"]
 
-SIZES = {
+
+def numbers(text: str) -> dict[str, int]:
+    """Of words like `hidden_size=64`."""
+    return {name: int(n) for name, n in (word.split("=") for word in text.split())}
+
+
+SIZES = numbers(
+    "hidden_size=64 intermediate_size=96 num_hidden_layers=2 num_attention_heads=2 "
+    "num_key_value_heads=2 head_dim=32 bos_token_id=0 eos_token_id=1 pad_token_id=0"
+) | {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
     "max_position_embeddings": MAX_POSITIONS,
     "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
 }
 OWN_SIZES = ("idefics3", "whisper")  # model types that `SIZES` do not fit
 MIXED_LAYERS = ["sliding_attention", "full_attention"]
-MOE = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
+MOE = numbers("moe_intermediate_size=48 num_experts=4 num_experts_per_tok=2")
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,10 @@ INVENTORY = (
         "chunked local attention",
         "Llama 4",
         "llama4_text",
-        {
+        numbers("num_local_experts=4 num_experts_per_tok=1 intermediate_size_mlp=96")
+        | {
             "attention_chunk_size": BLOCK_SIZE,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2,
-            "intermediate_size_mlp": 96,
             "no_rope_layers": [1, 0],
         },
     ),
@@ -117,30 +115,18 @@ INVENTORY = (
         "attention sinks",
         "gpt-oss",
         "gpt_oss",
-        {
-            "sliding_window": WINDOW,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "layer_types": MIXED_LAYERS,
-        },
+        numbers("num_local_experts=4 num_experts_per_tok=2")
+        | {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS},
     ),
     Architecture(
         "multi-head latent attention",
         "DeepSeek-V2",
         "deepseek_v2",
-        {
-            "q_lora_rank": 32,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 32,
-            "moe_intermediate_size": 48,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        },
+        numbers(
+            "q_lora_rank=32 kv_lora_rank=512 qk_nope_head_dim=32 qk_rope_head_dim=64 "
+            "v_head_dim=32 moe_intermediate_size=48 n_routed_experts=4 "
+            "num_experts_per_tok=2 n_group=1 topk_group=1 first_k_dense_replace=1"
+        ),
         target="refused",
         says="has latent attention.* --speculative-config",
         drafter="refused",
@@ -151,17 +137,11 @@ INVENTORY = (
         "hybrid, Mamba-2",
         "Granite 4",
         "granitemoehybrid",
-        {
-            "layer_types": ["mamba", "attention"],
-            "mamba_n_heads": 4,
-            "mamba_d_head": 32,
-            "mamba_d_state": 16,
-            "mamba_n_groups": 1,
-            "mamba_expand": 2,
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "position_embedding_type": "rope",
-        },
+        numbers(
+            "mamba_n_heads=4 mamba_d_head=32 mamba_d_state=16 mamba_n_groups=1 "
+            "mamba_expand=2 num_local_experts=0 shared_intermediate_size=96"
+        )
+        | {"layer_types": ["mamba", "attention"], "position_embedding_type": "rope"},
         **RECURRENT,
         is_fast=True,
     ),
@@ -169,17 +149,12 @@ INVENTORY = (
         "hybrid, Mamba-1",
         "Jamba",
         "jamba",
-        {
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "num_experts": 1,
-            "num_experts_per_tok": 1,
-            "mamba_d_state": 16,
-            "mamba_dt_rank": 8,
-            "use_mamba_kernels": False,
-        },
+        numbers(
+            "attn_layer_period=2 attn_layer_offset=1 expert_layer_period=2 "
+            "expert_layer_offset=1 num_experts=1 num_experts_per_tok=1 "
+            "mamba_d_state=16 mamba_dt_rank=8"
+        )
+        | {"use_mamba_kernels": False},
         **RECURRENT,
         vllm_says="selective_scan_fwd",
     ),
@@ -188,14 +163,11 @@ INVENTORY = (
         "Qwen3-Next",
         "qwen3_next",
         MOE
-        | {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "shared_expert_intermediate_size": 48,
-        },
+        | numbers(
+            "linear_key_head_dim=128 linear_value_head_dim=128 linear_num_key_heads=2 "
+            "linear_num_value_heads=2 shared_expert_intermediate_size=48"
+        )
+        | {"layer_types": ["linear_attention", "full_attention"]},
         dtype="bfloat16",  # its CPU kernels take no other
         **RECURRENT | {"drafter_says": 'its method "mtp" only'},
     ),
@@ -203,19 +175,15 @@ INVENTORY = (
         "hybrid, short convolution",
         "LFM2",
         "lfm2",
-        {
-            "layer_types": ["conv", "full_attention"],
-            "conv_L_cache": 3,
-            "conv_dim": 64,
-            "conv_dim_out": 64,
-        },
+        numbers("conv_L_cache=3 conv_dim=64 conv_dim_out=64")
+        | {"layer_types": ["conv", "full_attention"]},
         **RECURRENT,
     ),
     Architecture(
         "no attention, Mamba-1",
         "Mamba",
         "mamba",
-        {"state_size": 16, "intermediate_size": 128, "time_step_rank": 8},
+        numbers("state_size=16 intermediate_size=128 time_step_rank=8"),
         **RECURRENT,
         vllm_says="selective_scan_fwd",
     ),
@@ -223,14 +191,10 @@ INVENTORY = (
         "no attention, Mamba-2",
         "Mamba-Codestral",
         "mamba2",
-        {
-            "state_size": 16,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "head_dim": 32,
-            "n_groups": 1,
-            "expand": 2,
-        },
+        numbers(
+            "state_size=16 intermediate_size=128 num_heads=4 head_dim=32 n_groups=1 "
+            "expand=2"
+        ),
         **RECURRENT,
         is_fast=True,
     ),
@@ -238,23 +202,13 @@ INVENTORY = (
         "encoder-decoder",
         "Whisper",
         "whisper",
-        {
-            "vocab_size": VOCAB_SIZE,
-            "d_model": 64,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 96,
-            "decoder_ffn_dim": 96,
-            "num_mel_bins": 16,
-            "max_source_positions": 64,
-            "max_target_positions": MAX_POSITIONS,
-            "decoder_start_token_id": 0,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-        },
+        numbers(
+            "d_model=64 encoder_layers=1 decoder_layers=1 encoder_attention_heads=2 "
+            "decoder_attention_heads=2 encoder_ffn_dim=96 decoder_ffn_dim=96 "
+            "num_mel_bins=16 max_source_positions=64 decoder_start_token_id=0 "
+            "bos_token_id=0 eos_token_id=1 pad_token_id=0"
+        )
+        | {"vocab_size": VOCAB_SIZE, "max_target_positions": MAX_POSITIONS},
         auto_class="AutoModelForSpeechSeq2Seq",
         target="refused",
         says="encoder-decoder targets.* --speculative-config",
@@ -268,20 +222,15 @@ INVENTORY = (
         "idefics3",
         {
             "text_config": SIZES | {"model_type": "llama"},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 1,
-                "image_size": 28,
-                "patch_size": 14,
-            },
-            "scale_factor": 2,
-            "image_token_id": 252,
-            "image_token_index": 252,
-            "pad_token_id": 0,
+            "vision_config": numbers(
+                "hidden_size=32 intermediate_size=32 num_hidden_layers=1 "
+                "num_attention_heads=1 image_size=28 patch_size=14"
+            ),
             "tie_word_embeddings": False,
-        },
+        }
+        | numbers(
+            "scale_factor=2 image_token_id=252 image_token_index=252 pad_token_id=0"
+        ),
         auto_class="AutoModelForImageTextToText",
         options={"language_model_only": True},
         needs="--language-model-only",

@@ -13,9 +13,9 @@ from tests.engine import (
     MIXED,
     STOCK,
     EngineConfig,
+    counting,
     prompts,
     running,
-    vllm_counters,
 )
 
 NUM_PROMPTS = 8
@@ -63,13 +63,8 @@ class Sampled:
 
 def sample(llm: Any, texts: list[Any], params: Any) -> Sampled:
     """`params`: one SamplingParams, or one a prompt. All completions in order."""
-    before = vllm_counters(llm)
-    outputs = llm.generate(texts, params, use_tqdm=False)
-    after = vllm_counters(llm)
-
-    def gained(name: str) -> int:
-        return int(after.get(name, 0) - before.get(name, 0))
-
+    with counting(llm) as gained:
+        outputs = llm.generate(texts, params, use_tqdm=False)
     completions = [c for output in outputs for c in output.outputs]
     return Sampled(
         [list(c.token_ids) for c in completions],
@@ -77,8 +72,8 @@ def sample(llm: Any, texts: list[Any], params: Any) -> Sampled:
         [c.finish_reason for c in completions],
         [_plain(c.logprobs) for c in completions],
         [_plain(output.prompt_logprobs) for output in outputs],
-        gained("vllm:spec_decode_num_draft_tokens"),
-        gained("vllm:spec_decode_num_accepted_tokens"),
+        gained.get("vllm:spec_decode_num_draft_tokens", 0),
+        gained.get("vllm:spec_decode_num_accepted_tokens", 0),
     )
 
 

@@ -8,9 +8,9 @@ from tests.engine import (
     NUM_SPECULATIVE_TOKENS,
     TARGET,
     EngineConfig,
+    counting,
     greedy,
     running,
-    stats,
     stop_counting_others,
 )
 from tests.lossless.engines import texts
@@ -25,9 +25,8 @@ def test_engine_agrees_with_the_reference_request_by_request() -> None:
     with running(EngineConfig(DRAFT_MODEL, prefix_caching=True)) as llm:
         tokenizer = llm.get_tokenizer()
         for text in texts(4):
-            before = stats(llm)
-            (token_ids,) = greedy(llm, [text], MAX_TOKENS)
-            counts = {name: n - before[name] for name, n in stats(llm).items()}
+            with counting(llm) as counts:
+                (token_ids,) = greedy(llm, [text], MAX_TOKENS)
             expected = reference.generate(tokenizer.encode(text), MAX_TOKENS)
             assert token_ids == expected.token_ids
             assert counts["num_accepted_tokens"] == sum(expected.accepted)

@@ -196,14 +196,22 @@ def recorded_paths(llm: Any) -> Iterator[set[str]]:
         del runner.sampler.forward, runner._sample
 
 
+def shortened(params: SamplingParams, max_tokens: int) -> SamplingParams:
+    params = params.clone()
+    params.max_tokens = min(params.max_tokens or max_tokens, max_tokens)
+    params.min_tokens = min(params.min_tokens, max_tokens - 5)
+    return params
+
+
 def arrangements(case: str) -> dict[str, tuple[list[str], list[SamplingParams]]]:
-    """The case for all requests, for one alone, and beside requests that use none."""
+    """The case for all requests, for one alone, which is a short one, and beside
+    requests that use none."""
     params = CASES[case]
     each = params if isinstance(params, list) else [params] * len(texts())
     beside = [p if i % 2 else NONE for i, p in enumerate(each)]
     return {
         "all": (texts(), each),
-        "alone": (texts()[3:4], each[3:4]),
+        "alone": (texts()[3:4], [shortened(each[3], 14)]),
         "beside": (texts(), beside),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.engine import stats, stop_counting_others
+from tests.engine import counting, stop_counting_others
 from tests.lossless.engines import NUM_PROMPTS, Sampled, engine, sample, texts
 from tests.lossless.test_greedy import CASES
 from tests.lossless.test_greedy import results as greedy_results
@@ -59,12 +59,12 @@ def _runs(name: str) -> dict[str, Sampled]:
     with engine(name) as llm:
         seen, drafted = {}, {}
         for kind in KINDS:
-            before = stats(llm).get("num_draft_rows_decode", 0)
             params = [_params(r) for r in _references(kind, answers)]
             given = [p.extra_args and dict(p.extra_args) for p in params]
-            seen[kind] = sample(llm, texts(), params)
+            with counting(llm) as gained:
+                seen[kind] = sample(llm, texts(), params)
             assert [p.extra_args for p in params] == given, "the user's were changed"
-            drafted[kind] = stats(llm)["num_draft_rows_decode"] - before
+            drafted[kind] = gained["num_draft_rows_decode"]
         _check_edit(llm)
         after = sample(llm, texts(), _params(None))
         assert after.token_ids == answers.token_ids
@@ -88,13 +88,10 @@ def _check_edit(llm: Any) -> None:
         one = long.clone()
         one.extra_args = {"emssd_reference": reference}
         params.append(one)
-    before = stats(llm)
-    again = sample(llm, [p for p, _ in given], params).token_ids
+    with counting(llm) as gained:
+        again = sample(llm, [p for p, _ in given], params).token_ids
     assert again == [a for a, e in zip(answers, edited, strict=True) if e is not None]
-    after = stats(llm)
-    emitted = after["num_emitted_tokens"] - before["num_emitted_tokens"]
-    steps = after["num_request_steps"] - before["num_request_steps"]
-    assert emitted >= 5 * steps
+    assert gained["num_emitted_tokens"] >= 5 * gained["num_request_steps"]
 
 
 def _changed_throughout(tokenizer: Any, answer: list[int]) -> list[int] | None:

@@ -13,20 +13,20 @@ from tests.engine import (
     ONE_OUTCOME,
     STOCK,
     STOCK_EAGLE3,
-    DraftRowCounter,
     EngineConfig,
-    draft_model,
+    counting,
+    counting_draft_rows,
+    few_blocks,
     greedy,
-    model_runner,
     prompts,
     running,
-    stats,
+    scheduler_of,
     stop_counting_others,
-    vllm_counters,
 )
+from vllm_emssd.metrics import COUNTER_NAMES
 
 BATCHES = (1, 8, 24)
-SMALL_CACHE = 9 << 20  # bytes: a third of what 24 requests want, so some are preempted
+SMALL_CACHE = 9 / 256  # of all blocks: a third of what 24 requests want
 CHUNK = 192  # tokens a step: prompts of up to 1000 tokens come in pieces
 
 CONFIGS = {
@@ -36,29 +36,22 @@ CONFIGS = {
     "draft_model, cached": EngineConfig(
         DRAFT_MODEL, prefix_caching=True, max_num_batched_tokens=CHUNK
     ),
-    "draft_model, small cache": EngineConfig(
-        DRAFT_MODEL, prefix_caching=True, kv_cache_bytes=SMALL_CACHE
-    ),
     "draft_model, padded": EngineConfig(DRAFT_MODEL | {"unpad_inputs": False}),
     "eagle3, stock": EngineConfig(STOCK_EAGLE3),
     "eagle3": EngineConfig(EAGLE3),
     "eagle3, cached": EngineConfig(
         EAGLE3, prefix_caching=True, max_num_batched_tokens=CHUNK
     ),
-    "eagle3, small cache": EngineConfig(
-        EAGLE3, prefix_caching=True, kv_cache_bytes=SMALL_CACHE
-    ),
     "llma": EngineConfig(LLMA),
     "llma, cached": EngineConfig(
         LLMA, prefix_caching=True, max_num_batched_tokens=CHUNK
     ),
-    "llma, small cache": EngineConfig(
-        LLMA, prefix_caching=True, kv_cache_bytes=SMALL_CACHE
-    ),
     "llma, padded": EngineConfig(LLMA | {"unpad_inputs": False}),
 }
 STOCKS = ("plain", "stock", "eagle3, stock")
-OURS = [name for name in CONFIGS if name not in STOCKS]
+# Of the engine of "..., cached", with most of its cache taken.
+SMALL = [name.replace("cached", "small cache") for name in CONFIGS if "cached" in name]
+OURS = [name for name in (*CONFIGS, *SMALL) if name not in STOCKS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +64,9 @@ class Pass:
     num_draft_tokens: int
     num_preemptions: int
     num_cached_tokens: int
-    draft_rows: int | None  # by the hook on the draft model
-    draft_forwards: int | None
-    counts: dict[str, int] | None  # the plugin's, of this pass
+    draft_rows: int  # by the hook on the draft model
+    draft_forwards: int
+    counts: dict[str, int]  # the plugin's, of this pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,46 +82,42 @@ def batch_prompts(size: int) -> list[str]:
 
 
 def _one_pass(llm: Any, **parameters: Any) -> Pass:
-    is_ours = hasattr(model_runner(llm), "counters")
-    model = draft_model(llm)
-    before, counts_before = vllm_counters(llm), stats(llm) if is_ours else {}
-    rows = DraftRowCounter(model) if model is not None else None
-    token_ids = {
-        size: greedy(llm, batch_prompts(size), **parameters) for size in BATCHES
-    }
-    if rows:
-        rows.close()
-    after, counts_after = vllm_counters(llm), stats(llm) if is_ours else {}
-
-    def gained(name: str) -> int:
-        return int(after.get(name, 0) - before.get(name, 0))
-
+    with counting(llm) as gained, counting_draft_rows(llm) as rows:
+        token_ids = {
+            size: greedy(llm, batch_prompts(size), **parameters) for size in BATCHES
+        }
     return Pass(
         token_ids,
-        gained("vllm:prompt_tokens"),
-        gained("vllm:spec_decode_num_accepted_tokens"),
-        gained("vllm:spec_decode_num_draft_tokens"),
-        gained("vllm:num_preemptions"),
-        gained("vllm:prefix_cache_hits"),
-        rows.num_rows if rows else None,
-        rows.num_forwards if rows else None,
-        {k: v - counts_before[k] for k, v in counts_after.items()} or None,
+        gained["vllm:prompt_tokens"],
+        gained.get("vllm:spec_decode_num_accepted_tokens", 0),
+        gained.get("vllm:spec_decode_num_draft_tokens", 0),
+        gained["vllm:num_preemptions"],
+        gained["vllm:prefix_cache_hits"],
+        rows.num_rows,
+        rows.num_forwards,
+        {k: v for k, v in gained.items() if k in COUNTER_NAMES},
     )
 
 
-@cache
 def run(name: str) -> Run:
+    return _runs(name.replace("small cache", "cached"))[name]
+
+
+@cache
+def _runs(name: str) -> dict[str, Run]:
+    """Of one engine."""
     stop_counting_others()
     with running(CONFIGS[name]) as llm:
-        engine_core = llm.llm_engine.engine_core.engine_core
         worker = llm.llm_engine.model_executor.driver_worker.worker
-        first = second = _one_pass(llm)
-        if CONFIGS[name].prefix_caching:
-            is_small = "small cache" in name
-            second = _one_pass(llm, **(ONE_OUTCOME if is_small else {}))
-        return Run(
-            first,
-            second,
+        kinds = (
             f"{type(worker).__module__}.{type(worker).__qualname__}",
-            type(engine_core.scheduler).__qualname__,
+            type(scheduler_of(llm)).__qualname__,
         )
+        first = second = _one_pass(llm)
+        if not CONFIGS[name].prefix_caching:
+            return {name: Run(first, second, *kinds)}
+        seen = {name: Run(first, _one_pass(llm), *kinds)}
+        num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        with few_blocks(llm, int(num_blocks * SMALL_CACHE)):
+            small = Run(_one_pass(llm), _one_pass(llm, **ONE_OUTCOME), *kinds)
+        return seen | {name.replace("cached", "small cache"): small}

@@ -58,7 +58,6 @@ def test_small_cache_preempts(name: str) -> None:
 @pytest.mark.parametrize("name", DRAFT_MODEL_RUNS)
 def test_counters_agree_with_the_draft_model(name: str) -> None:
     seen = run(name).first
-    assert seen.counts is not None
     assert seen.counts["num_draft_rows"] == seen.draft_rows
     assert seen.counts["num_draft_forwards"] == seen.draft_forwards
 
@@ -66,7 +65,6 @@ def test_counters_agree_with_the_draft_model(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_counters_agree_with_vllm(name: str) -> None:
     seen = run(name).first
-    assert seen.counts is not None
     assert seen.counts["num_accepted_tokens"] == seen.num_accepted_tokens
     if "padded" not in name or "draft_model" in name:
         assert seen.counts["num_draft_tokens"] == seen.num_draft_tokens
@@ -80,9 +78,6 @@ def test_decode_rows_at_most_half_of_stocks() -> None:
     """Rows of generated tokens: all rows less those of the prompts, fed once each."""
     stock, ours = run("stock").first, run("draft_model").first
     assert stock.num_prompt_tokens == ours.num_prompt_tokens
-    assert stock.draft_rows is not None
-    assert ours.draft_rows is not None
-    assert ours.counts is not None
     stock_decode = stock.draft_rows - stock.num_prompt_tokens
     ours_decode = ours.draft_rows - ours.num_prompt_tokens
     assert ours.counts["num_draft_rows_decode"] == ours_decode
@@ -91,7 +86,6 @@ def test_decode_rows_at_most_half_of_stocks() -> None:
 
 def test_padded_rows_counter_is_what_stock_feeds() -> None:
     stock, ours = run("stock").first, run("draft_model").first
-    assert ours.counts is not None
     assert ours.counts["num_padded_draft_rows"] == pytest.approx(
         stock.draft_rows, rel=0.02
     )
@@ -99,7 +93,6 @@ def test_padded_rows_counter_is_what_stock_feeds() -> None:
 
 def test_decoding_request_costs_at_most_k_plus_one_rows_a_step() -> None:
     counts = run("draft_model").first.counts
-    assert counts is not None
     most = (NUM_SPECULATIVE_TOKENS + 1) * counts["num_request_steps"]
     assert 0 < counts["num_draft_rows_decode"] <= most
 
@@ -107,8 +100,6 @@ def test_decoding_request_costs_at_most_k_plus_one_rows_a_step() -> None:
 @pytest.mark.parametrize("name", ["draft_model", "llma"])
 def test_padding_verifies_the_longest_draft_and_accepts_the_same(name: str) -> None:
     ragged, padded = run(name).first.counts, run(f"{name}, padded").first.counts
-    assert ragged is not None
-    assert padded is not None
     assert padded["num_verify_rows"] == padded["num_padded_verify_rows"]
     assert padded["num_accepted_tokens"] == ragged["num_accepted_tokens"]
     if name == "llma":

@@ -19,6 +19,7 @@ from tests.engine import (
     LLMA,
     ONE_OUTCOME,
     EngineConfig,
+    counting,
     greedy,
     model_runner,
     running,
@@ -45,11 +46,9 @@ def expected() -> list[list[int]]:
 
 def accepted_share(llm: Any, generate: Callable[[], list[list[int]]]) -> float:
     """Of drafts verified meanwhile; checks what comes out."""
-    before = stats(llm)
-    assert generate() == expected()
-    after = stats(llm)
-    accepted = after["num_accepted_tokens"] - before["num_accepted_tokens"]
-    return accepted / (after["num_draft_tokens"] - before["num_draft_tokens"])
+    with counting(llm) as gained:
+        assert generate() == expected()
+    return gained["num_accepted_tokens"] / gained["num_draft_tokens"]
 
 
 @pytest.mark.parametrize("proposer", ["draft_model", "llma"])
@@ -147,9 +146,7 @@ def test_odd_draft_model_drafts_as_far_as_it_goes(tmp_path: Path) -> None:
         assert share > 0.1
         assert max(positions) == limit - 1
         drafted = stats(llm)["num_draft_tokens"]
-    counts = run("draft_model").first.counts
-    assert counts is not None
-    assert 0 < drafted < counts["num_draft_tokens"]
+    assert 0 < drafted < run("draft_model").first.counts["num_draft_tokens"]
 
 
 def prompt_token_ids() -> list[list[int]]:

@@ -12,10 +12,10 @@ from tests.engine import (
     DRAFT_MODEL,
     LLMA,
     EngineConfig,
+    counting,
     greedy,
     prompts,
     running,
-    stats,
 )
 from vllm_emssd.integration.v1.runner import UnpadRunnerMixin
 from vllm_emssd.proposers.copy_lengths import CopyLengths
@@ -27,10 +27,8 @@ AUTO = {"draft_length": "auto", "num_speculative_tokens": 5}
 def drafts_a_step(llm: Any, num_draft_tokens: int | None) -> tuple[float, Any]:
     """Of each request that decodes; and the tokens."""
     llm.collective_rpc("emssd_fix_draft_length", args=(num_draft_tokens,))
-    before = stats(llm)
-    tokens = greedy(llm, [prompts()[0]], max_tokens=40)
-    now = stats(llm)
-    made = {name: now[name] - before[name] for name in now}
+    with counting(llm) as made:
+        tokens = greedy(llm, [prompts()[0]], max_tokens=40)
     # The step that ends the prompt verifies nothing.
     return made["num_draft_tokens"] / (made["num_request_steps"] - 1), tokens
 
@@ -61,10 +59,9 @@ def test_a_proposer_is_left_out_and_comes_back() -> None:
     with running(EngineConfig(mixed)) as llm:
         for proposer in ("draft_model", "llma", None):
             llm.collective_rpc("emssd_use_proposer", args=(proposer,))
-            before = stats(llm)
-            tokens = greedy(llm, [text + text], max_tokens=40)
-            now = stats(llm)
-            seen[proposer] = {name: now[name] - before[name] for name in now}, tokens
+            with counting(llm) as counts:
+                tokens = greedy(llm, [text + text], max_tokens=40)
+            seen[proposer] = counts, tokens
         with pytest.raises(ValueError, match="makes no drafts here"):
             llm.collective_rpc("emssd_use_proposer", args=("ngram",))
     assert all(tokens == seen[None][1] for _, tokens in seen.values())

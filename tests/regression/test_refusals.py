@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,80 +37,58 @@ def test_accepted_config_reaches_every_process() -> None:
     assert not config.scheduler_config.async_scheduling
 
 
-@pytest.mark.parametrize(
-    ("is_cpu", "use_v2", "proposer", "is_possible"),
-    [
-        (True, "1", "draft_model", True),
-        (False, None, "draft_model", True),
-        (False, "1", "draft_model", True),
-        (False, "0", "draft_model", False),
-        (False, None, "llma", False),
-        (False, None, "mixed", True),
-    ],
-)
-def test_lengths_are_fixed_unless_asked_otherwise_where_no_gain_was_measured(
-    is_cpu: bool,
-    use_v2: str | None,
-    proposer: str,
-    is_possible: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: is_cpu)
-    if use_v2 is not None:
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
-    config = EmssdConfig(proposer=proposer)
-    settled = frontend._settle_draft_length(config, {})
-    assert settled == config.model_copy(update={"draft_length": "fixed"})
-    assert frontend._settle_draft_length(settled, {}) is settled
-    asked = {"draft_length": "auto"}
-    if is_possible:
-        assert frontend._settle_draft_length(config, asked) is config
-    else:
-        with pytest.raises(ValueError, match=r"'draft_length' \"auto\".*\"fixed\""):
-            frontend._settle_draft_length(config, asked)
-
-
 V2_ONLY = r"its own proposers on vLLM's V2 model runner.*--async-scheduling"
 
 
 @pytest.mark.parametrize(
-    ("is_cpu", "use_v2", "proposer", "draft_length", "refused"),
+    ("is_cpu", "use_v2", "proposer", "may_be_auto", "may_be_async"),
     [
-        (False, None, "draft_model", "fixed", None),
-        (False, "1", "draft_model", "fixed", None),
-        (True, "1", "draft_model", "fixed", None),
-        (False, "1", "draft_model", "auto", None),
-        (False, "0", "draft_model", "fixed", V2_ONLY),
-        (True, None, "draft_model", "fixed", V2_ONLY),
-        (False, None, "llma", "fixed", None),
-        (True, None, "llma", "fixed", V2_ONLY),
-        (False, None, "mixed", "fixed", None),
+        (True, "1", "draft_model", True, True),
+        (False, None, "draft_model", True, True),
+        (False, "1", "draft_model", True, True),
+        (False, "0", "draft_model", False, False),
+        (False, None, "llma", False, True),
+        (False, None, "mixed", True, True),
+        (True, None, "draft_model", None, False),  # automatic lengths are the default
+        (True, None, "llma", None, False),
     ],
 )
-def test_scheduling_is_asynchronous_where_lengths_are_known_ahead(
+def test_automatic_lengths_and_async_scheduling_go_by_the_runner(
     is_cpu: bool,
     use_v2: str | None,
     proposer: str,
-    draft_length: str,
-    refused: str | None,
+    may_be_auto: bool | None,
+    may_be_async: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Lengths are fixed unless asked otherwise where no gain was measured; scheduling
+    is asynchronous where lengths are known ahead."""
     monkeypatch.setattr(frontend.current_platform, "is_cpu", lambda: is_cpu)
     if use_v2 is not None:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
-    config = EmssdConfig(proposer=proposer, draft_length=draft_length)
+    config = EmssdConfig(proposer=proposer)
+    fixed = config.model_copy(update={"draft_length": "fixed"})
+    if may_be_auto is not None:
+        assert frontend._settle_draft_length(config, {}) == fixed
+        assert frontend._settle_draft_length(fixed, {}) is fixed
+        with refused(not may_be_auto, r"'draft_length' \"auto\".*\"fixed\""):
+            asked = {"draft_length": "auto"}
+            assert frontend._settle_draft_length(config, asked) is config
 
-    def settled(asked: bool | None) -> bool:
-        args = SimpleNamespace(async_scheduling=asked)
-        return frontend._settle_async_scheduling(args, config)
+    for settled in (fixed, config) if may_be_auto else (fixed,):
 
-    assert settled(None) == (refused is None)
-    assert not settled(False)
-    if refused is None:
-        assert settled(True)
-    else:
-        with pytest.raises(ValueError, match=refused):
-            settled(True)
+        def is_async(asked: bool | None, config: EmssdConfig = settled) -> bool:
+            args = SimpleNamespace(async_scheduling=asked)
+            return frontend._settle_async_scheduling(args, config)
+
+        assert is_async(None) == may_be_async
+        assert not is_async(False)
+        with refused(not may_be_async, V2_ONLY):
+            assert is_async(True)
+
+
+def refused(is_refused: bool, message: str) -> Any:
+    return pytest.raises(ValueError, match=message) if is_refused else nullcontext()
 
 
 def test_vllm_itself_decides_where_it_may_schedule_asynchronously(

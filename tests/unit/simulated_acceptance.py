@@ -68,8 +68,7 @@ class Loop:
     ones with a prompt the drafter has not seen.
 
     Args:
-        quality: mean acceptance by step and batch row, or, `by_request`, by step and
-            number of the request: then a slow request gives way to any other.
+        quality: mean acceptance by step and batch row.
         spread: how much acceptance varies from draft to draft, 0 to 1.
         power: confidence is acceptance to this power; 1 is calibrated.
         meter: costs that the policy goes by, if others, which learn from each forward.
@@ -89,7 +88,6 @@ class Loop:
         prompt: int = 40,
         seed: int = 0,
         meter: StepCosts | None = None,
-        by_request: bool = False,
     ) -> None:
         self.num_plans = 0
         self.policy, self._costs, self._meter = policy, costs, meter
@@ -98,8 +96,7 @@ class Loop:
         self._lifetime, self._prompt = lifetime, prompt
         self._rng = np.random.default_rng(seed)
         self._num_started = 0
-        self._by_request, self._serials = by_request, list(range(num_reqs))
-        self._req_ids = [self._start(i) for i in range(num_reqs)]
+        self._req_ids = [self._start() for i in range(num_reqs)]
         self._left = self._rng.integers(1, lifetime, num_reqs)
         self._missing = np.full(num_reqs, prompt)
         self.steps: list[Step] = []
@@ -113,16 +110,14 @@ class Loop:
         steps = self.steps[first_step:]
         return sum(s.tokens for s in steps) / sum(s.ms for s in steps)
 
-    def _start(self, slot: int) -> str:
-        self._serials[slot] = self._num_started
+    def _start(self) -> str:
         self._num_started += 1
         return f"r{self._num_started}"
 
     def _draw(self) -> np.ndarray:
         """Acceptance of every draft that could be made. [num_reqs, K]"""
         now = len(self.steps)
-        of = self._serials if self._by_request else range(self._num_reqs)
-        mean = np.array([self._quality(now, i) for i in of])
+        mean = np.array([self._quality(now, i) for i in range(self._num_reqs)])
         reach = self._spread * np.minimum(mean, 1 - mean)
         noise = self._rng.uniform(-1, 1, (self._num_reqs, self._k))
         return mean[:, None] + reach[:, None] * noise
@@ -146,7 +141,7 @@ class Loop:
         self._left = self._left - 1 - accepted
         for i in np.flatnonzero(self._left <= 0):
             self.policy.release(self._req_ids[i])
-            self._req_ids[i] = self._start(i)
+            self._req_ids[i] = self._start()
             self._left[i], self._missing[i] = self._lifetime, self._prompt
         return step
 

@@ -61,13 +61,6 @@ def test_learns_what_a_confidence_is_worth_and_not_of_others(true: float) -> Non
     assert first(estimator, 0.96) > 0.95
 
 
-def test_survival_multiplies_along_a_request() -> None:
-    estimator = AcceptanceEstimator(2)
-    before = np.array([0.5, 0.25])
-    found = estimator.survival(np.array([0.3, 0.3]), before)
-    assert found == pytest.approx(0.9 * before)
-
-
 def test_drafts_after_the_first_rejected_one_teach_nothing() -> None:
     one, three = AcceptanceEstimator(3), AcceptanceEstimator(3)
     for _ in range(50):

@@ -60,18 +60,6 @@ def test_mixed_batch_beats_every_fixed_length(costs: StepCosts) -> None:
     assert share > 1.08
 
 
-@pytest.mark.parametrize(
-    ("costs", "least"), [(CHEAP, 1.04), (MEDIUM, 0.98)], ids=["cheap", "mid"]
-)
-def test_mixed_work_beats_fixed_lengths(costs: StepCosts, least: float) -> None:
-    """Half of all requests are predictable; the others stay longer and fill most of the
-    batch, so less can be won."""
-    share = share_of_best_fixed(
-        16, costs, lambda _, i: (0.9, 0.1)[i % 2], num_steps=1000, by_request=True
-    )
-    assert share > least
-
-
 @pytest.mark.parametrize(("num_reqs", "speculation_ms"), [(32, 4.0), (16, 14.0)])
 def test_what_stopping_gains_must_pay_for_speculating_at_all(
     num_reqs: int, speculation_ms: float
@@ -279,11 +267,6 @@ def test_may_not_trim_never_trims(seed: int) -> None:
     assert any(any(step.made) for step in loop.steps)
 
 
-def test_trims_where_it_may() -> None:
-    loop = Loop(auto_policy(MEDIUM, 8), MEDIUM, 8, lambda _, i: 0.1 + 0.1 * i).run(150)
-    assert any(step.made != step.verified for step in loop.steps)
-
-
 def test_rows_of_padding_go_to_the_likeliest_drafts_left() -> None:
     """Two requests in 8 rows: six drafts, though one alone is worth its row."""
     costs = dataclasses.replace(MEDIUM, computed_rows=lambda rows: max(rows, 8))
@@ -326,16 +309,6 @@ def test_recovers_from_costs_measured_beside_another_process() -> None:
         .tokens_per_ms(1000)
     )
     assert settled > 0.95 * wanted
-
-
-@pytest.mark.parametrize("num_reqs", [1, 8])
-def test_ranks_with_the_same_history_decide_alike(num_reqs: int) -> None:
-    def run() -> list[tuple[list[int], list[int]]]:
-        costs = made_costs(draft_ms=2.0)
-        loop = Loop(auto_policy(costs, 8), costs, num_reqs, lambda _, i: 0.3 + 0.08 * i)
-        return [(step.made, step.verified) for step in loop.run(200).steps]
-
-    assert run() == run()
 
 
 def test_idle_steps_are_seldom_planned_and_end_when_drafts_pay() -> None:

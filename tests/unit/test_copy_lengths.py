@@ -46,13 +46,6 @@ def test_no_other_lengths_earn_more(
     assert rate(tuple(lens.tolist())) == pytest.approx(best)
 
 
-def test_each_copy_by_its_own_confidence() -> None:
-    confidence = np.full((16, 7), np.where(np.arange(16) < 8, 0.97, 0.05)[:, None])
-    lens = CopyLengths(COSTS).choose(step_of(16, 7), confidence)
-    assert (lens[:8] > 2).all()
-    assert (lens[8:] == 0).all()
-
-
 def test_without_costs_all_is_verified() -> None:
     lens = CopyLengths().choose(step_of(2, [3, 0]), np.full((2, 3), 0.01))
     assert lens.tolist() == [3, 0]

@@ -1,4 +1,7 @@
-"""Hidden states that wait for an EAGLE head."""
+"""Hidden states that wait for an EAGLE head: where there is no room for all of them.
+
+That they come back by request and position is seen in `test_eagle.py`.
+"""
 
 from __future__ import annotations
 
@@ -39,46 +42,6 @@ def assert_kept(
 
 
 NUMBERS = {"a": 1, "b": 2, "c": 3}
-
-
-def test_states_come_back_by_request_and_position() -> None:
-    kept = HiddenStates(16)
-    keep(kept, NUMBERS, {"a": (0, 5), "b": (32, 3)})
-    keep(kept, NUMBERS, {"b": (35, 1), "a": (5, 2)})
-    assert_kept(kept, NUMBERS, "a", 0, 7)
-    assert_kept(kept, NUMBERS, "b", 32, 36)
-    both = kept.of(["b", "a"], np.array([33, 6]), np.array([35, 7]))
-    assert both.tolist() == [[2, 33], [2, 34], [1, 6]]
-
-
-def test_rejected_rows_are_left_out() -> None:
-    """Of four rows of a request the first two are wanted."""
-    kept = HiddenStates(16)
-    states = states_of(NUMBERS, {"a": (0, 4), "b": (7, 1)})
-    lens, first_rows = np.array([2, 1]), np.array([0, 4])
-    kept.keep(["a", "b"], np.array([0, 7]), lens, first_rows, states)
-    assert_kept(kept, NUMBERS, "a", 0, 2)
-    assert_kept(kept, NUMBERS, "b", 7, 8)
-
-
-def test_what_is_computed_again_is_replaced() -> None:
-    kept = HiddenStates(16)
-    keep(kept, NUMBERS, {"a": (0, 6)})
-    keep(kept, NUMBERS | {"a": 9}, {"a": (4, 4)})
-    assert kept.of(["a"], np.array([3]), np.array([6])).tolist() == [
-        [1, 3],
-        [9, 4],
-        [9, 5],
-    ]
-    keep(kept, NUMBERS, {"a": (0, 2)})
-    assert_kept(kept, NUMBERS, "a", 0, 2)
-
-
-def test_behind_a_gap_the_text_begins_anew() -> None:
-    kept = HiddenStates(16)
-    keep(kept, NUMBERS, {"a": (0, 6)})
-    keep(kept, NUMBERS, {"a": (8, 2)})
-    assert_kept(kept, NUMBERS, "a", 8, 10)
 
 
 def test_more_of_a_request_than_allowed_drops_the_oldest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -13,15 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.draft_batches import batch_of
-from tests.unit.simulated_scheduler import Request, Scheduler, Setup
+from tests.unit.proposing_engine import PlannedFailureError, ProposingEngine
+from tests.unit.simulated_scheduler import Request, Setup
+from tests.unit.test_draft_model import setups
 from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
-
-
-class PlannedFailureError(Exception):
-    pass
 
 
 class FailsAtTimes(CopyLengths):
@@ -35,53 +34,31 @@ class FailsAtTimes(CopyLengths):
         return super().choose(step, confidence)
 
 
-class CopyEngine:
-    """The simulated scheduler with a proposer that copies, and beside it one for each
-    request alone, which knows of no batch, no pause and no other request."""
+class CopyEngine(ProposingEngine):
+    """Beside the proposer, one for each request alone, which knows of no batch, no
+    pause and no other request."""
 
     def __init__(self, setup: Setup, check_length: int, copy_length: int) -> None:
-        self._setup, self._rng = setup, random.Random(setup.seed)
-        self._scheduler = Scheduler(setup, self._rng)
+        lengths = FailsAtTimes(random.Random(setup.seed), setup.failure_chance)
+        super().__init__(setup, LlmaProposer(check_length, copy_length, lengths))
         self._check_length, self._copy_length = check_length, copy_length
-        lengths = FailsAtTimes(self._rng, setup.failure_chance)
-        self._proposer = LlmaProposer(check_length, copy_length, lengths)
         self._alone: dict[Request, LlmaProposer] = {}
-        self.seen = self._scheduler.seen
 
-    def run(self) -> Counter[str]:
-        for _ in range(self._setup.num_steps):
-            self._step()
-        return self.seen
+    def _record(self, request: Request, *verified: int) -> None:
+        super()._record(request, *verified)
+        self._alone_of(request).record_verified(request.req_id, *verified)
 
-    def _step(self) -> None:
-        schedule = self._scheduler.schedule()
-        self._proposer.release(schedule.finished)
-        requests = list(schedule.num_scheduled)
-        is_sampling = []
-        for request in requests:
-            end = request.num_computed_tokens + schedule.num_scheduled[request]
-            is_sampling.append(end >= len(request.tokens))
-            if is_sampling[-1]:
-                num_drafts = len(request.drafts)
-                num_accepted = self._scheduler.verify(request)
-                verified = (request.req_id, num_drafts, num_accepted)
-                self._proposer.record_verified(*verified)
-                self._alone_of(request).record_verified(*verified)
-            else:
-                request.num_computed_tokens = end
-        batch = self._batch(requests, is_sampling)
+    def _propose(self, requests: list[Request], batch: DraftBatch) -> list[list[int]]:
+        assert set(self._proposer._requests) <= self._scheduler.known_req_ids
         expected = self._found_alone(requests, batch)
         try:
-            drafts = self._proposer.propose(batch)
+            drafts = super()._propose(requests, batch)
         except PlannedFailureError:
-            drafts = [[] for _ in requests]
             self.seen["failed"] += 1
-        else:
-            self._check(requests, expected, drafts)
-        for request, tokens in zip(requests, drafts, strict=True):
-            request.drafts = tokens
-        assert set(self._proposer._requests) <= self._scheduler.known_req_ids
-        self._scheduler.finish()
+            return [[] for _ in requests]
+        assert drafts == expected
+        self.seen["copied"] += sum(map(bool, drafts))
+        return drafts
 
     def _alone_of(self, request: Request) -> LlmaProposer:
         alone = LlmaProposer(self._check_length, self._copy_length, CopyLengths())
@@ -101,36 +78,10 @@ class CopyEngine:
             found += self._alone_of(request).propose(alone)
         return found
 
-    def _check(
-        self, requests: list[Request], expected: list[list[int]], drafts: Any
-    ) -> None:
-        assert drafts == expected
-        self.seen["copied"] += sum(map(bool, drafts))
-
-    def _batch(self, requests: list[Request], is_sampling: list[bool]) -> DraftBatch:
-        room = [self._setup.max_model_len - len(r.tokens) - 1 for r in requests]
-        return batch_of(
-            {r.req_id: r.tokens for r in requests},
-            np.clip(room, 0, self._setup.num_spec_tokens),
-            is_sampling,
-            num_prompt_tokens=[r.num_prompt_tokens for r in requests],
-            num_scheduled_tokens=[1] * len(requests),
-        )
-
 
 @st.composite
 def engines(draw: st.DrawFn) -> CopyEngine:
-    setup = Setup(
-        seed=draw(st.integers(0, 2**32 - 1)),
-        num_steps=draw(st.integers(1, 60)),
-        max_num_reqs=draw(st.integers(1, 5)),
-        num_spec_tokens=draw(st.integers(1, 9)),
-        block_size=draw(st.integers(1, 5)),
-        num_spare_blocks=draw(st.integers(0, 20)),
-        max_model_len=draw(st.integers(5, 70)),
-        token_budget=draw(st.integers(1, 40)),
-        failure_chance=draw(st.sampled_from((0.0, 0.1, 0.5))),
-    )
+    setup = dataclasses.replace(draw(setups()), max_model_len=draw(st.integers(5, 70)))
     return CopyEngine(setup, draw(st.integers(1, 4)), draw(st.integers(1, 9)))
 
 

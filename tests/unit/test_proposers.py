@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
@@ -19,8 +17,10 @@ from tests.proposer_example import (
     installed_example,
 )
 from tests.unit.draft_batches import batch_of
+from tests.unit.proposing_engine import ProposingEngine
+from tests.unit.simulated_scheduler import Setup
 from vllm_emssd.config import EmssdConfig, parse_speculative_config, plugin_proposers
-from vllm_emssd.proposers.base import DraftBatch, Proposer, plugin_proposer
+from vllm_emssd.proposers.base import Proposer, plugin_proposer
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
 
@@ -64,70 +64,21 @@ def make(name: str, lengths: CopyLengths) -> Proposer:
     return maker(config, lengths)
 
 
-@dataclass
-class Simulation:
-    """Requests come and go, rows move, prompts take several steps."""
-
-    proposer: Proposer
-    random: Random
-    texts: dict[str, list[int]] = field(default_factory=dict)
-    drafts: dict[str, list[int]] = field(default_factory=dict)
-    num_started: int = 0
-    num_drafts: int = 0
-
-    def step(self) -> None:
-        random = self.random
-        if len(self.texts) < 5 and random.random() < 0.6:
-            prompt = [random.randrange(VOCAB_SIZE) for _ in range(random.randint(1, 9))]
-            self.texts[f"r{self.num_started}"] = prompt * random.randint(1, 6)
-            self.num_started += 1
-        if self.texts and random.random() < 0.2:
-            gone = random.choice(sorted(self.texts))
-            del self.texts[gone]
-            self.drafts.pop(gone, None)
-            self.proposer.release([gone])
-        rows = random.sample(sorted(self.texts), random.randint(0, len(self.texts)))
-        is_sampling = [random.random() < 0.8 for _ in rows]
-        for req_id, samples in zip(rows, is_sampling, strict=True):
-            if samples:
-                self._verify(req_id)
-        most = [random.randint(0, 6) for _ in rows]
-        drafts = self.proposer.propose(self._batch(rows, is_sampling, most))
-        assert len(drafts) == len(rows)
-        for i, tokens in enumerate(drafts):
-            assert len(tokens) <= (most[i] if is_sampling[i] else 0)
-            assert all(type(t) is int and 0 <= t < VOCAB_SIZE for t in tokens)
-            self.drafts[rows[i]] = tokens
-            self.num_drafts += len(tokens)
-
-    def _verify(self, req_id: str) -> None:
-        drafts = self.drafts.pop(req_id, [])
-        num_accepted = self.random.randint(0, len(drafts))
-        new = [*drafts[:num_accepted], self.random.randrange(VOCAB_SIZE)]
-        self.texts[req_id] += new
-        self.proposer.record_verified(req_id, len(drafts), num_accepted)
-
-    def _batch(
-        self, rows: list[str], is_sampling: list[bool], most: list[int]
-    ) -> DraftBatch:
-        texts = {req_id: self.texts[req_id] for req_id in rows}
-        scheduled = [1] * len(rows)
-        return batch_of(texts, most, is_sampling, num_scheduled_tokens=scheduled)
-
-
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", range(5))
-def test_drafts_are_valid_and_few_enough(name: str, seed: int) -> None:
-    simulation = Simulation(make(name, CopyLengths()), Random(seed))
-    for _ in range(NUM_STEPS):
-        simulation.step()
-    assert simulation.num_drafts > 0
+def test_drafts_are_valid_and_few_enough(name: str) -> None:
+    """The engine checks them."""
+    for seed in range(5):
+        setup = Setup(seed, max_model_len=64)
+        seen = ProposingEngine(setup, make(name, CopyLengths())).run()
+        assert seen["drafts"] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_steps_give_the_same_drafts(name: str) -> None:
     """Every rank drafts for itself: nothing may depend on the process."""
-    first, second = (Simulation(make(name, CopyLengths()), Random(1)) for _ in range(2))
+    first, second = (
+        ProposingEngine(Setup(1), make(name, CopyLengths())) for _ in range(2)
+    )
     for _ in range(NUM_STEPS):
         first.step()
         second.step()
@@ -144,9 +95,7 @@ def test_lengths_are_chosen_and_what_came_of_them_is_told(name: str) -> None:
 
     lengths = AtMostOne()
     proposer = make(name, lengths)
-    text = [1, 2, 3, 1, 2, 3, 1, 2, 3]
-    simulation = Simulation(proposer, Random(0), texts={"a": text})
-    (drafts,) = proposer.propose(simulation._batch(["a"], [True], [6]))
+    (drafts,) = proposer.propose(batch_of({"a": [1, 2, 3] * 3}, [6]))
     assert drafts == [1]
     proposer.record_verified("a", 1, 1)
     assert lengths.observed == [("a", 1, 1)]
@@ -159,12 +108,10 @@ def test_a_released_request_is_forgotten(name: str) -> None:
     """Its id may come back with another text, shorter or longer."""
     for text in ([3], [4, 5] * 40):
         proposer = make(name, CopyLengths())
-        simulation = Simulation(proposer, Random(0), texts={"a": [1, 2] * 20})
-        proposer.propose(simulation._batch(["a"], [True], [6]))
+        proposer.propose(batch_of({"a": [1, 2] * 20}, [6]))
         proposer.release(["a"])
-        simulation.texts["a"] = text
         fresh = make(name, CopyLengths())
-        batch = simulation._batch(["a"], [True], [6])
+        batch = batch_of({"a": text}, [6])
         if len(text) > 1:
             assert proposer.propose(batch) == fresh.propose(batch)
         else:

@@ -18,27 +18,34 @@ from vllm_emssd.integration.cpu.row_padding import (
     next_row_count,
 )
 
+TIMES = (  # by rows: two passes, and one whose differences are small
+    {1: 30.0, 16: 36.0, 24: 50.0, 32: 52.0, 40: 41.0, 64: 49.0, 128: 90.0},
+    {1: 31.0, 16: 36.0, 24: 47.0, 32: 48.0, 40: 38.0, 64: 66.0, 128: 88.0},
+    {8: 36.0, 16: 34.0, 24: 35.0, 32: 33.0, 48: 30.0, 64: 29.1, 128: 20.0},
+)
+ROOM = 999  # the engine takes more
+TO_ONE_OF_FEW = [(n, ROOM, n) for n in (0, 1, 15, 16, 160, 512)]
+TO_ONE_OF_FEW += [(17, ROOM, 20), (65, ROOM, 72), (161, ROOM, 168), (161, 167, 167)]
+TO_ONE_OF_FEW += [(161, 161, 161), (300, ROOM, 304), (513, ROOM, 544)]
+TO_WHAT_WAS_QUICKER = [(n, ROOM, n) for n in (0, 1, 16, 64)]
+TO_WHAT_WAS_QUICKER += [(n, ROOM, 40) for n in (17, 24, 32)]
+TO_WHAT_WAS_QUICKER += [(17, 39, 20), (33, 999, 36), (500, ROOM, 512)]
+# By a tile at most, and not for noise: of 48 rows, 64 are quicker by 3 %.
+BY_A_TILE = [(n, ROOM, n) for n in (8, 16, 48, 64)]
+BY_A_TILE += [(17, ROOM, 32), (32, ROOM, 48)]
+
 
 @pytest.mark.parametrize(
-    ("num_rows", "most", "padded"),
-    [
-        (0, 999, 0),
-        (1, 999, 1),
-        (15, 999, 15),
-        (16, 999, 16),
-        (17, 999, 20),
-        (65, 999, 72),
-        (160, 999, 160),
-        (161, 999, 168),
-        (161, 167, 167),  # the engine takes no more
-        (161, 161, 161),
-        (300, 999, 304),
-        (512, 999, 512),
-        (513, 999, 544),
-    ],
+    ("times", "cases"),
+    [((), TO_ONE_OF_FEW), (TIMES[:2], TO_WHAT_WAS_QUICKER), (TIMES[2:], BY_A_TILE)],
 )
-def test_pads_to_one_of_few(num_rows: int, most: int, padded: int) -> None:
-    assert RowPadding().padded(num_rows, most) == padded
+def test_pads_to_one_of_few_that_is_no_slower(
+    times: tuple[dict[int, float], ...], cases: list[tuple[int, int, int]]
+) -> None:
+    samples = [one for measured in times for one in measured.items()]
+    padding = RowPadding(samples) if samples else RowPadding()
+    for num_rows, most, padded in cases:
+        assert padding.padded(num_rows, most) == padded, num_rows
 
 
 @given(st.integers(0, 5000), st.integers(0, 600))
@@ -64,48 +71,6 @@ def test_larger_counts_are_quicker_with_amx_alone(
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
     padding = RowPadding.measured([(16, 45.2), (24, 71.0), (32, 66.5), (64, 180.0)])
     assert padding.padded(24, 999) == (32 if has_amx else 24)
-
-
-PASSES = (
-    {1: 30.0, 16: 36.0, 24: 50.0, 32: 52.0, 40: 41.0, 64: 49.0, 128: 90.0},
-    {1: 31.0, 16: 36.0, 24: 47.0, 32: 48.0, 40: 38.0, 64: 66.0, 128: 88.0},
-)
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "most", "padded"),
-    [
-        (0, 999, 0),
-        (1, 999, 1),
-        (16, 999, 16),
-        (17, 999, 40),
-        (24, 999, 40),
-        (32, 999, 40),
-        (17, 39, 20),  # the engine takes no more
-        (33, 999, 36),
-        (64, 999, 64),
-        (500, 999, 512),
-    ],
-)
-def test_pads_to_what_was_quicker(num_rows: int, most: int, padded: int) -> None:
-    samples = [one for times in PASSES for one in times.items()]
-    assert RowPadding(samples).padded(num_rows, most) == padded
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "padded"),
-    [
-        (8, 8),  # few row counts
-        (16, 16),
-        (17, 32),
-        (32, 48),
-        (48, 48),  # 64 is quicker by 3 %
-        (64, 64),  # 128 is more than a tile away: what was noise would cost much
-    ],
-)
-def test_pads_by_a_tile_at_most_and_not_for_noise(num_rows: int, padded: int) -> None:
-    times = {8: 36.0, 16: 34.0, 24: 35.0, 32: 33.0, 48: 30.0, 64: 29.1, 128: 20.0}
-    assert RowPadding(times.items()).padded(num_rows, 999) == padded
 
 
 class Stock:

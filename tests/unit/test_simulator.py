@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from tests.unit.made_traces import (
@@ -190,18 +188,6 @@ def test_drafter_is_fed_each_known_token_once(seed: int) -> None:
         known += sum(len(r.prompt_ids) for r in found.requests)
         last = sum(last_emitted(r, 1) for r in found.requests)
         assert counters.num_draft_rows == known - last
-
-
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_acceptance_zero_and_one(k: int) -> None:
-    num_output = 41
-    nothing = run_once(constant_trace(0, 5, 4, num_output), Decoding("fixed", k))
-    assert nothing.counters.num_steps == num_output
-    assert nothing.accepted_per_request_step == 0
-    everything = run_once(constant_trace(5, 5, 4, num_output), Decoding("fixed", k))
-    num_steps = 1 + math.ceil((num_output - 1) / (k + 1))
-    assert everything.counters.num_steps == num_steps
-    assert everything.counters.num_accepted_tokens == 4 * k * (num_steps - 1)
 
 
 def test_plain_is_fixed_zero() -> None:

@@ -1,21 +1,11 @@
 """Compiles the kernels for a GPU, which takes none.
 
-    python -m tests.v2.compiled RESULTS.json
-
 The interpreter takes what the compiler refuses: variables that change their type in a
-loop, a branch that leaves one undefined. In a process of its own: see `runs.py`.
+loop, a branch that leaves one undefined.
 """
 
 from __future__ import annotations
 
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.pretend_cpu_backend()  # or vLLM takes it that there is no Triton
-
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 H100 = "cuda", 90, 32
@@ -48,7 +38,7 @@ def size_of(kernel: Any, **constants: int) -> int:
     return len(triton.compile(source, target=GPUTarget(*H100)).asm["cubin"])
 
 
-def main(path: Path) -> None:
+def run_all() -> dict[str, int]:
     import triton.backends
 
     from vllm_emssd.integration.v2.copy_kernels import (
@@ -64,7 +54,7 @@ def main(path: Path) -> None:
     del triton.backends.backends["cpu"]  # the one that was pretended
     block = {"BLOCK_SIZE": 512}
     copies = {"K": 7, "K_PADDED": 8, "CHECK_LENGTH": 2, "TAIL_LENGTH": 32}
-    sizes = {
+    return {
         "place_rows": size_of(place_rows_kernel, ROWS=2, **block),
         "place_spans": size_of(place_rows_kernel, ROWS=0, **block),
         "advance": size_of(advance_kernel, **block),
@@ -72,8 +62,3 @@ def main(path: Path) -> None:
         "observe_copies": size_of(observe_copies_kernel, **block),
         "find_copies": size_of(find_copies_kernel, **copies, **block),
     }
-    path.write_text(json.dumps(sizes))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,23 +1,10 @@
-"""Copies found by the kernels, against those of the proposer for V1's runner.
-
-    python -m tests.v2.copies RESULTS.json
-
-In a process of its own: see `runs.py`.
-"""
+"""Copies found by the kernels, against those of the proposer for V1's runner."""
 
 from __future__ import annotations
 
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.install()
-
-import json
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,12 +218,5 @@ def run(seed: int, check_length: int, copy_length: int) -> dict[str, int]:
     return dict(seen)
 
 
-def main(path: Path) -> None:
-    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
-
-    runs = [run(seed, *options) for options in OPTIONS for seed in SEEDS]
-    path.write_text(json.dumps(runs))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def run_all() -> list[dict[str, int]]:
+    return [run(seed, *options) for options in OPTIONS for seed in SEEDS]

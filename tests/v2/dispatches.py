@@ -1,20 +1,15 @@
 """Host work of steady drafting steps, under the interpreter.
 
-    python -m tests.v2.dispatches RESULTS.json
-
-In a process of its own: see `runs.py`. Draft forwards are replayed as from graphs.
+Draft forwards are replayed as from graphs.
 """
 
 from __future__ import annotations
 
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.install()
-
-import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,20 +20,25 @@ from tests.engine import (
     DRAFT,
     DRAFT_MODEL,
     LLMA,
+    MIXED,
     EngineConfig,
     model_runner,
     prompts,
     running,
     stop_counting_others,
 )
+from tests.v2 import interpreter
 from tests.v2.host_work import REPLAY, HostWork, counting
 from tests.v2.padded_forwards import pad_forwards
 
 REPO = Path(__file__).resolve().parents[2]
-LAYERS = (2, 8)  # of the drafter
-COPIES = 0  # layers where there is none
+K, COPY_LENGTH = 5, 7
+LAYERS = {"draft model": 2, "larger draft model": 8}
+PROPOSERS = ("llma", "mixed", *LAYERS)
+COPYING_MODULES = ("pending_steps", "speculator", "mixed_speculator", "copy_source")
 BATCHES = (1, 24)  # requests
-K = 5
+# Its end repeats, so that there is something to copy, until the answer departs from it.
+REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"
 
 
 def grown(num_layers: int, folder: Path) -> str:
@@ -51,11 +51,9 @@ def grown(num_layers: int, folder: Path) -> str:
     return str(folder)
 
 
-def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
-    """Of `propose`, in the steps in which all requests decode."""
+def decoding_steps(llm: Any, num_reqs: int, is_mixed: bool) -> list[dict[str, Any]]:
+    """Host work of `propose`, in the steps in which all requests decode."""
     from vllm import SamplingParams
-
-    from vllm_emssd.integration.v2 import pending_steps
 
     speculator, steps = model_runner(llm).speculator, []
     propose = speculator.propose
@@ -63,61 +61,71 @@ def steady_steps(llm: Any, num_reqs: int) -> list[HostWork]:
 
     def counted(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         work = HostWork()
+        forwards = speculator.counters.num_draft_forwards
         for graph in graphs:
             replay = type(graph).run_fullgraph.__get__(graph)
             graph.run_fullgraph = work.counts_as_one(replay, REPLAY)
-        with counting(work), pytest.MonkeyPatch.context() as patch:
-            # It does not wait for what it copies.
-            copy = work.counts_as_one(pending_steps.async_copy_to_np, "copy to host")
-            patch.setattr(pending_steps, "async_copy_to_np", copy)
+        with counting(work), copies_waiting_for_nothing(work):
             drafts = propose(input_batch, *args, **kwargs)
-        is_steady = input_batch.num_draft_tokens == num_reqs * K
-        if not speculator.has_draft_model:
-            num_computed = input_batch.num_computed_tokens_np
-            is_steady = (num_computed >= input_batch.prefill_len_np).all()
-        if is_steady:
-            steps.append(work)
+        forwards = speculator.counters.num_draft_forwards - forwards
+        if (input_batch.num_computed_tokens_np >= input_batch.prefill_len_np).all():
+            num_launched = forwards - work.calls[REPLAY]  # to feed what is missing
+            steps.append(
+                {
+                    "requests": num_reqs,
+                    "calls": dict(work.calls),
+                    "total": work.total,
+                    "waits": work.waits,
+                    "backfills": num_launched > 0,
+                    "verifies": input_batch.num_draft_tokens,
+                    "made": list(speculator.draft_lens.values()),
+                }
+            )
         return drafts
 
     speculator.propose = counted
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=14)
     texts = [prompts()[i % len(prompts())][:60] for i in range(num_reqs)]
+    if is_mixed:
+        params.max_tokens = 30
+        texts[::2] = [REPEATING] * len(texts[::2])
     llm.generate(texts, params, use_tqdm=False)
     del speculator.propose
     return steps
 
 
-def run_all(path: Path) -> None:
-    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+@contextmanager
+def copies_waiting_for_nothing(work: HostWork) -> Iterator[None]:
+    """Between host and device; each counts as one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in COPYING_MODULES:
+            loaded = import_module(f"vllm_emssd.integration.v2.{module}")
+            for name in ("async_copy_to_np", "async_tensor_h2d"):
+                if copy := getattr(loaded, name, None):
+                    patch.setattr(loaded, name, work.counts_as_one(copy, name))
+        yield
 
-    seen: list[dict[str, Any]] = []
+
+def run_all() -> dict[str, list[dict[str, Any]]]:
+    seen: dict[str, list[dict[str, Any]]] = {}
     interpreter.schedule_asynchronously(True)
+    small: dict[str, Any] = {"max_model_len": 128, "kv_cache_bytes": 64 << 20}
+    small["options"] = {"block_size": 32, "async_scheduling": True}
+    small["options"]["max_num_seqs"] = max(BATCHES)  # which vLLM warms up with
     with TemporaryDirectory() as folder:
-        for num_layers in (COPIES, *LAYERS):
-            method = LLMA
-            if num_layers != COPIES:
-                draft = (
-                    DRAFT if num_layers == 2 else grown(num_layers, Path(folder) / "m")
-                )
-                method = DRAFT_MODEL | {"model": draft}
-            small: dict[str, Any] = {"max_model_len": 128, "kv_cache_bytes": 64 << 20}
-            options = {"block_size": 32, "async_scheduling": True}
-            config = EngineConfig(method, options=options, **small)
+        methods = {
+            "llma": LLMA,
+            "mixed": MIXED,
+            "draft model": DRAFT_MODEL,
+            "larger draft model": DRAFT_MODEL
+            | {"model": grown(LAYERS["larger draft model"], Path(folder) / "m")},
+        }
+        for name, method in methods.items():
             stop_counting_others()
-            with running(config) as llm:
-                for num_reqs in BATCHES:
-                    for work in steady_steps(llm, num_reqs):
-                        seen.append(
-                            {
-                                "layers": num_layers,
-                                "requests": num_reqs,
-                                "calls": dict(work.calls),
-                                "total": work.total,
-                                "waits": work.waits,
-                            }
-                        )
-    path.write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))
+            with running(EngineConfig(method, **small)) as llm:
+                seen[name] = [
+                    step
+                    for num_reqs in BATCHES
+                    for step in decoding_steps(llm, num_reqs, name == "mixed")
+                ]
+    return seen

@@ -1,23 +1,10 @@
-"""The drafter over a toy model, launched and replayed, against the text's own drafts.
-
-    python -m tests.v2.emulated RESULTS.json
-
-In a process of its own: see `runs.py`.
-"""
+"""The drafter over a toy model, launched and replayed, against its text's drafts."""
 
 from __future__ import annotations
 
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.install()
-
-import json
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,16 +151,9 @@ def error_with(fault: str) -> str | None:
     return None
 
 
-def main(path: Path) -> None:
-    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
-
-    seen = {
+def run_all() -> dict[str, Any]:
+    return {
         "launched": [run(seed, recorded=False) for seed in range(8)],
         "replayed": [run(seed, recorded=True) for seed in range(8)],
         "errors": {fault: error_with(fault) for fault in FAULTS},
     }
-    path.write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,22 +1,9 @@
-"""Every sampling parameter on the V2 runner under the interpreter, plain and emssd.
-
-    python -m tests.v2.parameters RESULTS.json
-
-In a process of its own: see `runs.py`.
-"""
+"""Every sampling parameter on the V2 runner under the interpreter, plain and emssd."""
 
 from __future__ import annotations
 
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.install()
-
 import contextlib
-import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,14 +13,14 @@ from tests.engine import (
     DRAFT_MODEL,
     LLMA,
     EngineConfig,
-    model_runner,
+    counting,
     prompts,
     running,
-    stats,
     stop_counting_others,
 )
 from tests.lossless.engines import REASONING, sample
-from tests.lossless.test_greedy import CASES, NONE
+from tests.lossless.test_greedy import CASES, NONE, shortened
+from tests.v2 import interpreter
 from tests.v2.runs import SteeredPrices, asynchronous
 
 SMALL = {
@@ -52,20 +39,13 @@ ENGINES = {
 }
 
 
-def _short(params: SamplingParams) -> SamplingParams:
-    params = params.clone()
-    params.max_tokens = min(params.max_tokens or 14, 14)
-    params.min_tokens = min(params.min_tokens, 9)
-    return params
-
-
 def arrangements(case: str) -> dict[str, list[SamplingParams]]:
     """The case for all of four requests, for one alone, and beside requests that use
     none."""
     params = CASES[case]
     each = params if isinstance(params, list) else [params] * 4
-    each = [_short(p) for p in each[:4]]
-    beside = [p if i % 2 else _short(NONE) for i, p in enumerate(each)]
+    each = [shortened(p, 14) for p in each[:4]]
+    beside = [p if i % 2 else shortened(NONE, 14) for i, p in enumerate(each)]
     return {"all": each, "alone": each[:1], "beside": beside}
 
 
@@ -99,17 +79,9 @@ def recorded_paths() -> Iterator[set[str]]:
         yield paths
 
 
-def num_drafts_made(llm: Any) -> int:
-    """By our counters: with async scheduling vLLM's count what it scheduled ahead."""
-    if not hasattr(model_runner(llm), "counters"):
-        return 0
-    return stats(llm)["num_draft_tokens"]
-
-
 def run_case(llm: Any, params: list[SamplingParams]) -> dict[str, Any]:
     texts = [text[: 100 + 30 * i] for i, text in enumerate(prompts()[: len(params)])]
-    before = num_drafts_made(llm)
-    with recorded_paths() as paths:
+    with recorded_paths() as paths, counting(llm) as gained:
         out = sample(llm, texts, params)
     return {
         "token_ids": out.token_ids,
@@ -118,15 +90,14 @@ def run_case(llm: Any, params: list[SamplingParams]) -> dict[str, Any]:
         "logprobs": [
             [sorted(at.items()) for at in positions] for positions in out.logprobs
         ],
-        "num_draft_tokens": num_drafts_made(llm) - before,
+        # By our counters: with async scheduling vLLM's count what it scheduled ahead.
+        "num_draft_tokens": gained.get("num_draft_tokens", 0),
         "num_accepted_tokens": out.num_accepted_tokens,
         "paths": sorted(paths),
     }
 
 
-def run_all(path: Path) -> None:
-    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
-
+def run_all() -> dict[str, Any]:
     interpreter.filter_by_torch()
     seen: dict[str, Any] = {}
     for name, config in ENGINES.items():
@@ -139,8 +110,4 @@ def run_all(path: Path) -> None:
                 for arrangement, params in arrangements(case).items():
                     key = f"{name}: {case}, {arrangement}"
                     seen[key] = run_case(llm, params)
-    path.write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))
+    return seen

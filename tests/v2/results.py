@@ -1,4 +1,10 @@
-"""Results of modules that run under the interpreter, in a process of their own."""
+"""Results of modules that run under the interpreter, in a process of their own.
+
+    python -m tests.v2.results tests.v2.runs RESULTS.json [ARGUMENT ...]
+
+It must be in place before vLLM is imported, so the tests start each module once, and
+look at what its `run_all` returned.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,15 @@ import json
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.v2 import interpreter
+
 REPO = Path(__file__).resolve().parents[2]
+COMPILING = "tests.v2.compiled"  # does without
 
 
 def results_of(module: str, timeout: float = 600) -> Any:
@@ -28,9 +38,23 @@ def results_of(module: str, timeout: float = 600) -> Any:
 def _run(module: str, timeout: float) -> Any:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        command = [sys.executable, "-m", module, str(path)]
+        command = [sys.executable, "-m", "tests.v2.results", module, str(path)]
         try:
             subprocess.run(command, cwd=REPO, check=True, timeout=timeout)
         except subprocess.SubprocessError as error:
             return error
         return json.loads(path.read_text())
+
+
+def main(module: str, path: str, *arguments: str) -> None:
+    if module == COMPILING:
+        interpreter.pretend_cpu_backend()  # or vLLM takes it that there is no Triton
+    else:
+        interpreter.install()
+        import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+    results = import_module(module).run_all(*arguments)
+    Path(path).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,27 +1,13 @@
-"""Runs of the V2 runner under the interpreter, in a process of their own.
-
-    python -m tests.v2.runs RESULTS.json [ENGINE ...]
-
-The interpreter must be in place before vLLM is imported, so the tests start this once
-and look at what it wrote.
-"""
+"""Runs of the V2 runner under the interpreter."""
 
 from __future__ import annotations
-
-from tests.v2 import interpreter
-
-if __name__ == "__main__":
-    interpreter.install()
 
 import contextlib
 import copy
 import dataclasses
-import json
 import logging
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,19 +19,21 @@ from tests.engine import (
     MIXED,
     STOCK,
     TARGET,
-    DraftRowCounter,
     EngineConfig,
-    draft_model,
+    counting,
+    counting_draft_rows,
+    few_blocks,
     model_runner,
     prompts,
     running,
-    stats,
+    scheduler_of,
     stop_counting_others,
-    vllm_counters,
 )
 from tests.planted_failures import break_parts
+from tests.v2 import interpreter
 from tests.v2.padded_forwards import pad_forwards
 from vllm_emssd.draft_length import CostTable, FixedDraftLength, StepInfo
+from vllm_emssd.metrics import COUNTER_NAMES
 
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
@@ -58,13 +46,10 @@ REGEX = r"(foo|bar)(_[a-z]{2}){1,2}"
 SMALL = {
     "max_model_len": 128,
     "kv_cache_bytes": 8 << 20,
-    "options": {"block_size": 32},
+    "options": {"block_size": 32, "max_num_seqs": 10},  # which vLLM warms up with
 }
 CACHED = SMALL | {"prefix_caching": True, "max_num_batched_tokens": 48}
-TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
-    "prefix_caching": True,
-    "options": {"block_size": 32, "num_gpu_blocks_override": 7},
-}
+FEW_BLOCKS = 6
 
 
 def asynchronous(config: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +64,18 @@ TRIM = {"enable_adaptive_verification": True}
 COPY = 6  # most tokens copied: more than are drafted
 BOTH = MIXED | {"num_speculative_tokens": K, "copy_length": COPY}
 BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
+# Runs that need no engine of their own, on that of another.
+GUESTS = {
+    "fixed": ("padded", "failing"),
+    "cached": ("tight",),
+    "itself": ("padded itself",),
+    "async": ("failing async",),
+    "async cached": ("async tight",),
+    "copying": ("copying tight",),
+    "async copying": ("async copying tight",),
+    "async mixed": ("async mixed tight",),
+    "auto": ("auto tight", "padded auto"),
+}
 
 
 class RaggedLengths(FixedDraftLength):
@@ -110,10 +107,6 @@ def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
     """Generate for all texts. What came out, and what it cost."""
     from vllm import SamplingParams
 
-    is_ours = hasattr(model_runner(llm), "counters")
-    before, counts_before = vllm_counters(llm), stats(llm) if is_ours else {}
-    model = draft_model(llm)
-    rows = DraftRowCounter(model) if model is not None else None
     params = [
         SamplingParams(
             **({"temperature": 0, "ignore_eos": True, "max_tokens": n} | parameters)
@@ -121,15 +114,8 @@ def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
         for n in MAX_TOKENS
     ]
     started = time.perf_counter()
-    outputs = llm.generate(texts(), params, use_tqdm=False)
-    if rows:
-        rows.close()
-    after, counts = vllm_counters(llm), stats(llm) if is_ours else {}
-    gained = {
-        name.removeprefix("vllm:"): int(after[name] - before.get(name, 0))
-        for name in after
-        if "spec_decode" in name or "preempt" in name or "cache_hits" in name
-    }
+    with counting(llm) as gained, counting_draft_rows(llm) as rows:
+        outputs = llm.generate(texts(), params, use_tqdm=False)
     return {
         "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
         "texts": [o.outputs[0].text for o in outputs],
@@ -141,11 +127,25 @@ def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
             for o in outputs
         ],
         "num_prompt_tokens": sum(len(o.prompt_token_ids) for o in outputs),
-        "gained": gained,
-        "draft_rows": rows.num_rows if rows else 0,
-        "counts": {k: v - counts_before[k] for k, v in counts.items()},
+        "gained": {
+            name.removeprefix("vllm:"): n
+            for name, n in gained.items()
+            if "spec_decode" in name or "preempt" in name or "cache_hits" in name
+        },
+        "draft_rows": rows.num_rows,
+        "counts": {k: v for k, v in gained.items() if k in COUNTER_NAMES},
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def pass_with(llm: Any, lengths: FixedDraftLength, **parameters: Any) -> dict[str, Any]:
+    """With draft lengths by another policy."""
+    speculator = model_runner(llm).speculator
+    policy = speculator.policy
+    speculator.set_policy(lengths)
+    seen = one_pass(llm, **parameters)
+    speculator.set_policy(policy)
+    return seen
 
 
 def edited(answers: list[list[int]]) -> dict[str, Any]:
@@ -352,8 +352,7 @@ def trimming(llm: Any, name: str, budgets: list[int]) -> dict[str, Any]:
     seen["greedy"]["num_verified"] = sum(budgets)
     seen["logprobs"] = one_pass(llm, **LOGPROBS)
     seen["structured"] = one_pass(llm, **structured())
-    model_runner(llm).speculator.set_policy(RaggedLengths())
-    seen["ragged"] = one_pass(llm)
+    seen["ragged"] = pass_with(llm, RaggedLengths())
     return seen
 
 
@@ -402,8 +401,8 @@ def padded(llm: Any, name: str) -> dict[str, Any]:
         seen = {"sampled": one_pass(llm, temperature=1.0)}
     else:
         seen = {"greedy": one_pass(llm), "structured": one_pass(llm, **structured())}
-        speculator.set_policy(RaggedLengths())
-        seen["ragged"] = one_pass(llm)
+        seen["ragged"] = pass_with(llm, RaggedLengths())
+    speculator.first_graphs = speculator.next_graphs = None
     return seen | {"num_replays": [g.num_replays for g in graphs]}
 
 
@@ -427,8 +426,9 @@ def failing(llm: Any) -> dict[str, Any]:
     """Healthy, with parts that raise now and then, and healthy again."""
     speculator = model_runner(llm).speculator
     with LoggedStats() as lines:
+        one_pass(llm)
+        lines.clear()  # of what was counted before, too
         seen = {"healthy": one_pass(llm)}
-        seen["healthy"]["counts"] = stats(llm)
     seen["healthy"]["lines"] = lines
     with pytest.MonkeyPatch.context() as patch:
         broken = break_parts(
@@ -470,8 +470,7 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         if name == "itself":
             seen["structured"] = one_pass(llm, **structured(temperature=1.0))
         for what, lengths in (("ragged", RaggedLengths()), ("paused", PausedLengths())):
-            model_runner(llm).speculator.set_policy(lengths)
-            seen[what] = one_pass(llm, temperature=1.0)
+            seen[what] = pass_with(llm, lengths, temperature=1.0)
         return seen
     seen = {"greedy": one_pass(llm)}
     if name == "plain":
@@ -487,47 +486,47 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         seen["logprobs"] = one_pass(llm, **LOGPROBS)
         seen["structured"] = one_pass(llm, **structured())
     if name not in ("plain", "stock"):
-        model_runner(llm).speculator.set_policy(RaggedLengths())
-        seen["ragged"] = one_pass(llm)
+        seen["ragged"] = pass_with(llm, RaggedLengths())
     return seen
 
 
-def run_all(path: Path, only: list[str]) -> None:
-    import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+def all_passes(llm: Any, host: str) -> dict[str, dict[str, Any]]:
+    """Of an engine and its guests."""
+    seen, runner = {}, model_runner(llm)
+    for name in (host, *GUESTS.get(host, ())):
+        with contextlib.ExitStack() as stack:
+            if "tight" in name:
+                stack.enter_context(few_blocks(llm, FEW_BLOCKS))
+            seen[name] = passes(llm, name)
+        kind = type(runner)
+        seen[name]["runner"] = f"{kind.__module__}.{kind.__qualname__}"
+        seen[name]["scheduler"] = type(scheduler_of(llm)).__name__
+    return seen
 
+
+def run_all(*only: str) -> dict[str, Any]:
     engines = {
         "plain": EngineConfig(**SMALL),
         "stock": EngineConfig(STOCK_K, **SMALL),
         "fixed": EngineConfig(EMSSD, **SMALL),
         "cached": EngineConfig(EMSSD, **CACHED),
-        "tight": EngineConfig(EMSSD, **TIGHT),
         "itself": EngineConfig(ITSELF, **SMALL),
         "async": EngineConfig(EMSSD, **asynchronous(SMALL)),
         "async cached": EngineConfig(EMSSD, **asynchronous(CACHED)),
-        "async tight": EngineConfig(EMSSD, **asynchronous(TIGHT)),
         "async itself": EngineConfig(ITSELF, **asynchronous(SMALL)),
         "copying": EngineConfig(LLMA, **CACHED),
-        "copying tight": EngineConfig(LLMA, **TIGHT),
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
-        "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "mixed": EngineConfig(BOTH, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
-        "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
         "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
         "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
         "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
-        "padded": EngineConfig(EMSSD, **SMALL),
-        "padded itself": EngineConfig(ITSELF, **SMALL),
-        "padded auto": EngineConfig(EMSSD | AUTO, **SMALL),
-        "failing": EngineConfig(EMSSD, **SMALL),
-        "failing async": EngineConfig(EMSSD, **asynchronous(SMALL)),
         "auto": EngineConfig(EMSSD | AUTO, **CACHED),
-        "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),
         "auto itself": EngineConfig(ITSELF | AUTO, **CACHED),
         "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
     }
-    seen = {}
+    seen: dict[str, Any] = {}
     for name in only or engines:
         config = engines[name]
         interpreter.schedule_asynchronously(
@@ -541,14 +540,6 @@ def run_all(path: Path, only: list[str]) -> None:
             if "trimmed" in name:
                 seen[name] = trimming(llm, name, budgets)
             else:
-                seen[name] = passes(llm, name)
-            runner = type(model_runner(llm))
-            seen[name]["runner"] = f"{runner.__module__}.{runner.__qualname__}"
-            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-            seen[name]["scheduler"] = type(scheduler).__name__
+                seen |= all_passes(llm, name)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-        path.write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    run_all(Path(sys.argv[1]), sys.argv[2:])
+    return seen
