@@ -151,6 +151,9 @@ class Engine:
         self._cursor.update_blocks(*schedule.block_updates)
         self._drafted_before -= {r.req_id for r in schedule.admitted}
         requests = list(schedule.num_scheduled)
+        if not requests:  # no forward, no proposal
+            self._scheduler.finish()
+            return
         self._rng.shuffle(requests)
         scheduled = np.array([schedule.num_scheduled[r] for r in requests], np.int64)
         starts = np.array([r.num_computed_tokens for r in requests], dtype=np.int64)
