@@ -13,7 +13,7 @@ from typing import Any
 from tests.distributed.job import Job, Report
 from tests.distributed.processes import Tree, listening_ports, wait_for
 from tests.distributed.ray_on_cpu.emssd_test_platform import SWITCH
-from tests.engine import DRAFT_MODEL, LLMA, MAX_MODEL_LEN, MIXED, TARGET
+from tests.engine import DRAFT_MODEL, EAGLE3, LLMA, MAX_MODEL_LEN, MIXED, TARGET
 
 REPO = Path(__file__).parents[2]
 SECONDS = 240  # for one job, on two slow cores
@@ -25,7 +25,12 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
 }
-PROPOSERS = {"draft_model": DRAFT_MODEL, "llma": LLMA, "mixed": MIXED}
+PROPOSERS = {
+    "draft_model": DRAFT_MODEL,
+    "eagle3": EAGLE3,
+    "llma": LLMA,
+    "mixed": MIXED,
+}
 
 
 @dataclass(frozen=True)

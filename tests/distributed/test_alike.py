@@ -36,6 +36,8 @@ SETTINGS = [
         )
         if (setting := Setting(*drafting, tp, dp, backend)) not in SMOKE
     ),
+    Setting("eagle3", "fixed", tp=2),
+    Setting("eagle3", "auto", tp=2),
 ]
 
 
@@ -49,7 +51,9 @@ def cases(settings: Iterable[Setting]) -> list[Any]:
 
 ALL = cases(SETTINGS)
 FIXED = cases(
-    s for s in SETTINGS if (s.proposer, s.draft_length) == ("draft_model", "fixed")
+    s
+    for s in SETTINGS
+    if s.draft_length == "fixed" and s.proposer in ("draft_model", "eagle3")
 )
 AUTO = cases(s for s in SETTINGS if s.draft_length == "auto")
 
@@ -90,7 +94,8 @@ def test_ranks_count_alike(setting: Setting, runs: Runs) -> None:
 def test_fixed_lengths_accept_what_the_single_worker_accepts(
     setting: Setting, runs: Runs
 ) -> None:
-    single, several = runs.of(SINGLE).check().report, runs.of(setting).check().report
+    single = runs.of(Setting(setting.proposer, "fixed")).check().report
+    several = runs.of(setting).check().report
     if same_tokens(several, single):
         pytest.skip("requests parted at a near tie")
     for name in ("num_request_steps", "num_draft_tokens", "num_accepted_tokens"):
