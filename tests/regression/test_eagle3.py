@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.engine import (
     EAGLE3,
     EAGLE3_HEAD,
     NUM_SPECULATIVE_TOKENS,
+    STOCK_EAGLE3,
     TARGET,
     EngineConfig,
     greedy,
@@ -41,6 +43,7 @@ from vllm_emssd.proposers.hidden_states import HiddenStates
 
 AUTO = {"draft_length": "auto", "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
 TEXTS = list(prompts()[:4])
+LONG = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
 
 
 def test_rows_are_stocks_less_those_of_rejected_drafts() -> None:
@@ -106,24 +109,24 @@ def test_tokens_are_the_targets(lengths: str, few_tokens: Path) -> None:
         assert stats(llm)["num_failed_proposals"] == 0
 
 
-def accepted_after(llm: Any, text: list[int], num_without: int) -> list[int]:
-    """Tokens emitted in each of the first steps with drafts, once a request alone has
+def emitted_after(
+    llm: Any, text: list[int], num_without: int, let_draft: Callable[[bool], Any]
+) -> list[int]:
+    """Tokens emitted in each of the first steps with drafts, once a request has
     emitted `num_without` tokens without."""
-    engine, seen = llm.llm_engine, []
-    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-    llm.collective_rpc("emssd_fix_draft_length", args=(0 if num_without else 5,))
-    engine.add_request("one", {"prompt_token_ids": text}, params)
-    num_tokens = 0
+    engine, seen, num_tokens = llm.llm_engine, [], 0
+    let_draft(num_without == 0)
+    engine.add_request("one", {"prompt_token_ids": text}, LONG)
     while len(seen) < 12:
-        (output,) = engine.step() or [None]
-        if output is None:
-            continue
-        new = len(output.outputs[0].token_ids) - num_tokens
-        num_tokens += new
-        if num_tokens == num_without:
-            llm.collective_rpc("emssd_fix_draft_length", args=(5,))
-        if num_tokens > num_without + 1:
-            seen.append(new)
+        for output in engine.step():
+            if output.request_id != "one":
+                continue
+            new = len(output.outputs[0].token_ids) - num_tokens
+            num_tokens += new
+            if num_tokens == num_without:
+                let_draft(True)
+            if num_tokens > num_without + 1:
+                seen.append(new)
     engine.abort_request(["one"])
     return seen
 
@@ -131,18 +134,41 @@ def accepted_after(llm: Any, text: list[int], num_without: int) -> list[int]:
 def test_drafts_after_200_steps_without_are_those_of_a_head_that_saw_all() -> None:
     """Unless fewer hidden states are kept than were missed: then it begins anew."""
     with running(EngineConfig(EAGLE3 | AUTO)) as llm:
+
+        def let_draft(is_on: bool) -> None:
+            length = NUM_SPECULATIVE_TOKENS if is_on else 0
+            llm.collective_rpc("emssd_fix_draft_length", args=(length,))
+
         text = llm.get_tokenizer().encode(TEXTS[0])
         (answer,) = greedy(llm, [TEXTS[0]], max_tokens=200)
-        expected = accepted_after(llm, text + answer, 0)
+        expected = emitted_after(llm, text + answer, 0, let_draft)
         runner = model_runner(llm)
-        assert accepted_after(llm, text, 200) == expected
+        assert emitted_after(llm, text, 200, let_draft) == expected
         assert sum(expected) > len(expected)
         assert stats(llm)["num_draft_restarts"] == 0
 
         runner._hidden_states = few = HiddenStates(32, most_of_a_request=32)
         runner.paged_drafter._states = runner._proposer._states = few
-        accepted_after(llm, text[:30], 220)
+        emitted_after(llm, text[:30], 220, let_draft)
         assert stats(llm)["num_draft_restarts"] == 1
+
+
+def test_stocks_drafts_after_200_steps_without_are_hardly_accepted() -> None:
+    """It makes none for a whole batch while one request is too long for the head."""
+    config = EngineConfig(STOCK_EAGLE3 | {"max_model_len": 512})
+    with running(config) as llm:
+        engine = llm.llm_engine
+
+        def let_draft(is_on: bool) -> None:
+            engine.abort_request(["long"])
+            if not is_on:
+                engine.add_request("long", {"prompt_token_ids": [9] * 600}, LONG)
+
+        text = llm.get_tokenizer().encode(TEXTS[0])[:100]
+        (answer,) = greedy(llm, [{"prompt_token_ids": text}], max_tokens=200)
+        before = emitted_after(llm, text + answer, 0, let_draft)
+        after = emitted_after(llm, text, 200, let_draft)
+        assert sum(after) - 12 < (sum(before) - 12) / 2
 
 
 # ---------------------------------------------------------------- refusals
