@@ -153,7 +153,7 @@ def test_drafts_after_200_steps_without_are_those_of_a_head_that_saw_all() -> No
         assert stats(llm)["num_draft_restarts"] == 1
 
 
-def test_stocks_drafts_after_200_steps_without_are_hardly_accepted() -> None:
+def test_stocks_first_drafts_after_200_steps_without_are_rejected() -> None:
     """It makes none for a whole batch while one request is too long for the head."""
     config = EngineConfig(STOCK_EAGLE3 | {"max_model_len": 512})
     with running(config) as llm:
@@ -168,7 +168,7 @@ def test_stocks_drafts_after_200_steps_without_are_hardly_accepted() -> None:
         (answer,) = greedy(llm, [{"prompt_token_ids": text}], max_tokens=200)
         before = emitted_after(llm, text + answer, 0, let_draft)
         after = emitted_after(llm, text, 200, let_draft)
-        assert sum(after) - 12 < (sum(before) - 12) / 2
+        assert sum(after[:5]) < sum(before[:5]) / 2
 
 
 # ---------------------------------------------------------------- refusals
