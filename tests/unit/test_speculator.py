@@ -31,7 +31,7 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     accepted = np.array([3, 0, 2])
     wanted = np.ones(3, dtype=bool)
     turn = SimpleNamespace(slots=np.arange(3))
-    left = turn, np.arange(3), np.zeros(3, dtype=bool), None
+    left = turn, np.zeros(3, dtype=bool), None, np.arange(3)
     UnpadSpeculator._settle(speculator, step, left, accepted, wanted)
     req_ids, num_drafts, num_accepted = observed
     assert req_ids == step.req_ids

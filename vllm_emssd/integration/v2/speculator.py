@@ -51,9 +51,9 @@ from vllm_emssd.verification import ScheduledStep
 logger = init_logger("vllm.emssd.v2")
 
 
-# Of a step: what was fed, to which admissions, which drafts are copies, and how many
-# were rejected.
-_Left = tuple[Turn, np.ndarray, np.ndarray, LateArray | None]
+# Of a step: what was fed, which drafts are copies, how many were rejected, and the
+# numbers of its requests' admissions.
+_Left = tuple[Turn, np.ndarray, LateArray | None, np.ndarray]
 
 
 class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
@@ -233,7 +233,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
         numbers = self._numbers[slots]
-        left = turn, numbers, self._is_copied[slots], rejected
+        left = turn, self._is_copied[slots], rejected, numbers
         self._pending_steps.add(step, numbers, left)
         found = self._find_copies(input_batch, step, num_sampled)
         copies = None if found is None else found.copies
@@ -274,7 +274,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
     def _as_verified(
         self, step: ScheduledStep, left: _Left, num_accepted: np.ndarray
     ) -> ScheduledStep:
-        rejected = left[-1]
+        rejected = left[2]
         if rejected is None:
             return step
         num_possible = step.num_draft_tokens - step.num_forbidden
@@ -293,7 +293,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         is_wanted: np.ndarray,
     ) -> None:
         """Move the cursors, and learn what is accepted."""
-        turn, numbers, was_copied, _ = left
+        turn, was_copied, _, numbers = left
         self._cursor.settle(turn, num_accepted, self._numbers[turn.slots] == numbers)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_draft_tokens - step.num_forbidden
