@@ -23,15 +23,12 @@ import numpy as np
 
 from vllm_emssd.draft_cursor import AdmittedRequest
 
-FREE = -1  # number of a slot without a request
-
 
 @dataclass(slots=True)
 class Turn:
     """Requests in a step whose acceptance is to come. All are [num_reqs]."""
 
     slots: np.ndarray  # int64
-    numbers: np.ndarray  # int64: of the admissions
     is_late: np.ndarray  # bool: what it did is recorded when its acceptance is known
     num_drafts: np.ndarray  # int64: to be verified
     num_fed_drafts: np.ndarray  # int64: of the drafts verified
@@ -64,7 +61,6 @@ class AsyncDraftCursor:
         self._trust_cached_blocks = trust_cached_blocks
         self._block_is_valid = np.zeros(num_blocks, dtype=bool)
         self._blocks = np.zeros((num_slots, max_blocks), dtype=np.int32)
-        self._num_admitted = 0
         (
             self._num_blocks,  # of those above
             self._num_hits,  # leading tokens in blocks that the request may share
@@ -75,7 +71,6 @@ class AsyncDraftCursor:
             self._num_lacking,  # known tokens, pending ones included, without draft K/V
             self._num_fed_drafts,  # of the drafts made last
         ) = np.zeros((8, num_slots), dtype=np.int64)
-        self._numbers = np.full(num_slots, FREE)
 
     # ------------------------------------------------------------ requests and blocks
 
@@ -83,24 +78,19 @@ class AsyncDraftCursor:
         self,
         admitted: Iterable[tuple[int, int, AdmittedRequest]],
         extended: Iterable[tuple[int, Sequence[int]]],
-    ) -> list[int]:
+    ) -> None:
         """Take in one step's block allocations.
 
         Args:
             admitted: slot, known tokens, and new or resumed request.
             extended: slot and the block ids appended to it.
 
-        Returns: a number of each admission. All fresh blocks are cleared before any
-        request looks for valid ones, since it may hit blocks that another was given in
-        this very step.
+        All fresh blocks are cleared before any request looks for valid ones, since it
+        may hit blocks that another was given in this very step.
         """
-        numbers = []
         for slot, block_ids in extended:
             self._append(slot, block_ids, num_hits=0)
         for slot, num_tokens, request in admitted:
-            self._num_admitted += 1
-            numbers.append(self._num_admitted)
-            self._numbers[slot] = self._num_admitted
             self._num_tokens[slot] = self._num_lacking[slot] = num_tokens
             for state in (
                 self._num_blocks,
@@ -113,7 +103,6 @@ class AsyncDraftCursor:
             num_hits = request.num_computed_tokens // self._block_size
             self._num_hits[slot] = num_hits * self._block_size
             self._append(slot, request.block_ids, num_hits)
-        return numbers
 
     def _append(self, slot: int, block_ids: Sequence[int], num_hits: int) -> None:
         """All but the first `num_hits` get new content."""
@@ -121,11 +110,6 @@ class AsyncDraftCursor:
         start = self._num_blocks[slot]
         end = self._num_blocks[slot] = start + len(block_ids)
         self._blocks[slot, start:end] = block_ids
-
-    def release(self, slot: int) -> None:
-        """Forget a request, and what it fed in steps not settled: its blocks may be
-        another's by then. Its full blocks stay valid until reallocated."""
-        self._numbers[slot] = FREE
 
     # ------------------------------------------------------------ a step
 
@@ -144,8 +128,7 @@ class AsyncDraftCursor:
         self._most_pending[slots] += is_late * (1 + num_drafts)
         # Nothing is uncertain of the others, which may count on what it feeds now.
         self._num_tokens[slots] += is_sampling & ~is_late
-        numbers = self._numbers[slots]
-        return Turn(slots, numbers, is_late, num_drafts, num_fed, num_fed)
+        return Turn(slots, is_late, num_drafts, num_fed, num_fed)
 
     def num_lacking(self, slots: np.ndarray) -> np.ndarray:
         """Tokens from the end of each request's text back to its first without draft
@@ -198,9 +181,15 @@ class AsyncDraftCursor:
         slots = turn.slots[now]
         self._advance(slots, self._num_tokens[slots] - turn.num_lacking[now])
 
-    def settle(self, turn: Turn, num_accepted: np.ndarray) -> None:
-        """What the oldest step that is not settled accepted. [num_reqs] integers"""
-        on = turn.is_late & (self._numbers[turn.slots] == turn.numbers)
+    def settle(
+        self, turn: Turn, num_accepted: np.ndarray, is_running: np.ndarray
+    ) -> None:
+        """What the oldest step that is not settled accepted. [num_reqs] integers
+
+        `is_running`: [num_reqs] bool, False for a request that has left its slot since,
+        whose blocks may be another's. Its full blocks stay valid until reallocated.
+        """
+        on = turn.is_late & is_running
         slots, accepted = turn.slots[on], num_accepted[on]
         self._num_pending[slots] -= 1
         self._most_pending[slots] -= 1 + turn.num_drafts[on]

@@ -84,12 +84,12 @@ class Pair:
         self.num_copied = 0 if drafts else num_copied
         self.num_drafts = drafts or num_copied
 
-    def hear(self, num_late: int) -> None:
+    def hear(self, num_late: int, is_running: bool = True) -> None:
         """All acceptance but the last `num_late`."""
         while len(self.pending) > num_late:
             turn, num_accepted = self.pending.pop(0)
             self.copies_pending.pop(0)
-            self.late.settle(turn, np.array([num_accepted]))
+            self.late.settle(turn, np.array([num_accepted]), np.array([is_running]))
 
     def draft_len(self) -> int:
         return int(self.late._draft_len[0])
@@ -174,16 +174,15 @@ def test_what_is_certain_is_recorded_at_once() -> None:
     assert pair.draft_len() == pair.num_tokens
 
 
-def test_a_request_released_meanwhile_is_not_recorded() -> None:
+def test_a_request_that_left_meanwhile_is_not_recorded() -> None:
     """Its blocks are another's by the time its acceptance is known."""
     pair = Pair(num_late=2)
     for num_accepted in (0, K, K):
         pair.step(num_accepted, K, 100)
     assert pair.pending
-    pair.late.release(0)
     again = AdmittedRequest("a", range(NUM_BLOCKS), 0)
     pair.late.update_blocks([(0, PROMPT, again)], [])
-    pair.hear(0)
+    pair.hear(0, is_running=False)
     assert pair.draft_len() == 0
     assert not pair.late._block_is_valid.any()
 

@@ -16,8 +16,9 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     """All K stay scheduled there, however many were made."""
     observed: list[Any] = []
     speculator = SimpleNamespace(
+        _numbers=np.arange(3),
         _learn_acceptance=lambda *seen: observed.extend(seen),
-        _cursor=SimpleNamespace(settle=lambda turn, accepted: None),
+        _cursor=SimpleNamespace(settle=lambda *told: None),
     )
     step = ScheduledStep(
         ["free", "none made", "two made"],
@@ -29,7 +30,8 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     )
     accepted = np.array([3, 0, 2])
     wanted = np.ones(3, dtype=bool)
-    left = None, np.zeros(3, dtype=bool), np.zeros(3, dtype=np.int64)
+    turn = SimpleNamespace(slots=np.arange(3))
+    left = turn, np.zeros(3, dtype=bool), None, np.arange(3)
     UnpadSpeculator._settle(speculator, step, left, accepted, wanted)
     req_ids, num_drafts, num_accepted = observed
     assert req_ids == step.req_ids

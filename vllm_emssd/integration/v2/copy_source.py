@@ -45,6 +45,7 @@ class CopySource:
     """Has the device find copies, and says what the host knows of them.
 
     Args:
+        numbers: [max_num_reqs] int64 by slot, of the admissions; the caller's.
         num_columns: of the drafts of a request, at least as many as may be copied.
     """
 
@@ -52,6 +53,7 @@ class CopySource:
         self,
         vllm_config: VllmConfig,
         req_states: RequestState,
+        numbers: np.ndarray,
         num_columns: int,
         device: torch.device,
         failures: FailurePolicy,
@@ -65,11 +67,9 @@ class CopySource:
         self._failures = failures
         self._waits = not vllm_config.scheduler_config.async_scheduling
         self._is_warm_up = True  # vLLM's own: then all drafts are verified
-        self._num_admitted = 0
-        # By slot: admission, most drafts, and what was found in the step last known.
-        self.numbers, self._most, self._num_copied = np.zeros(
-            (3, req_states.max_num_reqs), np.int64
-        )
+        self._numbers = numbers
+        # By slot: most drafts, and what was found in the step last known.
+        self._most, self._num_copied = np.zeros((2, req_states.max_num_reqs), np.int64)
         self._gains = np.zeros(req_states.max_num_reqs)
         # Of the last step: slots, admissions, and what was found.
         self._last: tuple[np.ndarray, np.ndarray, LateArray] | None = None
@@ -89,8 +89,6 @@ class CopySource:
             except torch.OutOfMemoryError as error:  # vLLM left no room for references
                 self._failures.take(error)
                 self._copier.admit(slot, most_drafts)
-            self._num_admitted += 1
-            self.numbers[slot] = self._num_admitted
             self._most[slot], self._num_copied[slot] = most_drafts, 0
 
     def release(self, slot: int) -> None:
@@ -123,7 +121,7 @@ class CopySource:
                 num_sampled,
                 self._first_rows(input_batch, step, was_copied),
             )
-            self._last = slots, self.numbers[slots], LateArray(found)
+            self._last = slots, self._numbers[slots], LateArray(found)
         except Exception as error:
             self._failures.take(error)
             self._copier.forget_copies()
@@ -158,7 +156,7 @@ class CopySource:
             return
         slots, numbers, late = self._last
         self._last, found = None, late.wait()
-        is_same = self.numbers[slots] == numbers
+        is_same = self._numbers[slots] == numbers
         slots = slots[is_same]
         self._num_copied[slots] = found[is_same, 0].astype(np.int64)
         self._gains[slots] = found[is_same, 1]

@@ -32,7 +32,12 @@ class CopySpeculator(RaggedSpeculator):
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._begin(vllm_config, req_states)
         self._source = CopySource(
-            vllm_config, req_states, self.num_speculative_steps, device, self._failures
+            vllm_config,
+            req_states,
+            self._numbers,
+            self.num_speculative_steps,
+            device,
+            self._failures,
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -49,9 +54,6 @@ class CopySpeculator(RaggedSpeculator):
         new_reqs = scheduler_output.scheduled_new_reqs
         most = self._most_of(new_reqs, self.num_speculative_steps)
         self._source.admit(new_reqs, most)
-        for new in new_reqs:
-            slot = self._req_states.req_id_to_index[new.req_id]
-            self._numbers[new.req_id] = int(self._source.numbers[slot])
 
     def _vacate(self, slot: int) -> None:
         self._source.release(slot)
@@ -74,7 +76,7 @@ class CopySpeculator(RaggedSpeculator):
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         found = self._source.find(input_batch, step, num_sampled)
         slots = input_batch.idx_mapping_np
-        self._pending_steps.add(step, self._source.numbers[slots], None)
+        self._pending_steps.add(step, self._numbers[slots], None)
         self._note_made(step.req_ids, slots, found.copies.rows)
         return found.token_ids
 

@@ -41,7 +41,12 @@ class MixedSpeculator(UnpadSpeculator):
             texts.shape, dtype=texts.dtype, device=device
         )
         self._source = CopySource(
-            vllm_config, req_states, self.num_speculative_steps, device, self._failures
+            vllm_config,
+            req_states,
+            self._numbers,
+            self.num_speculative_steps,
+            device,
+            self._failures,
         )
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self._copy_length = config.copy_length
@@ -63,7 +68,6 @@ class MixedSpeculator(UnpadSpeculator):
         self._source.admit(new_reqs, self._most_of(new_reqs, self._copy_length))
 
     def _vacate(self, slot: int) -> None:
-        super()._vacate(slot)
         self._source.release(slot)
 
     def _find_copies(

@@ -39,7 +39,11 @@ class RaggedSpeculator(BaseSpeculator):
         self._last_made: tuple[list[str], np.ndarray] = [], np.zeros(0, np.int64)
         self._num_made = np.zeros(self.max_num_reqs, np.int64)  # drafts, by slot
         self._constrained: set[str] = set()  # requests under a grammar
-        self._numbers: dict[str, int] = {}  # of the requests' last admissions
+        # Admissions are numbered from 1: by slot, 0 once its request has left; and the
+        # last one of each request.
+        self._numbers = np.zeros(self.max_num_reqs, np.int64)
+        self._number_of: dict[str, int] = {}
+        self._num_admitted = 0
         self._request_limits = RequestLimits()
         self._pending_steps = PendingSteps()
 
@@ -53,7 +57,10 @@ class RaggedSpeculator(BaseSpeculator):
         has given them their slots."""
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         for new in scheduler_output.scheduled_new_reqs:
-            self._num_made[self._req_states.req_id_to_index[new.req_id]] = 0
+            slot = self._req_states.req_id_to_index[new.req_id]
+            self._num_admitted += 1
+            self._numbers[slot] = self._number_of[new.req_id] = self._num_admitted
+            self._num_made[slot] = 0
             params = new.sampling_params
             if params is not None and params.structured_outputs is not None:
                 self._constrained.add(new.req_id)
@@ -69,7 +76,7 @@ class RaggedSpeculator(BaseSpeculator):
         req_ids = list(req_ids)
         self.preempt(req_ids)
         for req_id in req_ids:
-            self._pending_steps.forget(self._numbers.pop(req_id, 0))
+            self._pending_steps.forget(self._number_of.pop(req_id, 0))
         self._constrained.difference_update(req_ids)
         self._request_limits.release(req_ids)
 
@@ -78,11 +85,11 @@ class RaggedSpeculator(BaseSpeculator):
         for req_id in req_ids:
             slot = self._req_states.req_id_to_index.get(req_id)
             if slot is not None:
+                self._numbers[slot] = 0
                 self._vacate(slot)
 
     def _vacate(self, slot: int) -> None:
-        """The slot's request has gone."""
-        raise NotImplementedError
+        """The slot's request has left."""
 
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """An async scheduler schedules K drafts of every request before there are any.

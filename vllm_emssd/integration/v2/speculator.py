@@ -51,8 +51,9 @@ from vllm_emssd.verification import ScheduledStep
 logger = init_logger("vllm.emssd.v2")
 
 
-# Of a step: what was fed, which drafts are copies, and how many were rejected.
-_Left = tuple[Turn, np.ndarray, LateArray | None]
+# Of a step: what was fed, which drafts are copies, how many were rejected, and the
+# numbers of its requests' admissions.
+_Left = tuple[Turn, np.ndarray, LateArray | None, np.ndarray]
 
 
 class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
@@ -158,12 +159,10 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         admitted, extended = block_updates(scheduler_output, self._gid)
         slots = [slot_of[request.req_id] for request in admitted]
         num_tokens = self._req_states.prefill_len.np[slots].tolist()
-        numbers = self._cursor.update_blocks(
+        self._cursor.update_blocks(
             zip(slots, num_tokens, admitted, strict=True),
             ((slot_of[req_id], block_ids) for req_id, block_ids in extended),
         )
-        req_ids = [request.req_id for request in admitted]
-        self._numbers.update(zip(req_ids, numbers, strict=True))
         for new in scheduler_output.scheduled_new_reqs:
             # A grammar cuts drafts by their value, and only greedy ones may be. With a
             # seed a draft is accepted where the target samples it: the likeliest is
@@ -178,10 +177,6 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         super().release(req_ids)
         for req_id in req_ids:
             self.policy.release(req_id)
-
-    def _vacate(self, slot: int) -> None:
-        """Its blocks were taken away."""
-        self._cursor.release(slot)
 
     # ------------------------------------------------------------ a step
 
@@ -237,8 +232,9 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         # Of drafts that were trimmed on the device, how many were not accepted.
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
-        left = turn, self._is_copied[slots], rejected
-        self._pending_steps.add(step, turn.numbers, left)
+        numbers = self._numbers[slots]
+        left = turn, self._is_copied[slots], rejected, numbers
+        self._pending_steps.add(step, numbers, left)
         found = self._find_copies(input_batch, step, num_sampled)
         copies = None if found is None else found.copies
         drafts = self.draft_tokens[: len(slots)] if found is None else found.token_ids
@@ -297,8 +293,8 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         is_wanted: np.ndarray,
     ) -> None:
         """Move the cursors, and learn what is accepted."""
-        turn, was_copied, _ = left
-        self._cursor.settle(turn, num_accepted)
+        turn, was_copied, _, numbers = left
+        self._cursor.settle(turn, num_accepted, self._numbers[turn.slots] == numbers)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_draft_tokens - step.num_forbidden
         is_seen = step.is_sampling & is_wanted & (num_possible > 0) & ~was_copied
