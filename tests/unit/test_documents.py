@@ -164,21 +164,6 @@ def test_benchmark_table_is_that_of_its_file(name: str, table: Table) -> None:
             assert_states(cell, ratio_of(found, title.strip("`")))
 
 
-def test_mixed_table_is_that_of_its_files() -> None:
-    ((_, (_, rows)),) = [
-        found
-        for found in tables((DOCS / "benchmarks.md").read_text())
-        if found[1][0][-1] == "result"
-    ]
-    for _, num_requests, over_the_better, link in rows:
-        file = re.search(r"results/([\w.-]+)\)", link)
-        assert file
-        found = at(result_of(file[1]), num_requests)
-        title = "mixed-auto/best(auto, llma-auto)"
-        assert_states(over_the_better, found["ratios"][title])
-    assert len(benchmark_tables()) >= 8
-
-
 def ratio_of(found: dict[str, Any], title: str) -> dict[str, float]:
     """Of pairs that the file does not list, the ratio of the medians alone."""
     if title in found["ratios"]:
