@@ -22,7 +22,6 @@ from tests.engine import (
     EngineConfig,
     counting,
     counting_draft_rows,
-    few_blocks,
     model_runner,
     prompts,
     running,
@@ -33,6 +32,7 @@ from tests.planted_failures import break_parts
 from tests.v2 import interpreter
 from tests.v2.padded_forwards import pad_forwards
 from vllm_emssd.draft_length import CostTable, FixedDraftLength, StepInfo
+from vllm_emssd.draft_length.probing import Probing
 from vllm_emssd.metrics import COUNTER_NAMES
 
 K = 3
@@ -49,7 +49,10 @@ SMALL = {
     "options": {"block_size": 32, "max_num_seqs": 10},  # which vLLM warms up with
 }
 CACHED = SMALL | {"prefix_caching": True, "max_num_batched_tokens": 48}
-FEW_BLOCKS = 6
+TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
+    "prefix_caching": True,
+    "options": SMALL["options"] | {"num_gpu_blocks_override": 7},
+}
 
 
 def asynchronous(config: dict[str, Any]) -> dict[str, Any]:
@@ -67,14 +70,9 @@ BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
 # Runs that need no engine of their own, on that of another.
 GUESTS = {
     "fixed": ("padded", "failing"),
-    "cached": ("tight",),
     "itself": ("padded itself",),
     "async": ("failing async",),
-    "async cached": ("async tight",),
-    "copying": ("copying tight",),
-    "async copying": ("async copying tight",),
-    "async mixed": ("async mixed tight",),
-    "auto": ("auto tight", "padded auto"),
+    "auto": ("padded auto",),
 }
 
 
@@ -283,6 +281,7 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
     """Automatic lengths by free drafts, by drawn prices, and by measured ones, by which
     drafts are far too expensive here."""
     prices_at_start = llm.collective_rpc("emssd_costs")
+    model_runner(llm).speculator.policy._probing = Probing()  # not idle from before
     with SteeredPrices(llm) as steered:
         seen = {"free": one_pass(llm, **parameters)}
         if not parameters:
@@ -494,10 +493,7 @@ def all_passes(llm: Any, host: str) -> dict[str, dict[str, Any]]:
     """Of an engine and its guests."""
     seen, runner = {}, model_runner(llm)
     for name in (host, *GUESTS.get(host, ())):
-        with contextlib.ExitStack() as stack:
-            if "tight" in name:
-                stack.enter_context(few_blocks(llm, FEW_BLOCKS))
-            seen[name] = passes(llm, name)
+        seen[name] = passes(llm, name)
         kind = type(runner)
         seen[name]["runner"] = f"{kind.__module__}.{kind.__qualname__}"
         seen[name]["scheduler"] = type(scheduler_of(llm)).__name__
@@ -510,19 +506,25 @@ def run_all(*only: str) -> dict[str, Any]:
         "stock": EngineConfig(STOCK_K, **SMALL),
         "fixed": EngineConfig(EMSSD, **SMALL),
         "cached": EngineConfig(EMSSD, **CACHED),
+        "tight": EngineConfig(EMSSD, **TIGHT),
         "itself": EngineConfig(ITSELF, **SMALL),
         "async": EngineConfig(EMSSD, **asynchronous(SMALL)),
         "async cached": EngineConfig(EMSSD, **asynchronous(CACHED)),
+        "async tight": EngineConfig(EMSSD, **asynchronous(TIGHT)),
         "async itself": EngineConfig(ITSELF, **asynchronous(SMALL)),
         "copying": EngineConfig(LLMA, **CACHED),
+        "copying tight": EngineConfig(LLMA, **TIGHT),
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
+        "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "mixed": EngineConfig(BOTH, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
+        "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
         "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
         "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
         "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "auto": EngineConfig(EMSSD | AUTO, **CACHED),
+        "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),
         "auto itself": EngineConfig(ITSELF | AUTO, **CACHED),
         "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
     }

