@@ -1,11 +1,11 @@
 """Serve chats, edits and summaries with and without emssd, and compare.
 
-The chat model is SmolLM2-135M-Instruct from the package index, with the EAGLE-3 head
-of this repository, and without one on a GPU, whose runner refuses heads; without a
-network, the small pair that is shipped. All engines stay
-up and take turns, so that whatever else the machine does falls on all of them. Prints
-a table, draws a figure and checks that all give the tokens of plain decoding.
-Exits with 1 if they do not, or if an engine failed.
+The chat model is SmolLM2-135M-Instruct from the package index. On a CPU the EAGLE-3
+head of this repository drafts for it; a GPU's runner refuses heads, so there emssd only
+copies. Without a network it is the small pair that is shipped. All engines stay up and
+take turns, so that whatever else the machine does falls on all of them. Prints a table,
+draws a figure and checks that all give the tokens of plain decoding. Exits with 1 if
+they do not, or if an engine failed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NUM_PROMPTS = 24
 NUM_OUTPUT_TOKENS = 48
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
-BLOCK_SIZE = 32  # a CPU's 128 would have up to as many rows of a cached prompt computed
+BLOCK_SIZE = 32  # of a cached prompt less than a block is computed again
 
 Result = dict[str, Any]  # of one number of requests at once
 Output = tuple[list[int], bool]  # tokens, and whether it was not cut by a round's end
@@ -149,7 +149,7 @@ def different_prompts(
     measured: Rounds, name: str, num_prompts: int
 ) -> dict[int, list[list[int]]]:
     """Prompts of which an output is not plain's: plain's, and the first such."""
-    # The last of a prompt counts: the longest.
+    # Of several outputs of a prompt the last in this order is kept: the longest.
     plain = dict(sorted(_outputs(measured, "plain", num_prompts), key=_how_whole))
     found: dict[int, list[list[int]]] = {}
     for prompt, output in _outputs(measured, name, num_prompts):

@@ -50,6 +50,7 @@ class Unrolled:
     def __init__(self, head: Eagle3Head, target: LlamaForCausalLM, depth: int) -> None:
         self._head, self._target, self.depth = head, target, depth
         self._aux: dict[int, torch.Tensor] = {}
+        # By the id of a batch's tokens: batches are kept for the whole training.
         self._computed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for number in head.aux_layers:
             target.model.layers[number - 1].register_forward_hook(

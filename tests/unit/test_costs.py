@@ -10,7 +10,13 @@ import pytest
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration import forward_clock
-from vllm_emssd.integration.costs import StepCostMeter, _learn
+from vllm_emssd.integration.costs import (
+    BY_CONFIDENCE,
+    BY_DEPTH,
+    PLAIN,
+    StepCostMeter,
+    _learn,
+)
 from vllm_emssd.integration.forward_clock import ForwardTimer
 
 
@@ -22,9 +28,6 @@ def meter_of(fixed_ms: float = 4.0, speculation_ms: float = 0.0) -> StepCostMete
     return StepCostMeter(
         StepCosts(*tables, fixed_ms, speculation_ms), target, None, alone
     )
-
-
-PLAIN, BY_DEPTH, BY_CONFIDENCE = 0, 1, 2
 
 
 def learned(meter: StepCostMeter, *steps: tuple[float, int]) -> tuple[float, ...]:

@@ -123,7 +123,8 @@ def _known(
 
 
 def stock_method(draft_model: str) -> str:
-    """vLLM has another one for EAGLE-3 heads, told by their name or architecture."""
+    """vLLM has another one for EAGLE-3 heads, told by their name or architecture: as
+    `is_eagle3_head` of the front end, but without importing vLLM."""
     config = Path(draft_model) / "config.json"
     content = json.loads(config.read_text()) if config.is_file() else {}
     names = [draft_model, *(content.get("architectures") or ())]

@@ -79,8 +79,8 @@ class AutoDraftLength(DraftLengthPolicy):
         is_survey = self._num_plans % _SURVEY_STEPS == 0
         self._is_survey = self._uses_confidence and is_survey
         self._is_probe = False
-        stops = stops and self._num_plans % _CONTROL_STEPS != _SURVEY_STEPS // 2
-        self.needs_confidence = stops or self._is_survey
+        is_control = self._num_plans % _CONTROL_STEPS == _SURVEY_STEPS // 2  # no survey
+        self.needs_confidence = (stops and not is_control) or self._is_survey
         if self.needs_confidence:
             self._set_thresholds(plan, len(most))
             return np.where(plan.may_draft, most, 0)

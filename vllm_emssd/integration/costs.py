@@ -36,6 +36,7 @@ _NUM_REQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _RATE = 0.05  # weight of a forward in what its confidences cost more
 _IDLE_STEPS = 4  # from one that is learned from to the next
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
+PLAIN, BY_DEPTH, BY_CONFIDENCE = range(3)  # steps: without drafts, or how they stop
 _BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
@@ -81,7 +82,7 @@ class StepCostMeter:
         self._ranks = ranks
         self._num_steps = 0
         self._step_ended: float | None = None
-        # By requests, of steps without drafts, with drafts, and with confidences asked.
+        # By kind of step: what it takes besides its forwards, by its requests.
         guess = measured.fixed_ms * (1 + np.array(_NUM_REQS) / _REQUESTS_AS_A_STEP)
         more = 0.0, measured.speculation_ms, measured.speculation_ms
         self._rest_ms = [CostTable(_NUM_REQS, guess + ms) for ms in more]
@@ -105,36 +106,46 @@ class StepCostMeter:
         draft = [] if drafter is None else drafter.take_timings()
         tells_confidence = drafter is not None and drafter.tells_confidence
         if learns_costs:
-            one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
             _learn(costs.target, target, self._known_to_target)
-            if not tells_confidence:
+            one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
+            if tells_confidence:
+                self._learn_confidence(one)
+            else:
                 _learn(costs.draft, one, self._known_to_draft)
-            for rows, ms in one if tells_confidence else ():
-                more = np.clip(ms - costs.draft.at(rows), 0, costs.draft.at(rows))
-                costs.confidence_ms += _RATE * (float(more) - costs.confidence_ms)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
         if is_due and self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            kind = bool(draft) * (1 + tells_confidence)
-            self._learn_rest(ms, max(num_reqs, 1), kind)
+            kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
+            self._learn_rest(ms, max(num_reqs, 1), kind if draft else PLAIN)
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
+    def _learn_confidence(self, timings: list[tuple[int, float]]) -> None:
+        """From draft forwards (rows, ms) that told confidences."""
+        costs = self.measured
+        for rows, ms in timings:
+            bare = costs.draft.at(rows)
+            more = min(max(ms - bare, 0.0), bare)
+            costs.confidence_ms += _RATE * (more - costs.confidence_ms)
+
     def _learn_rest(self, ms: float, num_reqs: int, kind: int) -> None:
-        """A step took `ms` besides its forwards. `kind`: 0 without drafts, 1 with, 2
-        with their confidences."""
+        """A step of that kind took `ms` besides its forwards."""
         learned = self._rest_ms[kind]
         # A GPU's time may be counted in another step: only what is slow is unusual.
         learned.observe(num_reqs, max(ms, learned.at(num_reqs) / 2))
         self._kinds_seen.add(kind)
         plain, by_depth, by_confidence = (t.at(num_reqs) for t in self._rest_ms)
-        costs, drafting = self.measured, by_depth
-        if 1 not in self._kinds_seen:
-            drafting = by_confidence if 2 in self._kinds_seen else max(by_depth, plain)
+        if BY_DEPTH in self._kinds_seen:
+            drafting = by_depth
+        elif BY_CONFIDENCE in self._kinds_seen:
+            drafting = by_confidence
+        else:
+            drafting = max(by_depth, plain)
+        costs = self.measured
         # A step without drafts costs no more: it was slower when last seen.
         costs.fixed_ms = min(plain, drafting)
         costs.speculation_ms = drafting - costs.fixed_ms

@@ -13,7 +13,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.integration.v2.copy_source import CopySource
 from vllm_emssd.integration.v2.pending_steps import scheduled_step
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
 from vllm_emssd.verification import ScheduledStep
@@ -31,14 +30,7 @@ class CopySpeculator(RaggedSpeculator):
         self.num_speculative_steps = config.num_speculative_tokens
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._begin(vllm_config, req_states)
-        self._source = CopySource(
-            vllm_config,
-            req_states,
-            self._numbers,
-            self.num_speculative_steps,
-            device,
-            self._failures,
-        )
+        self._source = self._copy_source(vllm_config, device)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """There is no forward to record."""

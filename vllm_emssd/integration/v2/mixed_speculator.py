@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import Copies
-from vllm_emssd.integration.v2.copy_source import CopySource, FoundCopies
+from vllm_emssd.integration.v2.copy_source import FoundCopies
 from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts, check_source
@@ -40,14 +40,7 @@ class MixedSpeculator(UnpadSpeculator):
         req_states.all_token_ids = StagedWriteTensor(
             texts.shape, dtype=texts.dtype, device=device
         )
-        self._source = CopySource(
-            vllm_config,
-            req_states,
-            self._numbers,
-            self.num_speculative_steps,
-            device,
-            self._failures,
-        )
+        self._source = self._copy_source(vllm_config, device)
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self._copy_length = config.copy_length
         self._model_drafts = ModelDrafts()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
@@ -18,6 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.request_options import RequestLimits
 from vllm_emssd.integration.scheduler import with_drafts_made
+from vllm_emssd.integration.v2.copy_source import CopySource
 from vllm_emssd.integration.v2.pending_steps import PendingSteps
 from vllm_emssd.metrics import Counters
 from vllm_emssd.verification import ScheduledStep
@@ -46,6 +48,16 @@ class RaggedSpeculator(BaseSpeculator):
         self._num_admitted = 0
         self._request_limits = RequestLimits()
         self._pending_steps = PendingSteps()
+
+    def _copy_source(self, vllm_config: VllmConfig, device: torch.device) -> CopySource:
+        return CopySource(
+            vllm_config,
+            self._req_states,
+            self._numbers,
+            self.num_speculative_steps,
+            device,
+            self._failures,
+        )
 
     def forget_warm_up(self) -> None:
         """What was learned from vLLM's own requests, which do not count."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,9 +51,13 @@ from vllm_emssd.verification import ScheduledStep
 logger = init_logger("vllm.emssd.v2")
 
 
-# Of a step: what was fed, which drafts are copies, how many were rejected, and the
-# numbers of its requests' admissions.
-_Left = tuple[Turn, np.ndarray, LateArray | None, np.ndarray]
+class _Left(NamedTuple):
+    """Of a step, to be settled when its acceptance is known."""
+
+    turn: Turn
+    is_copied: np.ndarray  # [num_reqs] bool: its drafts are copies
+    num_rejected: LateArray | None  # where the device leaves some drafts out
+    numbers: np.ndarray  # [num_reqs] int64: of the admissions
 
 
 class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
@@ -233,7 +237,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
         numbers = self._numbers[slots]
-        left = turn, self._is_copied[slots], rejected, numbers
+        left = _Left(turn, self._is_copied[slots], rejected, numbers)
         self._pending_steps.add(step, numbers, left)
         found = self._find_copies(input_batch, step, num_sampled)
         copies = None if found is None else found.copies
@@ -274,7 +278,7 @@ class UnpadSpeculator(RaggedSpeculator, StandaloneARSpeculator):
     def _as_verified(
         self, step: ScheduledStep, left: _Left, num_accepted: np.ndarray
     ) -> ScheduledStep:
-        rejected = left[2]
+        rejected = left.num_rejected
         if rejected is None:
             return step
         num_possible = step.num_draft_tokens - step.num_forbidden
