@@ -134,14 +134,26 @@ class PagedDrafter:
             metadata = self._draft_sampling_metadata(req_indices)
         if stock.use_local_argmax_reduction and not tells:
             return *stock._sample_draft_tokens(hidden_states, metadata), None
-        logits = stock.model.compute_logits(hidden_states)
-        if draws:
-            confidence = highest_probability(logits) if tells else None
-            return *stock._sample_from_logits(logits, metadata), confidence
-        if tells:
-            tokens, confidence = greedy_tokens_and_confidence(logits)
+        if not draws:
+            tokens, confidence = self._sample_greedily(hidden_states)
             return tokens, None, confidence
-        return greedy_tokens(logits), None, None
+        logits = stock.model.compute_logits(hidden_states)
+        confidence = highest_probability(logits) if tells else None
+        return *stock._sample_from_logits(logits, metadata), confidence
+
+    def _sample_greedily(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Likeliest tokens; their probabilities, if asked for."""
+        logits = self._own_logits(hidden_states)
+        if self.tells_confidence:
+            return greedy_tokens_and_confidence(logits)
+        return greedy_tokens(logits), None
+
+    def _own_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Over the draft model's vocabulary, which is the target's."""
+        logits: torch.Tensor = self._stock.model.compute_logits(hidden_states)
+        return logits
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:

@@ -45,6 +45,8 @@ class EagleDrafter(PagedDrafter):
         self._own_req_indices = np.empty(0, dtype=np.int64)
         # Where the text of each batch row begins in this step.
         self._firsts = np.zeros(self.max_num_reqs, dtype=np.int32)
+        # From ids of the head's vocabulary to the target's; None: they are the same.
+        self._offsets = getattr(self._stock.model, "draft_id_to_target_id", None)
 
     def _forward(
         self,
@@ -64,6 +66,22 @@ class EagleDrafter(PagedDrafter):
         self._own = self._own[async_tensor_h2d(sampled_rows, device=stock.device)]
         self._own_req_indices = rows.row_req_indices[sampled_rows]
         return drafted
+
+    def _sample_greedily(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, confidence = super()._sample_greedily(hidden_states)
+        offsets = self._offsets
+        return (tokens if offsets is None else tokens + offsets[tokens]), confidence
+
+    def _own_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Over the head's vocabulary, often a small part of the target's, as which
+        vLLM's `compute_logits` would copy them."""
+        if self._offsets is None:
+            return super()._own_logits(hidden_states)
+        model = self._stock.model
+        logits: torch.Tensor = model.logits_processor(model.lm_head, hidden_states)
+        return logits
 
     def _call_model(self, num_rows: int, positions: torch.Tensor) -> torch.Tensor:
         stock = self._stock
