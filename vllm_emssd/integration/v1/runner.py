@@ -7,6 +7,7 @@ front of vLLM's CPU and GPU runner classes alike.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -115,6 +116,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         super().load_model(*args, **kwargs)
         if self.speculative_config.method == "eagle3":
             leave_out_adapters(self.drafter.model)
+            # What the head shared with the target in place of its own frees a kernel's
+            # handle, which while a model is traced fills the log with an error.
+            gc.collect()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
