@@ -95,26 +95,30 @@ class ScheduledStep:
             has_head: the draft model is an EAGLE head, which padded batches feed no
                 token more than the scheduled ones.
         """
+        num_sampling = int(np.count_nonzero(self.is_sampling))
         is_counted = self.is_sampling & is_wanted
-        at_least = np.where(self.is_decode, 1 + num_spec_tokens, 0)
-        num_more = num_spec_tokens - has_head
-        padded = np.maximum(self.num_scheduled_tokens, at_least) + num_more
-        padded_decode = np.where(self.is_decode, padded, num_more)
-        num_drafts = self.num_draft_tokens[self.is_sampling]
-        num_possible = self.num_draft_tokens - self.num_forbidden
-        num_counted = int(is_counted.sum())
+        num_counted = int(np.count_nonzero(is_counted))
         num_emitted = int(num_sampled[is_counted].sum())
-        num_verifying = int((self.is_decode & self.is_sampling).sum())
         counters.num_steps += 1
         counters.num_request_steps += num_counted
-        if has_draft_model:
-            counters.num_padded_draft_rows += int(padded.sum())
-            counters.num_padded_draft_rows_decode += int(padded_decode.sum())
-        counters.num_draft_tokens += int(num_possible[is_counted].sum())
         counters.num_accepted_tokens += num_emitted - num_counted
-        counters.num_verify_rows += len(num_drafts) + int(num_drafts.sum())
-        counters.num_padded_verify_rows += len(num_drafts)
+        counters.num_emitted_tokens += num_emitted
+        counters.num_verify_rows += num_sampling
+        counters.num_padded_verify_rows += num_sampling
+        if has_draft_model:
+            at_least = self.is_decode * (1 + num_spec_tokens)
+            num_more = num_spec_tokens - has_head
+            padded = np.maximum(self.num_scheduled_tokens, at_least) + num_more
+            counters.num_padded_draft_rows += int(padded.sum())
+            padded[~self.is_decode] = num_more
+            counters.num_padded_draft_rows_decode += int(padded.sum())
+        if not self.num_draft_tokens.any():
+            return
+        num_drafts = self.num_draft_tokens[self.is_sampling]
+        num_possible = self.num_draft_tokens - self.num_forbidden
+        num_verifying = int((self.is_decode & self.is_sampling).sum())
+        counters.num_draft_tokens += int(num_possible[is_counted].sum())
+        counters.num_verify_rows += int(num_drafts.sum())
         counters.num_padded_verify_rows += num_verifying * int(
             num_drafts.max(initial=0)
         )
-        counters.num_emitted_tokens += num_emitted

@@ -82,9 +82,11 @@ class HiddenStates:
             del self._free[len(self._free) - length :]
             span.rows += taken
             rows += taken
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(lens) - lens, lens)
-        source = torch.from_numpy(np.repeat(first_rows, lens) + within)
-        source = source.to(buffer.device)
+        source: slice | torch.Tensor = slice(len(rows))  # no draft was rejected
+        if (first_rows + lens).max(initial=0) > len(rows):
+            within = np.arange(len(rows)) - np.repeat(np.cumsum(lens) - lens, lens)
+            source = torch.from_numpy(np.repeat(first_rows, lens) + within)
+            source = source.to(buffer.device)
         buffer[torch.tensor(rows, device=buffer.device)] = torch.cat(
             [of_layer[source] for of_layer in states], dim=-1
         )
