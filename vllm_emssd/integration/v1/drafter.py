@@ -35,17 +35,31 @@ from vllm_emssd.integration.v1.greedy import (
 from vllm_emssd.ragged import RaggedRows
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _NextForwards:
     """What the forwards after a step's first need, made at once: each has one row of
     every request that drafts on, one position further than the forward before."""
 
     first: int  # draft position of the first of them
-    positions: tuple[torch.Tensor, ...]  # of each forward, [num_reqs] int64
-    slots: tuple[torch.Tensor, ...]  # likewise
-    seq_lens: tuple[torch.Tensor, ...]  # likewise, int32
+    req_indices: np.ndarray  # [num_reqs] int64: batch rows, rising
+    positions: torch.Tensor  # [num_forwards, num_reqs] int64
+    slots: torch.Tensor  # likewise
+    seq_lens: torch.Tensor  # likewise, int32
     max_seq_len: int  # in the first
     metadata: CommonAttentionMetadata  # moved on in place
+
+    def keep(self, req_indices: np.ndarray) -> None:
+        """Only these requests, [num_left] int64, draft on."""
+        kept = torch.from_numpy(np.searchsorted(self.req_indices, req_indices))
+        self.req_indices = req_indices
+        self.positions, self.slots, self.seq_lens = (
+            of_each[:, kept] for of_each in (self.positions, self.slots, self.seq_lens)
+        )
+        metadata, num_reqs = self.metadata, len(kept)
+        metadata.num_reqs = metadata.num_actual_tokens = num_reqs
+        metadata.block_table_tensor = metadata.block_table_tensor[kept]
+        metadata.query_start_loc = metadata.query_start_loc[: num_reqs + 1]
+        metadata.query_start_loc_cpu = metadata.query_start_loc_cpu[: num_reqs + 1]
 
 
 class PagedDrafter:
@@ -241,8 +255,10 @@ class PagedDrafter:
         """Positions, [num_rows] int64, and the context to run the model in: that of the
         step's first forward, which on a CPU says nothing of its row count."""
         made = self._next_forwards
-        if made is None or made.metadata.num_reqs != rows.num_reqs:
+        if made is None:
             made = self._next_forwards = self._make_next_forwards(rows, draft_position)
+        elif rows.num_reqs < len(made.req_indices):
+            made.keep(rows.req_indices)
         ahead = draft_position - made.first
         metadata = made.metadata
         metadata.seq_lens = metadata.seq_lens_cpu_upper_bound = made.seq_lens[ahead]
@@ -268,11 +284,12 @@ class PagedDrafter:
         )
         device = self._stock.device
         positions, slots, seq_lens = (
-            async_tensor_h2d(values, device=device).view(len(ahead), -1).unbind()
+            async_tensor_h2d(values, device=device).view(len(ahead), -1)
             for values in (positions, self._slots(all_rows), self._seq_lens(all_rows))
         )
         return _NextForwards(
             draft_position,
+            rows.req_indices,
             positions,
             slots,
             seq_lens,
