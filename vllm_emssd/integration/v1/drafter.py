@@ -55,6 +55,7 @@ class _NextForwards:
         self.positions, self.slots, self.seq_lens = (
             of_each[:, kept] for of_each in (self.positions, self.slots, self.seq_lens)
         )
+        self.max_seq_len = int(self.positions[0].max()) + 1
         metadata, num_reqs = self.metadata, len(kept)
         metadata.num_reqs = metadata.num_actual_tokens = num_reqs
         metadata.block_table_tensor = metadata.block_table_tensor[kept]
