@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rich.console import Console
@@ -76,11 +76,24 @@ def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> 
 
     def run(engine: EngineProcess, method: Method, batch: int) -> Round:
         chosen = requests[: plan.num_requests(batch)]
+        if plan.is_continuous:
+            chosen = begin_in_the_middle(chosen, batch)
         size = len(chosen) if plan.is_continuous else batch
         batches = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         return engine.run(batches, batch, plan.is_continuous, method.setting)
 
     return take_turns(plan, start, run, wait)
+
+
+def begin_in_the_middle(requests: Sequence[Request], batch: int) -> list[Request]:
+    """With the first `batch` shortened, so that they end one after the other, as in a
+    server that has run for a while. Else those of plain decoding would end together,
+    and the round with them, without the prompts of the next ones."""
+    shortened = [
+        replace(request, max_tokens=max(request.max_tokens * (i + 1) // batch, 1))
+        for i, request in enumerate(requests[:batch])
+    ]
+    return [*shortened, *requests[batch:]]
 
 
 def take_turns(
