@@ -35,7 +35,13 @@ REPO = Path(__file__).resolve().parents[2]
 K, COPY_LENGTH = 5, 7
 LAYERS = {"draft model": 2, "larger draft model": 8}
 PROPOSERS = ("llma", "mixed", *LAYERS)
-COPYING_MODULES = ("pending_steps", "speculator", "mixed_speculator", "copy_source")
+COPYING_MODULES = (
+    "pending_steps",
+    "drafting_speculator",
+    "speculator",
+    "mixed_speculator",
+    "copy_source",
+)
 BATCHES = (1, 24)  # requests
 # Its end repeats, so that there is something to copy, until the answer departs from it.
 REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"

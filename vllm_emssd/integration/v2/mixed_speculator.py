@@ -8,6 +8,8 @@ scheduling are those of the step before.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.config import VllmConfig
@@ -73,11 +75,11 @@ class MixedSpeculator(UnpadSpeculator):
         return found
 
     def _plan(
-        self, input_batch: InputBatch, step: ScheduledStep, copies: Copies | None
+        self, input_batch: InputBatch, step: ScheduledStep, *args: Any
     ) -> np.ndarray:
         if self._only == LLMA:
             return np.zeros_like(step.num_draft_tokens)
-        return super()._plan(input_batch, step, copies)
+        return super()._plan(input_batch, step, *args)
 
     def _may_draft(
         self, most: np.ndarray, missing: np.ndarray, copies: Copies | None
