@@ -7,7 +7,7 @@ with the step's output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -93,14 +93,24 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         """Draft by these lengths from now on."""
         self.policy = policy
 
+    @property
+    def drafter(self) -> Any:
+        """Its forwards: see `costs.TimedDraftForwards`."""
+        return self._drafter
+
     @contextmanager
-    def sitting_out_dummy_runs(self) -> Iterator[Any]:
-        """While costs are measured, of the target and of the drafter, which is lent."""
+    def sitting_out_dummy_runs(self) -> Iterator[None]:
+        """While costs of the target are measured."""
         self._sits_out_dummy_runs = True
         try:
-            yield self._drafter
+            yield
         finally:
             self._sits_out_dummy_runs = False
+
+    def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
+        """Drafts of no request, as costly as those of so many, or a dummy run that
+        makes some, where the drafter depends on the target."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------ before a step
 
@@ -178,6 +188,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
         numbers = self._numbers[slots]
+        self._begin_step(input_batch, step, turn)
         left = _Left(turn, self._is_copied[slots], rejected, numbers)
         self._pending_steps.add(step, numbers, left)
         found = self._find_copies(input_batch, step, num_sampled)
@@ -198,6 +209,11 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         self._cursor.end(turn)
         self._note_made(step.req_ids, slots, num_made)
         return drafts
+
+    def _begin_step(
+        self, input_batch: InputBatch, step: ScheduledStep, turn: Turn
+    ) -> None:
+        """Note what the drafter needs to know."""
 
     def _find_copies(
         self, input_batch: InputBatch, step: ScheduledStep, num_sampled: torch.Tensor
@@ -288,6 +304,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         num_lacking = self._cursor.num_lacking(slots)
         not_computed = np.where(is_sampling, 0, prefill_len - num_prefilled)
         missing = np.maximum(num_lacking - not_computed, 0)
+        missing = self._missing_before(slots, missing, most)
         prompt_rows = None
         if self._feeds_every_prompt:
             room = self._drafter.max_model_len - (longest - num_lacking)
@@ -314,6 +331,13 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         drafting = np.flatnonzero(lens)
         lens[drafting[self._drafter.max_num_reqs :]] = 0
         return lens
+
+    def _missing_before(
+        self, slots: np.ndarray, missing: np.ndarray, most: np.ndarray
+    ) -> np.ndarray:
+        """Rows to feed before a request drafts, of those `missing`. Where it must not
+        draft yet, `most` becomes 0. [num_reqs] each"""
+        return missing
 
     def _may_draft(
         self, most: np.ndarray, missing: np.ndarray, copies: Copies | None

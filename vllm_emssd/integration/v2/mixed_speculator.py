@@ -22,13 +22,17 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import Copies
 from vllm_emssd.integration.v2.copy_source import FoundCopies
+from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
+from vllm_emssd.integration.v2.eagle_speculator import UnpadEagleSpeculator
 from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts, check_source
 from vllm_emssd.verification import ScheduledStep
 
 
-class MixedSpeculator(UnpadSpeculator):
+class Mixing(DraftingSpeculator):
+    """Of a drafter, whichever it is."""
+
     def __init__(
         self,
         vllm_config: VllmConfig,
@@ -113,3 +117,11 @@ class MixedSpeculator(UnpadSpeculator):
         self._model_drafts.observe_step(
             num_verified[has_verified], num_accepted[has_verified]
         )
+
+
+class MixedSpeculator(Mixing, UnpadSpeculator):
+    pass
+
+
+class MixedEagleSpeculator(Mixing, UnpadEagleSpeculator):
+    pass

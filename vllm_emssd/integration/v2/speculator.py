@@ -10,6 +10,7 @@ the step's output. Requests that lack more are fed it in a pass of their own bef
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from vllm_emssd.integration.costs import CONTEXT
 from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.integration.v2.kernels import make_certain
@@ -87,6 +89,9 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
 
     def capture(self) -> None:
         self._drafter.capture()
+
+    def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
+        self._drafter.rehearse(num_reqs, min(CONTEXT, self._drafter.max_model_len))
 
     # ------------------------------------------------------------ a step
 
