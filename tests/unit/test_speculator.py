@@ -46,10 +46,17 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     assert num_accepted.tolist() == [3, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("is_automatic", "num_speculative_steps", "expected"),
+    [(True, 4, {2, 3, 4}), (True, 7, {2, 3, 4}), (False, 7, {4})],
+)
 def test_a_head_has_graphs_of_each_number_of_drafts(
     monkeypatch: pytest.MonkeyPatch,
+    is_automatic: bool,
+    num_speculative_steps: int,
+    expected: set[int],
 ) -> None:
-    """Which vLLM then finds by the number."""
+    """Which vLLM then finds by the number. Copies may be longer."""
     from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils
 
     full, recorded = CUDAGraphMode.FULL, set()
@@ -57,8 +64,9 @@ def test_a_head_has_graphs_of_each_number_of_drafts(
     graphs = SimpleNamespace(_capture_descs={full: [batch]}, graphs=recorded)
     speculator = object.__new__(UnpadEagleSpeculator)
     speculator.decode_cudagraph_manager = graphs
-    speculator.is_automatic = speculator.supports_decode_metadata_update = True
-    speculator.num_speculative_steps = 4
+    speculator.supports_decode_metadata_update = True
+    speculator.is_automatic, speculator._most_drafts = is_automatic, 4
+    speculator.num_speculative_steps = num_speculative_steps
     monkeypatch.setattr(
         EagleSpeculator,
         "capture",
@@ -66,8 +74,8 @@ def test_a_head_has_graphs_of_each_number_of_drafts(
     )
     speculator.capture()
     find = cudagraph_utils.SpeculatorCudaGraphManager.specialize_spec_tokens
-    assert len(recorded) == 3
-    for num_drafts in (2, 3, 4):
+    assert len(recorded) == len(expected)
+    for num_drafts in expected:
         found = find(graphs, batch, num_drafts)
         assert found.cg_mode == full
         assert found.num_speculative_tokens == num_drafts

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine import (
     EAGLE3,
@@ -83,6 +84,45 @@ class SpiedDrafts:
         del self._speculator.propose
 
 
+class SpiedSlots:
+    """Whether hidden states are kept under the KV slots of their own tokens, in steps
+    in which others made several drafts."""
+
+    def __init__(self, llm: Any) -> None:
+        self._speculator = model_runner(llm).speculator
+
+    def __enter__(self) -> list[bool]:
+        speculator, are_own = self._speculator, []
+        propose, run_head = speculator.propose, speculator._run_head
+        keep = speculator._kept.keep
+        own, depth = torch.empty(0), 0
+
+        def proposed(
+            batch: Any, metadata: Any, slots: Any, *args: Any, **kw: Any
+        ) -> Any:
+            nonlocal own, depth
+            own, depth = slots[speculator._layer].clone(), 0
+            return propose(batch, metadata, slots, *args, **kw)
+
+        def ran(input_batch: Any, num_drafts: int) -> Any:
+            nonlocal depth
+            depth = num_drafts
+            return run_head(input_batch, num_drafts)
+
+        def kept(states: Any, kv_slots: Any) -> int:
+            if depth > 1:
+                are_own.append(torch.equal(kv_slots, own[: len(kv_slots)]))
+            return keep(states, kv_slots)
+
+        speculator.propose, speculator._run_head = proposed, ran
+        speculator._kept.keep = kept
+        return are_own
+
+    def __exit__(self, *error: Any) -> None:
+        del self._speculator.propose, self._speculator._run_head
+        del self._speculator._kept.keep
+
+
 def compared(llm: Any, lengths: FixedDraftLength, steady: Any) -> dict[str, Any]:
     """How many drafts are those of a head that never paused, after the same text."""
     with SpiedDrafts(llm) as drafts:
@@ -100,7 +140,9 @@ def not_fed_before(llm: Any, steady: Any) -> dict[str, Any]:
     seen = {"again": one_pass(llm)}
     assert llm.reset_prefix_cache()
     seen["not fed"] = pass_with(llm, FixedDraftLength(0))
-    seen["restarted"] = one_pass(llm)
+    with SpiedSlots(llm) as are_own:
+        seen["restarted"] = one_pass(llm)
+    seen["restarted"] |= {"are_own": are_own}
     assert llm.reset_prefix_cache()
     speculator = model_runner(llm).speculator
     kept, few = speculator._kept, 4 * speculator.max_num_tokens

@@ -105,6 +105,13 @@ def test_texts_begin_anew_behind_prefixes_that_it_was_not_fed(name: str) -> None
 
 
 @pytest.mark.parametrize("name", CACHES)
+def test_what_others_draft_changes_no_slot_of_what_is_kept(name: str) -> None:
+    are_own = seen(name, "restarted")["are_own"]
+    assert are_own
+    assert all(are_own)
+
+
+@pytest.mark.parametrize("name", CACHES)
 def test_what_finds_no_room_is_fed_before_it_is_lost(name: str) -> None:
     run, idle = seen(name, "few kept"), seen(name, "few kept, idle")
     assert run["num_same"] == run["num_compared"] > 0

@@ -78,6 +78,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         self._drafter = self
         self.max_num_rows = self.max_num_tokens
         self._clock: ForwardClock | None = None
+        self._num_rows, self._depth = 0, self.num_speculative_steps  # of the step
         # By slot: where its text begins for the head; whether hidden states are kept,
         # and the number of the first; whether it shares blocks the head has not filled.
         self._firsts, self._since = np.zeros((2, self.max_num_reqs), np.int64)
@@ -102,15 +103,19 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         self._kv_slots = torch.zeros_like(self.block_tables.slot_mappings)
 
     def capture(self) -> None:
-        """With automatic lengths graphs of each number of drafts."""
+        """With automatic lengths graphs of each number of drafts; else of the most,
+        where copies may be more."""
         graphs = self.decode_cudagraph_manager
         assert graphs is not None
-        if self.is_automatic and self.supports_decode_metadata_update:
+        most = self._most_drafts
+        depths = range(most, 1 if self.is_automatic else most - 1, -1)
+        is_most = most == self.num_speculative_steps and not self.is_automatic
+        if self.supports_decode_metadata_update and not is_most:
             graphs._capture_descs = {
                 mode: [
                     SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
                     for desc in descs
-                    for k in range(self.num_speculative_steps, 1, -1)
+                    for k in depths
                 ]
                 for mode, descs in graphs._capture_descs.items()
             }
@@ -173,13 +178,15 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         states = self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
         self._num_rows, self._depth = input_batch.num_tokens, self.num_speculative_steps
         self._attn_metadata = attn_metadata
+        if not dummy_run:
+            self._kv_slots_now = slot_mappings[self._layer][: self._num_rows]
         inputs = slot_mappings, states, None
         sync = kwargs.get("dp_sync_state")
         self._inputs = *inputs, *args[:4], self.temperature, self.seeds, sync
         kwargs |= {"dummy_run": dummy_run}
         drafts = super().propose(input_batch, attn_metadata, *inputs, *args, **kwargs)
         if not dummy_run:
-            self._keep(input_batch, slot_mappings, states)
+            self._keep(input_batch, states)
         return drafts
 
     def _begin_step(
@@ -272,12 +279,24 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         """vLLM's own step. What a request lacks before its rows was fed, or its rows
         are computed in vain."""
         slots, self._depth = input_batch.idx_mapping_np, depth
-        batch, metadata = input_batch, self._attn_metadata
+        batch, metadata, is_eager = input_batch, self._attn_metadata, False
         if self._firsts[slots].any():
             batch, metadata = self._restarted(input_batch)
+            # A full graph of any rows would read the target's lengths.
+            mode = self.vllm_config.compilation_config.cudagraph_mode
+            is_eager = mode.mixed_mode() == CUDAGraphMode.FULL
+        if depth > 1:  # later passes write the slots of their rows in the same place
+            self._kv_slots_now = self._kv_slots_now.clone()
         drafts = EagleSpeculator.propose(
-            self, batch, metadata, *self._inputs, num_speculative_tokens=depth
+            self,
+            batch,
+            metadata,
+            *self._inputs,
+            is_profile=is_eager,
+            num_speculative_tokens=depth,
         )
+        if not depth:
+            drafts.zero_()  # vLLM's -1 is no token to verify under a grammar
         fed = self._num_missing(slots) == 0
         self._cursor.feed(slots[fed], self._own_rows[fed])
         lens = input_batch.num_scheduled_tokens
@@ -318,7 +337,9 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
             slots, starts, ends, seq_lens, torch.from_numpy(most), kv_slots
         )
         by_layer = build_slot_mappings_by_layer(kv_slots, self.kv_cache_config)
+        self.on_prefill_begin(num_reqs)
         self._run_model(total, metadata, by_layer, None)
+        self._stop_clock(total, 1)
         # The step's own pass goes by the tables of all its requests.
         num_padded = input_batch.num_reqs_after_padding
         tables.gather_block_tables(input_batch.idx_mapping, num_padded)
@@ -384,14 +405,11 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         num_prompt = int((lens - np.clip(past_prompt, 0, lens)).sum())
         self.counters.count_draft_forward(num_rows, num_rows - num_prompt)
 
-    def _keep(
-        self, input_batch: InputBatch, slot_mappings: Any, states: torch.Tensor
-    ) -> None:
+    def _keep(self, input_batch: InputBatch, states: torch.Tensor) -> None:
         """The step's hidden states, if any request was not fed."""
         slots, num_rows = input_batch.idx_mapping_np, input_batch.num_tokens
         lacks = self._cursor.num_lacking(slots) > self._num_later
         if lacks.any():
-            kv_slots = slot_mappings[self._layer][:num_rows]
-            number = self._kept.keep(states[:num_rows], kv_slots)
+            number = self._kept.keep(states[:num_rows], self._kv_slots_now)
             self._since[slots[lacks & ~self._is_kept[slots]]] = number
         self._is_kept[slots] = lacks

@@ -67,6 +67,7 @@ class Mixing(DraftingSpeculator):
         self._source.admit(new_reqs, self._most_of(new_reqs, self._copy_length))
 
     def _vacate(self, slot: int) -> None:
+        super()._vacate(slot)
         self._source.release(slot)
 
     def _find_copies(
