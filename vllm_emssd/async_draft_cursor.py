@@ -151,6 +151,25 @@ class AsyncDraftCursor:
         self._draft_len[slot] += num_valid * self._block_size
         self._num_lacking[slot] -= num_valid * self._block_size
 
+    def awaits_drafts(self, turn: Turn) -> np.ndarray:
+        """Which requests verified drafts in an earlier step that is not settled, so
+        that they may lack less than is known. [num_reqs] bool"""
+        most, steps = self._most_pending[turn.slots], self._num_pending[turn.slots]
+        awaited: np.ndarray = most - steps > turn.num_drafts
+        return awaited
+
+    def has_gap(self, slots: np.ndarray) -> np.ndarray:
+        """Which requests share blocks that have not been made valid. [num_reqs] bool"""
+        has_gap: np.ndarray = self._draft_len[slots] < self._num_hits[slots]
+        return has_gap
+
+    def skip_gap(self, slots: np.ndarray) -> np.ndarray:
+        """Go on behind the blocks that they share. [num_reqs] int64 from where on"""
+        firsts = self._num_hits[slots]
+        self._num_lacking[slots] -= firsts - self._draft_len[slots]
+        self._draft_len[slots] = firsts
+        return firsts
+
     def waits_for_another(self, slots: np.ndarray, feeds: np.ndarray) -> np.ndarray:
         """Which requests would begin in a block in which an earlier one is about to
         begin: those with a common prefix share its blocks, often from the step in which

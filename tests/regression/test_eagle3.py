@@ -230,9 +230,3 @@ def test_heads_of_other_kinds_are_refused(
     (head / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=rf"{words}.*remove it to copy"):
         create(head, load_format="dummy")
-
-
-def test_a_head_on_the_v2_runner_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match=r"EAGLE-3 head.*VLLM_USE_V2_MODEL_RUNNER=0"):
-        create(EAGLE3_HEAD)

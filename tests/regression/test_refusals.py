@@ -158,6 +158,23 @@ def test_automatic_lengths_need_probabilities_on_the_v2_runner() -> None:
         unsupported.refuse_deployment(vllm_config, EmssdConfig(proposer="draft_model"))
 
 
+def test_a_head_needs_hidden_states_on_the_v2_runner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unsupported, "HAS_TRITON", True)
+    vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method="eagle3"),
+        kv_transfer_config=object(),
+        watermark_config=None,
+        parallel_config=SimpleNamespace(prefill_context_parallel_size=1),
+    )
+    config = EmssdConfig(proposer="draft_model", draft_length="fixed")
+    with pytest.raises(ValueError, match=r"hidden states.*remove --kv-transfer-config"):
+        unsupported.refuse_deployment(vllm_config, config)
+    vllm_config.kv_transfer_config = None
+    unsupported.refuse_deployment(vllm_config, config)
+
+
 @pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])
 def test_accepted_on_several_workers(draft_tp: dict[str, Any]) -> None:
     config = _create(

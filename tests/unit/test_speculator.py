@@ -6,8 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+from vllm.config.compilation import CUDAGraphMode
 
 import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+from vllm_emssd.integration.v2.eagle_speculator import (
+    BatchExecutionDescriptor,
+    EagleSpeculator,
+    UnpadEagleSpeculator,
+)
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.verification import ScheduledStep
 
@@ -37,3 +44,38 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     assert req_ids == step.req_ids
     assert num_drafts.tolist() == [4, 0, 2]
     assert num_accepted.tolist() == [3, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("is_automatic", "num_speculative_steps", "expected"),
+    [(True, 4, {2, 3, 4}), (True, 7, {2, 3, 4}), (False, 7, {4})],
+)
+def test_a_head_has_graphs_of_each_number_of_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+    is_automatic: bool,
+    num_speculative_steps: int,
+    expected: set[int],
+) -> None:
+    """Which vLLM then finds by the number. Copies may be longer."""
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils
+
+    full, recorded = CUDAGraphMode.FULL, set()
+    batch = BatchExecutionDescriptor(full, 8, 8, uniform_token_count=1)
+    graphs = SimpleNamespace(_capture_descs={full: [batch]}, graphs=recorded)
+    speculator = object.__new__(UnpadEagleSpeculator)
+    speculator.decode_cudagraph_manager = graphs
+    speculator.supports_decode_metadata_update = True
+    speculator.is_automatic, speculator._most_drafts = is_automatic, 4
+    speculator.num_speculative_steps = num_speculative_steps
+    monkeypatch.setattr(
+        EagleSpeculator,
+        "capture",
+        lambda self: recorded.update(graphs._capture_descs[full]),
+    )
+    speculator.capture()
+    find = cudagraph_utils.SpeculatorCudaGraphManager.specialize_spec_tokens
+    assert len(recorded) == len(expected)
+    for num_drafts in expected:
+        found = find(graphs, batch, num_drafts)
+        assert found.cg_mode == full
+        assert found.num_speculative_tokens == num_drafts

@@ -19,6 +19,7 @@ import pytest
 from tests.engine import (
     DRAFT,
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     MIXED,
     EngineConfig,
@@ -29,13 +30,21 @@ from tests.engine import (
 )
 from tests.v2 import interpreter
 from tests.v2.host_work import REPLAY, HostWork, counting
-from tests.v2.padded_forwards import pad_forwards
+from tests.v2.padded_forwards import pad_forwards, replay_head
 
 REPO = Path(__file__).resolve().parents[2]
 K, COPY_LENGTH = 5, 7
 LAYERS = {"draft model": 2, "larger draft model": 8}
-PROPOSERS = ("llma", "mixed", *LAYERS)
-COPYING_MODULES = ("pending_steps", "speculator", "mixed_speculator", "copy_source")
+HEAD = "head"
+PROPOSERS = ("llma", "mixed", HEAD, *LAYERS)
+COPYING_MODULES = (
+    "pending_steps",
+    "drafting_speculator",
+    "speculator",
+    "eagle_speculator",
+    "mixed_speculator",
+    "copy_source",
+)
 BATCHES = (1, 24)  # requests
 # Its end repeats, so that there is something to copy, until the answer departs from it.
 REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"
@@ -57,7 +66,11 @@ def decoding_steps(llm: Any, num_reqs: int, is_mixed: bool) -> list[dict[str, An
 
     speculator, steps = model_runner(llm).speculator, []
     propose = speculator.propose
-    graphs = pad_forwards(speculator) if speculator.has_draft_model else []
+    graphs: list[Any] = []
+    if speculator.has_head:
+        graphs = replay_head(speculator)
+    elif speculator.has_draft_model:
+        graphs = pad_forwards(speculator)
 
     def counted(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         work = HostWork()
@@ -69,7 +82,10 @@ def decoding_steps(llm: Any, num_reqs: int, is_mixed: bool) -> list[dict[str, An
             drafts = propose(input_batch, *args, **kwargs)
         forwards = speculator.counters.num_draft_forwards - forwards
         if (input_batch.num_computed_tokens_np >= input_batch.prefill_len_np).all():
-            num_launched = forwards - work.calls[REPLAY]  # to feed what is missing
+            num_replayed = work.calls[REPLAY]
+            if speculator.has_head and num_replayed == 2:  # all drafts but the first
+                num_replayed = K
+            num_launched = forwards - num_replayed  # to feed what is missing
             steps.append(
                 {
                     "requests": num_reqs,
@@ -116,6 +132,7 @@ def run_all() -> dict[str, list[dict[str, Any]]]:
         methods = {
             "llma": LLMA,
             "mixed": MIXED,
+            HEAD: EAGLE3,
             "draft model": DRAFT_MODEL,
             "larger draft model": DRAFT_MODEL
             | {"model": grown(LAYERS["larger draft model"], Path(folder) / "m")},

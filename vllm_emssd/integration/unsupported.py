@@ -25,10 +25,6 @@ ADAPTIVE_NEEDS_V2 = (
     "it."
 )
 ONLY_MIXED_CHOOSES = 'only "proposer": "mixed" has proposers to choose from'
-HEADS_NEED_V1 = (
-    "--speculative-config: 'model' is an EAGLE-3 head, with which emssd drafts on "
-    f"vLLM's V1 model runner only. {USE_V1}."
-)
 _REMOVE = "Remove --speculative-config"
 
 # ---------------------------------------------------------------------- models
@@ -188,4 +184,9 @@ def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
         raise ValueError(
             f"{METHOD_NAME} does not support prefill context parallelism; set "
             "--prefill-context-parallel-size 1."
+        )
+    if spec_config.method == "eagle3" and vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "An EAGLE-3 head needs the target's hidden states of all tokens, which a "
+            f"KV connector does not bring. {USE_V1}, or remove --kv-transfer-config."
         )

@@ -40,7 +40,6 @@ from vllm_emssd.integration.metrics import LOG_STATS_KEY
 from vllm_emssd.integration.unsupported import (
     ADAPTIVE_NEEDS_V2,
     AUTO_NEEDS_V2,
-    HEADS_NEED_V1,
     METHOD_NAME,
     refuse_drafter,
     refuse_options,
@@ -157,8 +156,6 @@ def _create_ours(
     if model:
         check_draft_weights(model, args.load_format)
         has_head = is_eagle3_head(model, stock_part.get("revision"), model_config)
-    if has_head and _may_run_on_v2(config):
-        raise ValueError(HEADS_NEED_V1)
 
     stock_args = _stock_args(args, config, stock_part, has_head)
     try:

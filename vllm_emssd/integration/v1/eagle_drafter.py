@@ -6,22 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.ragged import RaggedRows
-
-
-def leave_out_adapters(head: torch.nn.Module) -> None:
-    """A head shares layers with the target, whose LoRA adapters go by the rows of the
-    target's batch."""
-    for module in head.modules():
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, BaseLayerWithLoRA):
-                setattr(module, name, layer.base_layer)
 
 
 class EagleDrafter(PagedDrafter):

@@ -31,7 +31,11 @@ from vllm_emssd.draft_length import (
 )
 from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
-from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
+from vllm_emssd.integration.drafting import (
+    block_updates,
+    leave_out_adapters,
+    max_draft_tokens,
+)
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import (
@@ -49,10 +53,7 @@ from vllm_emssd.integration.unsupported import (
 )
 from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
-from vllm_emssd.integration.v1.eagle_drafter import (
-    EagleDrafter,
-    leave_out_adapters,
-)
+from vllm_emssd.integration.v1.eagle_drafter import EagleDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
     UnpadRejectionSampler,
     UnpadSampler,

@@ -8,6 +8,8 @@ scheduling are those of the step before.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.config import VllmConfig
@@ -20,13 +22,17 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import Copies
 from vllm_emssd.integration.v2.copy_source import FoundCopies
+from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
+from vllm_emssd.integration.v2.eagle_speculator import UnpadEagleSpeculator
 from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts, check_source
 from vllm_emssd.verification import ScheduledStep
 
 
-class MixedSpeculator(UnpadSpeculator):
+class Mixing(DraftingSpeculator):
+    """Of a drafter, whichever it is."""
+
     def __init__(
         self,
         vllm_config: VllmConfig,
@@ -61,6 +67,7 @@ class MixedSpeculator(UnpadSpeculator):
         self._source.admit(new_reqs, self._most_of(new_reqs, self._copy_length))
 
     def _vacate(self, slot: int) -> None:
+        super()._vacate(slot)
         self._source.release(slot)
 
     def _find_copies(
@@ -73,11 +80,11 @@ class MixedSpeculator(UnpadSpeculator):
         return found
 
     def _plan(
-        self, input_batch: InputBatch, step: ScheduledStep, copies: Copies | None
+        self, input_batch: InputBatch, step: ScheduledStep, *args: Any
     ) -> np.ndarray:
         if self._only == LLMA:
             return np.zeros_like(step.num_draft_tokens)
-        return super()._plan(input_batch, step, copies)
+        return super()._plan(input_batch, step, *args)
 
     def _may_draft(
         self, most: np.ndarray, missing: np.ndarray, copies: Copies | None
@@ -111,3 +118,11 @@ class MixedSpeculator(UnpadSpeculator):
         self._model_drafts.observe_step(
             num_verified[has_verified], num_accepted[has_verified]
         )
+
+
+class MixedSpeculator(Mixing, UnpadSpeculator):
+    pass
+
+
+class MixedEagleSpeculator(Mixing, UnpadEagleSpeculator):
+    pass

@@ -29,6 +29,7 @@ class RaggedSpeculator(BaseSpeculator):
     """Owns the counters of one rank, and what is pending of its requests."""
 
     has_draft_model = True
+    has_head = False  # it is an EAGLE head
     num_speculative_steps: int
     max_num_reqs: int
 
@@ -138,6 +139,7 @@ class RaggedSpeculator(BaseSpeculator):
             self.counters,
             is_wanted,
             has_draft_model=self.has_draft_model,
+            has_head=self.has_head,
         )
 
     def _as_verified(

@@ -45,9 +45,9 @@ from vllm_emssd.integration.unsupported import (
     refuse_options,
 )
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
-from vllm_emssd.integration.v2.mixed_speculator import MixedSpeculator
+from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
+from vllm_emssd.integration.v2.mixed_speculator import Mixing
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
-from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
 from vllm_emssd.metrics import Counters
 
@@ -88,7 +88,7 @@ class TargetTiming(StepTimingCollector):
 
 
 class UnpadGPUModelRunnerV2(GPUModelRunner):
-    speculator: UnpadSpeculator | CopySpeculator
+    speculator: DraftingSpeculator | CopySpeculator
     rejection_sampler: RejectionSampler | None
     cudagraph_manager: ModelCudaGraphManager | None
 
@@ -160,7 +160,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._record_acceptance(num_late=0)
         self.speculator.forget_warm_up()
         if self.emssd_config.draft_length == "auto":
-            assert isinstance(self.speculator, UnpadSpeculator)
+            assert isinstance(self.speculator, DraftingSpeculator)
             self.step_costs = self._measure_costs(self.speculator)
             policy = AutoDraftLength(
                 self.step_costs.costs,
@@ -172,27 +172,28 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.speculator.counters.reset()
         self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
-    def _measure_costs(self, speculator: UnpadSpeculator) -> StepCostMeter:
+    def _measure_costs(self, speculator: DraftingSpeculator) -> StepCostMeter:
         device, target = self.device, self._target_timing
         target.time_by(clock_of(device))
         most = self.max_num_reqs * self.decode_query_len
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
-        with speculator.sitting_out_dummy_runs() as drafter:
-            drafter.time_by(clock_of(device))
+        with speculator.sitting_out_dummy_runs():
             samples = time_target(
                 lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
                 target,
                 max(most, 1),
                 device,
             )
-            target_costs = CostTable.from_samples(samples)
-            context = min(CONTEXT, drafter.max_model_len)
-            drafted = time_target(
-                lambda num_reqs: drafter.rehearse(num_reqs, context),
-                drafter,
-                drafter.max_num_reqs,
-                device,
-            )
+        target_costs = CostTable.from_samples(samples)
+        drafter = speculator.drafter
+        drafter.time_by(clock_of(device))
+        drafted = time_target(
+            lambda num_reqs: speculator.rehearse(num_reqs, self._dummy_run),
+            drafter,
+            drafter.max_num_reqs,
+            device,
+        )
+        target.take_timings()  # of dummy runs that made drafts
         draft_costs = CostTable.from_samples(drafted)
         costs = StepCosts(target_costs, draft_costs, FIXED_MS)
         return StepCostMeter(costs, target, drafter, self._ranks)
@@ -204,7 +205,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
-        if not isinstance(self.speculator, MixedSpeculator):
+        if not isinstance(self.speculator, Mixing):
             raise ValueError(ONLY_MIXED_CHOOSES)
         self.speculator.use(proposer)
 

@@ -9,7 +9,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
-from vllm_emssd.integration.v2.mixed_speculator import MixedSpeculator
+from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
+from vllm_emssd.integration.v2.eagle_speculator import UnpadEagleSpeculator
+from vllm_emssd.integration.v2.mixed_speculator import (
+    MixedEagleSpeculator,
+    MixedSpeculator,
+)
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
 INIT_SPECULATOR_HOOK = Hook(
@@ -25,9 +30,15 @@ INIT_SPECULATOR_HOOK = Hook(
 
 def _make_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
-) -> UnpadSpeculator | CopySpeculator:
+) -> DraftingSpeculator | CopySpeculator:
     config = EmssdConfig.carried_by(vllm_config.additional_config)
     if not config.uses_draft_model:
         return CopySpeculator(vllm_config, device, req_states)
-    speculator = MixedSpeculator if config.copies else UnpadSpeculator
+    has_head = vllm_config.speculative_config.method == "eagle3"
+    speculator: type[DraftingSpeculator] = {
+        (False, False): UnpadSpeculator,
+        (False, True): MixedSpeculator,
+        (True, False): UnpadEagleSpeculator,
+        (True, True): MixedEagleSpeculator,
+    }[has_head, config.copies]
     return speculator(vllm_config, device, req_states=req_states)

@@ -1,0 +1,157 @@
+"""An EAGLE-3 head on the V2 runner, interpreted: tokens, drafts, rows and pauses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.v2.results import results_of
+from tests.v2.runs import K
+
+COMPARED = ("fixed", "cached", "tight", "async cached", "async tight")
+CACHES = ("cached", "async cached")
+OTHERS = ("stock", "async auto", "async mixed", "async trimmed")
+ACCEPTED, DRAFTED = ("spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens")
+
+
+def results() -> dict[str, Any]:
+    return results_of("tests.v2.heads")
+
+
+def seen(name: str, what: str = "greedy") -> dict[str, Any]:
+    return results()[name][what]
+
+
+def test_heads_of_our_own_drafted() -> None:
+    kinds = {name: run["speculator"] for name, run in results().items()}
+    assert kinds["stock"] == "EagleSpeculator"
+    assert kinds["async mixed"] == "MixedEagleSpeculator"
+    for name in (*COMPARED, "async auto", "async trimmed"):
+        assert kinds[name] == "UnpadEagleSpeculator"
+
+
+@pytest.mark.parametrize("name", [*COMPARED, *OTHERS])
+def test_tokens_are_plain_decoding(name: str) -> None:
+    passes = {
+        what: run
+        for what, run in results()[name].items()
+        if isinstance(run, dict) and "token_ids" in run
+    }
+    assert passes
+    for what, run in passes.items():
+        plain = results()["plain"].get(what, seen("plain"))
+        assert run["token_ids"] == plain["token_ids"], what
+
+
+def test_fixed_lengths_do_what_stock_does() -> None:
+    """With as many rows."""
+    stock, ours = seen("stock"), seen("fixed")
+    assert stock["gained"][ACCEPTED] > 20
+    assert ours["gained"] == stock["gained"]
+    assert ours["draft_rows"] == stock["draft_rows"]
+    assert ours["counts"]["num_padded_draft_rows"] == stock["draft_rows"]
+
+
+def test_all_ends_of_a_batch_cost_nothing_else() -> None:
+    for name in ("cached", "async cached"):
+        assert seen(name)["gained"][ACCEPTED] == seen("stock")["gained"][ACCEPTED]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("what", ["ragged", "paused"])
+def test_drafts_after_a_pause_are_those_of_a_head_that_saw_all(
+    name: str, what: str
+) -> None:
+    run = seen(name, what)
+    assert run["num_same"] == run["num_compared"] > 2
+    assert 0 < run["draft_rows"] < seen(name)["draft_rows"]
+
+
+def test_drafts_without_the_hidden_states_are_others() -> None:
+    run = seen("fixed", "without states")
+    assert run["num_same"] < run["num_compared"]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_counted_rows_are_those_of_the_head(name: str) -> None:
+    for what, run in results()[name].items():
+        if what in ("speculator", "failing"):
+            continue
+        assert run["counts"]["num_draft_rows"] == run["draft_rows"], what
+
+
+@pytest.mark.parametrize("name", ["tight", "async tight"])
+def test_requests_are_preempted(name: str) -> None:
+    assert seen(name)["gained"]["num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_cached_prefixes_that_the_head_was_fed(name: str) -> None:
+    first, again = seen(name), seen(name, "again")
+    assert again["gained"]["prefix_cache_hits"] > 0
+    assert again["counts"]["num_draft_restarts"] == 0
+    assert again["gained"][ACCEPTED] == first["gained"][ACCEPTED]
+    assert again["draft_rows"] < first["draft_rows"]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_texts_begin_anew_behind_prefixes_that_it_was_not_fed(name: str) -> None:
+    not_fed, restarted = seen(name, "not fed"), seen(name, "restarted")
+    assert not_fed["draft_rows"] == 0
+    assert restarted["gained"]["prefix_cache_hits"] > 0
+    assert restarted["counts"]["num_draft_restarts"] > 0
+    assert restarted["gained"][ACCEPTED] > seen(name)["gained"][ACCEPTED] / 2
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_others_draft_changes_no_slot_of_what_is_kept(name: str) -> None:
+    are_own = seen(name, "restarted")["are_own"]
+    assert are_own
+    assert all(are_own)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_finds_no_room_is_fed_before_it_is_lost(name: str) -> None:
+    run, idle = seen(name, "few kept"), seen(name, "few kept, idle")
+    assert run["num_same"] == run["num_compared"] > 0
+    assert run["counts"]["num_draft_restarts"] == 0
+    assert idle["counts"]["num_draft_tokens"] == 0 < idle["draft_rows"]
+    num_prompt_tokens = idle["num_prompt_tokens"]
+    assert idle["draft_rows"] < num_prompt_tokens + sum(map(len, idle["token_ids"]))
+
+
+def test_a_failing_head_costs_drafts_only() -> None:
+    failing, healed = seen("fixed", "failing"), seen("fixed", "healed")
+    assert min(failing["num_failures"]) > 0
+    failures = failing["counts"]["num_failed_proposals"]
+    assert failures == sum(failing["num_failures"])
+    assert healed["gained"] == seen("fixed")["gained"]
+
+
+def test_automatic_lengths_follow_the_prices() -> None:
+    free, drawn = seen("async auto", "free"), seen("async auto", "drawn")
+    assert free["counts"]["num_accepted_tokens"] > 0
+    steps = list(zip(drawn["lengths"], drawn["num_forwards"], strict=True))
+    assert {0, K} <= {n for lengths, _ in steps for n in lengths}
+    idle = [n for lengths, n in steps if not any(lengths)]
+    assert idle.count(0) > 0
+    assert drawn["counts"]["num_draft_rows"] == drawn["draft_rows"] > 0
+
+
+def test_forwards_of_the_head_are_timed() -> None:
+    at_start, after = seen("async auto", "measured")["prices"]
+    assert at_start["draft"][0][1] > 0
+    assert at_start["draft"] != after["draft"]
+
+
+def test_copies_and_drafts_of_a_head_are_accepted() -> None:
+    assert min(results()["async mixed"]["accepted"].values()) > 5
+    run = seen("async mixed", "edited")
+    assert run["counts"]["num_draft_rows"] == run["draft_rows"]
+
+
+def test_drafts_that_the_device_left_out_do_not_count() -> None:
+    run = seen("async trimmed")
+    assert 0 < run["counts"]["num_draft_tokens"] < run["gained"][DRAFTED]
+    assert run["counts"]["num_draft_rows"] == run["draft_rows"]

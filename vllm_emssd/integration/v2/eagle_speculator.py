@@ -1,0 +1,415 @@
+"""vLLM's EAGLE-3 speculator (V2 runner) that need not run its head in every step.
+
+A step that drafts is vLLM's own: the target's rows with their hidden states, then one
+row a request and draft, recorded as vLLM records them. In others the head is not run.
+The target's hidden states of what it was not fed wait in a buffer, and are fed in a
+pass of their own before the next draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+)
+
+from vllm_emssd.async_draft_cursor import Turn
+from vllm_emssd.feeding import grant_rows
+from vllm_emssd.integration.costs import CONTEXT
+from vllm_emssd.integration.drafting import leave_out_adapters
+from vllm_emssd.integration.forward_clock import ForwardClock
+from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
+from vllm_emssd.integration.v2.kernels import make_certain
+from vllm_emssd.verification import ScheduledStep
+
+MOST_BYTES = 256 << 20  # of the buffer, unless four steps' tokens need more
+
+
+class KeptStates:
+    """Hidden states in the order in which they came, the newest in a buffer of
+    `num_rows`, found by the slot of the KV cache that belongs to their token."""
+
+    def __init__(self, buffer: torch.Tensor, num_kv_slots: int) -> None:
+        self.num_rows = len(buffer)
+        self.num_kept = 0  # rows ever, those left out at the buffer's end among them
+        self._states = buffer
+        self._rows = torch.arange(self.num_rows, device=buffer.device)
+        # The last KV slot, one more, takes those of padding.
+        self._row_of = self._rows.new_zeros(num_kv_slots + 1)
+
+    def keep(self, states: torch.Tensor, kv_slots: torch.Tensor) -> int:
+        """Returns the number of the first."""
+        start = self.num_kept % self.num_rows
+        if start + len(states) > self.num_rows:
+            self.num_kept += self.num_rows - start
+            start = 0
+        end = start + len(states)
+        self._states[start:end] = states
+        self._row_of[kv_slots] = self._rows[start:end]
+        self.num_kept += len(states)
+        return self.num_kept - len(states)
+
+    def of(self, kv_slots: torch.Tensor) -> torch.Tensor:
+        return self._states[self._row_of[kv_slots]]
+
+
+class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
+    """Rows are counted as in `EagleProposer`: one at position p takes the token at
+    p + 1, so that the last known token has none yet."""
+
+    num_first_rows = 0  # a step's own rows do not count as lacking
+    has_head = True
+    tells_confidence = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._drafter = self
+        self.max_num_rows = self.max_num_tokens
+        self._clock: ForwardClock | None = None
+        self._num_rows, self._depth = 0, self.num_speculative_steps  # of the step
+        # By slot: where its text begins for the head; whether hidden states are kept,
+        # and the number of the first; whether it shares blocks the head has not filled.
+        self._firsts, self._since = np.zeros((2, self.max_num_reqs), np.int64)
+        self._is_kept, self._had_gap = np.zeros((2, self.max_num_reqs), bool)
+
+    # ------------------------------------------------------------ start-up
+
+    def load_model(self, target_model: nn.Module) -> None:
+        super().load_model(target_model)
+        leave_out_adapters(self.model)
+        states = self.hidden_states
+        row_bytes = states.shape[1] * states.element_size()
+        num_rows = max(MOST_BYTES // row_bytes, 4 * self.max_num_tokens)
+        self._buffer = states.new_zeros(num_rows, states.shape[1])
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(*args, **kwargs)
+        config = self.kv_cache_config
+        self._block_size = config.kv_cache_groups[self._gid].kv_cache_spec.block_size
+        self._layer = next(iter(self.draft_attn_layer_names))
+        self._kept = KeptStates(self._buffer, config.num_blocks * self._block_size)
+        self._kv_slots = torch.zeros_like(self.block_tables.slot_mappings)
+
+    def capture(self) -> None:
+        """With automatic lengths graphs of each number of drafts; else of the most,
+        where copies may be more."""
+        graphs = self.decode_cudagraph_manager
+        assert graphs is not None
+        most = self._most_drafts
+        depths = range(most, 1 if self.is_automatic else most - 1, -1)
+        is_most = most == self.num_speculative_steps and not self.is_automatic
+        if self.supports_decode_metadata_update and not is_most:
+            graphs._capture_descs = {
+                mode: [
+                    SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
+                    for desc in descs
+                    for k in depths
+                ]
+                for mode, descs in graphs._capture_descs.items()
+            }
+        super().capture()
+
+    # ------------------------------------------------------------ what forwards cost
+
+    def time_by(self, clock: ForwardClock) -> None:
+        """Time forwards from now on."""
+        self._clock = clock
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """See `costs.TimedForwards`. Forwards that follow one another are timed as one,
+        and told as alike."""
+        timings: list[tuple[int, float]] = []
+        for number, ms in self._clock.take_timings() if self._clock else ():
+            rows, num_forwards = divmod(number, self.num_speculative_steps + 1)
+            timings += [(rows, ms / num_forwards)] * num_forwards
+        return timings
+
+    def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
+        dummy_run(num_reqs, context_len=CONTEXT)
+
+    def on_prefill_begin(self, num_reqs: int) -> None:
+        if self._clock is not None:
+            self._clock.start()
+
+    on_multi_step_decode_begin = on_prefill_begin
+
+    def on_prefill_end(self, num_reqs: int) -> None:
+        self._stop_clock(self._num_rows, 1)
+
+    def on_multi_step_decode_end(self, num_reqs: int) -> None:
+        self._stop_clock(num_reqs, self._depth - 1)
+
+    def _stop_clock(self, num_rows: int, num_forwards: int) -> None:
+        if self._clock is not None:
+            number = num_rows * (self.num_speculative_steps + 1) + num_forwards
+            self._clock.stop(number)
+
+    # ------------------------------------------------------------ a step
+
+    def _vacate(self, slot: int) -> None:
+        self._firsts[slot] = 0
+        self._is_kept[slot] = self._had_gap[slot] = False
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        assert aux_hidden_states
+        states = self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
+        self._num_rows, self._depth = input_batch.num_tokens, self.num_speculative_steps
+        self._attn_metadata = attn_metadata
+        if not dummy_run:
+            self._kv_slots_now = slot_mappings[self._layer][: self._num_rows]
+        inputs = slot_mappings, states, None
+        sync = kwargs.get("dp_sync_state")
+        self._inputs = *inputs, *args[:4], self.temperature, self.seeds, sync
+        kwargs |= {"dummy_run": dummy_run}
+        drafts = super().propose(input_batch, attn_metadata, *inputs, *args, **kwargs)
+        if not dummy_run:
+            self._keep(input_batch, states)
+        return drafts
+
+    def _begin_step(
+        self, input_batch: InputBatch, step: ScheduledStep, turn: Turn
+    ) -> None:
+        num_prefilled = input_batch.num_computed_tokens_np + step.num_scheduled_tokens
+        # Tokens at the end of the text that no row can take yet.
+        self._num_later = np.where(
+            step.is_sampling, 1, input_batch.prefill_len_np - num_prefilled
+        )
+        self._own_rows = (
+            step.num_scheduled_tokens - step.num_draft_tokens + turn.num_drafts
+        )
+        self._is_uncertain = self._cursor.awaits_drafts(turn)
+        self._may_feed = False  # unless the policy plans the step
+
+    def _num_missing(self, slots: np.ndarray) -> np.ndarray:
+        """Rows that each request lacks before those of the step. [num_reqs]"""
+        lacking = self._cursor.num_lacking(slots) - self._num_later
+        return np.maximum(lacking - self._own_rows, 0)
+
+    def _cannot_be_fed(self, slots: np.ndarray, missing: np.ndarray) -> np.ndarray:
+        """[num_reqs] bool: it is not known yet how many of the drafts were accepted
+        that were verified while the head was not run; or hidden states are not here."""
+        age = self._kept.num_kept - self._since[slots]
+        is_lost = self._is_kept[slots] & (age > self._kept.num_rows)
+        has_gap = self._cursor.has_gap(slots)
+        return (missing > 0) & (self._is_uncertain | is_lost | has_gap)
+
+    def _plan(self, input_batch: InputBatch, step: ScheduledStep, *args: Any) -> Any:
+        self._feed_oldest(input_batch)
+        lens = super()._plan(input_batch, step, *args)
+        feeds_prompts = self.policy.feeds_prompts and not step.is_sampling.all()
+        if self._may_feed and feeds_prompts and not lens.any():
+            self._run_head(input_batch, 0)
+        return lens
+
+    def _feed_oldest(self, input_batch: InputBatch) -> None:
+        """What the buffer is about to lose, whether or not anything is drafted."""
+        slots, kept = input_batch.idx_mapping_np, self._kept
+        oldest = kept.num_kept - kept.num_rows + 2 * self.max_num_tokens
+        is_old = self._is_kept[slots] & (self._since[slots] < oldest)
+        if not is_old.any():
+            return
+        missing = self._num_missing(slots)
+        is_old &= ~self._cannot_be_fed(slots, missing)
+        num_rows = grant_rows(np.where(is_old, missing, 0), self.max_num_rows)
+        if num_rows.any():
+            self._backfill(input_batch, num_rows)
+
+    def _missing_before(
+        self, slots: np.ndarray, missing: np.ndarray, most: np.ndarray
+    ) -> np.ndarray:
+        self._may_feed = True
+        self._restart(slots[most > 0])
+        missing = self._num_missing(slots)
+        cannot = self._cannot_be_fed(slots, missing)
+        most[cannot] = 0
+        return np.where(cannot, 0, missing)
+
+    def _restart(self, slots: np.ndarray) -> None:
+        """Requests that share blocks which the head has not filled, and has no hidden
+        states for, begin their text behind them. Another may be about to fill them: a
+        step is waited for it."""
+        has_gap = self._cursor.has_gap(slots)
+        restarts = slots[has_gap & self._had_gap[slots]]
+        self._had_gap[slots] = has_gap
+        if len(restarts):
+            self._firsts[restarts] = self._cursor.skip_gap(restarts)
+            self.counters.num_draft_restarts += len(restarts)
+
+    def _draft(
+        self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
+    ) -> torch.Tensor:
+        greedy = self._greedy_rows(input_batch.idx_mapping, input_batch.idx_mapping_np)
+        depth = int(lens.max())
+        drafts = self._run_head(input_batch, depth)
+        if greedy is not None:
+            assert self.draft_logits is not None
+            states = input_batch.idx_mapping
+            make_certain(self.draft_logits, greedy, states, drafts, depth)
+        if lens.all():
+            return drafts
+        columns = others.clone()
+        rows = async_tensor_h2d(np.flatnonzero(lens), device=self.device)
+        columns[rows] = drafts[rows]
+        return columns
+
+    def _run_head(self, input_batch: InputBatch, depth: int) -> torch.Tensor:
+        """vLLM's own step. What a request lacks before its rows was fed, or its rows
+        are computed in vain."""
+        slots, self._depth = input_batch.idx_mapping_np, depth
+        batch, metadata, is_eager = input_batch, self._attn_metadata, False
+        if self._firsts[slots].any():
+            batch, metadata = self._restarted(input_batch)
+            # A full graph of any rows would read the target's lengths.
+            mode = self.vllm_config.compilation_config.cudagraph_mode
+            is_eager = mode.mixed_mode() == CUDAGraphMode.FULL
+        if depth > 1:  # later passes write the slots of their rows in the same place
+            self._kv_slots_now = self._kv_slots_now.clone()
+        drafts = EagleSpeculator.propose(
+            self,
+            batch,
+            metadata,
+            *self._inputs,
+            is_profile=is_eager,
+            num_speculative_tokens=depth,
+        )
+        if not depth:
+            drafts.zero_()  # vLLM's -1 is no token to verify under a grammar
+        fed = self._num_missing(slots) == 0
+        self._cursor.feed(slots[fed], self._own_rows[fed])
+        lens = input_batch.num_scheduled_tokens
+        ends = input_batch.num_computed_tokens_np + lens
+        self._count(slots, ends, lens, input_batch.num_tokens)
+        for _ in range(depth - 1):
+            self.counters.count_draft_forward(len(slots), len(slots))
+        return drafts
+
+    def _backfill(
+        self, input_batch: InputBatch, num_rows: np.ndarray, *args: Any
+    ) -> None:
+        all_slots = input_batch.idx_mapping_np
+        missing = self._num_missing(all_slots)
+        fed = np.flatnonzero(num_rows)
+        slots, lens, missing = all_slots[fed], num_rows[fed], missing[fed]
+        num_computed = input_batch.num_computed_tokens_np[fed]
+        starts = np.concatenate([[0], lens.cumsum()]).astype(np.int32)
+        num_reqs, total = len(fed), int(starts[-1])
+        within = np.arange(total) - np.repeat(starts[:-1] + missing, lens)
+        rows = np.stack([np.repeat(fed, lens), within])
+        requests, within = async_tensor_h2d(rows, device=self.device)
+        first = input_batch.positions[input_batch.query_start_loc[requests]]
+        positions, states = first + within, input_batch.idx_mapping[requests]
+        buffers, tables = self.input_buffers, self.block_tables
+        token_ids = self._req_states.all_token_ids.gpu
+        buffers.input_ids[:total] = token_ids[states, positions + 1]
+        buffers.positions[:total] = positions
+        ends = async_tensor_h2d(starts, device=self.device)
+        idx_mapping = self._rows_of(input_batch.idx_mapping, fed)
+        kv_slots = tables.compute_slot_mappings(
+            idx_mapping, ends, buffers.positions[:total], total, out=self._kv_slots
+        )
+        self.hidden_states[:total] = self._kept.of(kv_slots[self._gid])
+        tables.gather_block_tables(idx_mapping, num_reqs)
+        seq_lens, most = positions[ends[1:] - 1] + 1, num_computed - missing + lens
+        metadata = self._own_metadata(
+            slots, starts, ends, seq_lens, torch.from_numpy(most), kv_slots
+        )
+        by_layer = build_slot_mappings_by_layer(kv_slots, self.kv_cache_config)
+        self.on_prefill_begin(num_reqs)
+        self._run_model(total, metadata, by_layer, None)
+        self._stop_clock(total, 1)
+        # The step's own pass goes by the tables of all its requests.
+        num_padded = input_batch.num_reqs_after_padding
+        tables.gather_block_tables(input_batch.idx_mapping, num_padded)
+        self._cursor.feed(slots, lens)
+        self._since[slots] += lens  # at least
+        self._is_kept[slots] = lens < missing
+        self._count(slots, most, lens, total)
+
+    def _restarted(self, input_batch: InputBatch) -> tuple[InputBatch, Any]:
+        """What vLLM's step goes by, where some texts begin late for the head."""
+        num_reqs = input_batch.num_reqs
+        metadata = self._own_metadata(
+            input_batch.idx_mapping_np,
+            input_batch.query_start_loc_np[: num_reqs + 1],
+            input_batch.query_start_loc[: num_reqs + 1],
+            input_batch.seq_lens[:num_reqs],
+            input_batch.seq_lens_cpu_upper_bound[:num_reqs],
+        )
+        seq_lens = self.input_buffers.seq_lens[:num_reqs].clone()
+        batch = replace(input_batch, seq_lens=seq_lens, decode_graph_eligible=False)
+        return batch, metadata
+
+    def _own_metadata(
+        self,
+        slots: np.ndarray,
+        starts: np.ndarray,
+        starts_on_device: torch.Tensor,
+        seq_lens: torch.Tensor,
+        longest: torch.Tensor,
+        kv_slots: torch.Tensor | None = None,
+    ) -> Any:
+        """Of a pass, each text from where it begins for the head.
+
+        Args:
+            starts: [num_reqs + 1] first rows, and their end.
+            seq_lens: [num_reqs] ends of the rows; `longest`, on the host: at most so.
+            kv_slots: of the rows, if not those of the target.
+        """
+        buffers, num_reqs = self.input_buffers, len(slots)
+        firsts = self._firsts[slots]
+        if firsts.any():
+            first = async_tensor_h2d(firsts, device=self.device)
+            seq_lens = seq_lens - first
+            table = self.block_tables.input_block_tables[self._gid]
+            columns = torch.arange(table.shape[1], device=self.device)
+            columns = columns + (first // self._block_size)[:, None]
+            columns = columns.clamp_(max=table.shape[1] - 1)
+            table[:num_reqs] = table[:num_reqs].gather(1, columns)
+        buffers.query_start_loc[: num_reqs + 1] = starts_on_device
+        buffers.seq_lens[:num_reqs] = seq_lens
+        self.draft_max_seq_len = self.max_model_len
+        desc = BatchExecutionDescriptor(CUDAGraphMode.NONE, int(starts[-1]), num_reqs)
+        return self._build_attn_metadata(
+            num_reqs, desc, starts, longest, step=0, slot_mappings=kv_slots
+        )
+
+    def _count(
+        self, slots: np.ndarray, ends: np.ndarray, lens: np.ndarray, num_rows: int
+    ) -> None:
+        """A forward of `lens` rows of each request, up to positions `ends`, or of
+        `num_rows` where the device left drafts out."""
+        past_prompt = ends - self._req_states.prompt_len.np[slots]
+        num_prompt = int((lens - np.clip(past_prompt, 0, lens)).sum())
+        self.counters.count_draft_forward(num_rows, num_rows - num_prompt)
+
+    def _keep(self, input_batch: InputBatch, states: torch.Tensor) -> None:
+        """The step's hidden states, if any request was not fed."""
+        slots, num_rows = input_batch.idx_mapping_np, input_batch.num_tokens
+        lacks = self._cursor.num_lacking(slots) > self._num_later
+        if lacks.any():
+            number = self._kept.keep(states[:num_rows], self._kv_slots_now)
+            self._since[slots[lacks & ~self._is_kept[slots]]] = number
+        self._is_kept[slots] = lacks
