@@ -102,7 +102,7 @@ def source_of(which: str) -> tuple[str, Path]:
         if hashlib.sha256(content).hexdigest() != file["hashes"]["sha256"]:
             raise RuntimeError(f"{file['url']} is not what the index describes")
         with new_folder(folder) as made, tarfile.open(fileobj=BytesIO(content)) as tar:
-            tar.extractall(made, filter=_what_is_needed)
+            _unpack(tar, made)
     return str(version), folder
 
 
@@ -149,11 +149,15 @@ def _get(url: str, headers: dict[str, str] | None = None) -> requests.Response:
     return response
 
 
-def _what_is_needed(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-    name = member.name.partition("/")[2]
-    if not name.startswith(UNPACKED):
-        return None
-    return tarfile.data_filter(member.replace(name=name), path)
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """What is needed of it. `extractall` takes a filter from Python 3.11.4 on only."""
+    for member in tar:
+        name = member.name.partition("/")[2]
+        file = tar.extractfile(member) if name.startswith(UNPACKED) else None
+        if file is not None and ".." not in name.split("/"):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read())
 
 
 # ------------------------------------------------------------------- the environment
