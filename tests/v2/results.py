@@ -23,22 +23,23 @@ REPO = Path(__file__).resolve().parents[2]
 COMPILING = "tests.v2.compiled"  # does without
 
 
-def results_of(module: str, timeout: float = 600) -> Any:
-    """Run once, also where it fails. `timeout`: seconds.
+def results_of(module: str, timeout: float = 600, only: tuple[str, ...] = ()) -> Any:
+    """Run once, also where it fails. `timeout`: seconds; `only`: arguments of its
+    `run_all`.
 
     Raises CalledProcessError or TimeoutExpired.
     """
-    found = _run(module, timeout)
+    found = _run(module, timeout, only)
     if isinstance(found, subprocess.SubprocessError):
         raise found
     return found
 
 
 @cache
-def _run(module: str, timeout: float) -> Any:
+def _run(module: str, timeout: float, only: tuple[str, ...]) -> Any:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "tests.v2.results", module, str(path)]
+        command = [sys.executable, "-m", "tests.v2.results", module, str(path), *only]
         try:
             subprocess.run(command, cwd=REPO, check=True, timeout=timeout)
         except subprocess.SubprocessError as error:

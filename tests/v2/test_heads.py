@@ -9,38 +9,46 @@ import pytest
 from tests.v2.results import results_of
 from tests.v2.runs import K
 
-COMPARED = ("fixed", "cached", "tight", "async cached", "async tight")
-CACHES = ("cached", "async cached")
-OTHERS = ("stock", "async auto", "async mixed", "async trimmed")
+FAST = ("plain", "stock", "fixed", "async cached", "async auto", "async mixed")
+SLOW = ("cached", "tight", "async tight", "async trimmed")
 ACCEPTED, DRAFTED = ("spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens")
 
 
-def results() -> dict[str, Any]:
-    return results_of("tests.v2.heads")
+def cases(*names: str) -> list[Any]:
+    marks = {name: () if name in FAST else pytest.mark.slow for name in names}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
-def seen(name: str, what: str = "greedy") -> dict[str, Any]:
-    return results()[name][what]
+COMPARED = cases("fixed", "async cached", "cached", "tight", "async tight")
+CACHES = cases("async cached", "cached")
 
 
-def test_heads_of_our_own_drafted() -> None:
-    kinds = {name: run["speculator"] for name, run in results().items()}
-    assert kinds["stock"] == "EagleSpeculator"
-    assert kinds["async mixed"] == "MixedEagleSpeculator"
-    for name in (*COMPARED, "async auto", "async trimmed"):
-        assert kinds[name] == "UnpadEagleSpeculator"
+def run_of(name: str) -> dict[str, Any]:
+    only = FAST if name in FAST else SLOW
+    run: dict[str, Any] = results_of("tests.v2.heads", only=only)[name]
+    return run
 
 
-@pytest.mark.parametrize("name", [*COMPARED, *OTHERS])
+def seen(name: str, what: str = "greedy") -> Any:
+    return run_of(name)[what]
+
+
+@pytest.mark.parametrize("name", cases(*FAST, *SLOW)[1:])
+def test_heads_of_our_own_drafted(name: str) -> None:
+    others = {"stock": "EagleSpeculator", "async mixed": "MixedEagleSpeculator"}
+    assert seen(name, "speculator") == others.get(name, "UnpadEagleSpeculator")
+
+
+@pytest.mark.parametrize("name", cases(*FAST, *SLOW)[1:])
 def test_tokens_are_plain_decoding(name: str) -> None:
     passes = {
         what: run
-        for what, run in results()[name].items()
+        for what, run in run_of(name).items()
         if isinstance(run, dict) and "token_ids" in run
     }
     assert passes
     for what, run in passes.items():
-        plain = results()["plain"].get(what, seen("plain"))
+        plain = run_of("plain").get(what, seen("plain"))
         assert run["token_ids"] == plain["token_ids"], what
 
 
@@ -53,9 +61,9 @@ def test_fixed_lengths_do_what_stock_does() -> None:
     assert ours["counts"]["num_padded_draft_rows"] == stock["draft_rows"]
 
 
-def test_all_ends_of_a_batch_cost_nothing_else() -> None:
-    for name in ("cached", "async cached"):
-        assert seen(name)["gained"][ACCEPTED] == seen("stock")["gained"][ACCEPTED]
+@pytest.mark.parametrize("name", CACHES)
+def test_all_ends_of_a_batch_cost_nothing_else(name: str) -> None:
+    assert seen(name)["gained"][ACCEPTED] == seen("stock")["gained"][ACCEPTED]
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -75,13 +83,13 @@ def test_drafts_without_the_hidden_states_are_others() -> None:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_counted_rows_are_those_of_the_head(name: str) -> None:
-    for what, run in results()[name].items():
+    for what, run in run_of(name).items():
         if what in ("speculator", "failing"):
             continue
         assert run["counts"]["num_draft_rows"] == run["draft_rows"], what
 
 
-@pytest.mark.parametrize("name", ["tight", "async tight"])
+@pytest.mark.parametrize("name", cases("tight", "async tight"))
 def test_requests_are_preempted(name: str) -> None:
     assert seen(name)["gained"]["num_preemptions"] > 0
 
@@ -146,11 +154,12 @@ def test_forwards_of_the_head_are_timed() -> None:
 
 
 def test_copies_and_drafts_of_a_head_are_accepted() -> None:
-    assert min(results()["async mixed"]["accepted"].values()) > 5
+    assert min(seen("async mixed", "accepted").values()) > 5
     run = seen("async mixed", "edited")
     assert run["counts"]["num_draft_rows"] == run["draft_rows"]
 
 
+@pytest.mark.slow
 def test_drafts_that_the_device_left_out_do_not_count() -> None:
     run = seen("async trimmed")
     assert 0 < run["counts"]["num_draft_tokens"] < run["gained"][DRAFTED]
