@@ -107,8 +107,10 @@ def test_batches_one_after_the_other_or_all_requests_at_once(
     is_continuous: bool, sizes: list[int]
 ) -> None:
     plan = Plan(METHODS, [2], 1, num_prompts=3, is_continuous=is_continuous)
-    measure(plan, OPTIONS, requests(4, 4, 4, 4, 4, 4))
+    rounds = measure(plan, OPTIONS, requests(4, 4, 4, 4, 4, 4))
     assert NotedEngine.rounds == [(None, sizes, 2, is_continuous)] * 4
+    cut = {0, 1} if is_continuous else set()
+    assert [done.unfinished for done in rounds[2]["plain"]] == [cut]
 
 
 def test_requests_that_start_together_end_one_after_the_other() -> None:

@@ -80,7 +80,10 @@ def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> 
             chosen = begin_in_the_middle(chosen, batch)
         size = len(chosen) if plan.is_continuous else batch
         batches = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        return engine.run(batches, batch, plan.is_continuous, method.setting)
+        done = engine.run(batches, batch, plan.is_continuous, method.setting)
+        if plan.is_continuous:
+            done.unfinished |= set(range(batch))  # the shortened ones
+        return done
 
     return take_turns(plan, start, run, wait)
 

@@ -30,7 +30,7 @@ class Round:
     target_forwards: list[tuple[int, float]] = field(default_factory=list)
     steps: list[list[RequestStep]] = field(default_factory=list)
     outputs: list[list[int]] = field(default_factory=list)  # tokens of each request
-    unfinished: set[int] = field(default_factory=set)  # outputs cut by the round's end
+    unfinished: set[int] = field(default_factory=set)  # outputs cut short
     emssd_stats: dict[str, int] = field(default_factory=dict)
     emssd_costs: dict[str, Any] = field(default_factory=dict)  # at its end
 
