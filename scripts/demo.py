@@ -1,11 +1,11 @@
 """Serve chats, edits and summaries with and without emssd, and compare.
 
 The chat model is SmolLM2-135M-Instruct from the package index. On a CPU the EAGLE-3
-head of this repository drafts for it; a GPU's runner refuses heads, so there emssd only
-copies. Without a network it is the small pair that is shipped. All engines stay up and
-take turns, so that whatever else the machine does falls on all of them. Prints a table,
-draws a figure and checks that all give the tokens of plain decoding. Exits with 1 if
-they do not, or if an engine failed.
+head of this repository drafts for it. On a GPU, where heads have not run yet, emssd
+only copies. Without a network it is the small pair that is shipped. All engines stay
+up and take turns, so that whatever else the machine does falls on all of them. Prints
+a table, draws a figure and checks that all give the tokens of plain decoding. Exits
+with 1 if they do not, or if an engine failed.
 """
 
 from __future__ import annotations

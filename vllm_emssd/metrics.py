@@ -84,7 +84,7 @@ class SharedCounters:
             dtype=np.int64,
             mode="w+",
             shape=(len(COUNTER_NAMES),),
-        ).view(np.ndarray)  # which is written in a third of the time
+        ).view(np.ndarray)  # memmaps are slower to write to
 
     def publish(self, counters: Counters) -> None:
         self._values[:] = [getattr(counters, name) for name in COUNTER_NAMES]

@@ -427,7 +427,7 @@ def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
     policy.continue_drafting(np.array([0, 1]), np.array([0.3, 0.4]), 0)
     policy.trim(np.array([1, 1]))
     policy.observe("r0", 1, 1)
-    made, num_verified, num_accepted = policy.acceptance._observed[-1]
+    [(made, num_verified, num_accepted)] = policy.acceptance._observed
     assert made.tolist() == [0.9]
     assert (num_verified, num_accepted) == (1, 1)
 

@@ -17,7 +17,7 @@ from vllm_emssd.bench.engine_process import (
     same_graphs,
     shared_gpu,
 )
-from vllm_emssd.bench.harness import Plan, begin_in_the_middle, measure
+from vllm_emssd.bench.harness import Plan, measure, stagger_ends
 from vllm_emssd.bench.methods import Method, in_one_engine
 from vllm_emssd.bench.request import Request
 from vllm_emssd.bench.round import RequestStep, Round
@@ -114,7 +114,7 @@ def test_batches_one_after_the_other_or_all_requests_at_once(
 
 
 def test_requests_that_start_together_end_one_after_the_other() -> None:
-    begun = begin_in_the_middle(requests(8, 8, 3, 1, 8, 8), 4)
+    begun = stagger_ends(requests(8, 8, 3, 1, 8, 8), 4)
     assert [request.max_tokens for request in begun] == [2, 4, 2, 1, 8, 8]
 
 

@@ -19,6 +19,7 @@ def cases(*names: str) -> list[Any]:
     return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
+WITH_HEAD = cases(*FAST[1:], *SLOW)
 COMPARED = cases("fixed", "async cached", "cached", "tight", "async tight")
 CACHES = cases("async cached", "cached")
 
@@ -33,13 +34,13 @@ def seen(name: str, what: str = "greedy") -> Any:
     return run_of(name)[what]
 
 
-@pytest.mark.parametrize("name", cases(*FAST, *SLOW)[1:])
+@pytest.mark.parametrize("name", WITH_HEAD)
 def test_heads_of_our_own_drafted(name: str) -> None:
     others = {"stock": "EagleSpeculator", "async mixed": "MixedEagleSpeculator"}
     assert seen(name, "speculator") == others.get(name, "UnpadEagleSpeculator")
 
 
-@pytest.mark.parametrize("name", cases(*FAST, *SLOW)[1:])
+@pytest.mark.parametrize("name", WITH_HEAD)
 def test_tokens_are_plain_decoding(name: str) -> None:
     passes = {
         what: run

@@ -76,19 +76,20 @@ def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> 
 
     def run(engine: EngineProcess, method: Method, batch: int) -> Round:
         chosen = requests[: plan.num_requests(batch)]
-        if plan.is_continuous:
-            chosen = begin_in_the_middle(chosen, batch)
-        size = len(chosen) if plan.is_continuous else batch
-        batches = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        done = engine.run(batches, batch, plan.is_continuous, method.setting)
-        if plan.is_continuous:
-            done.unfinished |= set(range(batch))  # the shortened ones
+        if not plan.is_continuous:
+            batches = [
+                list(chosen[i : i + batch]) for i in range(0, len(chosen), batch)
+            ]
+            return engine.run(batches, batch, False, method.setting)
+        staggered = stagger_ends(chosen, batch)
+        done = engine.run([staggered], batch, True, method.setting)
+        done.unfinished |= set(range(batch))  # the shortened ones
         return done
 
     return take_turns(plan, start, run, wait)
 
 
-def begin_in_the_middle(requests: Sequence[Request], batch: int) -> list[Request]:
+def stagger_ends(requests: Sequence[Request], batch: int) -> list[Request]:
     """With the first `batch` shortened, so that they end one after the other, as in a
     server that has run for a while. Else those of plain decoding would end together,
     and the round with them, without the prompts of the next ones."""

@@ -15,7 +15,6 @@ from vllm_emssd.draft_length.probing import Probing
 _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
 _CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
-_PLAN_STEPS = 4  # from one plan to the next, while as many requests get a token
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
 _GAIN_RATE = 0.0125  # weight of one, for each step since the one before
 _LEAST_MS = 1e-6
@@ -46,7 +45,6 @@ class AutoDraftLength(DraftLengthPolicy):
         self._probing = Probing()
         self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
-        self._planned_for: tuple[int, int, int] | None = None  # the batch of the plan
         self._num_plans = 0
         self._gain_measured = 0  # the plan at which it last was
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
@@ -62,38 +60,8 @@ class AutoDraftLength(DraftLengthPolicy):
             return most  # which says nothing about whether drafts pay
         self._req_ids = step.req_ids
         self._has_prompts = step.num_prefill_rows > 0
-        if not self._holds(step) and not self._plans_drafts(step):
-            return self._maybe_probe(step, self._plan)
-        plan = self._plan
-        self._num_plans += 1
-        is_survey = self._num_plans % _SURVEY_STEPS == 0
-        self._is_survey = self._uses_confidence and is_survey
-        self._is_probe = False
-        is_control = self._num_plans % _CONTROL_STEPS == _SURVEY_STEPS // 2  # no survey
-        stops = self._uses_confidence and self._stopping_gain >= 0
-        self.needs_confidence = (stops and not is_control) or self._is_survey
-        if step.copies is not None:
-            most = np.where(plan.may_draft, most, 0)
-        if self.needs_confidence:
-            self._set_thresholds(plan, len(most))
-            return most
-        return np.minimum(most, plan.depth)
-
-    def _holds(self, step: StepInfo) -> bool:
-        """Whether the plan of the step before is this one's: making one takes a tenth
-        of a millisecond, and changes little in a few steps of as many requests."""
-        batch = (
-            step.num_sampling,
-            step.num_prefill_rows,
-            int(np.count_nonzero(step.max_draft_tokens)),
-        )
-        holds = self.feeds_prompts and batch == self._planned_for
-        self._planned_for = None if step.copies else batch
-        return holds and self._num_plans % _PLAN_STEPS > 0
-
-    def _plans_drafts(self, step: StepInfo) -> bool:
-        """Make the plan, and say whether drafts pay by it."""
         self.acceptance.update()
+        stops = self._uses_confidence and self._stopping_gain >= 0
         plan = best_plan(step, self.acceptance.by_depth, self.costs)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
         if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
@@ -102,10 +70,21 @@ class AutoDraftLength(DraftLengthPolicy):
             hoped_for = self.acceptance.hoped_for()
             plan = best_plan(step, hoped_for, self.costs)
         self._plan = plan
-        self.feeds_prompts = self._probing.pays(
+        pays = self.feeds_prompts = self._probing.pays(
             plan.gain + by_stopping, step.num_sampling
         )
-        return self.feeds_prompts
+        if not pays:
+            return self._maybe_probe(step, plan)
+        self._num_plans += 1
+        is_survey = self._num_plans % _SURVEY_STEPS == 0
+        self._is_survey = self._uses_confidence and is_survey
+        self._is_probe = False
+        is_control = self._num_plans % _CONTROL_STEPS == _SURVEY_STEPS // 2  # no survey
+        self.needs_confidence = (stops and not is_control) or self._is_survey
+        if self.needs_confidence:
+            self._set_thresholds(plan, len(most))
+            return np.where(plan.may_draft, most, 0)
+        return np.where(plan.may_draft, np.minimum(most, plan.depth), 0)
 
     def _set_thresholds(self, plan: Plan, num_reqs: int) -> None:
         """In tokens at the plan's rate: what it costs to verify a draft, to make and

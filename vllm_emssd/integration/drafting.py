@@ -66,3 +66,13 @@ def leave_out_adapters(head: torch.nn.Module) -> None:
         for name, layer in list(module.named_children()):
             if isinstance(layer, BaseLayerWithLoRA):
                 setattr(module, name, layer.base_layer)
+
+
+def without_first_blocks(
+    tables: torch.Tensor, num_skipped: torch.Tensor
+) -> torch.Tensor:
+    """Block tables, [num_reqs, num_blocks], each from its block `num_skipped`,
+    [num_reqs], on; behind its end stands the last one."""
+    columns = torch.arange(tables.shape[1], device=tables.device)
+    columns = columns + num_skipped.to(torch.int64)[:, None]
+    return tables.gather(1, columns.clamp_(max=tables.shape[1] - 1))

@@ -160,15 +160,14 @@ class PagedDrafter:
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Likeliest tokens; their probabilities, if asked for."""
-        logits = self._own_logits(hidden_states)
+        return self._likeliest(self._stock.model.compute_logits(hidden_states))
+
+    def _likeliest(
+        self, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.tells_confidence:
             return greedy_tokens_and_confidence(logits)
         return greedy_tokens(logits), None
-
-    def _own_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Over the draft model's vocabulary, which is the target's."""
-        logits: torch.Tensor = self._stock.model.compute_logits(hidden_states)
-        return logits
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:

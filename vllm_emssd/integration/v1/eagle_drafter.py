@@ -9,6 +9,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_emssd.draft_cursor import DraftCursor
+from vllm_emssd.integration.drafting import without_first_blocks
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.ragged import RaggedRows
@@ -60,18 +61,14 @@ class EagleDrafter(PagedDrafter):
     def _sample_greedily(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, confidence = super()._sample_greedily(hidden_states)
-        offsets = self._offsets
-        return (tokens if offsets is None else tokens + offsets[tokens]), confidence
-
-    def _own_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Over the head's vocabulary, often a small part of the target's, as which
-        vLLM's `compute_logits` would copy them."""
+        """From the head's own vocabulary, often a small part of the target's:
+        `compute_logits` would copy its logits to one of that size."""
         if self._offsets is None:
-            return super()._own_logits(hidden_states)
+            return super()._sample_greedily(hidden_states)
         model = self._stock.model
-        logits: torch.Tensor = model.logits_processor(model.lm_head, hidden_states)
-        return logits
+        logits = model.logits_processor(model.lm_head, hidden_states)
+        tokens, confidence = self._likeliest(logits)
+        return tokens + self._offsets[tokens], confidence
 
     def _call_model(self, num_rows: int, positions: torch.Tensor) -> torch.Tensor:
         stock = self._stock
@@ -109,6 +106,6 @@ class EagleDrafter(PagedDrafter):
         num_skipped = self._firsts[req_indices] // self._stock.block_size
         if not num_skipped.any():
             return tables
-        columns = torch.arange(tables.shape[1]) + torch.from_numpy(num_skipped)[:, None]
-        columns = columns.clamp_(max=tables.shape[1] - 1)
-        return tables.gather(1, columns.to(tables.device, torch.int64))
+        return without_first_blocks(
+            tables, async_tensor_h2d(num_skipped, device=tables.device)
+        )

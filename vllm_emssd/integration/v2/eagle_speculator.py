@@ -28,13 +28,12 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from vllm_emssd.async_draft_cursor import Turn
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
-from vllm_emssd.integration.drafting import leave_out_adapters
+from vllm_emssd.integration.drafting import leave_out_adapters, without_first_blocks
 from vllm_emssd.integration.forward_clock import ForwardClock
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.integration.v2.kernels import make_certain
+from vllm_emssd.proposers.hidden_states import MOST_BYTES
 from vllm_emssd.verification import ScheduledStep
-
-MOST_BYTES = 256 << 20  # of the buffer, unless four steps' tokens need more
 
 
 class KeptStates:
@@ -91,6 +90,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         leave_out_adapters(self.model)
         states = self.hidden_states
         row_bytes = states.shape[1] * states.element_size()
+        # Four steps' tokens find room in any case.
         num_rows = max(MOST_BYTES // row_bytes, 4 * self.max_num_tokens)
         self._buffer = states.new_zeros(num_rows, states.shape[1])
 
@@ -108,9 +108,9 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         graphs = self.decode_cudagraph_manager
         assert graphs is not None
         most = self._most_drafts
-        depths = range(most, 1 if self.is_automatic else most - 1, -1)
-        is_most = most == self.num_speculative_steps and not self.is_automatic
-        if self.supports_decode_metadata_update and not is_most:
+        depths = range(most, 1, -1) if self.is_automatic else [most]
+        is_one = list(depths) == [self.num_speculative_steps]  # as vLLM records it
+        if self.supports_decode_metadata_update and not is_one:
             graphs._capture_descs = {
                 mode: [
                     SpeculatorBatchDescriptor(**vars(desc), num_speculative_tokens=k)
@@ -384,10 +384,8 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
             first = async_tensor_h2d(firsts, device=self.device)
             seq_lens = seq_lens - first
             table = self.block_tables.input_block_tables[self._gid]
-            columns = torch.arange(table.shape[1], device=self.device)
-            columns = columns + (first // self._block_size)[:, None]
-            columns = columns.clamp_(max=table.shape[1] - 1)
-            table[:num_reqs] = table[:num_reqs].gather(1, columns)
+            num_skipped = first // self._block_size
+            table[:num_reqs] = without_first_blocks(table[:num_reqs], num_skipped)
         buffers.query_start_loc[: num_reqs + 1] = starts_on_device
         buffers.seq_lens[:num_reqs] = seq_lens
         self.draft_max_seq_len = self.max_model_len
