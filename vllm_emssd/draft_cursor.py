@@ -62,7 +62,7 @@ class DraftCursor:
         self,
         admitted: Iterable[AdmittedRequest],
         extended: Iterable[tuple[str, Sequence[int]]],
-    ) -> None:
+    ) -> list[int]:
         """Take in one step's block allocations.
 
         Args:
@@ -71,17 +71,22 @@ class DraftCursor:
 
         All fresh blocks are cleared before any cursor is looked up, since a
         request may hit blocks that another was given in this very step.
+
+        Returns: the fresh blocks, those of hits that are not trusted among them.
         """
         admitted, extended = list(admitted), list(extended)
+        fresh: list[int] = []
         for request in admitted:
-            self._clear(request.block_ids[self._num_hit_blocks(request) :])
+            fresh += request.block_ids[self._num_hit_blocks(request) :]
         for req_id, block_ids in extended:
-            self._clear(block_ids)
+            fresh += block_ids
             self._requests[req_id].block_ids.extend(block_ids)
+        self._clear(fresh)
         for request in admitted:
             self._requests[request.req_id] = _RequestState(
                 0, list(request.block_ids), self._num_hit_blocks(request)
             )
+        return fresh
 
     def release(self, req_id: str) -> None:
         """Forget a finished request. Its full blocks stay valid until reallocated."""
@@ -94,7 +99,7 @@ class DraftCursor:
         """
         state = self._requests[req_id]
         first, within = divmod(state.draft_len, self._block_size)
-        if within == 0 and first < state.num_hit_blocks and self._trust_cached_blocks:
+        if within == 0 and first < state.num_hit_blocks:
             hits = self._block_is_valid[state.block_ids[first : state.num_hit_blocks]]
             num_valid = len(hits) if hits.all() else int(hits.argmin())
             state.draft_len += num_valid * self._block_size
@@ -160,7 +165,8 @@ class DraftCursor:
             self.advance(req_id, state.draft_len + num_valid)
 
     def _num_hit_blocks(self, request: AdmittedRequest) -> int:
-        return request.num_computed_tokens // self._block_size
+        trusts = self._trust_cached_blocks
+        return request.num_computed_tokens // self._block_size if trusts else 0
 
     def _clear(self, block_ids: Sequence[int]) -> None:
-        self._block_is_valid[list(block_ids)] = False
+        self._block_is_valid[block_ids] = False

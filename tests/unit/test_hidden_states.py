@@ -1,86 +1,70 @@
-"""Hidden states that wait for an EAGLE head: where there is no room for all of them.
-
-That they come back by request and position is seen in `test_eagle.py`.
-"""
+"""Hidden states that wait for an EAGLE head, by the KV slot of their token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
-import pytest
 import torch
 
 from vllm_emssd.proposers.hidden_states import HiddenStates
 
-Spans = Mapping[str, tuple[int, int]]  # first position and number, by request
+NUM_BLOCKS, BLOCK_SIZE = 5, 4
+STATE_BYTES = 2 * 4  # two layers of one float32 each
 
 
-def states_of(numbers: Mapping[str, int], spans: Spans) -> list[torch.Tensor]:
-    """Of two layers; a state tells its request and position."""
-    rows = [
-        [numbers[req_id], start + i]
-        for req_id, (start, length) in spans.items()
-        for i in range(length)
-    ]
-    both = torch.tensor(rows, dtype=torch.float32)
-    return [both[:, :1], both[:, 1:]]
+def kept_states(most: int) -> HiddenStates:
+    return HiddenStates(NUM_BLOCKS, BLOCK_SIZE, 4, most * STATE_BYTES)
 
 
-def keep(kept: HiddenStates, numbers: Mapping[str, int], spans: Spans) -> None:
-    starts, lens = np.array(list(spans.values()), dtype=np.int64).T
-    first_rows = np.cumsum(lens) - lens
-    kept.keep(list(spans), starts, lens, first_rows, states_of(numbers, spans))
+def keep(kept: HiddenStates, step: int, kv_slots: Sequence[int]) -> None:
+    """A state tells its step and slot. Rows of padding follow."""
+    rows = torch.tensor([[step, slot] for slot in [*kv_slots, 99]], dtype=torch.float32)
+    kept.keep([rows[:, :1], rows[:, 1:]], torch.tensor(kv_slots))
 
 
-def assert_kept(
-    kept: HiddenStates, numbers: Mapping[str, int], req_id: str, start: int, end: int
-) -> None:
-    assert kept.first(req_id) == start
-    states = kept.of([req_id], np.array([start]), np.array([end]))
-    assert states.tolist() == [[numbers[req_id], p] for p in range(start, end)]
+def present(kept: HiddenStates) -> dict[int, int]:
+    """Steps of the states that are here, by slot."""
+    is_here = kept.are_here(np.arange(NUM_BLOCKS * BLOCK_SIZE))
+    kv_slots = np.flatnonzero(is_here)
+    states = kept.of(torch.from_numpy(kv_slots)).long()
+    assert states[:, 1].tolist() == kv_slots.tolist()
+    return dict(zip(kv_slots.tolist(), states[:, 0].tolist(), strict=True))
 
 
-NUMBERS = {"a": 1, "b": 2, "c": 3}
+def test_a_state_is_found_by_slot_until_it_is_replaced() -> None:
+    kept = kept_states(20)
+    keep(kept, 1, [7, 3])
+    keep(kept, 2, [4, 3])
+    assert present(kept) == {7: 1, 4: 2, 3: 2}
 
 
-def test_more_of_a_request_than_allowed_drops_the_oldest() -> None:
-    kept = HiddenStates(4, most_of_a_request=6)
-    for start in range(0, 12, 3):
-        keep(kept, NUMBERS, {"a": (start, 3)})
-    assert_kept(kept, NUMBERS, "a", 6, 12)
-
-
-def test_a_full_buffer_drops_the_oldest_of_whoever_has_most() -> None:
-    state_bytes = 2 * 4
-    kept = HiddenStates(4, most_bytes=10 * state_bytes)
-    keep(kept, NUMBERS, {"a": (0, 3)})
-    keep(kept, NUMBERS, {"a": (3, 3), "b": (0, 1)})
-    keep(kept, NUMBERS, {"b": (1, 2)})
-    keep(kept, NUMBERS, {"c": (0, 4)})
-    assert_kept(kept, NUMBERS, "a", 3, 6)
-    assert_kept(kept, NUMBERS, "b", 0, 3)
-    assert_kept(kept, NUMBERS, "c", 0, 4)
-
-
-@pytest.mark.parametrize("forget", ["feeding", "finishing"])
-def test_room_is_used_again(forget: str) -> None:
-    state_bytes = 2 * 4
-    kept = HiddenStates(4, most_bytes=6 * state_bytes)
+def test_a_full_buffer_drops_the_oldest() -> None:
+    kept = kept_states(6)
     for step in range(20):
-        keep(kept, NUMBERS, {"a": (4 * step, 4), "b": (step, 2)})
-        assert_kept(kept, NUMBERS, "b", step, step + 2)
-        if forget == "feeding":
-            assert_kept(kept, NUMBERS, "a", 4 * step, 4 * step + 4)
-            kept.forget_before("a", 4 * step + 4)
-            kept.forget_before("b", step + 1)
-            kept.forget_before("b", step + 2)
-        kept.release("ab" if forget == "finishing" else ["never seen"])
+        keep(kept, step, [step, (step + 10) % 20])
+        last = range(max(step - 2, 0), step + 1)
+        slots = {s: t for t in last for s in (t, (t + 10) % 20)}
+        assert present(kept) == slots
 
 
-def test_states_that_are_not_kept_are_refused() -> None:
-    kept = HiddenStates(16)
-    keep(kept, NUMBERS, {"a": (4, 4)})
-    for start, end in ((3, 5), (7, 9)):
-        with pytest.raises(ValueError, match="from 4 to 8"):
-            kept.of(["a"], np.array([start]), np.array([end]))
+def test_a_steps_states_stay_together() -> None:
+    """Where they do not fit in what is left of the buffer, that is left empty."""
+    kept = kept_states(5)
+    keep(kept, 1, [0, 1, 2])
+    keep(kept, 2, [3, 4, 5, 6])
+    assert present(kept) == {3: 2, 4: 2, 5: 2, 6: 2}
+
+
+def test_a_steps_tokens_find_room_whatever_the_bound() -> None:
+    kept = kept_states(0)
+    keep(kept, 1, [0, 1, 2, 3])
+    assert present(kept) == {0: 1, 1: 1, 2: 1, 3: 1}
+
+
+def test_states_of_blocks_with_new_content_are_forgotten() -> None:
+    kept = kept_states(20)
+    kept.forget([1])  # nothing was kept yet
+    keep(kept, 1, [0, 4, 7, 8])
+    kept.forget([1, 3])
+    assert present(kept) == {0: 1, 8: 1}

@@ -50,6 +50,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def kv_slots(self, rows: RaggedRows) -> np.ndarray:
+        """Of the K/V of each row. [num_rows] int64"""
+        ...
+
 
 class DraftModelProposer:
     """Unpadded drafting with a draft model.

@@ -9,7 +9,6 @@ and no row for a rejected draft.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ class EagleProposer(DraftModelProposer):
     """As `DraftModelProposer`, with a cursor over rows: row p belongs to position p,
     but needs the token behind it.
 
-    A request of which not all hidden states are kept begins its text anew at the first
+    A request of which not all hidden states are here begins its text anew at the first
     block from which on they are.
 
     Args:
@@ -39,22 +38,24 @@ class EagleProposer(DraftModelProposer):
         self._states = states
         self._block_size = block_size
 
-    def release(self, req_ids: Iterable[str]) -> None:
-        req_ids = list(req_ids)
-        super().release(req_ids)
-        self._states.release(req_ids)
-
     def _missing_spans(self, batch: DraftBatch) -> tuple[np.ndarray, np.ndarray]:
         """Rows whose K/V is missing and can be computed."""
-        req_ids, num_reqs = batch.req_ids, batch.num_reqs
-        cursors = np.fromiter(map(self._cursor.draft_len, req_ids), np.int64, num_reqs)
-        kept = np.fromiter(map(self._states.first, req_ids), np.int64, num_reqs)
-        restarts = -(-kept // self._block_size) * self._block_size
-        starts = np.where(kept > cursors, restarts, cursors)
-        ends = np.where(
-            batch.is_sampling, batch.num_tokens - 1, batch.num_prefilled_tokens
+        starts, ends = super()._missing_spans(batch)
+        # The last known token's row needs the token behind it.
+        known = batch.num_tokens - 1
+        ends = np.maximum(
+            starts, np.where(batch.is_sampling, np.minimum(ends, known), ends)
         )
-        ends = np.minimum(ends, self._drafter.max_model_len)
+        lacking = np.flatnonzero(ends > starts)
+        if not lacking.size:
+            return starts, ends
+        rows = RaggedRows.from_spans(lacking, starts[lacking], ends[lacking])
+        is_lost = ~self._states.are_here(self._drafter.kv_slots(rows))
+        if is_lost.any():
+            behind = np.where(is_lost, rows.positions + 1, 0)
+            behind = np.maximum.reduceat(behind, rows.query_start_loc[:-1])
+            restarts = -(-behind // self._block_size) * self._block_size
+            starts[lacking] = np.maximum(starts[lacking], restarts)
         return starts, np.maximum(starts, ends)
 
     def _known_ids(self, batch: DraftBatch, rows: RaggedRows) -> np.ndarray:
@@ -74,4 +75,3 @@ class EagleProposer(DraftModelProposer):
 
     def _record_fed(self, req_id: str, end: int, num_fed_drafts: int) -> None:
         self._cursor.advance(req_id, end)
-        self._states.forget_before(req_id, end)

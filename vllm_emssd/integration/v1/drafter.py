@@ -285,7 +285,11 @@ class PagedDrafter:
         device = self._stock.device
         positions, slots, seq_lens = (
             async_tensor_h2d(values, device=device).view(len(ahead), -1)
-            for values in (positions, self._slots(all_rows), self._seq_lens(all_rows))
+            for values in (
+                positions,
+                self.kv_slots(all_rows),
+                self._seq_lens(all_rows),
+            )
         )
         return _NextForwards(
             draft_position,
@@ -297,7 +301,7 @@ class PagedDrafter:
             self._attention_metadata(rows),
         )
 
-    def _slots(self, rows: RaggedRows) -> np.ndarray:
+    def kv_slots(self, rows: RaggedRows) -> np.ndarray:
         return rows.slot_mapping(
             self._block_table.block_table.np, self._stock.block_size
         )
@@ -313,7 +317,7 @@ class PagedDrafter:
 
     def _attention_metadata(self, rows: RaggedRows) -> CommonAttentionMetadata:
         device = self._stock.device
-        slots = self._slots(rows)
+        slots = self.kv_slots(rows)
         query_start_loc = torch.from_numpy(rows.query_start_loc)
         seq_lens_np = self._seq_lens(rows)
         seq_lens = torch.from_numpy(seq_lens_np)

@@ -91,9 +91,7 @@ class EagleDrafter(PagedDrafter):
     def _target_states(self, rows: RaggedRows) -> torch.Tensor:
         if self._input_batch.num_reqs == 0:  # costs are measured: any states will do
             return self._stock.hidden_states[: rows.num_rows]
-        starts = rows.positions[rows.query_start_loc[:-1]]
-        req_ids = [self._input_batch.req_ids[i] for i in rows.req_indices]
-        states = self._states.of(req_ids, starts, starts + rows.query_lens)
+        states = self._states.of(torch.from_numpy(self.kv_slots(rows)))
         combined: torch.Tensor = self._stock.model.combine_hidden_states(states)
         return combined
 

@@ -188,7 +188,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         if self.speculative_config.uses_draft_model():
             self.paged_drafter = PagedDrafter(*parts)
             return
-        self._hidden_states = HiddenStates(self.max_num_tokens)
+        self._hidden_states = HiddenStates(
+            kv_cache_config.num_blocks,
+            group.kv_cache_spec.block_size,
+            self.max_num_tokens,
+        )
         self.paged_drafter = EagleDrafter(
             *parts, states=self._hidden_states, cursor=self._cursor
         )
@@ -242,7 +246,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
                 self.paged_drafter.draft_probs.pop(req_id, None)
         if self._cursor is not None:
             updates = block_updates(scheduler_output, self.drafter.kv_cache_gid)
-            self._cursor.update_blocks(*updates)
+            fresh = self._cursor.update_blocks(*updates)
+            if self._hidden_states is not None:
+                self._hidden_states.forget(fresh)
         self._request_limits.release(scheduler_output.finished_req_ids)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._admit_references(scheduler_output)
@@ -275,7 +281,12 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         assert self._proposer is not None
         step = self._record_verified(scheduler_output, sampled_token_ids)
         if self._hidden_states is not None:
-            self._keep_hidden_states(step, aux_hidden_states or [hidden_states])
+            table = self.input_batch.block_table[self.drafter.kv_cache_gid]
+            slots = table.slot_mapping.gpu
+            self._hidden_states.keep(
+                aux_hidden_states or [hidden_states],
+                slots[: scheduler_output.total_num_scheduled_tokens],
+            )
         # Where drafts have not paid for long, most steps end here.
         num_sampling = int(step.is_sampling.sum())
         skips = isinstance(
@@ -291,24 +302,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
             self.step_costs.step_done(num_sampling, not skips or has_verified)
         return drafts
-
-    def _keep_hidden_states(
-        self, step: ScheduledStep, states: list[torch.Tensor]
-    ) -> None:
-        """Of the step's tokens, all but rejected drafts. `states`: [num_rows, any
-        width] each."""
-        assert self._hidden_states is not None
-        num_reqs, scheduled = len(step.req_ids), step.num_scheduled_tokens
-        starts = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
-        ends = np.where(
-            step.is_sampling,
-            self.input_batch.num_tokens_no_spec[:num_reqs] - 1,
-            starts + scheduled,
-        )
-        first_rows = np.cumsum(scheduled) - scheduled
-        self._hidden_states.keep(
-            step.req_ids, starts, ends - starts, first_rows, states
-        )
 
     def _propose(self, step: ScheduledStep) -> list[list[int]]:
         assert self._proposer is not None
