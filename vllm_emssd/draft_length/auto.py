@@ -136,13 +136,18 @@ class AutoDraftLength(DraftLengthPolicy):
         kept = draft_lens
         if self._may_trim and not self._is_probe:
             kept = self._kept()
-        for i in np.flatnonzero(draft_lens):
-            self._made[self._req_ids[i]] = self._confidence[i, : draft_lens[i]]
         is_due = self._num_plans - self._gain_measured >= _GAIN_STEPS
         if self._is_survey or (is_due and not self._is_probe):
             self._measure_gain(draft_lens, kept)
         # What is always trimmed would never be verified again.
-        return draft_lens if self._is_survey else kept
+        lens = draft_lens if self._is_survey else kept
+        for i in np.flatnonzero(draft_lens):
+            confidence = self._confidence[i, : draft_lens[i]]
+            if lens[i]:
+                self._made[self._req_ids[i]] = confidence
+            else:
+                self.acceptance.observe(confidence, 0, 0)
+        return lens
 
     def _kept(self) -> np.ndarray:
         """The drafts worth their rows, and the likeliest others in rows that would be

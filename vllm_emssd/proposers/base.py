@@ -82,7 +82,8 @@ class Proposer(Protocol):
     ) -> None:
         """The target verified the first drafts of a request and accepted a prefix.
 
-        Called for every request that sampled, before `propose`; with 0 drafts too.
+        Called before the next `propose` in which the request is, for every one that was
+        proposed drafts; with 0, if none were verified.
         """
         ...
 

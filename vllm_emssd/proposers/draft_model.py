@@ -50,10 +50,6 @@ class Drafter(Protocol):
         """
         ...
 
-    def kv_slots(self, rows: RaggedRows) -> np.ndarray:
-        """Of the K/V of each row. [num_rows] int64"""
-        ...
-
 
 class DraftModelProposer:
     """Unpadded drafting with a draft model.

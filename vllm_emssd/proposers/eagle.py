@@ -9,14 +9,20 @@ and no row for a rejected draft.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.draft_model import Drafter, DraftModelProposer
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.ragged import RaggedRows
+
+
+class HeadDrafter(Drafter, Protocol):
+    def kv_slots(self, rows: RaggedRows) -> np.ndarray:
+        """Of the K/V of each row. [num_rows] int64"""
+        ...
 
 
 class EagleProposer(DraftModelProposer):
@@ -30,6 +36,8 @@ class EagleProposer(DraftModelProposer):
         states: of the target, kept of each step before `propose`.
         block_size: of the KV cache.
     """
+
+    _drafter: HeadDrafter
 
     def __init__(
         self, *args: Any, states: HiddenStates, block_size: int, **kwargs: Any

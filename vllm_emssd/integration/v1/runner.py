@@ -107,7 +107,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._row_padding: RowPadding | None = None  # likewise
         self._automatic: AutoDraftLength | None = None  # likewise
         self._request_limits = RequestLimits()
-        self.num_real_drafts: dict[str, int] = {}  # proposed, filler not counted
+        # Of requests that have some: proposed, filler not counted.
+        self.num_real_drafts: dict[str, int] = {}
         self._publisher = Publisher(self.counters, vllm_config)
         self._failures = FailurePolicy(self.counters, self.parallel_config)
 
@@ -294,7 +295,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         ) and self._proposer.skips_step(num_sampling)
         if skips:
             drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-            self.num_real_drafts.update(dict.fromkeys(step.req_ids, 0))
         else:
             drafts = self._propose(step)
         self._publisher.step_done()
@@ -311,7 +311,10 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         except Exception as error:
             self._failures.take(error)
             drafts = [[] for _ in batch.req_ids]
-        self.num_real_drafts.update(zip(batch.req_ids, map(len, drafts), strict=True))
+            # The proposer hears that none of those it may have made were verified.
+            self.num_real_drafts.update(dict.fromkeys(batch.req_ids, 0))
+        each = zip(batch.req_ids, drafts, strict=True)
+        self.num_real_drafts.update((req_id, len(d)) for req_id, d in each if d)
         if not self.emssd_config.unpad_inputs:
             last = batch.token_ids[np.arange(batch.num_reqs), batch.num_tokens - 1]
             drafts = pad_to_longest(drafts, batch.is_sampling.tolist(), last.tolist())
@@ -324,8 +327,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         num_sampled = np.fromiter(map(len, sampled_token_ids), np.int64)
         step = self._scheduled_step(scheduler_output, num_sampled > 0)
         num_real = step.num_draft_tokens - step.num_forbidden
-        for i in np.flatnonzero(step.is_sampling):
-            req_id = step.req_ids[i]
+        for req_id in list(self.num_real_drafts):
+            i = self.input_batch.req_id_to_index.get(req_id)
+            if i is None or not step.is_sampling[i]:
+                continue  # left out of the step: its drafts stay pending
+            del self.num_real_drafts[req_id]
             if self.paged_drafter is not None:
                 self.paged_drafter.draft_probs.pop(req_id, None)  # used up
             self._tell_proposer(req_id, int(num_real[i]), int(num_sampled[i]) - 1)
