@@ -71,7 +71,7 @@ LEFT_OUT = {
     "tests/v1/e2e/spec_decode/ngram_suffix/test_ngram_suffix.py": GSM8K,
     "tests/v1/e2e/test_replayssm_decode.py": "Mamba layers, on a GPU",
     "tests/v1/spec_decode/test_max_len.py::test_ngram_gpu_max_len": (
-        "n-grams on the V2 runner; emssd copies on V1"
+        "needs the V2 runner, which has no kernels on a CPU without Triton"
     ),
     f"{LOGITSPROCS}::test_rejects_custom_logitsprocs": (
         "expects custom logits processors to be refused; emssd takes them"

@@ -13,10 +13,10 @@ from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
 
 _PROBE_LENGTH = 2
-_SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
+_SURVEY_STEPS = 16  # from one step that asks for confidences in any case to the next
 _CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
-_GAIN_RATE = 0.0125  # weight of one, for each step since the one before
+_GAIN_RATE = 0.05  # weight of one
 _LEAST_MS = 1e-6
 
 
@@ -43,12 +43,10 @@ class AutoDraftLength(DraftLengthPolicy):
         self._may_trim = may_trim
         self._uses_confidence = uses_confidence
         self._probing = Probing()
-        self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
-        self._gain_measured = 0  # the plan at which it last was
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
-        self._is_survey = self._is_probe = False
+        self._is_probe = False
         self.needs_confidence = uses_confidence
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -61,7 +59,6 @@ class AutoDraftLength(DraftLengthPolicy):
         self._req_ids = step.req_ids
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
-        stops = self._uses_confidence and self._stopping_gain >= 0
         plan = best_plan(step, self.acceptance.by_depth, self.costs)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
         if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
@@ -77,10 +74,10 @@ class AutoDraftLength(DraftLengthPolicy):
             return self._maybe_probe(step, plan)
         self._num_plans += 1
         is_survey = self._num_plans % _SURVEY_STEPS == 0
-        self._is_survey = self._uses_confidence and is_survey
         self._is_probe = False
         is_control = self._num_plans % _CONTROL_STEPS == _SURVEY_STEPS // 2  # no survey
-        self.needs_confidence = (stops and not is_control) or self._is_survey
+        asks = is_survey or (self._stopping_gain >= 0 and not is_control)
+        self.needs_confidence = self._uses_confidence and asks
         if self.needs_confidence:
             self._set_thresholds(plan, len(most))
             return np.where(plan.may_draft, most, 0)
@@ -106,10 +103,9 @@ class AutoDraftLength(DraftLengthPolicy):
         step_ms = step.num_sampling / max(plan.tokens_per_ms, _LEAST_MS)
         if self._probing.is_due(probe_ms, step_ms):
             self.acceptance.doubt()
-            self._is_survey, self._is_probe = False, True
+            self._is_probe = True
             self.needs_confidence = self._uses_confidence
             self._set_thresholds(plan, len(lens))
-            self._probed = step.req_ids[request]
             lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
         return lens
 
@@ -136,18 +132,15 @@ class AutoDraftLength(DraftLengthPolicy):
         kept = draft_lens
         if self._may_trim and not self._is_probe:
             kept = self._kept()
-        is_due = self._num_plans - self._gain_measured >= _GAIN_STEPS
-        if self._is_survey or (is_due and not self._is_probe):
+        if self._num_plans % _GAIN_STEPS == 0 and not self._is_probe:
             self._measure_gain(draft_lens, kept)
-        # What is always trimmed would never be verified again.
-        lens = draft_lens if self._is_survey else kept
         for i in np.flatnonzero(draft_lens):
             confidence = self._confidence[i, : draft_lens[i]]
-            if lens[i]:
+            if kept[i]:
                 self._made[self._req_ids[i]] = confidence
             else:
                 self.acceptance.observe(confidence, 0, 0)
-        return lens
+        return kept
 
     def _kept(self) -> np.ndarray:
         """The drafts worth their rows, and the likeliest others in rows that would be
@@ -183,29 +176,20 @@ class AutoDraftLength(DraftLengthPolicy):
             besides_ms += self.costs.speculation_ms
         by_confidence -= plan.tokens_per_ms * besides_ms
         gain = float(by_confidence - by_plan) / max(int(drafts.sum()), 1)
-        rate = _GAIN_RATE * (self._num_plans - self._gain_measured)
-        self._stopping_gain += rate * (gain - self._stopping_gain)
-        self._gain_measured = self._num_plans
+        self._stopping_gain += _GAIN_RATE * (gain - self._stopping_gain)
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
         confidence = self._made.pop(req_id, None)
         self.acceptance.observe(confidence, num_drafts, num_accepted)
-        if req_id == self._probed:
-            self._end_probe(num_drafts, num_accepted)
+        if 0 < num_drafts == num_accepted:
+            self._probing.drafts_accepted()
 
     def observe_step(
         self, req_ids: Sequence[str], num_drafts: np.ndarray, num_accepted: np.ndarray
     ) -> None:
         self.acceptance.observe_step(num_drafts, num_accepted)
-        if self._probed is not None and self._probed in req_ids:
-            i = req_ids.index(self._probed)
-            if num_drafts[i]:
-                self._end_probe(int(num_drafts[i]), int(num_accepted[i]))
-
-    def _end_probe(self, num_drafts: int, num_accepted: int) -> None:
-        self._probed = None
-        if 0 < num_drafts == num_accepted:
-            self._probing.probe_accepted()
+        if ((num_drafts > 0) & (num_drafts == num_accepted)).any():
+            self._probing.drafts_accepted()
 
     def release(self, req_id: str) -> None:
         self._made.pop(req_id, None)

@@ -18,6 +18,7 @@ from vllm_emssd.draft_length import Copies
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import (
+    NO_COPY,
     AcceptanceRecord,
     Copy,
     LlmaProposer,
@@ -114,35 +115,26 @@ class MixedProposer:
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         self._has_faded = False
-        may_draft = self._drafting.max_draft_tokens(batch)
-        may_draft = np.minimum(may_draft, self._num_draft_tokens)
-        if self._only == DRAFT_MODEL:
-            self._note_copies(batch, no_drafts(batch))
-            if self._drafting.skips_step(int(batch.is_sampling.sum())):
-                return no_drafts(batch)
-            return self._drafting.propose(
-                dataclasses.replace(batch, max_draft_tokens=may_draft)
-            )
-        copies = self._copying.find(batch)
-        copied = self._copying.choose(batch, copies)
+        copies, copied = [NO_COPY] * batch.num_reqs, no_drafts(batch)
+        if self._only != DRAFT_MODEL:
+            copies = self._copying.find(batch)
+            copied = self._copying.choose(batch, copies)
         made = no_drafts(batch)
-        if self._only is None:
-            made = self._draft_beside(batch, copies, copied, may_draft)
+        if self._only != LLMA:
+            made = self._draft_beside(batch, copies, copied)
             copied = [[] if m else c for m, c in zip(made, copied, strict=True)]
         self._note_copies(batch, copied)
         return [m or c for m, c in zip(made, copied, strict=True)]
 
     def _draft_beside(
-        self,
-        batch: DraftBatch,
-        copies: list[Copy],
-        copied: list[list[int]],
-        may_draft: np.ndarray,
+        self, batch: DraftBatch, copies: list[Copy], copied: list[list[int]]
     ) -> list[list[int]]:
         """The model's drafts, of requests that gain more by them than by what would be
-        copied. `may_draft`: [num_reqs] most drafts of each."""
+        copied."""
         if self._drafting.skips_step(int(batch.is_sampling.sum())):
             return no_drafts(batch)
+        may_draft = self._drafting.max_draft_tokens(batch)
+        may_draft = np.minimum(may_draft, self._num_draft_tokens)
         num_copied = np.array(list(map(len, copied)), dtype=np.int64)
         acceptance = [copy.acceptance for copy in copies]
         gains = np.array(list(map(expected_accepted, acceptance, num_copied.tolist())))

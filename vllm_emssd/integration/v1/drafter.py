@@ -71,7 +71,6 @@ class PagedDrafter:
         input_batch: the runner's batch; its rows are the `req_indices` of a forward.
         requests: the runner's request states by id.
         max_model_len: positions that both models can take.
-        is_timed: whether forwards are timed.
     """
 
     def __init__(
@@ -81,13 +80,11 @@ class PagedDrafter:
         input_batch: InputBatch,
         requests: Mapping[str, CachedRequestState],
         max_model_len: int,
-        is_timed: bool = False,
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_num_reqs: int = input_batch.max_num_reqs
         self.max_model_len = max_model_len
         self.tells_confidence = False
-        self._is_timed = is_timed
         self._stock = stock
         self._vllm_config = vllm_config
         self._input_batch = input_batch
@@ -96,12 +93,12 @@ class PagedDrafter:
         # Request id -> distribution of each of its drafts, [vocab_size] float32 each.
         # Only of requests drafted by sampling; greedy drafts are one-hot.
         self.draft_probs: dict[str, list[torch.Tensor]] = {}
-        self._clock = WallClock()  # on GPUs this drafter is not timed
+        self._clock = WallClock()  # its times are asked for on CPUs only
         self._context: ForwardContext | None = None  # that later forwards may have
         self._next_forwards: _NextForwards | None = None
 
     def take_timings(self) -> list[tuple[int, float]]:
-        """(rows, ms) of the forwards since the last call, where they are timed."""
+        """(rows, ms) of the forwards since the last call."""
         return self._clock.take_timings()
 
     def forward(
@@ -113,8 +110,7 @@ class PagedDrafter:
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         self._clock.start()
         drafted = self._forward(rows, token_ids, sampled_rows, draft_position)
-        if self._is_timed:
-            self._clock.stop(rows.num_rows)
+        self._clock.stop(rows.num_rows)
         return drafted
 
     def _forward(

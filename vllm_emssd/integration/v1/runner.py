@@ -184,7 +184,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             self.input_batch,
             self.requests,
             min(self.effective_drafter_max_model_len, self.max_model_len),
-            self.emssd_config.draft_length == "auto",
         )
         if self.speculative_config.uses_draft_model():
             self.paged_drafter = PagedDrafter(*parts)
