@@ -145,7 +145,9 @@ def test_draft_rows_saved() -> None:
 def test_one_length_for_all_loads() -> None:
     """ "over K = 3, 5 and 8", in benchmarks."""
     names = ("auto-lengths", "draft-model-5th", "auto-small-pair")
-    cells = [cell["methods"] for n in names for cell in result_of(f"{n}.json")["results"]]
+    cells = [
+        cell["methods"] for n in names for cell in result_of(f"{n}.json")["results"]
+    ]
     means = [
         geometric_mean(
             cell["auto"]["tokens_per_s"] / cell[f"stock-k{k}"]["tokens_per_s"]

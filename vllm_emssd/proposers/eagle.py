@@ -54,7 +54,9 @@ class EagleProposer(DraftModelProposer):
         ends = np.maximum(
             starts, np.where(batch.is_sampling, np.minimum(ends, known), ends)
         )
-        lacking = np.flatnonzero(ends > starts)
+        # Those of the step's own tokens were kept just now.
+        computed_before = batch.num_prefilled_tokens - batch.num_scheduled_tokens
+        lacking = np.flatnonzero((ends > starts) & (starts < computed_before))
         if not lacking.size:
             return starts, ends
         rows = RaggedRows.from_spans(lacking, starts[lacking], ends[lacking])
