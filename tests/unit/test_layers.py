@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,17 @@ def test_imports_go_one_way(path: Path) -> None:
             assert layer_of(imported) <= layer_of(module), imported
         if layer_of(module) < LAYERS["integration"]:
             assert imported.split(".")[0] != "vllm"
+
+
+def test_no_files_import_each_other() -> None:
+    """Not for types either; `static_order` raises on a circle."""
+    modules = {module_of(path): path for path in FILES if not is_entry_point(path)}
+    imports = {
+        module: set(imports_of(ast.parse(path.read_text()), module))
+        & modules.keys() - {module}
+        for module, path in modules.items()
+    }
+    assert set(TopologicalSorter(imports).static_order()) == modules.keys()
 
 
 def test_every_layer_was_scanned() -> None:

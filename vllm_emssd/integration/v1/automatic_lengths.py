@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.costs import (
@@ -20,16 +21,24 @@ from vllm_emssd.integration.costs import (
 )
 from vllm_emssd.integration.cpu.row_padding import ROW_COUNTS, RowPadding
 from vllm_emssd.integration.forward_clock import ForwardTimer
-
-if TYPE_CHECKING:
-    from vllm_emssd.integration.v1.runner import UnpadCPUModelRunner
+from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.v1.drafter import PagedDrafter
 
 logger = init_logger("vllm.emssd.automatic_lengths_v1")
 
 
-def measure_costs(runner: UnpadCPUModelRunner) -> tuple[StepCostMeter, RowPadding]:
-    """After warm-up, once: it makes the kernels of all row counts too."""
-    target, drafter = ForwardTimer(runner.model), runner.paged_drafter
+def measure_costs(
+    runner: CPUModelRunner,
+    drafter: PagedDrafter | None,
+    computed_rows: Callable[[int], int],
+    ranks: Ranks,
+) -> tuple[StepCostMeter, RowPadding]:
+    """After warm-up, once: it makes the kernels of all row counts too.
+
+    Args:
+        computed_rows: see `StepCosts`.
+    """
+    target = ForwardTimer(runner.model)
     most = runner.max_num_reqs * (1 + runner.num_spec_tokens)
 
     @torch.inference_mode()
@@ -59,6 +68,6 @@ def measure_costs(runner: UnpadCPUModelRunner) -> tuple[StepCostMeter, RowPaddin
         draft_costs,
         FIXED_MS,
         confidence_ms=confidence_ms,
-        computed_rows=runner.computed_rows,
+        computed_rows=computed_rows,
     )
-    return StepCostMeter(costs, target, drafter, runner._ranks), row_padding
+    return StepCostMeter(costs, target, drafter, ranks), row_padding

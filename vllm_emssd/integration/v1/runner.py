@@ -201,7 +201,9 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self.step_costs, self._row_padding = measure_costs(self)
+        self.step_costs, self._row_padding = measure_costs(
+            self, self.paged_drafter, self.computed_rows, self._ranks
+        )
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
         costs = self.step_costs.costs
         most = self.num_spec_tokens

@@ -16,7 +16,8 @@ besides is fed before, in a pass of its own (`backfill`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.integration.forward_clock import ForwardClock
 from vllm_emssd.integration.v2.kernels import advance_kernel, place_rows_kernel
-
-if TYPE_CHECKING:
-    from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
 FIRST_ROWS = 2  # of each request
 _BLOCK_SIZE = 1024
@@ -44,12 +43,17 @@ class DeviceDrafter:
     Args:
         stock: with its KV cache bound (`set_attn` was called).
         max_model_len: positions that both models can take.
+        graphs_of: those of forwards with so many rows of each request, if any.
     """
 
     tells_confidence = False
 
     def __init__(
-        self, stock: UnpadSpeculator, req_states: RequestState, max_model_len: int
+        self,
+        stock: DraftModelSpeculator,
+        req_states: RequestState,
+        max_model_len: int,
+        graphs_of: Callable[[int], Any],
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_num_reqs: int = min(
@@ -58,6 +62,7 @@ class DeviceDrafter:
         self.max_model_len = max_model_len
         self._stock = stock
         self._req_states = req_states
+        self._graphs_of = graphs_of
         self._num_reqs = torch.zeros((), dtype=torch.int64, device=stock.device)
         # [max_num_reqs] int64: of the rows drafted after last
         self._positions = torch.zeros_like(stock.idx_mapping)
@@ -78,7 +83,7 @@ class DeviceDrafter:
         stock.idx_mapping.fill_(-1)
         self._num_reqs.zero_()
         for rows in (FIRST_ROWS, 1):
-            graphs = stock.graphs_of(rows)
+            graphs = self._graphs_of(rows)
             if graphs is not None and graphs.needs_capture():
                 graphs.capture(
                     self.captured_forward,
@@ -203,7 +208,7 @@ class DeviceDrafter:
 
     def _desc(self, num_reqs: int, rows: int) -> BatchExecutionDescriptor:
         """How to run a forward of so many rows of each request."""
-        graphs, num_rows = self._stock.graphs_of(rows), num_reqs * rows
+        graphs, num_rows = self._graphs_of(rows), num_reqs * rows
         if graphs is None:
             return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, num_reqs)
         return graphs.dispatch(
@@ -217,7 +222,7 @@ class DeviceDrafter:
         rows = desc.num_tokens // desc.num_reqs
         with _Timed(self._clock, num_reqs * rows):
             if desc.cg_mode == CUDAGraphMode.FULL:
-                graphs = self._stock.graphs_of(rows)
+                graphs = self._graphs_of(rows)
                 assert graphs is not None
                 graphs.run_fullgraph(desc)
             else:

@@ -55,6 +55,7 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
             self,
             self._req_states,
             min(self.draft_model_config.max_model_len, self.max_model_len),
+            self._graphs_of,
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -83,8 +84,7 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
             for rows in (FIRST_ROWS, 1)
         )
 
-    def graphs_of(self, rows: int) -> SpeculatorCudaGraphManager | None:
-        """Of forwards with so many rows of each request."""
+    def _graphs_of(self, rows: int) -> SpeculatorCudaGraphManager | None:
         return self.next_graphs if rows == 1 else self.first_graphs
 
     def capture(self) -> None:
