@@ -16,7 +16,7 @@ _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
 _CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
-_GAIN_RATE = 0.0125  # weight of one, for each step since the one before
+_GAIN_RATE = 0.05  # weight of one
 _LEAST_MS = 1e-6
 
 
@@ -46,7 +46,6 @@ class AutoDraftLength(DraftLengthPolicy):
         self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
-        self._gain_measured = 0  # the plan at which it last was
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
         self._is_survey = self._is_probe = False
         self.needs_confidence = uses_confidence
@@ -136,8 +135,7 @@ class AutoDraftLength(DraftLengthPolicy):
         kept = draft_lens
         if self._may_trim and not self._is_probe:
             kept = self._kept()
-        is_due = self._num_plans - self._gain_measured >= _GAIN_STEPS
-        if self._is_survey or (is_due and not self._is_probe):
+        if self._num_plans % _GAIN_STEPS == 0 and not self._is_probe:
             self._measure_gain(draft_lens, kept)
         # What is always trimmed would never be verified again.
         lens = draft_lens if self._is_survey else kept
@@ -183,9 +181,7 @@ class AutoDraftLength(DraftLengthPolicy):
             besides_ms += self.costs.speculation_ms
         by_confidence -= plan.tokens_per_ms * besides_ms
         gain = float(by_confidence - by_plan) / max(int(drafts.sum()), 1)
-        rate = _GAIN_RATE * (self._num_plans - self._gain_measured)
-        self._stopping_gain += rate * (gain - self._stopping_gain)
-        self._gain_measured = self._num_plans
+        self._stopping_gain += _GAIN_RATE * (gain - self._stopping_gain)
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
         confidence = self._made.pop(req_id, None)
