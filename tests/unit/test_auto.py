@@ -218,18 +218,23 @@ def test_smallest_batches(num_reqs: int, num_spec_tokens: int) -> None:
         assert policy.trim(np.array([1])).tolist() == [1]
 
 
-@pytest.mark.parametrize(("num_accepted", "is_good"), [(2, True), (1, False)])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("num_drafts", "num_accepted", "is_good"),
+    [(2, 2, True), (2, 1, False), (2, 0, False), (0, 0, False)],
+)
 def test_a_probe_is_found_among_the_requests_of_a_step(
-    num_accepted: int, is_good: bool
+    num_drafts: int, num_accepted: int, is_good: bool, at_once: bool
 ) -> None:
     policy = AutoDraftLength(CHEAP, 4, False, False)
-    policy._probed = "b"
     noted: list[bool] = []
-    policy._probing.probe_accepted = lambda: noted.append(True)  # type: ignore[method-assign]
-    policy.observe_step(["a", "b"], np.array([0, 0]), np.array([0, 0]))
-    assert policy._probed == "b"
-    policy.observe_step(["a", "b"], np.array([0, 2]), np.array([0, num_accepted]))
-    assert policy._probed is None
+    policy._probing.drafts_accepted = lambda: noted.append(True)  # type: ignore[method-assign]
+    drafts, accepted = np.array([0, num_drafts]), np.array([0, num_accepted])
+    if at_once:
+        policy.observe_step(["a", "b"], drafts, accepted)
+    else:
+        policy.observe("a", 0, 0)
+        policy.observe("b", num_drafts, num_accepted)
     assert bool(noted) == is_good
 
 

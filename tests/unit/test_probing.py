@@ -65,10 +65,16 @@ def test_hopeless_probes_take_half_a_percent_of_the_time(probe_ms: float) -> Non
 def test_a_probe_that_succeeds_is_soon_followed_by_another() -> None:
     probing = Probing()
     run(probing, 3000, probe_ms=0.1)
-    probing.probe_accepted()
+    probing.drafts_accepted()
     _, probes = run(probing, 12, probe_ms=0.1)
     assert probes
     assert probes[0] <= 8
+
+
+def test_drafts_accepted_while_drafts_pay_are_no_probe() -> None:
+    probing, fresh = Probing(), Probing()
+    probing.drafts_accepted()
+    assert run(probing, 200, probe_ms=1.0) == run(fresh, 200, probe_ms=1.0)
 
 
 def test_idle_again_is_as_the_first_time() -> None:

@@ -43,7 +43,6 @@ class AutoDraftLength(DraftLengthPolicy):
         self._may_trim = may_trim
         self._uses_confidence = uses_confidence
         self._probing = Probing()
-        self._probed: str | None = None  # the request of a probe not yet verified
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
@@ -108,7 +107,6 @@ class AutoDraftLength(DraftLengthPolicy):
             self._is_survey, self._is_probe = False, True
             self.needs_confidence = self._uses_confidence
             self._set_thresholds(plan, len(lens))
-            self._probed = step.req_ids[request]
             lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
         return lens
 
@@ -186,22 +184,15 @@ class AutoDraftLength(DraftLengthPolicy):
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
         confidence = self._made.pop(req_id, None)
         self.acceptance.observe(confidence, num_drafts, num_accepted)
-        if req_id == self._probed:
-            self._end_probe(num_drafts, num_accepted)
+        if 0 < num_drafts == num_accepted:
+            self._probing.drafts_accepted()
 
     def observe_step(
         self, req_ids: Sequence[str], num_drafts: np.ndarray, num_accepted: np.ndarray
     ) -> None:
         self.acceptance.observe_step(num_drafts, num_accepted)
-        if self._probed is not None and self._probed in req_ids:
-            i = req_ids.index(self._probed)
-            if num_drafts[i]:
-                self._end_probe(int(num_drafts[i]), int(num_accepted[i]))
-
-    def _end_probe(self, num_drafts: int, num_accepted: int) -> None:
-        self._probed = None
-        if 0 < num_drafts == num_accepted:
-            self._probing.probe_accepted()
+        if ((num_drafts > 0) & (num_drafts == num_accepted)).any():
+            self._probing.drafts_accepted()
 
     def release(self, req_id: str) -> None:
         self._made.pop(req_id, None)

@@ -62,7 +62,9 @@ class Probing:
         self._share = _PROBE_SHARE
         return True
 
-    def probe_accepted(self) -> None:
-        """All drafts of a probe were: probe again soon."""
-        self._interval, self._share = _SHORTEST, _HOPEFUL_SHARE
-        self._next_plan = min(self._next_plan, self._num_steps + _SHORTEST)
+    def drafts_accepted(self) -> None:
+        """All drafts of a request were: while idle those of a probe, so probe again
+        soon."""
+        if self.is_idle:
+            self._interval, self._share = _SHORTEST, _HOPEFUL_SHARE
+            self._next_plan = min(self._next_plan, self._num_steps + _SHORTEST)
