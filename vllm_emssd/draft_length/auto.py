@@ -13,7 +13,7 @@ from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
 
 _PROBE_LENGTH = 2
-_SURVEY_STEPS = 16  # from one step that verifies all its drafts to the next
+_SURVEY_STEPS = 16  # from one step that asks for confidences in any case to the next
 _CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
 _GAIN_RATE = 0.05  # weight of one
@@ -46,7 +46,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
-        self._is_survey = self._is_probe = False
+        self._is_probe = False
         self.needs_confidence = uses_confidence
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -59,7 +59,6 @@ class AutoDraftLength(DraftLengthPolicy):
         self._req_ids = step.req_ids
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
-        stops = self._uses_confidence and self._stopping_gain >= 0
         plan = best_plan(step, self.acceptance.by_depth, self.costs)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
         if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
@@ -75,10 +74,10 @@ class AutoDraftLength(DraftLengthPolicy):
             return self._maybe_probe(step, plan)
         self._num_plans += 1
         is_survey = self._num_plans % _SURVEY_STEPS == 0
-        self._is_survey = self._uses_confidence and is_survey
         self._is_probe = False
         is_control = self._num_plans % _CONTROL_STEPS == _SURVEY_STEPS // 2  # no survey
-        self.needs_confidence = (stops and not is_control) or self._is_survey
+        asks = is_survey or (self._stopping_gain >= 0 and not is_control)
+        self.needs_confidence = self._uses_confidence and asks
         if self.needs_confidence:
             self._set_thresholds(plan, len(most))
             return np.where(plan.may_draft, most, 0)
@@ -104,7 +103,7 @@ class AutoDraftLength(DraftLengthPolicy):
         step_ms = step.num_sampling / max(plan.tokens_per_ms, _LEAST_MS)
         if self._probing.is_due(probe_ms, step_ms):
             self.acceptance.doubt()
-            self._is_survey, self._is_probe = False, True
+            self._is_probe = True
             self.needs_confidence = self._uses_confidence
             self._set_thresholds(plan, len(lens))
             lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
@@ -135,15 +134,13 @@ class AutoDraftLength(DraftLengthPolicy):
             kept = self._kept()
         if self._num_plans % _GAIN_STEPS == 0 and not self._is_probe:
             self._measure_gain(draft_lens, kept)
-        # What is always trimmed would never be verified again.
-        lens = draft_lens if self._is_survey else kept
         for i in np.flatnonzero(draft_lens):
             confidence = self._confidence[i, : draft_lens[i]]
-            if lens[i]:
+            if kept[i]:
                 self._made[self._req_ids[i]] = confidence
             else:
                 self.acceptance.observe(confidence, 0, 0)
-        return lens
+        return kept
 
     def _kept(self) -> np.ndarray:
         """The drafts worth their rows, and the likeliest others in rows that would be
