@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.draft_length import AcceptanceEstimator
-from vllm_emssd.draft_length.acceptance import Calibration
+from vllm_emssd.draft_length.acceptance import AcceptanceEstimator, Calibration
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 UNIT = st.floats(0, 1)

@@ -1,6 +1,5 @@
 """How many drafts each request makes: policies without a dependency on vLLM."""
 
-from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
 from vllm_emssd.draft_length.auto import AutoDraftLength
 from vllm_emssd.draft_length.cost import CostTable, StepCosts
 from vllm_emssd.draft_length.policy import (
@@ -11,7 +10,6 @@ from vllm_emssd.draft_length.policy import (
 )
 
 __all__ = [
-    "AcceptanceEstimator",
     "AutoDraftLength",
     "Copies",
     "CostTable",
