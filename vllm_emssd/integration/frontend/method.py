@@ -166,15 +166,13 @@ def _create_ours(
                 raise ValueError(message) from error
         raise
     assert spec_config is not None
-    if config.uses_draft_model:
+    if model:
         refuse_drafter(spec_config)
-    attach_tag(spec_config)
-    # An unpadded batch of stock's own would turn async scheduling off.
-    if config.uses_draft_model:
+        # An unpadded batch of stock's own would turn async scheduling off.
         spec_config.disable_padded_drafter_batch = not may_be_async
-    if model and not has_head:  # which has none
-        check_draft_tokenizer(model, stock_part.get("revision"), model_config)
-
+        if not has_head:  # which has none
+            check_draft_tokenizer(model, stock_part.get("revision"), model_config)
+    attach_tag(spec_config)
     install_serving_hooks()
     parallel_config.worker_cls = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     args.scheduler_cls = SCHEDULER
