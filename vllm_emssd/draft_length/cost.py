@@ -26,20 +26,15 @@ _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the 
 
 @dataclass(slots=True)
 class StepCosts:
-    """Costs of one step: both models' forwards; `fixed_ms`, what a step of as many
-    requests as the last costs besides; `speculation_ms`, what one that drafts costs
-    more than that and its draft forwards; `deciding_ms`, what it costs more again if it
-    decides by confidence; `confidence_ms`, what each draft forward costs more that
-    tells it. `computed_rows`: how many the target computes for as many as are needed; a
-    CPU's forwards have few row counts."""
+    """Of one step with as many requests as the last: its forwards, and the rest."""
 
     target: CostTable
     draft: CostTable
-    fixed_ms: float
-    speculation_ms: float = 0.0
-    deciding_ms: float = 0.0
-    confidence_ms: float = 0.0
-    computed_rows: Callable[[int], int] = int
+    fixed_ms: float  # of a step without drafts, besides the target's forward
+    speculation_ms: float = 0.0  # more in a step with drafts, besides their forwards
+    deciding_ms: float = 0.0  # more again where confidences decide
+    confidence_ms: float = 0.0  # more of each draft forward that tells confidences
+    computed_rows: Callable[[int], int] = int  # of the target, for as many as it needs
 
 
 class CostTable:
