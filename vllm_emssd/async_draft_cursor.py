@@ -136,20 +136,26 @@ class AsyncDraftCursor:
 
         In a prefix-cache hit, blocks count that have been made valid by now."""
         if self._trust_cached_blocks:
-            in_hits = self._draft_len[slots] < self._num_hits[slots]
-            for slot in slots[in_hits].tolist():
-                self._skip_valid_blocks(slot)
+            # Of what is settled alone the leading tokens are known.
+            is_hit = self._draft_len[slots] < self._num_hits[slots]
+            self._skip_valid_blocks(slots[is_hit & (self._num_pending[slots] == 0)])
         return self._num_lacking[slots]
 
-    def _skip_valid_blocks(self, slot: int) -> None:
-        first, within = divmod(int(self._draft_len[slot]), self._block_size)
-        if within:
+    def _skip_valid_blocks(self, slots: np.ndarray) -> None:
+        """Of requests whose next block is shared."""
+        starts = self._draft_len[slots]
+        index, within = np.divmod(starts, self._block_size)
+        is_next = self._block_is_valid[self._blocks[slots, index]] & (within == 0)
+        if not is_next.any():
             return
-        end = self._num_hits[slot] // self._block_size
-        hits = self._block_is_valid[self._blocks[slot, first:end]]
-        num_valid = len(hits) if hits.all() else int(hits.argmin())
-        self._draft_len[slot] += num_valid * self._block_size
-        self._num_lacking[slot] -= num_valid * self._block_size
+        slots, starts = slots[is_next], starts[is_next]
+        begins = np.arange(0, self._num_hits[slots].max(), self._block_size)
+        is_valid = self._block_is_valid[self._blocks[slots, : len(begins)]]
+        is_valid |= begins < starts[:, None]
+        is_valid &= begins < self._num_hits[slots][:, None]
+        num_valid = np.logical_and.accumulate(is_valid, axis=1).sum(axis=1)
+        self._draft_len[slots] = num_valid * self._block_size
+        self._num_lacking[slots] -= self._draft_len[slots] - starts
 
     def awaits_drafts(self, turn: Turn) -> np.ndarray:
         """Which requests verified drafts in an earlier step that is not settled, so
@@ -157,18 +163,6 @@ class AsyncDraftCursor:
         most, steps = self._most_pending[turn.slots], self._num_pending[turn.slots]
         awaited: np.ndarray = most - steps > turn.num_drafts
         return awaited
-
-    def has_gap(self, slots: np.ndarray) -> np.ndarray:
-        """Which requests share blocks that have not been made valid. [num_reqs] bool"""
-        has_gap: np.ndarray = self._draft_len[slots] < self._num_hits[slots]
-        return has_gap
-
-    def skip_gap(self, slots: np.ndarray) -> np.ndarray:
-        """Go on behind the blocks that they share. [num_reqs] int64 from where on"""
-        firsts = self._num_hits[slots]
-        self._num_lacking[slots] -= firsts - self._draft_len[slots]
-        self._draft_len[slots] = firsts
-        return firsts
 
     def waits_for_another(self, slots: np.ndarray, feeds: np.ndarray) -> np.ndarray:
         """Which requests would begin in a block in which an earlier one is about to
@@ -227,11 +221,17 @@ class AsyncDraftCursor:
         draft_lens = np.maximum(draft_lens, before)
         self._draft_len[slots] = draft_lens
         first, end = before // self._block_size, draft_lens // self._block_size
-        num_full = end - first
-        if not num_full.any():
-            return
-        offsets = np.arange(num_full.sum()) - np.repeat(
-            num_full.cumsum() - num_full, num_full
-        )
-        index = np.repeat(first, num_full) + offsets
-        self._block_is_valid[self._blocks[np.repeat(slots, num_full), index]] = True
+        if (end > first).any():
+            self._block_is_valid[self._block_ids(slots, first, end)] = True
+
+    def _block_ids(
+        self, slots: np.ndarray, first: np.ndarray, end: np.ndarray
+    ) -> np.ndarray:
+        """Of the blocks of each request from `first` up to `end`, one after the other.
+        [total] int32"""
+        lens = np.maximum(end - first, 0)
+        within = np.arange(lens.sum()) - np.repeat(lens.cumsum() - lens, lens)
+        blocks: np.ndarray = self._blocks[
+            np.repeat(slots, lens), np.repeat(first, lens) + within
+        ]
+        return blocks

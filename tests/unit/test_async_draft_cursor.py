@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -231,6 +232,37 @@ def test_blocks_that_another_filled_count_where_they_are_trusted(trust: bool) ->
     assert cursor.num_lacking(both).tolist() == [4, 4 if trust else 12]
     cursor.update_blocks([], [(2, [2])])  # its content is another's now
     assert not cursor._block_is_valid[2]
+
+
+def test_blocks_that_two_fed_count_once() -> None:
+    """One of them while its acceptance is not known."""
+    cursor, slots = many(2 * BLOCK_SIZE), np.array([1])
+    turn = cursor.begin(slots, np.array([True]), np.array([K]))
+    cursor.feed(slots, np.array([BLOCK_SIZE]))
+    cursor.end(turn)
+    prefill(cursor, 0, 2 * BLOCK_SIZE)
+    known = 3 * BLOCK_SIZE + 1 + K
+    assert cursor.num_lacking(slots)[0] >= known - 2 * BLOCK_SIZE
+    cursor.settle(turn, np.array([K]), np.array([True]))
+    assert cursor.num_lacking(slots).tolist() == [known - 2 * BLOCK_SIZE]
+
+
+def test_a_look_for_shared_blocks_takes_as_many_operations_for_any_number() -> None:
+    """Of requests that have a gap."""
+    num_calls = []
+    for num_reqs in (2, 32):
+        cursor, slots = AsyncDraftCursor(32, 33, BLOCK_SIZE, 4), np.arange(num_reqs)
+        for slot in range(num_reqs):
+            request = AdmittedRequest(str(slot), [0, 1 + slot], BLOCK_SIZE)
+            cursor.update_blocks([(slot, 6, request)], [])
+        cursor._block_is_valid[0] = True
+        calls: list[str] = []
+        sys.setprofile(lambda frame, event, arg, to=calls: to.append(event))
+        lacking = cursor.num_lacking(slots)
+        sys.setprofile(None)
+        assert lacking.tolist() == [2] * num_reqs
+        num_calls.append(len(calls))
+    assert num_calls[0] == num_calls[1]
 
 
 def test_of_those_that_begin_in_a_block_one_writes_it() -> None:

@@ -56,6 +56,11 @@ def test_events_are_read_once_they_have_passed() -> None:
     assert clock.take_timings() == []
     stream.num_done = stream.num_queued
     assert clock.take_timings() == [(7, 80.0)]
+    clock.start()
+    stream.num_queued += 5
+    clock.stop(2, num_forwards=3)
+    stream.num_done = stream.num_queued
+    assert clock.take_timings() == [(2, 20.0)] * 3
 
 
 def test_timings_that_are_not_taken_do_not_pile_up() -> None:
@@ -72,7 +77,7 @@ def test_timings_that_are_not_taken_do_not_pile_up() -> None:
 def test_one_more_forward_costs_what_is_decided_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = iter([1.0, 3.0, 10.0, 20.0, 21.0])
+    now = iter([1.0, 3.0, 10.0, 20.0, 22.0])
     monkeypatch.setattr(forward_clock.time, "perf_counter", lambda: next(now))
     clock = WallClock()
     clock.start()  # 1
@@ -81,8 +86,8 @@ def test_one_more_forward_costs_what_is_decided_before_it(
     clock.stop(2)  # 10
     assert clock.take_timings() == [(5, 2e3), (2, 7e3)]
     clock.start()  # 20: the next step's first
-    clock.stop(4)  # 21
-    assert clock.take_timings() == [(4, 1e3)]
+    clock.stop(4, num_forwards=2)  # 22
+    assert clock.take_timings() == [(4, 1e3)] * 2
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", WallClock), ("cuda", EventClock)])

@@ -41,6 +41,7 @@ from vllm_emssd.draft_length import FixedDraftLength
 
 HEAD = EAGLE3 | {"num_speculative_tokens": K}
 STOCK_HEAD = STOCK_EAGLE3 | {"num_speculative_tokens": K}
+LONGER = 50  # tokens, of each request
 BOTH = HEAD | {"proposer": "mixed", "copy_length": COPY}
 
 
@@ -109,10 +110,10 @@ class SpiedSlots:
             depth = num_drafts
             return run_head(input_batch, num_drafts)
 
-        def kept(states: Any, kv_slots: Any) -> int:
+        def kept(states: Any, kv_slots: Any, row: int) -> None:
             if depth > 1:
                 are_own.append(torch.equal(kv_slots, own[: len(kv_slots)]))
-            return keep(states, kv_slots)
+            keep(states, kv_slots, row)
 
         speculator.propose, speculator._run_head = proposed, ran
         speculator._kept.keep = kept
@@ -135,22 +136,25 @@ def compared(llm: Any, lengths: FixedDraftLength, steady: Any) -> dict[str, Any]
 def not_fed_before(llm: Any, steady: Any) -> dict[str, Any]:
     """On prefixes that the head was fed or not; and where fewer hidden states are kept
     than its prompts have."""
-    from vllm_emssd.integration.v2.eagle_speculator import KeptStates
-
     seen = {"again": one_pass(llm)}
     assert llm.reset_prefix_cache()
     seen["not fed"] = pass_with(llm, FixedDraftLength(0))
-    with SpiedSlots(llm) as are_own:
-        seen["restarted"] = one_pass(llm)
-    seen["restarted"] |= {"are_own": are_own}
+    seen["shared"] = compared(llm, FixedDraftLength(), steady)
     assert llm.reset_prefix_cache()
     speculator = model_runner(llm).speculator
-    kept, few = speculator._kept, 4 * speculator.max_num_tokens
-    speculator._kept = KeptStates(kept._states[:few], len(kept._row_of) - 1)
+    cursor, num_rows = speculator._cursor, speculator._cursor.num_rows
+    cursor.num_rows = 4 * speculator.max_num_tokens
     seen["few kept"] = compared(llm, LateLengths(9), steady)
     assert llm.reset_prefix_cache()
     seen["few kept, idle"] = pass_with(llm, FixedDraftLength(0))
-    speculator._kept = kept
+    assert llm.reset_prefix_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculator, "_feed_oldest", lambda input_batch: None)
+        with SpiedSlots(llm) as are_own:
+            seen["lost"] = pass_with(llm, LateLengths(20), max_tokens=LONGER)
+        seen["lost"] |= {"are_own": are_own}
+        seen["lost before"] = pass_with(llm, FixedDraftLength(), max_tokens=LONGER)
+    cursor.num_rows = num_rows
     return seen
 
 
@@ -175,6 +179,7 @@ def passes(llm: Any, name: str) -> dict[str, Any]:
             "greedy": one_pass(llm),
             "seeded": one_pass(llm, seed=7, temperature=1.0),
             "structured": one_pass(llm, **structured()),
+            "lost": one_pass(llm, max_tokens=LONGER),
         }
     if "mixed" in name:
         return mixing(llm, name)

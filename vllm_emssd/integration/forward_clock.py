@@ -19,11 +19,12 @@ _MAX_KEPT = 1024  # forwards not yet asked for; more than a step has
 
 
 class ForwardClock(Protocol):
-    """Times one forward after the other, each of `num_rows`."""
+    """Times one forward after the other, each of `num_rows`, or some that follow one
+    another together; they are told as alike."""
 
     def start(self) -> None: ...
 
-    def stop(self, num_rows: int) -> None: ...
+    def stop(self, num_rows: int, num_forwards: int = 1) -> None: ...
 
     def take_timings(self) -> list[tuple[int, float]]:
         """(rows, ms) of forwards whose time has become known since the last call, in
@@ -43,9 +44,10 @@ class WallClock:
     def start(self) -> None:
         self._started = self._stopped or time.perf_counter()
 
-    def stop(self, num_rows: int) -> None:
+    def stop(self, num_rows: int, num_forwards: int = 1) -> None:
         self._stopped = time.perf_counter()
-        self._timings.append((num_rows, (self._stopped - self._started) * 1e3))
+        ms = (self._stopped - self._started) * 1e3
+        self._timings += [(num_rows, ms / num_forwards)] * num_forwards
 
     def take_timings(self) -> list[tuple[int, float]]:
         timings = list(self._timings)
@@ -92,20 +94,21 @@ class EventClock:
     ) -> None:
         self._make_event = make_event
         self._started: Any = None
-        self._pending: deque[tuple[int, Any, Any]] = deque(maxlen=_MAX_KEPT)
+        self._pending: deque[tuple[int, int, Any, Any]] = deque(maxlen=_MAX_KEPT)
         self._spare: list[Any] = []  # events that were read
 
     def start(self) -> None:
         self._started = self._recorded()
 
-    def stop(self, num_rows: int) -> None:
-        self._pending.append((num_rows, self._started, self._recorded()))
+    def stop(self, num_rows: int, num_forwards: int = 1) -> None:
+        self._pending.append((num_rows, num_forwards, self._started, self._recorded()))
 
     def take_timings(self) -> list[tuple[int, float]]:
-        timings = []
-        while self._pending and self._pending[0][2].query():
-            num_rows, started, stopped = self._pending.popleft()
-            timings.append((num_rows, started.elapsed_time(stopped)))
+        timings: list[tuple[int, float]] = []
+        while self._pending and self._pending[0][3].query():
+            num_rows, number, started, stopped = self._pending.popleft()
+            ms = started.elapsed_time(stopped)
+            timings += [(num_rows, ms / number)] * number
             self._spare += [started, stopped]
         return timings
 

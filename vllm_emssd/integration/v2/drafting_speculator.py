@@ -50,6 +50,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
 
     num_first_rows: int  # of those a request lacks, that its first draft feeds
     _drafter: Any  # the forwards, made with the KV cache
+    _new_cursor: Callable[..., AsyncDraftCursor] = AsyncDraftCursor
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
         self._gid = gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
-        self._cursor = AsyncDraftCursor(
+        self._cursor = self._new_cursor(
             self.max_num_reqs,
             kv_cache_config.num_blocks,
             kv_cache_config.kv_cache_groups[gid].kv_cache_spec.block_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 )
 
 from vllm_emssd.async_draft_cursor import Turn
+from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
 from vllm_emssd.integration.drafting import leave_out_adapters, without_first_blocks
@@ -37,28 +39,19 @@ from vllm_emssd.verification import ScheduledStep
 
 
 class KeptStates:
-    """Hidden states in the order in which they came, the newest in a buffer of
-    `num_rows`, found by the slot of the KV cache that belongs to their token."""
+    """Hidden states by the slot of the KV cache that belongs to their token."""
 
     def __init__(self, buffer: torch.Tensor, num_kv_slots: int) -> None:
-        self.num_rows = len(buffer)
-        self.num_kept = 0  # rows ever, those left out at the buffer's end among them
         self._states = buffer
-        self._rows = torch.arange(self.num_rows, device=buffer.device)
+        self._rows = torch.arange(len(buffer), device=buffer.device)
         # The last KV slot, one more, takes those of padding.
         self._row_of = self._rows.new_zeros(num_kv_slots + 1)
 
-    def keep(self, states: torch.Tensor, kv_slots: torch.Tensor) -> int:
-        """Returns the number of the first."""
-        start = self.num_kept % self.num_rows
-        if start + len(states) > self.num_rows:
-            self.num_kept += self.num_rows - start
-            start = 0
-        end = start + len(states)
-        self._states[start:end] = states
-        self._row_of[kv_slots] = self._rows[start:end]
-        self.num_kept += len(states)
-        return self.num_kept - len(states)
+    def keep(self, states: torch.Tensor, kv_slots: torch.Tensor, start: int) -> None:
+        """In the rows of the buffer from `start` on."""
+        rows = slice(start, start + len(states))
+        self._states[rows] = states
+        self._row_of[kv_slots] = self._rows[rows]
 
     def of(self, kv_slots: torch.Tensor) -> torch.Tensor:
         return self._states[self._row_of[kv_slots]]
@@ -71,6 +64,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
     num_first_rows = 0  # a step's own rows do not count as lacking
     has_head = True
     tells_confidence = False
+    _cursor: AsyncHeadCursor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,10 +72,6 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         self.max_num_rows = self.max_num_tokens
         self._clock: ForwardClock | None = None
         self._num_rows, self._depth = 0, self.num_speculative_steps  # of the step
-        # By slot: where its text begins for the head; whether hidden states are kept,
-        # and the number of the first; whether it shares blocks the head has not filled.
-        self._firsts, self._since = np.zeros((2, self.max_num_reqs), np.int64)
-        self._is_kept, self._had_gap = np.zeros((2, self.max_num_reqs), bool)
 
     # ------------------------------------------------------------ start-up
 
@@ -93,6 +83,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         # Four steps' tokens find room in any case.
         num_rows = max(MOST_BYTES // row_bytes, 4 * self.max_num_tokens)
         self._buffer = states.new_zeros(num_rows, states.shape[1])
+        self._new_cursor = partial(AsyncHeadCursor, num_rows=num_rows)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
@@ -128,13 +119,8 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         self._clock = clock
 
     def take_timings(self) -> list[tuple[int, float]]:
-        """See `costs.TimedForwards`. Forwards that follow one another are timed as one,
-        and told as alike."""
-        timings: list[tuple[int, float]] = []
-        for number, ms in self._clock.take_timings() if self._clock else ():
-            rows, num_forwards = divmod(number, self.num_speculative_steps + 1)
-            timings += [(rows, ms / num_forwards)] * num_forwards
-        return timings
+        """See `costs.TimedForwards`."""
+        return [] if self._clock is None else self._clock.take_timings()
 
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         dummy_run(num_reqs, context_len=CONTEXT)
@@ -153,14 +139,12 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
 
     def _stop_clock(self, num_rows: int, num_forwards: int) -> None:
         if self._clock is not None:
-            number = num_rows * (self.num_speculative_steps + 1) + num_forwards
-            self._clock.stop(number)
+            self._clock.stop(num_rows, num_forwards)
 
     # ------------------------------------------------------------ a step
 
     def _vacate(self, slot: int) -> None:
-        self._firsts[slot] = 0
-        self._is_kept[slot] = self._had_gap[slot] = False
+        self._cursor.vacate(slot)
 
     @torch.inference_mode()
     def propose(
@@ -211,10 +195,8 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
     def _cannot_be_fed(self, slots: np.ndarray, missing: np.ndarray) -> np.ndarray:
         """[num_reqs] bool: it is not known yet how many of the drafts were accepted
         that were verified while the head was not run; or hidden states are not here."""
-        age = self._kept.num_kept - self._since[slots]
-        is_lost = self._is_kept[slots] & (age > self._kept.num_rows)
-        has_gap = self._cursor.has_gap(slots)
-        return (missing > 0) & (self._is_uncertain | is_lost | has_gap)
+        has_states = self._cursor.has_states(slots)
+        return (missing > 0) & (self._is_uncertain | ~has_states)
 
     def _plan(self, input_batch: InputBatch, step: ScheduledStep, *args: Any) -> Any:
         self._feed_oldest(input_batch)
@@ -226,9 +208,8 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
 
     def _feed_oldest(self, input_batch: InputBatch) -> None:
         """What the buffer is about to lose, whether or not anything is drafted."""
-        slots, kept = input_batch.idx_mapping_np, self._kept
-        oldest = kept.num_kept - kept.num_rows + 2 * self.max_num_tokens
-        is_old = self._is_kept[slots] & (self._since[slots] < oldest)
+        slots = input_batch.idx_mapping_np
+        is_old = self._cursor.loses_states(slots, 2 * self.max_num_tokens)
         if not is_old.any():
             return
         missing = self._num_missing(slots)
@@ -241,22 +222,14 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         self, slots: np.ndarray, missing: np.ndarray, most: np.ndarray
     ) -> np.ndarray:
         self._may_feed = True
-        self._restart(slots[most > 0])
+        missing = self._num_missing(slots)
+        on = (missing > 0) & (most > 0) & ~self._is_uncertain
+        restarts = self._cursor.restart(slots[on], missing[on])
+        self.counters.num_draft_restarts += restarts
         missing = self._num_missing(slots)
         cannot = self._cannot_be_fed(slots, missing)
         most[cannot] = 0
         return np.where(cannot, 0, missing)
-
-    def _restart(self, slots: np.ndarray) -> None:
-        """Requests that share blocks which the head has not filled, and has no hidden
-        states for, begin their text behind them. Another may be about to fill them: a
-        step is waited for it."""
-        has_gap = self._cursor.has_gap(slots)
-        restarts = slots[has_gap & self._had_gap[slots]]
-        self._had_gap[slots] = has_gap
-        if len(restarts):
-            self._firsts[restarts] = self._cursor.skip_gap(restarts)
-            self.counters.num_draft_restarts += len(restarts)
 
     def _draft(
         self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
@@ -280,7 +253,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         are computed in vain."""
         slots, self._depth = input_batch.idx_mapping_np, depth
         batch, metadata, is_eager = input_batch, self._attn_metadata, False
-        if self._firsts[slots].any():
+        if self._cursor.firsts[slots].any():
             batch, metadata = self._restarted(input_batch)
             # A full graph of any rows would read the target's lengths.
             mode = self.vllm_config.compilation_config.cudagraph_mode
@@ -343,9 +316,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         # The step's own pass goes by the tables of all its requests.
         num_padded = input_batch.num_reqs_after_padding
         tables.gather_block_tables(input_batch.idx_mapping, num_padded)
-        self._cursor.feed(slots, lens)
-        self._since[slots] += lens  # at least
-        self._is_kept[slots] = lens < missing
+        self._cursor.feed_kept(slots, lens, lens == missing)
         self._count(slots, most, lens, total)
 
     def _restarted(self, input_batch: InputBatch) -> tuple[InputBatch, Any]:
@@ -379,7 +350,7 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
             kv_slots: of the rows, if not those of the target.
         """
         buffers, num_reqs = self.input_buffers, len(slots)
-        firsts = self._firsts[slots]
+        firsts = self._cursor.firsts[slots]
         if firsts.any():
             first = async_tensor_h2d(firsts, device=self.device)
             seq_lens = seq_lens - first
@@ -407,7 +378,11 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         """The step's hidden states, if any request was not fed."""
         slots, num_rows = input_batch.idx_mapping_np, input_batch.num_tokens
         lacks = self._cursor.num_lacking(slots) > self._num_later
+        self._cursor.keep_nothing(slots[~lacks])
         if lacks.any():
-            number = self._kept.keep(states[:num_rows], self._kv_slots_now)
-            self._since[slots[lacks & ~self._is_kept[slots]]] = number
-        self._is_kept[slots] = lacks
+            number = self._cursor.take_rows(num_rows)
+            row = number % self._cursor.num_rows
+            self._kept.keep(states[:num_rows], self._kv_slots_now, row)
+            starts = input_batch.num_computed_tokens_np[lacks]
+            lens = input_batch.num_scheduled_tokens[lacks]
+            self._cursor.keep(slots[lacks], number, starts, lens)
