@@ -4,8 +4,8 @@ The chat model is SmolLM2-135M-Instruct from the package index. On a CPU the EAG
 head of this repository drafts for it. On a GPU, where heads have not run yet, emssd
 only copies. Without a network it is the small pair that is shipped. All engines stay
 up and take turns, so that whatever else the machine does falls on all of them. Prints
-a table, draws a figure and checks that all give the tokens of plain decoding. Exits
-with 1 if they do not, or if an engine failed.
+a table, draws a figure, writes what they show beside it as JSON, and checks that all
+give the tokens of plain decoding. Exits with 1 if they do not, or if an engine failed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from scripts.fetch_smollm2 import FetchError, fetch
 from vllm_emssd.bench.comparison import compare_all
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions, shared_gpu
 from vllm_emssd.bench.harness import Plan, Rounds, measure
 from vllm_emssd.bench.methods import Method, stock_method
 from vllm_emssd.bench.plots import SIZE, draw_speed_up
 from vllm_emssd.bench.provenance import provenance
+from vllm_emssd.bench.report import write_result
 from vllm_emssd.bench.round import Round
-from vllm_emssd.bench.workloads import CHATS, WorkloadOptions, load_workload
+from vllm_emssd.bench.smollm2 import FetchError, fetch
+from vllm_emssd.bench.workloads import (
+    CHATS,
+    DESCRIPTIONS,
+    WorkloadOptions,
+    load_workload,
+)
 from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, num_cpus
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -46,6 +52,8 @@ NUM_OUTPUT_TOKENS = 48
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
 BLOCK_SIZE = 32  # of a cached prompt less than a block is computed again
+STOCK_LENGTHS = (1, 3, 5)  # K
+QUICK_STOCK_LENGTH = {"eagle3": 1, "draft_model": 5}  # best at 8 with the demo's pairs
 
 Result = dict[str, Any]  # of one number of requests at once
 Output = tuple[list[int], bool]  # tokens, and whether it was not cut by a round's end
@@ -58,7 +66,7 @@ def parse_options() -> argparse.Namespace:
         prog="scripts/demo", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer rounds, none of one request")
+    add("--quick", action="store_true", help="fewer rounds, loads and methods")
     add("--shipped", action="store_true", help="the shipped pair, no chat model")
     add("--model", help="a chat model of your own; needs --draft-model")
     add("--draft-model", help="with the same tokenizer")
@@ -84,19 +92,21 @@ def choose_pair(options: argparse.Namespace) -> tuple[str, str | None]:
     return str(MODELS / "target"), str(MODELS / "draft")
 
 
-def list_methods(draft_model: str | None) -> list[Method]:
+def list_methods(draft_model: str | None, is_quick: bool = False) -> list[Method]:
     ngram = {"method": "ngram", "num_speculative_tokens": 7}  # as far as emssd copies
     ngram |= {"prompt_lookup_min": 2, "prompt_lookup_max": 2}
     copying = [Method("plain", None), Method("stock ngram", ngram)]
     if draft_model is None:
         return [*copying, Method("emssd llma", {"method": "emssd"})]
-    stock = {"method": stock_method(draft_model), "model": draft_model}
+    name = stock_method(draft_model)
+    stock = {"method": name, "model": draft_model}
+    lengths = (QUICK_STOCK_LENGTH[name],) if is_quick else STOCK_LENGTHS
     auto = {"method": "emssd", "model": draft_model, "draft_length": "auto"}
     return [
         *copying,
         *(
-            Method(f"stock K={k}", stock | {"num_speculative_tokens": k})
-            for k in (1, 3)
+            Method(f"stock {name} K={k}", stock | {"num_speculative_tokens": k})
+            for k in lengths
         ),
         Method("emssd auto", auto),
         Method("emssd mixed", auto | {"proposer": "mixed"}),
@@ -115,18 +125,35 @@ def make_table(measured: Rounds, results: list[Result], kinds: list[str]) -> Tab
     titles += [f"tokens\na step,\n{kind}" for kind in dict.fromkeys(kinds)]
     for title in (*titles, "rows a token\n\ntarget+draft", "same as\nplain's\noutputs"):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, rounds in measured[batches[-1]].items():
-        last = rounds[-1]
-        rows = (last.target_rows / last.num_tokens, last.draft_rows / last.num_tokens)
-        same = len(kinds) - len(different_prompts(measured, name, len(kinds)))
+    for name, found in describe_outputs(measured, kinds).items():
+        same = found["same_as_plain"]
         table.add_row(
             name,
             *(format_speed(result, name) for result in results),
-            *(f"{tokens_a_step(last, kinds, k):.2f}" for k in dict.fromkeys(kinds)),
-            "{:.2f}+{:.2f}".format(*rows),
+            *(f"{tokens:.2f}" for tokens in found["tokens_a_step"].values()),
+            "{:.2f}+{:.2f}".format(*found["rows_a_token"]),
             f"[{'green' if same == len(kinds) else 'red'}]{same} of {len(kinds)}[/]",
         )
     return table
+
+
+def describe_outputs(measured: Rounds, kinds: list[str]) -> dict[str, Result]:
+    """By method: of the last round how drafts fared, and how many prompts always gave
+    plain's output."""
+    return {
+        name: {
+            "tokens_a_step": {
+                kind: tokens_a_step(last, kinds, kind) for kind in dict.fromkeys(kinds)
+            },
+            "rows_a_token": (
+                last.target_rows / last.num_tokens,
+                last.draft_rows / last.num_tokens,
+            ),
+            "same_as_plain": len(kinds)
+            - len(different_prompts(measured, name, len(kinds))),
+        }
+        for name, (*_, last) in measured[max(measured)].items()
+    }
 
 
 def format_speed(result: Result, name: str) -> str:
@@ -209,20 +236,18 @@ def losses(results: list[Result]) -> Iterator[str]:
                 )
 
 
-def describe_run(model: str, dtype: str) -> str:
+def describe_run(model: str, dtype: str, made: Result) -> str:
     """What a reader needs to repeat the numbers."""
-    made = provenance()
     machine = made["gpus"][0] if made["gpus"] else f"{made['machine']}, eager"
     versions = f"vLLM {made['vllm']}, torch {made['torch']}, commit {made['commit']}"
-    command = shlex.join(["scripts/demo", *sys.argv[1:]])
-    return f"{Path(model).name}, {dtype}; {machine}; {versions}; {command}"
+    return f"{Path(model).name}, {dtype}; {machine}; {versions}; {made['command']}"
 
 
-def draw(results: list[Result], caption: str, path: Path) -> None:
+def draw(results: list[Result], title: str, caption: str, path: Path) -> None:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     draw_speed_up(axes, {"results": results})
-    axes.set_title("chats, edits and summaries")
+    axes.set_title(title)
     figure.text(0.01, 0.005, caption, fontsize=6, color="grey")
     figure.savefig(path, dpi=150)
 
@@ -233,13 +258,13 @@ def draw(results: list[Result], caption: str, path: Path) -> None:
 def run(options: argparse.Namespace) -> int:
     model, draft_model = choose_pair(options)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    methods = list_methods(draft_model)
+    methods = list_methods(draft_model, options.quick)
     logs = Path(tempfile.mkdtemp(prefix="emssd-demo-"))
     console.print(f"comparing {len(methods)} methods; vLLM's logs: {logs}")
     is_chat = tokenizer.chat_template is not None
     workload = WorkloadOptions(NUM_OUTPUT_TOKENS, MAX_PROMPT_TOKENS)
     name = "chats" if is_chat else "completion"
-    requests = load_workload(name, tokenizer, workload, NUM_PROMPTS).requests
+    loaded = load_workload(name, tokenizer, workload, NUM_PROMPTS)
     kinds = [*CHATS] * (NUM_PROMPTS // 3) if is_chat else [name] * NUM_PROMPTS
 
     engine_args = {
@@ -263,19 +288,26 @@ def run(options: argparse.Namespace) -> int:
         is_continuous=True,  # as in a server
         starts_together=True,
     )
-    measured = measure(plan, engines, requests * 2)  # prompts come around again
+    # Prompts come around again.
+    measured = measure(plan, engines, loaded.requests * 2)
 
     results = compare_all(measured)
     console.print(make_table(measured, results, kinds))
     wrong = [*describe_differences(measured, methods, tokenizer, NUM_PROMPTS)]
     for sentence in [*wrong, *losses(results)]:
         console.print(f"[red]{escape(sentence)}[/]")
-    said = describe_run(model, options.dtype)
-    draw(results, said, options.figure)
+    made = provenance() | {"command": shlex.join(["scripts/demo", *sys.argv[1:]])}
+    said = describe_run(model, options.dtype, made)
+    draw(results, f"{name}: {DESCRIPTIONS[name]}", said, options.figure)
+    table = {"provenance": made, "engine": engine_args, "workload": loaded.summary()}
+    table |= {"results": results, "outputs": describe_outputs(measured, kinds)}
+    path = options.figure.with_suffix(".json")
+    write_result(path, table)
     config = json.dumps(methods[-1].speculative_config)
     command = shlex.join(["vllm", "serve", model, "--speculative-config", config])
     console.print(
-        escape(f"{said}\nfigure: {options.figure}\nserve it: {command}"), soft_wrap=True
+        escape(f"{said}\nfigure: {options.figure}, table: {path}\nserve it: {command}"),
+        soft_wrap=True,
     )
     return 1 if wrong else 0
 

@@ -1,4 +1,4 @@
-"""Write chats with SmolLM2, to train its draft model on.
+"""Write chats with SmolLM2, to train its EAGLE-3 head on.
 
     python -m models.make.write_chats --target MODEL --out chats.jsonl --num-chats 4000
 

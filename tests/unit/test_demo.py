@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
@@ -10,6 +13,7 @@ from vllm_emssd.bench.comparison import compare_all
 from vllm_emssd.bench.harness import Rounds
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.round import RequestStep, Round
+from vllm_emssd.bench.workloads import DESCRIPTIONS
 
 METHODS = [Method("plain", None), Method("emssd auto", {})]
 
@@ -95,6 +99,48 @@ def test_an_output_cut_by_the_end_of_its_round_is_compared_as_far_as_it_goes(
     cut.outputs, cut.unfinished = [[1, 2, 3], [4, 5, 6], [1, 2], [4, 9]], {2, 3}
     found = demo.different_prompts({2: measured[2]}, "emssd auto", 2)
     assert found == {1: [[4, 5, 6], [4, 9]]}
+
+
+def test_table_is_written_beside_the_figure(
+    measured: Rounds, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure = tmp_path / "shown.png"
+    titles: list[str] = []
+    monkeypatch.setattr("sys.argv", ["demo", "--shipped", "--figure", str(figure)])
+    monkeypatch.setattr(demo, "list_methods", lambda *args: METHODS)
+    monkeypatch.setattr(demo, "measure", lambda *args: measured)
+    monkeypatch.setattr(demo, "draw", lambda _, title, *args: titles.append(title))
+    assert demo.run(demo.parse_options()) == 1, "an output differs"
+    # The shipped pair is not asked chats.
+    assert titles == [f"completion: {DESCRIPTIONS['completion']}"]
+    table = json.loads(figure.with_suffix(".json").read_text())
+    assert table["provenance"]["command"].startswith("scripts/demo --shipped")
+    assert {"commit", "machine", "vllm"} <= table["provenance"].keys()
+    assert table["workload"]["name"] == "completion"
+    [_, two] = table["results"]
+    assert two["ratios"]["emssd auto/plain"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+    assert table["outputs"]["emssd auto"]["same_as_plain"] == demo.NUM_PROMPTS - 1
+
+
+@pytest.mark.parametrize(
+    ("draft_model", "is_quick", "stock"),
+    [
+        ("smollm2-eagle3", False, ["eagle3 K=1", "eagle3 K=3", "eagle3 K=5"]),
+        ("smollm2-eagle3", True, ["eagle3 K=1"]),
+        ("draft", True, ["draft_model K=5"]),
+    ],
+)
+def test_stock_drafts_with_the_same_model_at_several_lengths(
+    draft_model: str, is_quick: bool, stock: list[str]
+) -> None:
+    methods = demo.list_methods(str(demo.MODELS / draft_model), is_quick)
+    names = ["plain", "stock ngram", *(f"stock {name}" for name in stock)]
+    assert [m.name for m in methods] == [*names, "emssd auto", "emssd mixed"]
+    for method in methods[2:-2]:
+        config = method.speculative_config or {}
+        lengths = f"{config['method']} K={config['num_speculative_tokens']}"
+        assert method.name == f"stock {lengths}"
+        assert config["model"] == str(demo.MODELS / draft_model)
 
 
 def test_without_a_network_the_shipped_pair_is_shown(
