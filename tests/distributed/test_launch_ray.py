@@ -54,7 +54,7 @@ def test_joining_without_the_token(tmp_path: Path) -> None:
 
 
 def test_a_head_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_ray, "READY_SECONDS", 10)
+    monkeypatch.setattr(launch_ray, "READY_SECONDS", 4)
     address = f"127.0.0.1:{free_port()}"
     args, _ = launch_ray.parse(["worker", "--head", address])
     with pytest.raises(launch_ray.LaunchError, match=f"not answer at {address}"):

@@ -161,8 +161,15 @@ FEW_DRAFTS = (
 )
 MUST_ACCEPT = [c for c in CASES if c not in FEW_DRAFTS]
 AUTO = ("auto", "llma, auto", "mixed, auto")
-SLOW = (*AUTO, "draft_model, padded", "llma, padded", "mixed, padded")
+SLOW = ("mixed", *AUTO, "draft_model, padded", "llma, padded", "mixed, padded")
 PATHS = {"no drafts", "rejected draft", "behind all drafts"}
+
+
+def engines(*names: str) -> list[Any]:
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in names
+    ]
 
 
 @contextmanager
@@ -245,14 +252,7 @@ STOPS = "stop at min_tokens"
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    "name",
-    [
-        *OURS,
-        "mixed",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
-    ],
-)
+@pytest.mark.parametrize("name", engines(*OURS, *SLOW))
 def test_tokens_are_plain_decoding(name: str, case: str) -> None:
     for key in (case, f"{case}, alone", f"{case}, beside"):
         expected, seen = results("plain")[key], results(name)[key]
@@ -278,10 +278,7 @@ def test_each_kind_of_row_was_sampled(case: str) -> None:
     assert everywhere | PATHS_SEEN["draft_model", f"{case}, beside"] == PATHS
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llma", "mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in AUTO)],
-)
+@pytest.mark.parametrize("name", engines("llma", "mixed", *AUTO))
 def test_each_kind_of_row_was_sampled_of_copies_and_automatic_lengths(
     name: str,
 ) -> None:
@@ -312,13 +309,13 @@ def test_drafts_are_accepted_as_by_stock(case: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["llma", "mixed"])
+@pytest.mark.parametrize("name", engines("llma", "mixed"))
 def test_copies_are_accepted(name: str) -> None:
     accepting = [c for c, seen in results(name).items() if seen.num_accepted_tokens]
     assert len(accepting) >= len(CASES) // 2
 
 
-@pytest.mark.parametrize("name", ["draft_model", "llma", "mixed"])
+@pytest.mark.parametrize("name", engines(*OURS, "mixed"))
 def test_requests_may_limit_their_drafts(name: str) -> None:
     seen = results(name)
     assert seen["no drafts"].num_draft_tokens == 0

@@ -6,6 +6,7 @@ Call `install` before anything imports vLLM or decorates a Triton kernel.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -13,6 +14,7 @@ def install() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     os.environ["TRITON_INTERPRET"] = "1"
     pretend_cpu_backend()
+    _patch_language_once()
     _mend_comparisons()
     _add_log1p()
 
@@ -33,6 +35,18 @@ def pretend_cpu_backend() -> None:
     triton.backends.backends["cpu"] = triton.backends.Backend(
         compiler=None, driver=driver
     )
+
+
+def _patch_language_once() -> None:
+    """For good: the interpreter does it at each call of a kernel, and of each function
+    in it, which takes most of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    kernel = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(kernel)
+    kept = SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda function: kept
 
 
 def _mend_comparisons() -> None:
