@@ -99,7 +99,9 @@ def _table(title: str, *columns: str) -> Table:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """JSON for people: what fits a line is on one, floats have five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_lines(_plain(result)) + "\n")
+    written = path.with_name(f".{path.name}")  # whoever is cut off leaves a whole file
+    written.write_text(_lines(_plain(result)) + "\n")
+    written.replace(path)
 
 
 def _lines(value: Any, depth: int = 0) -> str:
