@@ -43,8 +43,8 @@ VERBS = {
     "serve": "a 'vllm serve' for each method, loaded by 'vllm bench serve'",
     "lengths": "one engine whose draft lengths or proposers take turns, always full",
 }
-DEFAULT_METHODS = {
-    "throughput": ["plain", "stock", "ngram", "auto", "llma-auto"],
+DEFAULT_METHODS = {  # all of which run on a GPU too
+    "throughput": ["plain", "stock", "ngram", "auto", "llma"],
     "latency": ["plain", "ngram", "llma", "llma-padded"],
     "serve": ["plain", "stock", "auto"],
     "lengths": ["k0", "auto", "k3", "k5", "k8"],
