@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_emssd.bench import methods
 from vllm_emssd.bench.methods import (
@@ -71,6 +72,16 @@ def test_lengths_by_name() -> None:
     assert parse_method("stock", "DRAFT", 12).speculative_config == config("stock-k12")
 
 
+def test_what_vllm_itself_can_leave_out() -> None:
+    asked = {"enable_adaptive_verification": True}
+    assert config("stock-adaptive") == config("stock") | asked
+    by_batch = config("stock-by-batch")
+    schedule = by_batch.pop("num_speculative_tokens_per_batch_size")
+    assert by_batch == config("stock")
+    found = build_dynamic_sd_schedule_lookup(schedule, 600, 5)
+    assert [found[n] for n in (1, 16, 17, 64, 65, 600)] == [5, 5, 3, 3, 1, 1]
+
+
 @pytest.mark.parametrize("architecture", ["Eagle3Speculator", "LlamaForCausalLMEagle3"])
 def test_stock_with_a_head_is_vllms_eagle3(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
@@ -102,7 +113,8 @@ def test_refused(text: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["stock", "stock-k3", "emssd", "k3", "auto", "padded", "mixed"]
+    "name",
+    ["stock", "stock-k3", "stock-adaptive", "emssd", "k3", "auto", "padded", "mixed"],
 )
 def test_needs_a_draft_model(name: str) -> None:
     with pytest.raises(ValueError, match="--draft-model"):

@@ -18,7 +18,8 @@ from tests.unit.test_workloads import Words
 from vllm_emssd import cli
 from vllm_emssd.bench import smollm2
 from vllm_emssd.bench.comparison import compare_all
-from vllm_emssd.bench.engine_process import EngineOptions
+from vllm_emssd.bench.engine_process import EngineError, EngineOptions
+from vllm_emssd.bench.harness import Plan
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.over_http import (
     KEPT,
@@ -259,19 +260,47 @@ def test_sigterm_ends_a_bench_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) ->
     before = signal.getsignal(signal.SIGTERM)
     ended = []
 
-    def compare(args: object) -> dict[str, object]:
+    def compare(args: object) -> list[object]:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         finally:
             ended.append(True)
-        return {}
+        return []
 
     monkeypatch.setattr(bench, "_compare", compare)
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "throughput", "--model", "TARGET"])
     assert ended == [True]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_was_cut_off_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the numbers of requests that it had not got to; not at another commit."""
+    asked: list[list[int]] = []
+
+    def measure(plan: Plan, engine: Any, requests: Any, keep: Any) -> None:
+        asked.append(list(plan.batches))
+        for batch in plan.batches[:2]:
+            keep(batch, {method.name: [Round(1.0, 4)] for method in plan.methods})
+        if len(plan.batches) > 2:
+            raise EngineError("cut off")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setenv(COMMIT, "abc1234")
+    path, at_once = tmp_path / "result.json", ["--max-concurrency", "1", "2", "4"]
+    command = ["bench", "throughput", "--methods", "plain", "llma", *at_once]
+    command += ["--output-json", str(path)]
+    assert [cli.main(command) for _ in range(3)] == [1, 0, 0]
+    assert asked == [[1, 2, 4], [4]]
+    found = json.loads(path.read_text())["results"]
+    assert [result["batch"] for result in found] == [1, 2, 4]
+    assert cli.main([*command, "--num-iters", "9"]) == 1
+    monkeypatch.setenv(COMMIT, "def5678")
+    assert cli.main([*command, "--num-iters", "9"]) == 1
+    assert asked[2:] == [[1, 2, 4], [1, 2, 4]]
 
 
 @pytest.mark.parametrize("verb", ["throughput", "latency", "serve"])
@@ -284,7 +313,7 @@ def test_defaults_of_an_installed_package(
     monkeypatch.setattr(bench, "SHIPPED_MODELS", tmp_path / "models")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(smollm2, "fetch", lambda: fetched.append(True))
-    monkeypatch.setattr(bench, "_compare", lambda args: seen.append(args) or {})
+    monkeypatch.setattr(bench, "_compare", lambda args: seen.append(args) or [])
     assert cli.main(["bench", verb]) == 0
     assert fetched == [True]
     [args] = seen

@@ -71,7 +71,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_engines_start_anew_and_all_their_rounds_are_kept() -> None:
     plan = Plan(METHODS, batches=[1, 2], rounds=2, starts=3)
-    rounds = measure(plan, OPTIONS, requests(4, 4))
+    kept: list[tuple[int, int]] = []
+
+    def keep(batch: int, rounds: dict[str, list[Round]]) -> None:
+        kept.append((batch, len(rounds["other"])))
+
+    rounds = measure(plan, OPTIONS, requests(4, 4), keep)
+    assert kept == [(1, 3 * 2), (2, 3 * 2)]
     assert [e.method.name for e in NotedEngine.made] == ["plain", "other"] * 3
     assert all(engine.is_closed for engine in NotedEngine.made)
     assert rounds.keys() == {1, 2}

@@ -30,6 +30,7 @@ S = TypeVar("S")  # what runs a method: an engine or a server
 T = TypeVar("T")  # what it gives for a round
 Results = dict[int, dict[str, list[T]]]  # requests at once -> method -> its rounds
 Rounds = Results[Round]
+Keep = Callable[[int, dict[str, list[T]]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,13 @@ class Plan:
         return max(self.num_requests(batch) for batch in self.batches)
 
 
-def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> Rounds:
-    """One engine for each method, or one for all."""
+def measure(
+    plan: Plan,
+    options: EngineOptions,
+    requests: Sequence[Request],
+    keep: Keep[Round] | None = None,
+) -> Rounds:
+    """One engine for each method, or one for all. See `take_turns`."""
 
     @contextlib.contextmanager
     def start(method: Method) -> Iterator[EngineProcess]:
@@ -86,7 +92,7 @@ def measure(plan: Plan, options: EngineOptions, requests: Sequence[Request]) -> 
         done.unfinished |= set(range(batch))  # the shortened ones
         return done
 
-    return take_turns(plan, start, run, wait)
+    return take_turns(plan, start, run, wait, keep)
 
 
 def stagger_ends(requests: Sequence[Request], batch: int) -> list[Request]:
@@ -105,6 +111,7 @@ def take_turns(
     start: Callable[[Method], contextlib.AbstractContextManager[S]],
     run: Callable[[S, Method, int], T],
     wait: Callable[[S], None] = lambda side: None,
+    keep: Keep[T] | None = None,
 ) -> Results[T]:
     """All sides stay up and run a round each in turn, every other time backwards.
 
@@ -112,6 +119,7 @@ def take_turns(
         start: one after the other; the side ends with its context.
         run: a round of a method, with so many requests at once.
         wait: until a side that has started can run.
+        keep: gets all rounds of a number of requests, as soon as there are no more.
     """
     results: Results[T] = {
         batch: {method.name: [] for method in plan.methods} for batch in plan.batches
@@ -119,7 +127,7 @@ def take_turns(
     num_rounds = plan.starts * len(plan.batches) * (plan.rounds + plan.warm_up)
     with _progress_bars() as progress:
         bar = progress.add_task("rounds", total=num_rounds)
-        for _ in range(plan.starts):
+        for starts_left in reversed(range(plan.starts)):
             with contextlib.ExitStack() as stack:
                 started = []
                 for method in [plan.host] if plan.host else plan.methods:
@@ -138,6 +146,8 @@ def take_turns(
                                 results[batch][method.name].append(done)
                             time.sleep(PAUSE_S)
                         progress.advance(bar)
+                    if keep is not None and not starts_left:
+                        keep(batch, results[batch])
     return results
 
 

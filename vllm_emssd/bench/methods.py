@@ -15,6 +15,8 @@ from vllm_emssd.config import MAX_AUTO_DRAFTS
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
     "stock": "vLLM's draft_model, with a head eagle3, K drafts; stock-kN: N drafts",
+    "stock-adaptive": "stock, of whose drafts the likeliest are verified: on GPUs",
+    "stock-by-batch": "stock with K drafts, 3 beyond 16 requests, 1 beyond 64",
     "ngram": "vLLM's ngram with the lengths of llma: 2 tokens must agree, 7 drafts",
     "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
     "suffix": "vLLM's suffix (arctic-inference), 7 drafts, no old answers",
@@ -33,7 +35,6 @@ FIXED_LENGTH = re.compile(r"k(0|[1-9]\d*)")
 AUTOMATIC = "auto"  # whose engine runs fixed lengths too
 MIXED = "mixed-auto"  # whose engine runs each of its proposers alone too
 PROPOSERS_OF_MIXED = {MIXED: None, AUTOMATIC: "draft_model", "llma-auto": "llma"}
-NEEDS_DRAFT_MODEL = {"stock", "emssd", "auto", "padded", "mixed", "mixed-auto"}
 CHECK_LENGTH, COPY_LENGTH = 2, 7  # emssd's defaults
 LONGEST_MATCH = 32  # as far as the llma proposer tells matches apart
 
@@ -58,8 +59,6 @@ def parse_method(
     base, num_drafts = name, num_speculative_tokens
     if length := re.fullmatch(rf"(stock-)?{FIXED_LENGTH.pattern}", name):
         base, num_drafts = "stock" if length[1] else "emssd", int(length[2])
-    if base in NEEDS_DRAFT_MODEL and draft_model is None:
-        raise ValueError(f"method {name!r} needs --draft-model")
     if name == "suffix" and find_spec("arctic_inference") is None:
         raise ValueError(
             "method 'suffix' needs the package arctic-inference; install it with "
@@ -70,6 +69,8 @@ def parse_method(
         raise ValueError(
             f"unknown method {name!r}; choose from {', '.join(DESCRIPTIONS)}"
         )
+    if (known[base] or {}).get("model", "") is None:
+        raise ValueError(f"method {name!r} needs --draft-model")
     return Method(name, known[base])
 
 
@@ -87,6 +88,8 @@ def _known(
     draft_model: str | None, num_drafts: int
 ) -> dict[str, dict[str, Any] | None]:
     drafts = {"model": draft_model, "num_speculative_tokens": num_drafts}
+    stock = drafts | {"method": stock_method(draft_model or "")}
+    fewer = [(1, 16, num_drafts), (17, 64, 3), (65, 512, 1)]  # no more than K
     fixed = {"method": "emssd", "draft_length": "fixed"}
     auto = {"draft_length": "auto"}
     most = {"num_speculative_tokens": MAX_AUTO_DRAFTS}
@@ -107,7 +110,9 @@ def _known(
     }
     return {
         "plain": None,
-        "stock": drafts | {"method": stock_method(draft_model or "")},
+        "stock": stock,
+        "stock-adaptive": stock | {"enable_adaptive_verification": True},
+        "stock-by-batch": stock | {"num_speculative_tokens_per_batch_size": fewer},
         "ngram": ngram,
         "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},

@@ -20,7 +20,7 @@ from vllm_emssd.bench.engine_process import (
     EngineError,
     EngineOptions,
 )
-from vllm_emssd.bench.harness import Plan, Results, take_turns
+from vllm_emssd.bench.harness import Keep, Plan, Results, take_turns
 from vllm_emssd.bench.methods import Method
 from vllm_emssd.bench.request import Request, Tokenizer
 from vllm_emssd.bench.server_process import (
@@ -40,8 +40,9 @@ def measure_over_http(
     options: EngineOptions,
     requests: Sequence[Request],
     tokenizer: Tokenizer,
+    keep: Keep[dict[str, Any]] | None = None,
 ) -> Results[dict[str, Any]]:
-    """Of each round, what `vllm bench serve` found.
+    """Of each round, what `vllm bench serve` found. `keep`: see `take_turns`.
 
     Raises ValueError where it lacks what it reads prompts with.
     """
@@ -77,7 +78,7 @@ def measure_over_http(
                 )
             return {key: found[key] for key in KEPT}
 
-        return take_turns(plan, start, run)
+        return take_turns(plan, start, run, keep=keep)
 
 
 def _run_load(command: Sequence[str]) -> None:

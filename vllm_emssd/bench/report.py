@@ -26,6 +26,10 @@ TABLES = {
     "spread: middle half of the rounds over their median": "{spread:.1%}",
     "accepted drafts a request and step": "{accepted_per_request_step:.2f}",
     "rows a round: target + draft model": "{target_rows:.0f} + {draft_rows:.0f}",
+    "a step: GPU busy; host ms, kernels and graphs launched": (
+        "{profile[gpu_busy]:.0%}; {profile[host_ms]:.1f}, {profile[kernels]:.0f}, "
+        "{profile[graphs]:.0f}"
+    ),
     "time to the first token, ms: median, 99th percentile": (
         "{p50_ttft_ms:.0f}, {p99_ttft_ms:.0f}"
     ),
@@ -99,7 +103,9 @@ def _table(title: str, *columns: str) -> Table:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """JSON for people: what fits a line is on one, floats have five digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_lines(_plain(result)) + "\n")
+    written = path.with_name(f".{path.name}")  # whoever is cut off leaves a whole file
+    written.write_text(_lines(_plain(result)) + "\n")
+    written.replace(path)
 
 
 def _lines(value: Any, depth: int = 0) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from vllm_emssd.bench.engine_process import (
     same_graphs,
     shared_gpu,
 )
-from vllm_emssd.bench.harness import Plan, Rounds, measure
+from vllm_emssd.bench.harness import Plan, measure
 from vllm_emssd.bench.methods import Method, in_one_engine, parse_method
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.report import print_results, write_result
+from vllm_emssd.bench.round import Round
 from vllm_emssd.bench.workloads import (
     SHIPPED_MODELS,
     Workload,
@@ -30,6 +33,7 @@ from vllm_emssd.bench.workloads import (
 )
 
 LENGTH_STEP = 128  # --max-model-len, where it follows from the requests
+OPTIONAL = ("block_size", "load_format", "attention_backend")  # vLLM has defaults
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 VERBS = {
@@ -40,13 +44,13 @@ VERBS = {
     "serve": "a 'vllm serve' for each method, loaded by 'vllm bench serve'",
     "lengths": "one engine whose draft lengths or proposers take turns, always full",
 }
-DEFAULT_METHODS = {
-    "throughput": ["plain", "stock", "ngram", "auto", "llma-auto"],
+DEFAULT_METHODS = {  # all of which run on a GPU too
+    "throughput": ["plain", "stock", "ngram", "auto", "llma"],
     "latency": ["plain", "ngram", "llma", "llma-padded"],
     "serve": ["plain", "stock", "auto"],
     "lengths": ["k0", "auto", "k3", "k5", "k8"],
 }
-COPYING_METHODS = ["plain", "ngram", "llma-auto"]  # where there is no draft model
+COPYING_METHODS = ["plain", "ngram", "llma"]  # where there is no draft model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +138,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group, add = _options(parser, "engine", text)
     add("--tokenizer", str, None, "default: --model")
     add("--dtype", str, "bfloat16", "of the models")
+    add("--load-format", str, None, "of both; dummy: shapes without weights")
+    add("--attention-backend", str, None, "default: what vLLM chooses")
     add("--max-model-len", int, None, "default: what the requests need")
     add("--kv-cache-memory-bytes", _bytes, "512M", "of each engine")
     add("--block-size", int, None, "tokens of a K/V block; prompts are cached by it")
@@ -175,13 +181,11 @@ def run(args: argparse.Namespace) -> int:
         if args.model == str(smollm2.cache_folder()):
             smollm2.fetch()
         with _sigterm_ends_as_ctrl_c():
-            result = _compare(args)
+            results = _compare(args)
     except (ValueError, EngineError, smollm2.FetchError) as error:
         print(f"vllm-emssd bench {args.verb}: {error}", file=sys.stderr)
         return 1
-    if args.output_json:
-        said = {"provenance": provenance(), "arguments": _arguments_of(args)}
-        write_result(args.output_json, said | result)
+    print_results(results)
     return 0
 
 
@@ -204,7 +208,8 @@ def _sigterm_ends_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _compare(args: argparse.Namespace) -> dict[str, Any]:
+def _compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results, each written to `--output-json` as soon as it is there."""
     plan, tokenizer = plan_of(args), _tokenizer(args)
     sampling = {"temperature": args.temperature}
     options = WorkloadOptions(
@@ -213,33 +218,65 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     workload = load_workload(args.dataset_name, tokenizer, options, plan.max_requests())
     engine = engine_options(args, workload, plan)
     found: dict[str, Any] = {
+        "provenance": provenance(),
+        "arguments": _arguments_of(args),
         "is_compiled": not args.enforce_eager,
         "max_model_len": engine.engine_args["max_model_len"],
         "workload": workload.summary(),
+        "results": [],
     }
-    if args.verb == "serve":
-        rounds = over_http.measure_over_http(plan, engine, workload.requests, tokenizer)
-        found["results"] = over_http.summaries(rounds)
-    else:
-        found |= _results_of(
-            args.verb, workload, measure(plan, engine, workload.requests)
+    if args.output_json and args.output_json.is_file():
+        found |= _kept(json.loads(args.output_json.read_text()), found)
+    measured = {result["batch"] for result in found["results"]}
+    plan = replace(plan, batches=[n for n in plan.batches if n not in measured])
+
+    def keep(result: dict[str, Any], costs: dict[str, Any]) -> None:
+        found["results"].append(result)
+        found["costs"] = costs
+        if args.output_json:
+            write_result(args.output_json, found)
+
+    if not plan.batches:
+        print(f"{args.output_json} is of this command and commit; remove it to repeat")
+    elif args.verb == "serve":
+        over_http.measure_over_http(
+            plan,
+            engine,
+            workload.requests,
+            tokenizer,
+            lambda batch, rounds: keep(over_http.summaries({batch: rounds})[0], {}),
         )
-    print_results(found["results"])
-    return found
+    else:
+        measure(
+            plan,
+            engine,
+            workload.requests,
+            lambda batch, rounds: keep(*_result_of(args.verb, workload, batch, rounds)),
+        )
+    return found["results"]
 
 
-def _results_of(verb: str, workload: Workload, rounds: Rounds) -> dict[str, Any]:
-    results = compare_all(rounds)
+def _kept(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What the same command found before it was cut off. Results that are in the
+    checkout make it differ, which is no change."""
+    made, makes = before.get("provenance", {}), now["provenance"]
+    commits = {p.get("commit", "").removesuffix("-dirty") for p in (made, makes)}
+    is_same = len(commits) == 1 and "" not in commits
+    is_same &= all(made.get(key) == makes[key] for key in ("vllm", "machine", "gpus"))
+    is_same &= before.get("arguments") == now["arguments"]
+    return {k: before[k] for k in ("results", "costs") if is_same and k in before}
+
+
+def _result_of(
+    verb: str, workload: Workload, batch: int, rounds: dict[str, list[Round]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a number of requests at once; and the engine's own costs."""
+    (result,) = compare_all({batch: rounds})
     if verb == "latency":
         lens = [len(request.prompt_token_ids) for request in workload.requests]
-        for result in results:
-            batch = result["batch"]
-            result["padding"] = padding(batch, rounds[batch], lens)
-    every = [
-        r for by_method in rounds.values() for done in by_method.values() for r in done
-    ]
-    costs = [r.emssd_costs for r in every if r.emssd_costs]
-    return {"results": results, "costs": costs[-1] if costs else {}}
+        result["padding"] = padding(batch, rounds, lens)
+    costs = [r.emssd_costs for done in rounds.values() for r in done if r.emssd_costs]
+    return result, costs[-1] if costs else {}
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -287,13 +324,14 @@ def engine_options(
         "enforce_eager": args.enforce_eager,
         "enable_prefix_caching": args.enable_prefix_caching,
     }
-    block_size = {"block_size": args.block_size} if args.block_size else {}
+    given = {name: getattr(args, name) for name in OPTIONAL}
+    given = {name: value for name, value in given.items() if value is not None}
     graphs = {}
     if not args.enforce_eager:
         graphs = same_graphs(plan.methods, max(args.batches))
     num_engines = 1 if plan.host else len(plan.methods)
     return EngineOptions(
-        engine_args | block_size | graphs | shared_gpu(num_engines),
+        engine_args | given | graphs | shared_gpu(num_engines),
         fix_cpu_sampling=is_sampled,
     )
 

@@ -8,6 +8,11 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_emssd.draft_cursor import AdmittedRequest
+from vllm_emssd.draft_length import (
+    AutoDraftLength,
+    DraftLengthPolicy,
+    FixedDraftLength,
+)
 
 
 def block_updates(
@@ -57,6 +62,31 @@ def max_draft_tokens(
     if max_num_tokens is not None:
         room = np.minimum(room, max_num_tokens - num_tokens - 1)
     return np.clip(room, 0, num_speculative_tokens)
+
+
+def chosen_lengths(
+    num_draft_tokens: int | None, automatic: AutoDraftLength | None, most: int
+) -> DraftLengthPolicy:
+    """What the worker's `emssd_fix_draft_length` asks for. Raises ValueError.
+
+    Args:
+        automatic: None where lengths are not, or other proposers than the model draft.
+        most: drafts that the engine has room for.
+    """
+    if automatic is None:
+        raise ValueError(
+            'draft lengths can be fixed while the engine runs with "draft_length": '
+            '"auto" and "proposer": "draft_model"'
+        )
+    if num_draft_tokens is None:
+        automatic.forget_drafts()  # what became of them was not observed
+        return automatic
+    if 0 <= num_draft_tokens <= most:
+        return FixedDraftLength(num_draft_tokens)
+    raise ValueError(
+        f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
+        "num_speculative_tokens, or None for automatic lengths"
+    )
 
 
 def leave_out_adapters(head: torch.nn.Module) -> None:

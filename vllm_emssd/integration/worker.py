@@ -55,11 +55,9 @@ class EmssdWorkerMixin(Worker):
         off, None makes lengths automatic again. On all ranks, between two steps:
         `llm.collective_rpc("emssd_fix_draft_length", args=(3,))`.
 
-        Raises ValueError unless lengths are automatic, on the V1 runner with a draft
-        model alone, and for more than `num_speculative_tokens`.
+        Raises ValueError unless lengths are automatic, with a draft model alone, and
+        for more than `num_speculative_tokens`.
         """
-        if not hasattr(self.model_runner, "fix_draft_length"):
-            raise ValueError("draft lengths can be fixed on the V1 runner only")
         self.model_runner.fix_draft_length(num_draft_tokens)
 
     def emssd_use_proposer(self, proposer: str | None) -> None:

@@ -33,6 +33,7 @@ from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
 from vllm_emssd.integration.drafting import (
     block_updates,
+    chosen_lengths,
     leave_out_adapters,
     max_draft_tokens,
 )
@@ -214,22 +215,12 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
 
     def fix_draft_length(self, num_draft_tokens: int | None) -> None:
         """See the worker's `emssd_fix_draft_length`."""
-        most, proposer = self.num_spec_tokens, self._proposer
-        if self._automatic is None or not isinstance(proposer, DraftModelProposer):
-            raise ValueError(
-                'draft lengths can be fixed while the engine runs with "draft_length": '
-                '"auto" and "proposer": "draft_model"'
-            )
-        if num_draft_tokens is None:
-            self._automatic.forget_drafts()  # what became of them was not observed
-            proposer.policy = self._automatic
-        elif 0 <= num_draft_tokens <= most:
-            proposer.policy = FixedDraftLength(num_draft_tokens)
-        else:
-            raise ValueError(
-                f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
-                "num_speculative_tokens, or None for automatic lengths"
-            )
+        proposer = self._proposer
+        is_alone = isinstance(proposer, DraftModelProposer)
+        automatic = self._automatic if is_alone else None
+        policy = chosen_lengths(num_draft_tokens, automatic, self.num_spec_tokens)
+        assert isinstance(proposer, DraftModelProposer)
+        proposer.policy = policy
 
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""

@@ -34,6 +34,7 @@ from vllm_emssd.integration.costs import (
     StepCostMeter,
     time_target,
 )
+from vllm_emssd.integration.drafting import chosen_lengths
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import specs_for_drafting
@@ -103,7 +104,9 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._outputs: deque[AsyncOutput | None] = deque()
         self._ranks = Ranks(self.device)
         self.step_timing = self._target_timing = TargetTiming()
-        self.step_costs: StepCostMeter | None = None  # with automatic lengths
+        # With automatic lengths:
+        self.step_costs: StepCostMeter | None = None
+        self._automatic: AutoDraftLength | None = None
         self._publisher: Publisher | None = None  # once the warm-up is over
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -162,13 +165,13 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         if self.emssd_config.draft_length == "auto":
             assert isinstance(self.speculator, DraftingSpeculator)
             self.step_costs = self._measure_costs(self.speculator)
-            policy = AutoDraftLength(
+            self._automatic = AutoDraftLength(
                 self.step_costs.costs,
                 self.num_speculative_steps,
                 may_trim=False,
                 uses_confidence=False,
             )
-            self.speculator.set_policy(policy)
+            self.speculator.set_policy(self._automatic)
         self.speculator.counters.reset()
         self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
@@ -202,6 +205,14 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def counters(self) -> Counters:
         self._record_acceptance()
         return self.speculator.counters
+
+    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
+        """See the worker's `emssd_fix_draft_length`."""
+        automatic = None if isinstance(self.speculator, Mixing) else self._automatic
+        most = self.num_speculative_steps
+        policy = chosen_lengths(num_draft_tokens, automatic, most)
+        assert isinstance(self.speculator, DraftingSpeculator)
+        self.speculator.set_policy(policy)
 
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
