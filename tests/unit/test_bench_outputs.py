@@ -314,6 +314,7 @@ def test_defaults_of_an_installed_package(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(smollm2, "fetch", lambda: fetched.append(True))
     monkeypatch.setattr(bench, "_compare", lambda args: seen.append(args) or [])
+    monkeypatch.setattr(bench, "print_results", lambda results: None)
     assert cli.main(["bench", verb]) == 0
     assert fetched == [True]
     [args] = seen
