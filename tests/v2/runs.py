@@ -22,7 +22,6 @@ from tests.engine import (
     EngineConfig,
     counting,
     counting_draft_rows,
-    few_blocks,
     model_runner,
     prompts,
     running,
@@ -50,10 +49,9 @@ SMALL = {
     "options": {"block_size": 32, "max_num_seqs": 10},  # which vLLM warms up with
 }
 CACHED = SMALL | {"prefix_caching": True, "max_num_batched_tokens": 48}
-NUM_FEW = 6  # blocks, fewer than wanted: some requests are preempted
-TIGHT = SMALL | {
+TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
     "prefix_caching": True,
-    "options": SMALL["options"] | {"num_gpu_blocks_override": NUM_FEW + 1},
+    "options": SMALL["options"] | {"num_gpu_blocks_override": 7},
 }
 
 
@@ -72,14 +70,9 @@ BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
 # Runs that need no engine of their own, on that of another.
 GUESTS = {
     "fixed": ("padded", "failing"),
-    "cached": ("tight",),
     "itself": ("padded itself",),
     "async": ("failing async",),
-    "async cached": ("async tight",),
-    "copying": ("copying tight",),
-    "async copying": ("async copying tight",),
-    "async mixed": ("async mixed tight",),
-    "auto": ("auto tight", "padded auto"),
+    "auto": ("padded auto",),
 }
 
 
@@ -497,12 +490,10 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
 
 
 def all_passes(llm: Any, host: str) -> dict[str, dict[str, Any]]:
-    """Of an engine and its guests; "tight" ones have few blocks of the cache."""
+    """Of an engine and its guests."""
     seen, runner = {}, model_runner(llm)
     for name in (host, *GUESTS.get(host, ())):
-        is_tight = "tight" in name
-        with few_blocks(llm, NUM_FEW) if is_tight else contextlib.nullcontext():
-            seen[name] = passes(llm, name)
+        seen[name] = passes(llm, name)
         kind = type(runner)
         seen[name]["runner"] = f"{kind.__module__}.{kind.__qualname__}"
         seen[name]["scheduler"] = type(scheduler_of(llm)).__name__
@@ -515,19 +506,25 @@ def run_all(*only: str) -> dict[str, Any]:
         "stock": EngineConfig(STOCK_K, **SMALL),
         "fixed": EngineConfig(EMSSD, **SMALL),
         "cached": EngineConfig(EMSSD, **CACHED),
+        "tight": EngineConfig(EMSSD, **TIGHT),
         "itself": EngineConfig(ITSELF, **SMALL),
         "async": EngineConfig(EMSSD, **asynchronous(SMALL)),
         "async cached": EngineConfig(EMSSD, **asynchronous(CACHED)),
+        "async tight": EngineConfig(EMSSD, **asynchronous(TIGHT)),
         "async itself": EngineConfig(ITSELF, **asynchronous(SMALL)),
         "copying": EngineConfig(LLMA, **CACHED),
+        "copying tight": EngineConfig(LLMA, **TIGHT),
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
+        "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "mixed": EngineConfig(BOTH, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
+        "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
         "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
         "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
         "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "auto": EngineConfig(EMSSD | AUTO, **CACHED),
+        "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),
         "auto itself": EngineConfig(ITSELF | AUTO, **CACHED),
         "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
     }
