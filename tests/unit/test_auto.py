@@ -231,7 +231,7 @@ def test_a_probe_is_found_among_the_requests_of_a_step(
     policy._probing.drafts_accepted = lambda: noted.append(True)  # type: ignore[method-assign]
     drafts, accepted = np.array([0, num_drafts]), np.array([0, num_accepted])
     if at_once:
-        policy.observe_step(["a", "b"], drafts, accepted)
+        policy.observe_step(drafts, accepted)
     else:
         policy.observe("a", 0, 0)
         policy.observe("b", num_drafts, num_accepted)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
@@ -184,9 +182,7 @@ class AutoDraftLength(DraftLengthPolicy):
         if 0 < num_drafts == num_accepted:
             self._probing.drafts_accepted()
 
-    def observe_step(
-        self, req_ids: Sequence[str], num_drafts: np.ndarray, num_accepted: np.ndarray
-    ) -> None:
+    def observe_step(self, num_drafts: np.ndarray, num_accepted: np.ndarray) -> None:
         self.acceptance.observe_step(num_drafts, num_accepted)
         if ((num_drafts > 0) & (num_drafts == num_accepted)).any():
             self._probing.drafts_accepted()

@@ -80,9 +80,7 @@ class DraftLengthPolicy:
         """The target verified the first drafts of a request, 0 where it verified none
         or another proposer's, and accepted a prefix."""
 
-    def observe_step(
-        self, req_ids: Sequence[str], num_drafts: np.ndarray, num_accepted: np.ndarray
-    ) -> None:
+    def observe_step(self, num_drafts: np.ndarray, num_accepted: np.ndarray) -> None:
         """As `observe`, of all requests of a step whose drafts were made without their
         confidence. Both [num_reqs] int64."""
 

@@ -263,16 +263,16 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         if is_seen.any():
             try:
                 num_verified = np.where(is_seen, num_possible, 0)
-                self._learn_acceptance(step.req_ids, num_verified, num_accepted)
+                self._learn_acceptance(num_verified, num_accepted)
             except Exception as error:
                 self._failures.take(error)
 
     def _learn_acceptance(
-        self, req_ids: list[str], num_verified: np.ndarray, num_accepted: np.ndarray
+        self, num_verified: np.ndarray, num_accepted: np.ndarray
     ) -> None:
         """Of the model's drafts. Both [num_reqs]; what verified none does not count."""
         if self.is_automatic:
-            self.policy.observe_step(req_ids, num_verified, num_accepted)
+            self.policy.observe_step(num_verified, num_accepted)
 
     # ------------------------------------------------------------ what to feed
 

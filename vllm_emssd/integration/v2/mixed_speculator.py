@@ -111,9 +111,9 @@ class Mixing(DraftingSpeculator):
         return np.where(is_copied, copies.rows, num_made)
 
     def _learn_acceptance(
-        self, req_ids: list[str], num_verified: np.ndarray, num_accepted: np.ndarray
+        self, num_verified: np.ndarray, num_accepted: np.ndarray
     ) -> None:
-        super()._learn_acceptance(req_ids, num_verified, num_accepted)
+        super()._learn_acceptance(num_verified, num_accepted)
         has_verified = num_verified > 0
         self._model_drafts.observe_step(
             num_verified[has_verified], num_accepted[has_verified]
