@@ -1,76 +1,141 @@
 #!/usr/bin/env python3
-"""Run what needs a GPU, part by part, and write down what came of it.
+"""Run what needs a GPU, first whether it is right, and write down what came of it.
 
     scripts/gpu_check [--folder docs/results] [--parts tests 1B] [-- PYTEST ARGS]
 
-The parts are *tests*, every one listed with its outcome, *probes* (what one launch,
-replay, wait and copy cost the host), *1B* and *7B* (`vllm-emssd bench`, the methods
-side by side on the shipped target grown to so many parameters, so that it costs what
-real ones do). Each writes its file at once: gpu-check.json, gpu-probes.json,
-gpu-bench-1B.json, gpu-bench-7B.json. A part whose file is of this commit, without a
-failure, is left out, so that a run that was cut off goes on where it was. Exits with 1
-if anything failed.
+The parts are *tests*; *probes*, what a launch, replay, wait and copy cost the host; and
+tables of `vllm-emssd bench throughput`: *8B-1B*, Llama's shapes with weights and
+acceptance made up, *1B* and *7B*, the shipped target grown to so many parameters, and
+*7B-1B*, with its drafter grown too. Each test and each number of requests is written at
+once, to gpu-check.json, gpu-probes.json and gpu-bench-PART.json. What is there of this
+commit (EMSSD_COMMIT, where there is no git) does not run again, but for what failed.
+Exits with 1 if anything did.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.report import write_result
 
 REPO = Path(__file__).resolve().parent.parent
-RESULTS = REPO / "docs/results"
-GROWN = {
-    "1B": ["--hidden-size", "2048", "--num-layers", "24"],
-    "7B": ["--hidden-size", "4096", "--num-layers", "40"],
+# In memory where there is one: a disk takes longer than all rounds.
+MODELS = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / "vllm-emssd"
+PROBED = 200  # calls
+ACCEPTED = 0.75  # of made-up drafts, each after those before it
+GROWN = {  # model, hidden size, layers
+    "1B": ("target", "2048", "24"),
+    "7B": ("target", "4096", "40"),
+    "draft-1B": ("draft", "2048", "16"),
 }
-BATCHES = {"1B": ["1", "8", "32", "128"], "7B": ["1", "8", "32", "64"]}
-FILES = {  # in the order of the runs: first whether it is right
-    "tests": "gpu-check.json",
-    "probes": "gpu-probes.json",
-    "1B": "gpu-bench-1B.json",
-    "7B": "gpu-bench-7B.json",
-}
-STOCK = {"method": "draft_model", "model": str(REPO / "models/draft")}
-# What a user of vLLM alone can switch on, beside its draft_model with K = 5.
-STOCK_METHODS = {
-    "stock-adaptive": {
-        "num_speculative_tokens": 5,
-        "enable_adaptive_verification": True,
-    },
-    "stock-by-batch": {
-        "num_speculative_tokens": 5,
-        "num_speculative_tokens_per_batch_size": [
-            [1, 16, 5],
-            [17, 64, 3],
-            [65, 512, 1],
-        ],
-    },
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+LLAMA |= {"vocab_size": 128256, "max_position_embeddings": 8192, "dtype": "bfloat16"}
+LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPES = {  # hidden size, layers, intermediate size
+    "llama-8B": (4096, 32, 14336),
+    "llama-1B": (2048, 16, 8192),
 }
 BENCH = [
-    *["--draft-model", STOCK["model"], "--input-len", "257", "--output-len", "128"],
-    *["--num-prompts", "2", "--num-iters", "4"],
-    *["--start-together", "--kv-cache-memory-bytes", "4608M"],
-    *["--methods", "plain", "stock", "stock-k3", "emssd", "auto"],
-    *(f"{name}={json.dumps(STOCK | more)}" for name, more in STOCK_METHODS.items()),
+    *[sys.executable, "-m", "vllm_emssd", "bench", "throughput", "--start-together"],
+    *["--output-len", "128", "--num-prompts", "2", "--num-iters", "3"],
+    *["--attention-backend", "FLASH_ATTN"],
 ]
-PROBED = 200  # calls
+
+
+def made_up(name: str, method: str, num_drafts: int, **more: Any) -> str:
+    """Acceptance does not depend on the drafts."""
+    drafts = {"model": str(MODELS / "llama-1B"), "num_speculative_tokens": num_drafts}
+    rates = [ACCEPTED ** (i + 1) for i in range(num_drafts)]
+    accepts = {"rejection_sample_method": "synthetic"}
+    accepts |= {"synthetic_acceptance_rates": rates}
+    return f"{name}={json.dumps({'method': method} | drafts | accepts | more)}"
+
+
+class Table(NamedTuple):
+    """All its engines are on the GPU together, so the K/V caches have to fit."""
+
+    target: str
+    draft: str
+    methods: list[str]
+    batches: list[int]  # the most telling first
+    kv_cache_memory_bytes: str
+    input_len: int
+
+
+MADE_UP = [
+    "plain",
+    made_up("stock-k3", "draft_model", 3),
+    made_up("stock", "draft_model", 5),
+    made_up("emssd", "emssd", 5, draft_length="fixed"),
+    made_up("auto", "emssd", 8, draft_length="auto"),
+]
+ALL = "plain stock-k1 stock-k3 stock stock-k8 stock-adaptive stock-by-batch emssd auto"
+FEW = "plain stock-k3 stock-adaptive emssd auto"
+TABLES = {
+    "8B-1B": Table("llama-8B", "llama-1B", MADE_UP, [32, 1, 128, 8], "5632M", 129),
+    "1B": Table("1B", "draft", ALL.split(), [32, 1, 128, 256, 8, 64], "5632M", 257),
+    "7B-1B": Table("7B", "draft-1B", FEW.split(), [32, 128, 1, 64], "6656M", 129),
+    "7B": Table("7B", "draft", FEW.split(), [32, 1, 64, 8], "4608M", 257),
+}
+FEWER = ("plain", "stock", "emssd")  # where an engine of the others does not start
+PARTS = ("tests", "probes", *TABLES)
+
+
+def model(name: str) -> str:
+    """Its folder, made where it is not there."""
+    folder = MODELS / name
+    if name in SHAPES:
+        sizes = ("hidden_size", "num_hidden_layers", "intermediate_size")
+        config = LLAMA | dict(zip(sizes, SHAPES[name], strict=True))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        for file in (REPO / "models/target").glob("tokenizer*"):
+            shutil.copy(file, folder)
+    elif name not in GROWN:
+        return str(REPO / "models" / name)
+    elif not (folder / "tokenizer.json").exists():  # which is written last
+        small, width, depth = GROWN[name]
+        grow = [sys.executable, "-m", "models.make.grow_model", f"models/{small}"]
+        grow += [str(folder), "--hidden-size", width, "--num-layers", depth]
+        subprocess.run([*grow, "--device", "cuda"], cwd=REPO, check=True)
+    return str(folder)
+
+
+def run_table(name: str, output: Path) -> bool:
+    table = TABLES[name]
+    command = [*BENCH, "--model", model(table.target), "--draft-model"]
+    command += [model(table.draft), "--input-len", str(table.input_len)]
+    command += ["--kv-cache-memory-bytes", table.kv_cache_memory_bytes]
+    command += ["--load-format", "dummy"] if table.target in SHAPES else []
+    command += ["--max-concurrency", *map(str, table.batches)]
+    command += ["--output-json", str(output), "--methods"]
+
+    def bench(methods: list[str]) -> bool:
+        return not subprocess.run(
+            [*command, *methods], cwd=REPO, check=False
+        ).returncode
+
+    fewer = [text for text in table.methods if text.partition("=")[0] in FEWER]
+    return bench(table.methods) or (not of_this_commit(output) and bench(fewer))
 
 
 def run_probes(output: Path) -> bool:
     """Microseconds of the host for a call, in the median."""
+    if of_this_commit(output):
+        return True
     tensor, host = torch.zeros(1024, device="cuda"), torch.zeros(1024).pin_memory()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -105,106 +170,69 @@ def median_us(probe: Callable[[], object]) -> float:
     return round(sorted(times)[PROBED // 2], 1)
 
 
-def run_tests(num_workers: int, arguments: list[str]) -> list[dict[str, Any]]:
-    """Outcome of each test, in order."""
-    workers = ["-n", str(num_workers)] if num_workers > 1 else []
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", *workers]
-        subprocess.run(
-            [*pytest, "-v", f"--junitxml={report}", *arguments], cwd=REPO, check=False
-        )
-        if not report.exists():
-            raise SystemExit("pytest wrote no report; see its output above")
-        return [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
+class Outcomes:
+    """Of each test, written as soon as it has run: a plugin of pytest's."""
+
+    def __init__(self, output: Path) -> None:
+        before = json.loads(output.read_text()) if of_this_commit(output) else {}
+        self._output, self._made = output, provenance()
+        self.tests = {
+            test["name"]: test
+            for test in before.get("tests", [])
+            if test["outcome"] != "failed"
+        }
+        self.ran_before = list(self.tests)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            found = {"outcome": report.outcome, "seconds": report.duration}
+            why = {} if report.passed else {"why": report.longreprtext[-2000:]}
+            self.tests[report.nodeid] = {"name": report.nodeid} | found | why
+            tests = list(self.tests.values())
+            write_result(self._output, {"provenance": self._made, "tests": tests})
 
 
-def outcome(case: ElementTree.Element) -> dict[str, Any]:
-    result: dict[str, Any] = {"name": case.get("name"), "outcome": "passed"}
-    for tag, name in (
-        ("failure", "failed"),
-        ("error", "failed"),
-        ("skipped", "skipped"),
-    ):
-        found = case.find(tag)
-        if found is not None:
-            result |= {"outcome": name, "why": (found.get("message") or "")[:2000]}
-    return result | {"seconds": float(case.get("time") or 0)}
+def run_tests(output: Path, num_workers: int, arguments: list[str]) -> bool:
+    outcomes = Outcomes(output)
+    command = ["-m", "gpu", "tests/gpu", "-v", "-rN", *arguments]
+    command += [f"--deselect={name}" for name in outcomes.ran_before]
+    command += ["-n", str(num_workers)] if num_workers > 1 else []
+    status = pytest.main(command, plugins=[outcomes])
+    is_done = status == pytest.ExitCode.NO_TESTS_COLLECTED and outcomes.ran_before
+    return status == pytest.ExitCode.OK or bool(is_done)
 
 
-def run_bench(size: str, output: Path) -> bool:
-    """Whether its table, and a figure beside it, were written."""
-    with tempfile.TemporaryDirectory(dir=large_files()) as models:
-        target = Path(models) / "target"
-        grow = [sys.executable, "-m", "models.make.grow_model"]
-        options = [REPO / "models/target", target, *GROWN[size], "--device", "cuda"]
-        subprocess.run([*grow, *options], cwd=REPO, check=True)
-        cli = [sys.executable, "-m", "vllm_emssd"]
-        bench = [*cli, "bench", "throughput", "--model", target, *BENCH]
-        bench += ["--max-concurrency", *BATCHES[size]]
-        plot = [*cli, "plot", output, "-o", output.parent]
-        return all(
-            subprocess.run(command, cwd=REPO, check=False).returncode == 0
-            for command in ([*bench, "--output-json", output], plot)
-        )
-
-
-def large_files() -> str | None:
-    """A folder in memory where there is one: a disk takes longer than all rounds."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the results")
-    parser.add_argument("--parts", nargs="+", choices=FILES, default=list(FILES))
-    parser.add_argument(
-        "--again", action="store_true", help="also the parts with such a file"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="tests at once, each with an engine"
-    )
-    parser.add_argument("pytest_arguments", nargs="*")
-    return parser.parse_args()
-
-
-def check(output: Path, num_workers: int, pytest_arguments: list[str]) -> bool:
-    """Whether all tests passed."""
-    started = time.strftime("%Y-%m-%dT%H:%M:%S")
-    tests = run_tests(num_workers, pytest_arguments)
-    result = {"provenance": provenance(), "started": started, "tests": tests}
-    write_result(output, result)
-    num_failed = sum(test["outcome"] == "failed" for test in tests)
-    print(f"{len(tests)} tests, {num_failed} failed; wrote {output}")
-    return bool(tests) and not num_failed
-
-
-def is_done(output: Path) -> bool:
+def of_this_commit(output: Path) -> bool:
     """Results of a run make the checkout of the next one differ; that is no change."""
     if not output.exists():
         return False
-    result = json.loads(output.read_text())
-    has_failed = any(t["outcome"] == "failed" for t in result.get("tests", []))
-    seen, now = result["provenance"]["commit"], provenance()["commit"]
-    is_same = seen.removesuffix("-dirty") == now.removesuffix("-dirty")
-    return bool(now) and is_same and not has_failed
+    made = json.loads(output.read_text())["provenance"]
+    seen, now = (p["commit"].removesuffix("-dirty") for p in (made, provenance()))
+    return bool(now) and seen == now
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=REPO / "docs/results")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--workers", type=int, default=1, help="tests at once")
+    parser.add_argument("pytest_arguments", nargs="*")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # for all sides
     all_well = True
     for part in arguments.parts:
-        output = arguments.folder / FILES[part]
-        if is_done(output) and not arguments.again:
-            print(f"{part}: {output} is of this commit; --again runs it again")
+        if part == "tests":
+            output = folder / "gpu-check.json"
+            well = run_tests(output, arguments.workers, arguments.pytest_arguments)
         elif part == "probes":
-            all_well &= run_probes(output)
-        elif part == "tests":
-            all_well &= check(output, arguments.workers, arguments.pytest_arguments)
+            well = run_probes(folder / "gpu-probes.json")
         else:
-            all_well &= run_bench(part, output)
+            well = run_table(part, folder / f"gpu-bench-{part}.json")
+        print(f"{part}: {'done' if well else 'FAILED'}", flush=True)
+        all_well &= well
     return 0 if all_well else 1
 
 

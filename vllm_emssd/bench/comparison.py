@@ -142,7 +142,7 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
         "step_ms": _medians([r.step_ms() for r in rounds]),
         "accepted_histogram": dict(sorted(accepted.items())),
         "emssd_stats": _medians([r.emssd_stats for r in rounds]),
-    }
+    } | ({"profile": rounds[-1].profile} if rounds[-1].profile else {})
 
 
 def _medians(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:

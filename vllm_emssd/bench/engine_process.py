@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vllm_emssd.config import METHOD, parse_speculative_config
 PREEMPTIONS = "vllm:num_preemptions"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"  # stock samples drafted rows wrongly on the CPU
 GPU_SHARE = 0.9  # of its memory, for all engines together
+STEPS_BEFORE = 5  # a profile: prompts that are cached, and what they leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ class _Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if options.fix_cpu_sampling:
             os.environ[CPU_FIXES_SWITCH] = "1"
+        import torch
         from vllm import LLM
 
         from vllm_emssd.bench.step_profiler import StepProfiler
@@ -172,6 +175,8 @@ class _Engine:
         self._profiler = StepProfiler(self._llm)
         self._num_requests = 0
         self._setting: Setting | None = None
+        self._has_gpu = torch.cuda.is_available()
+        self._profiles: dict[tuple[int, Setting | None], dict[str, float]] = {}
 
     def run(
         self,
@@ -197,6 +202,11 @@ class _Engine:
         done.emssd_stats = {name: now[name] - stats[name] for name in now}
         if self._is_emssd:
             done.emssd_costs = self._llm.collective_rpc("emssd_costs")[0]
+        if self._has_gpu:
+            cell = max_concurrency, self._setting
+            if cell not in self._profiles:
+                self._profiles[cell] = self._profile(batches[-1][-max_concurrency:])
+            done.profile = self._profiles[cell]
         return done
 
     def _run_batch(
@@ -223,6 +233,26 @@ class _Engine:
         engine.abort_request(list(running))
         unfinished = [i for i, name in enumerate(outputs) if name in running]
         return [list(tokens) for tokens in outputs.values()], unfinished
+
+    def _profile(self, batch: list[Request]) -> dict[str, float]:
+        """Of steps of these requests, each of which begins anew when it has ended."""
+        from vllm_emssd.bench.gpu_profile import profile_steps
+
+        engine, again = self._llm.llm_engine, cycle(batch)
+        self._profiler.start_round()  # that nobody looks at
+        running = {self._add(request) for request in batch}
+
+        def step() -> None:
+            for output in engine.step():
+                if output.finished:
+                    running.remove(output.request_id)
+                    running.add(self._add(next(again)))
+
+        for _ in range(STEPS_BEFORE):
+            step()
+        found = profile_steps(step)
+        engine.abort_request(list(running))
+        return found
 
     def _add(self, request: Request) -> str:
         from vllm import SamplingParams

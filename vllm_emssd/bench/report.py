@@ -26,6 +26,10 @@ TABLES = {
     "spread: middle half of the rounds over their median": "{spread:.1%}",
     "accepted drafts a request and step": "{accepted_per_request_step:.2f}",
     "rows a round: target + draft model": "{target_rows:.0f} + {draft_rows:.0f}",
+    "a step: GPU busy; host ms, kernels and graphs launched": (
+        "{profile[gpu_busy]:.0%}; {profile[host_ms]:.1f}, {profile[kernels]:.0f}, "
+        "{profile[graphs]:.0f}"
+    ),
     "time to the first token, ms: median, 99th percentile": (
         "{p50_ttft_ms:.0f}, {p99_ttft_ms:.0f}"
     ),

@@ -33,6 +33,7 @@ class Round:
     unfinished: set[int] = field(default_factory=set)  # outputs cut short
     emssd_stats: dict[str, int] = field(default_factory=dict)
     emssd_costs: dict[str, Any] = field(default_factory=dict)  # at its end
+    profile: dict[str, float] = field(default_factory=dict)  # on GPUs: `of_a_step`
 
     @property
     def s_per_token(self) -> float:

@@ -33,6 +33,7 @@ from vllm_emssd.bench.workloads import (
 )
 
 LENGTH_STEP = 128  # --max-model-len, where it follows from the requests
+OPTIONAL = ("block_size", "load_format", "attention_backend")  # vLLM has defaults
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 VERBS = {
@@ -122,6 +123,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group, add = _options(parser, "engine", text)
     add("--tokenizer", str, None, "default: --model")
     add("--dtype", str, "bfloat16", "of the models")
+    add("--load-format", str, None, "of both; dummy: shapes without weights")
+    add("--attention-backend", str, None, "default: what vLLM chooses")
     add("--max-model-len", int, None, "default: what the requests need")
     add("--kv-cache-memory-bytes", _bytes, "512M", "of each engine")
     add("--block-size", int, None, "tokens of a K/V block; prompts are cached by it")
@@ -313,13 +316,14 @@ def engine_options(
         "enforce_eager": args.enforce_eager,
         "enable_prefix_caching": args.enable_prefix_caching,
     }
-    block_size = {"block_size": args.block_size} if args.block_size else {}
+    given = {name: getattr(args, name) for name in OPTIONAL}
+    given = {name: value for name, value in given.items() if value is not None}
     graphs = {}
     if not args.enforce_eager:
         graphs = same_graphs(plan.methods, max(args.batches))
     num_engines = 1 if plan.host else len(plan.methods)
     return EngineOptions(
-        engine_args | block_size | graphs | shared_gpu(num_engines),
+        engine_args | given | graphs | shared_gpu(num_engines),
         fix_cpu_sampling=is_sampled,
     )
 
