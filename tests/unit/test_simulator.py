@@ -119,6 +119,39 @@ def test_what_is_sampled_beyond_the_end_does_not_count() -> None:
     assert (outcome.num_tokens, outcome.counters.num_emitted_tokens) == (3, 5)
 
 
+# ---------------------------------------------------------------- host and device
+
+
+def ms_a_step(target_host_ms: float, draft_host_ms: float, is_async: bool) -> float:
+    """Of one request's, by the clock: 10 ms of the target for one row, 1 ms a row
+    more; drafts of 1 ms; 2 ms and half a ms besides. None is accepted."""
+    costs = straight_costs()
+    for model, ms in ((costs.target, target_host_ms), (costs.draft, draft_host_ms)):
+        model.host_ms.append((1, ms))
+    found = trace(request(1, [0] * 100, 2))
+    setting = Setting(1, async_scheduling=is_async)
+    engine = SimulatedEngine(found, costs, Decoding("fixed", 2), setting)
+    engine.run(found.requests, 50)
+    before = engine.outcome.ms
+    engine.run(found.requests, 100)
+    return (engine.outcome.ms - before) / 100
+
+
+def test_host_is_waited_for_where_launching_takes_longer() -> None:
+    """A launch of 30 ms hides the target's 12, two of 20 the drafts'; what comes
+    before is not hidden, asynchronous or not."""
+    step = 2.5 + 30 + 2 * 20
+    for is_async in (False, True):
+        assert ms_a_step(30.0, 20.0, is_async) == pytest.approx(step, rel=0.02)
+
+
+def test_device_is_waited_for_where_it_takes_longer() -> None:
+    """Asynchronous scheduling hides all that the host does."""
+    device = 12 + 1 + 1
+    assert ms_a_step(0.5, 0.1, True) == pytest.approx(device, rel=0.02)
+    assert ms_a_step(0.5, 0.1, False) == pytest.approx(2.5 + device, rel=0.02)
+
+
 # ---------------------------------------------------------------- what must hold
 
 

@@ -74,6 +74,7 @@ def _add_predict(verbs: Any) -> None:
         default=0,
         help="prompts are cached by whole blocks of so many tokens (default: not)",
     )
+    add("--async-scheduling", action="store_true", help="of tables with host_ms")
     add("--output-json", type=Path, metavar="FILE")
 
 
@@ -146,7 +147,7 @@ def _predict(args: argparse.Namespace) -> None:
     results: Results = {}
     for batch in args.max_concurrency:
         num_rows = max(args.max_num_batched_tokens, batch)
-        setting = Setting(batch, num_rows, cached_block=args.block_size)
+        setting = Setting(batch, num_rows, args.block_size, args.async_scheduling)
         results[batch] = {
             method: simulate(
                 trace, costs, method, setting, args.output_len, num_prompts

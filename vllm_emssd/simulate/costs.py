@@ -21,21 +21,33 @@ class ModelCosts(BaseModel):
 
     model: str
     points: list[Point] = Field(min_length=1)  # (rows, ms), rows rising
+    host_ms: list[
+        Point
+    ] = []  # what launching it takes the host, where it does not wait
 
     @model_validator(mode="after")
     def _rows_rise(self) -> ModelCosts:
         table_of(self.points)
+        _ = self.launches
         return self
+
+    @property
+    def launches(self) -> CostTable:
+        """Of the host, by rows."""
+        return table_of(self.host_ms or [(1, 0.0)])
 
 
 class CostFile(BaseModel):
-    """Costs of a machine and a pair of models, measured.
+    """Costs of a machine and a pair of models, measured, or estimated where it says so.
 
     `fixed` is what a step costs besides the forwards (scheduling, sampling, reading the
     requests' K/V where the tables leave that out), by requests in the step;
     `speculation_ms` what it costs more with speculation on, `deciding_ms` what it costs
     more again if it decides by confidence, `confidence_ms` what a draft forward costs
     more if it tells it and `draft` leaves that out.
+
+    Of a machine with a device the points of models are its milliseconds, `fixed` and
+    `host_ms` are the host's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

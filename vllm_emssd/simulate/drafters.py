@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import DraftLengthPolicy, StepCosts
+from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -51,6 +51,7 @@ class DrafterSetting:
     max_num_seqs: int
     max_num_rows: int  # of one forward
     max_model_len: int
+    launches: CostTable  # what a forward takes the host
 
 
 class ModelDrafting:
@@ -64,9 +65,12 @@ class ModelDrafting:
         knows_the_end: bool,
     ) -> None:
         self._k, self._knows_the_end = setting.k, knows_the_end
-        self._costs = setting.costs.draft
+        self._costs, self._launches = setting.costs.draft, setting.launches
         self._drafter = ReplayDrafter(
-            setting.costs, setting.max_num_rows, setting.max_model_len
+            setting.costs,
+            setting.launches,
+            setting.max_num_rows,
+            setting.max_model_len,
         )
         # One block a request: nothing is shared, so nothing is found cached.
         self._cursor = DraftCursor(setting.max_num_seqs, setting.max_model_len)
@@ -85,13 +89,14 @@ class ModelDrafting:
     def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None:
         self._proposer.record_verified(req_id, num_drafts, accepted)
 
-    def draft(self, requests: Sequence[SimulatedRequest]) -> float:
-        """Give every request its next drafts. Returns the milliseconds it took."""
+    def draft(self, requests: Sequence[SimulatedRequest]) -> tuple[float, float]:
+        """Give every request its next drafts. Returns the milliseconds of forwards, and
+        those that launching them takes the host."""
         num_sampling = sum(r.num_sampled > 0 for r in requests)
         if self._proposer.skips_step(num_sampling):
             for request in requests:
                 request.drafts = []
-            return 0.0
+            return 0.0, 0.0
         self._drafter.begin_step(
             [r.trace for r in requests], [r.num_output for r in requests], self._k
         )
@@ -126,7 +131,7 @@ class PaddedDrafting(ModelDrafting):
         super().__init__(policy, Counters(), no_limit_setting, knows_the_end)
         self._counters = counters
 
-    def draft(self, requests: Sequence[SimulatedRequest]) -> float:
+    def draft(self, requests: Sequence[SimulatedRequest]) -> tuple[float, float]:
         super().draft(requests)
         least = [1 + self._k if r.is_decode else 0 for r in requests]
         scheduled = [r.num_scheduled for r in requests]
@@ -136,4 +141,6 @@ class PaddedDrafting(ModelDrafting):
         self._counters.num_draft_forwards += self._k
         self._counters.num_draft_rows += int(rows.sum())
         self._counters.num_draft_rows_decode += int(rows.sum()) - prompts
-        return float(self._costs.ms(rows).sum())
+        costs = (table.ms(rows).sum() for table in (self._costs, self._launches))
+        ms, host_ms = map(float, costs)
+        return ms, host_ms

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_emssd.draft_length import StepCosts
+from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.ragged import RaggedRows
 from vllm_emssd.simulate.traces import RequestTrace
 
@@ -19,16 +19,23 @@ class ReplayDrafter:
 
     Args:
         costs: of its forwards, and of telling confidences.
+        launches: what a forward takes the host.
         max_num_rows: most rows of one forward.
         max_model_len: positions the draft model can take.
     """
 
-    def __init__(self, costs: StepCosts, max_num_rows: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        costs: StepCosts,
+        launches: CostTable,
+        max_num_rows: int,
+        max_model_len: int,
+    ) -> None:
         self.max_num_rows = max_num_rows
         self.max_model_len = max_model_len
         self.tells_confidence = False
-        self._costs = costs
-        self._ms = 0.0
+        self._costs, self._launches = costs, launches
+        self._ms = self._host_ms = 0.0
 
     def begin_step(
         self, requests: Sequence[RequestTrace], num_output_tokens: Sequence[int], k: int
@@ -48,9 +55,10 @@ class ReplayDrafter:
                 ]
                 self._confidence[i] = request.confidences[p][:k]
 
-    def take_ms(self) -> float:
-        """Milliseconds of the forwards since the last call."""
-        ms, self._ms = self._ms, 0.0
+    def take_ms(self) -> tuple[float, float]:
+        """Milliseconds of the forwards since the last call, and of launching them."""
+        ms = self._ms, self._host_ms
+        self._ms = self._host_ms = 0.0
         return ms
 
     def forward(
@@ -61,6 +69,7 @@ class ReplayDrafter:
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         self._ms += self._costs.draft.at(rows.num_rows)
+        self._host_ms += self._launches.at(rows.num_rows)
         if self.tells_confidence:
             self._ms += self._costs.confidence_ms
             self._ms += self._costs.deciding_ms * (draft_position == 0)

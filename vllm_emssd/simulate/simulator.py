@@ -4,6 +4,9 @@ Everything that decides is the code the engine runs: proposer, draft cursor, pol
 counters. Replaced are the models, by a recorded trace, and the clock, by a cost table.
 As in the engine a step schedules, computes the target's rows, keeps a prefix of the
 drafts, and drafts for the next one; vLLM's own drafter for requests that end in it too.
+
+Where the table says what launching takes, the host and the device have clocks of their
+own, and asynchronous scheduling lets the host run ahead by a step.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class Setting:
     max_num_seqs: int
     max_num_batched_tokens: int = 4096  # vLLM's default for LLM() on a CPU
     cached_block: int = 0  # tokens: prompts are cached by whole blocks of it; 0: not
+    async_scheduling: bool = False
 
 
 @dataclass(slots=True)
@@ -112,6 +116,26 @@ class _Timed:
         return call
 
 
+@dataclass(slots=True)
+class _Clocks:
+    """The host launches, the device computes. Milliseconds since the start."""
+
+    host: float = 0.0
+    device: float = 0.0
+    _step_before: float = 0.0  # its end, on the device
+
+    def launch(self, ms: float, host_ms: float) -> None:
+        """What takes the device `ms`, and is done when the host has launched it all."""
+        self.device = max(self.device, self.host) + ms
+        self.host += host_ms
+        self.device = max(self.device, self.host)
+
+    def end_step(self, is_async: bool) -> None:
+        """The host waits for its tokens; with async scheduling for the last step's."""
+        self.host = max(self.host, self._step_before if is_async else self.device)
+        self._step_before = self.device
+
+
 class SimulatedEngine:
     """One engine. `outcome` counts from its start; what its policy learns stays."""
 
@@ -126,6 +150,7 @@ class SimulatedEngine:
         )
         self._costs, self._setting = costs, setting
         self._step_costs = costs.step_costs(setting.max_num_seqs)
+        self._clocks, self._launches = _Clocks(), costs.target.launches
         self._policy: _Timed | None = None
         self._drafting = self._make_drafting(method) if method.speculates else None
         # vLLM leaves room for a row more of each request with a draft model.
@@ -167,6 +192,7 @@ class SimulatedEngine:
             setting.max_num_seqs,
             setting.max_num_batched_tokens,
             self._max_model_len,
+            self._costs.draft.launches,
         )
         drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
         return drafting(
@@ -201,11 +227,15 @@ class SimulatedEngine:
         num_rows = self._schedule()
         batch = [r for r in self._running if r.num_scheduled]
         self._verify(batch)
-        draft_ms = self._drafting.draft(batch) if self._drafting else 0.0
-        ms = self._costs.fixed_ms(len(batch), speculates=draft_ms > 0)
-        ms += self._step_costs.target.at(num_rows)
-        self.outcome.draft_ms += draft_ms
-        self.outcome.ms += ms + draft_ms
+        draft = self._drafting.draft(batch) if self._drafting else (0.0, 0.0)
+        clocks = self._clocks
+        clocks.host += self._costs.fixed_ms(len(batch), speculates=draft[0] > 0)
+        target = self._step_costs.target.at(num_rows), self._launches.at(num_rows)
+        clocks.launch(*target)
+        clocks.launch(*draft)
+        clocks.end_step(self._setting.async_scheduling)
+        self.outcome.draft_ms += draft[0]
+        self.outcome.ms = clocks.device
         if self._policy is not None:
             self.outcome.policy_ms = self._policy.ms
         self._ended = [r.req_id for r in self._running if r.has_ended]
