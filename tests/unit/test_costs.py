@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration import forward_clock
 from vllm_emssd.integration.costs import (
+    _ROWS_OF_GPUS,
     BY_CONFIDENCE,
     BY_DEPTH,
     PLAIN,
     StepCostMeter,
     _learn,
+    time_target,
 )
 from vllm_emssd.integration.forward_clock import ForwardTimer
+from vllm_emssd.integration.frontend.capture_sizes import _MOST_ROWS
 
 
 def meter_of(fixed_ms: float = 4.0, speculation_ms: float = 0.0) -> StepCostMeter:
@@ -178,3 +182,16 @@ def test_a_targets_time_has_its_logits_in_it(monkeypatch: pytest.MonkeyPatch) ->
         assert (rows, ms) == (num_rows, pytest.approx(50.0))
     model.run(7)
     assert timer.take_timings() == [(7, pytest.approx(20.0))]
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 256), ("cuda", 1536)])
+def test_steps_of_a_gpu_are_priced_as_far_as_graphs_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, device: str, most: int
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    asked: list[int] = []
+    target = SimpleNamespace(take_timings=lambda: [(asked[-1], 1.0)])
+    samples = time_target(asked.append, target, 1536, torch.device(device))
+    assert max(asked) == most
+    assert {rows for rows, _ in samples} == set(asked)
+    assert _ROWS_OF_GPUS[-1] == _MOST_ROWS

@@ -26,6 +26,7 @@ from vllm_emssd.ragged import RaggedRows
 logger = init_logger("vllm.emssd.step_costs")
 
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
+_ROWS_OF_GPUS = (*_ROWS, 384, 512, 768, 1024, 1536, 2048)  # as far as graphs go
 _PASSES = 5  # over the row counts
 CONTEXT = 256  # tokens each row attends to
 # What a step costs besides its forwards (scheduling, sampling, Python), until one of
@@ -200,7 +201,8 @@ def time_target(
     Args:
         run: a forward of the target with that many rows, each with some context.
     """
-    forwards = {n: partial(run, n) for n in _ROWS if n <= max_rows}
+    row_counts = _ROWS if device.type == "cpu" else _ROWS_OF_GPUS
+    forwards = {n: partial(run, n) for n in row_counts if n <= max_rows}
     return _in_passes(forwards, target, device)
 
 
