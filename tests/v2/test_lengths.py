@@ -17,12 +17,11 @@ from vllm_emssd.integration.v2.runner import UnpadGPUModelRunnerV2
 
 def test_lengths_change_and_tokens_do_not() -> None:
     seen = results_of("tests.v2.lengths")
-    made = {
-        length: {n for step in seen[str(length)]["lengths"] for n in step}
+    most = {
+        length: max(n for step in seen[str(length)]["lengths"] for n in step)
         for length in LENGTHS
     }
-    # Fewer where a request may emit no more.
-    assert made == {1: {0, 1}, 0: {0}, K: {*range(K + 1)}, None: {*range(K + 1)}}
+    assert most == {1: 1, 0: 0, K: K, None: K}
     assert seen["0"]["draft_rows"] == 0 < seen["1"]["draft_rows"]
     assert len({str(seen[str(length)]["token_ids"]) for length in LENGTHS}) == 1
     assert f"give 0 to {K}" in seen["error"]

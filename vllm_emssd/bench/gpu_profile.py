@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 # Parts of the names of CUDA's functions, of the runtime and the driver.
@@ -35,7 +34,7 @@ def of_a_step(events: Iterable[Any], num_steps: int, ms: float) -> dict[str, flo
     of_device: list[Any] = []
     calls: list[Any] = []
     for event in events:
-        is_call = event.device_type == DeviceType.CPU
+        is_call = event.device_type.name == "CPU"
         (calls if is_call else of_device).append(event)
     busy_us = until = 0.0
     for span in sorted((e.time_range for e in of_device), key=lambda s: s.start):
