@@ -217,6 +217,7 @@ def test_spec_flags_are_merged() -> None:
             {"tensor_parallel_size": 2},
             "'draft_tensor_parallel_size' 1 differs from --tensor-parallel-size 2",
         ),
+        ({}, {"enable_prompt_embeds": True}, "Remove --enable-prompt-embeds"),
         ({}, {"worker_cls": "mine.Worker"}, "remove --worker-cls"),
         ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
         ({}, {"additional_config": [1]}, "must be a dictionary, got list"),

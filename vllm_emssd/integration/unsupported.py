@@ -47,6 +47,11 @@ def refuse_target(target: ModelConfig) -> None:
             f"{METHOD_NAME} supports multimodal targets with text prompts only. Add "
             "--language-model-only."
         )
+    if target.enable_prompt_embeds:
+        raise ValueError(
+            f"{METHOD_NAME} drafts from the tokens of a prompt, which embeddings in "
+            "their place do not tell. Remove --enable-prompt-embeds."
+        )
     refuse_wrong_verification(target, METHOD_NAME)
 
 
