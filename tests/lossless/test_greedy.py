@@ -161,7 +161,7 @@ FEW_DRAFTS = (
 )
 MUST_ACCEPT = [c for c in CASES if c not in FEW_DRAFTS]
 AUTO = ("auto", "llma, auto", "mixed, auto")
-SLOW = (*AUTO, "draft_model, padded", "llma, padded", "mixed, padded")
+SLOW = ("eagle3", *AUTO, "draft_model, padded", "llma, padded", "mixed, padded")
 PATHS = {"no drafts", "rejected draft", "behind all drafts"}
 
 
@@ -280,7 +280,11 @@ def test_each_kind_of_row_was_sampled(case: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["llma", "mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in AUTO)],
+    [
+        "llma",
+        "mixed",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("eagle3", *AUTO)),
+    ],
 )
 def test_each_kind_of_row_was_sampled_of_copies_and_automatic_lengths(
     name: str,
@@ -318,7 +322,10 @@ def test_copies_are_accepted(name: str) -> None:
     assert len(accepting) >= len(CASES) // 2
 
 
-@pytest.mark.parametrize("name", ["draft_model", "llma", "mixed"])
+@pytest.mark.parametrize(
+    "name",
+    ["draft_model", "llma", "mixed", pytest.param("eagle3", marks=pytest.mark.slow)],
+)
 def test_requests_may_limit_their_drafts(name: str) -> None:
     seen = results(name)
     assert seen["no drafts"].num_draft_tokens == 0
