@@ -48,6 +48,12 @@ MAX_FIXED_DRAFTS, MAX_AUTO_DRAFTS = 8, 16  # of a draft model, by default
 PROPOSER_GROUP = "vllm_emssd.proposers"  # entry points by which packages bring more
 
 
+def names_eagle3_head(*names: str) -> bool:
+    """Whether vLLM would take a model for an EAGLE-3 head: by its name, or by one of
+    the architectures that its config names."""
+    return any("eagle3" in name.lower() for name in names)
+
+
 def plugin_proposers() -> tuple[str, ...]:
     """Names of the proposers that other installed packages bring. Ours come first."""
     names = entry_points(group=PROPOSER_GROUP).names

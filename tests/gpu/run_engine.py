@@ -11,9 +11,11 @@ from typing import Any
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     MIXED,
     STOCK,
+    STOCK_EAGLE3,
     EngineConfig,
     model_runner,
     prompts,
@@ -27,6 +29,9 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "emssd": DRAFT_MODEL,
     "ragged": DRAFT_MODEL,
     "auto": DRAFT_MODEL | {"draft_length": "auto"},
+    "stock, eagle3": STOCK_EAGLE3,
+    "emssd, eagle3": EAGLE3,
+    "ragged, eagle3": EAGLE3,
     "llma": LLMA,
     "mixed": MIXED,
 }
@@ -53,7 +58,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     regex = options.get("regex")
     ours = ("draft", "sampled", "regex")  # the rest is vLLM's
     options = {k: v for k, v in options.items() if k not in ours}
-    if side in ("emssd", "ragged", "auto"):
+    if side.startswith(("emssd", "ragged", "auto")):
         options["async_scheduling"] = variant == "async"
     texts = [prompts()[i % len(prompts())] for i in range(BATCH)]
     params = SamplingParams(
@@ -75,7 +80,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
         | options,
     )
     with running(engine) as llm:
-        if side == "ragged":
+        if side.startswith("ragged"):
             from tests.v2.runs import RaggedLengths
 
             model_runner(llm).speculator.set_policy(RaggedLengths())

@@ -47,6 +47,10 @@ COMPILED: dict[str, dict[str, Any]] = {  # the first with no padding
         "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
     },
 }
+MOST_ROWS = {  # a request and step
+    "": NUM_SPECULATIVE_TOKENS + 1,
+    ", eagle3": 2 * NUM_SPECULATIVE_TOKENS,
+}
 Run = Callable[..., Any]
 
 
@@ -60,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def run(
         side: str, runner: str = "V2", variant: str = "sync", **options: Any
     ) -> Any:
-        if side in ("plain", "stock"):
+        if side.startswith(("plain", "stock")):
             variant = ""  # is of ours
         asked = [side, variant, json.dumps(options, sort_keys=True)]
         name = sha256(repr((runner, asked)).encode()).hexdigest()
@@ -93,10 +97,12 @@ def run_engine(runner: str, arguments: list[str]) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def check_rows(counts: dict[str, int], variant: str = "sync") -> None:
+def check_rows(
+    counts: dict[str, int], variant: str = "sync", drafter: str = ""
+) -> None:
     """Scheduled asynchronously, a request may be in one step in vain."""
     num_request_steps = counts["num_request_steps"] + BATCH * (variant == "async")
-    most = (NUM_SPECULATIVE_TOKENS + 1) * num_request_steps
+    most = MOST_ROWS[drafter] * num_request_steps
     assert 0 < counts["num_draft_rows_decode"] <= most
     assert counts["num_accepted_tokens"] > 0
 
@@ -117,18 +123,21 @@ def check_tokens(ours: dict[str, Any], plain: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("how", COMPILED)
-def test_v2_float32_tokens_and_acceptance(run: Run, variant: str, how: str) -> None:
+@pytest.mark.parametrize("drafter", MOST_ROWS)
+def test_v2_float32_tokens_and_acceptance(
+    run: Run, drafter: str, variant: str, how: str
+) -> None:
     options = EXACT | COMPILED[how]
     with ThreadPoolExecutor() as pool:  # compiling takes a minute
         plain, stock, ours = pool.map(
             lambda side: run(side, variant=variant, **options),
-            ("plain", "stock", "emssd"),
+            ("plain", f"stock{drafter}", f"emssd{drafter}"),
         )
     # Compiled, rows are padded to a captured number, and how the target rounds depends
     # on it: any verifier of drafts agrees.
     check_tokens(ours, plain if how == "eager" else stock)
     assert ours["num_accepted_tokens"] == stock["num_accepted_tokens"]
-    check_rows(ours["counts"], variant)
+    check_rows(ours["counts"], variant, drafter)
 
 
 @pytest.mark.parametrize("side", ["emssd", "auto"])
@@ -159,10 +168,11 @@ def test_flash_attention_varlen(run: Run, variant: str) -> None:
     assert ours["accepted_share"] == pytest.approx(stock["accepted_share"], rel=0.05)
 
 
-def test_v2_ragged_lengths(run: Run) -> None:
-    ragged = run("ragged", **EXACT)
+@pytest.mark.parametrize("drafter", MOST_ROWS)
+def test_v2_ragged_lengths(run: Run, drafter: str) -> None:
+    ragged = run(f"ragged{drafter}", **EXACT)
     check_tokens(ragged, run("plain", **EXACT))
-    check_rows(ragged["counts"])
+    check_rows(ragged["counts"], drafter=drafter)
 
 
 @pytest.mark.parametrize("side", ["emssd", "auto"])

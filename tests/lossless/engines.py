@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     MIXED,
     STOCK,
@@ -36,6 +37,10 @@ CONFIGS = {
     "draft_model": EngineConfig(DRAFT_MODEL, **CACHED, **REASONING),
     "llma": EngineConfig(LLMA, **CACHED, **REASONING),
     "mixed": EngineConfig(MIXED, **CACHED, **REASONING),
+    "eagle3": EngineConfig(EAGLE3, **CACHED, **REASONING),
+    "eagle3, mixed": EngineConfig(
+        EAGLE3 | {"proposer": "mixed"}, **CACHED, **REASONING
+    ),
     "auto": EngineConfig(DRAFT_MODEL | {"draft_length": "auto"}, **REASONING),
     "llma, auto": EngineConfig(LLMA | {"draft_length": "auto"}, **CACHED, **REASONING),
     "mixed, auto": EngineConfig(MIXED | {"draft_length": "auto"}, **REASONING),

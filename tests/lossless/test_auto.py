@@ -17,6 +17,7 @@ from vllm import SamplingParams
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     MIXED,
     EngineConfig,
@@ -42,6 +43,7 @@ AUTO = {"draft_length": "auto"}
 CONFIGS = {
     "draft_model": EngineConfig(DRAFT_MODEL | AUTO, prefix_caching=True),
     "probabilistic": EngineConfig(PROBABILISTIC | AUTO, prefix_caching=True),
+    "eagle3": EngineConfig(EAGLE3 | AUTO | SAMPLED_DRAFTS, prefix_caching=True),
     "llma": EngineConfig(LLMA | AUTO, prefix_caching=True),
     "mixed": EngineConfig(MIXED | AUTO | SAMPLED_DRAFTS, prefix_caching=True),
 }

@@ -161,7 +161,14 @@ FEW_DRAFTS = (
 )
 MUST_ACCEPT = [c for c in CASES if c not in FEW_DRAFTS]
 AUTO = ("auto", "llma, auto", "mixed, auto")
-SLOW = ("mixed", *AUTO, "draft_model, padded", "llma, padded", "mixed, padded")
+SLOW = (
+    "mixed",
+    "eagle3",
+    *AUTO,
+    "draft_model, padded",
+    "llma, padded",
+    "mixed, padded",
+)
 PATHS = {"no drafts", "rejected draft", "behind all drafts"}
 
 
@@ -278,7 +285,7 @@ def test_each_kind_of_row_was_sampled(case: str) -> None:
     assert everywhere | PATHS_SEEN["draft_model", f"{case}, beside"] == PATHS
 
 
-@pytest.mark.parametrize("name", engines("llma", "mixed", *AUTO))
+@pytest.mark.parametrize("name", engines("llma", "mixed", "eagle3", *AUTO))
 def test_each_kind_of_row_was_sampled_of_copies_and_automatic_lengths(
     name: str,
 ) -> None:
@@ -315,7 +322,7 @@ def test_copies_are_accepted(name: str) -> None:
     assert len(accepting) >= len(CASES) // 2
 
 
-@pytest.mark.parametrize("name", engines(*OURS, "mixed"))
+@pytest.mark.parametrize("name", engines(*OURS, "mixed", "eagle3"))
 def test_requests_may_limit_their_drafts(name: str) -> None:
     seen = results(name)
     assert seen["no drafts"].num_draft_tokens == 0

@@ -17,6 +17,7 @@ from tests.lossless.test_greedy import CASES
 from tests.lossless.test_greedy import results as greedy_results
 
 VOCABULARY = 2048
+ENGINES = ["mixed", "llma", pytest.param("eagle3, mixed", marks=pytest.mark.slow)]
 KINDS = {
     "none": [None] * NUM_PROMPTS,
     "empty text": [""] * NUM_PROMPTS,
@@ -68,7 +69,7 @@ def _runs(name: str) -> dict[str, Sampled]:
         _check_edit(llm)
         after = sample(llm, texts(), _params(None))
         assert after.token_ids == answers.token_ids
-    if name == "mixed":
+    if "mixed" in name:
         assert drafted["right, token ids"] < 0.3 * drafted["none"], "copies are free"
     return seen
 
@@ -106,13 +107,13 @@ def _changed_throughout(tokenizer: Any, answer: list[int]) -> list[int] | None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mixed", "llma"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_tokens_are_plain_decoding(name: str, kind: str) -> None:
     seen = _runs(name)[kind]
     assert seen.token_ids == greedy_results("plain")["ignore_eos"].token_ids
 
 
-@pytest.mark.parametrize("name", ["mixed", "llma"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_right_reference_is_copied_whole(name: str) -> None:
     """40 tokens: one from the prompt, then 8 a forward, of which one is the target's.
     Tokenized anew, text may give other tokens than the answer had."""

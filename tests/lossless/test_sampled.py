@@ -47,6 +47,7 @@ CONFIGS = {
     "llma": EngineConfig(LLMA, prefix_caching=True),
     "mixed": EngineConfig(MIXED | SAMPLED_DRAFTS, prefix_caching=True),
     "eagle3, probabilistic": EngineConfig(EAGLE3 | SAMPLED_DRAFTS, prefix_caching=True),
+    "eagle3": EngineConfig(EAGLE3, prefix_caching=True),
 }
 OURS = [name for name in CONFIGS if name != "plain"]
 # The end of it repeats, so that llma has something to copy.
@@ -91,7 +92,7 @@ def cases_of(name: str, case: str) -> tuple[str, ...]:
 
 
 def combination(name: str, case: str) -> Any:
-    is_fast = name != "mixed" and case in cases_of(name, "0.8")
+    is_fast = name not in ("mixed", "eagle3") and case in cases_of(name, "0.8")
     return pytest.param(name, case, marks=() if is_fast else pytest.mark.slow)
 
 

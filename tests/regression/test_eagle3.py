@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
 
 from models.make.eagle3_head import Eagle3Head
 from tests.engine import (
@@ -53,6 +54,8 @@ def test_rows_are_stocks_less_those_of_rejected_drafts() -> None:
     later = counts["num_draft_tokens"]  # at most K - 1 rows of each K drafts
     prompt_rows = counts["num_draft_rows"] - counts["num_draft_rows_decode"]
     assert counts["num_draft_rows_decode"] <= first + later
+    most = 2 * NUM_SPECULATIVE_TOKENS * counts["num_request_steps"]
+    assert counts["num_draft_rows_decode"] <= most
     assert prompt_rows == run("eagle3").first.num_prompt_tokens
     assert stock.draft_rows is not None
     num_rejected = counts["num_draft_tokens"] - counts["num_accepted_tokens"]
@@ -77,8 +80,13 @@ def few_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(llm: Any) -> list[list[list[int]]]:
-    """Greedy, and sampled with a seed."""
-    return [greedy(llm, TEXTS), greedy(llm, TEXTS, temperature=0.9, seed=3)]
+    """Greedy, sampled with a seed, and under a grammar."""
+    words = StructuredOutputsParams(regex=r"[a-z]{3}( [a-z]{2,9}){6}")
+    return [
+        greedy(llm, TEXTS),
+        greedy(llm, TEXTS, temperature=0.9, seed=3),
+        greedy(llm, TEXTS, structured_outputs=words, ignore_eos=False),
+    ]
 
 
 @cache

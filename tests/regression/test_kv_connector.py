@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     STOCK,
     EngineConfig,
     prompts,
@@ -116,3 +117,17 @@ def test_prefill_on_one_engine_and_decode_on_another(
     assert accepted > 0
     cached = [output.num_cached_tokens for output in outputs]
     assert cached == [(n - 1) // BLOCK_SIZE * BLOCK_SIZE for n in NUM_PROMPT_TOKENS]
+
+
+@pytest.mark.slow
+def test_a_head_begins_anew_behind_prompts_of_another_engine(tmp_path: Path) -> None:
+    """Whose hidden states the connector does not bring."""
+    config = EngineConfig(EAGLE3, options=transfer(tmp_path))
+    with running(config) as llm:
+        generate(llm, max_tokens=1)
+    with running(config) as llm:
+        outputs, counts = generate(llm, max_tokens=24), stats(llm)
+    assert tokens(outputs) == plain_tokens()
+    assert all(output.num_cached_tokens > 0 for output in outputs)
+    assert counts["num_draft_restarts"] == len(outputs)
+    assert counts["num_accepted_tokens"] > 0

@@ -158,21 +158,29 @@ def test_automatic_lengths_need_probabilities_on_the_v2_runner() -> None:
         unsupported.refuse_deployment(vllm_config, EmssdConfig(proposer="draft_model"))
 
 
-def test_a_head_needs_hidden_states_on_the_v2_runner(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("kv_transfer_config", "hidden states.*remove --kv-transfer-config"),
+        ("lora_config", "one LoRA adapter a request.*remove --enable-lora"),
+    ],
+)
+def test_heads_on_the_v2_runner_are_refused_with(
+    option: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unsupported, "HAS_TRITON", True)
     vllm_config = SimpleNamespace(
         speculative_config=SimpleNamespace(method="eagle3"),
-        kv_transfer_config=object(),
+        kv_transfer_config=None,
+        lora_config=None,
         watermark_config=None,
         parallel_config=SimpleNamespace(prefill_context_parallel_size=1),
     )
     config = EmssdConfig(proposer="draft_model", draft_length="fixed")
-    with pytest.raises(ValueError, match=r"hidden states.*remove --kv-transfer-config"):
-        unsupported.refuse_deployment(vllm_config, config)
-    vllm_config.kv_transfer_config = None
     unsupported.refuse_deployment(vllm_config, config)
+    setattr(vllm_config, option, object())
+    with pytest.raises(ValueError, match=words):
+        unsupported.refuse_deployment(vllm_config, config)
 
 
 @pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])
@@ -217,6 +225,7 @@ def test_spec_flags_are_merged() -> None:
             {"tensor_parallel_size": 2},
             "'draft_tensor_parallel_size' 1 differs from --tensor-parallel-size 2",
         ),
+        ({}, {"enable_prompt_embeds": True}, "Remove --enable-prompt-embeds"),
         ({}, {"worker_cls": "mine.Worker"}, "remove --worker-cls"),
         ({}, {"scheduler_cls": "mine.Scheduler"}, "remove --scheduler-cls"),
         ({}, {"additional_config": [1]}, "must be a dictionary, got list"),

@@ -216,6 +216,7 @@ class Engine:
         for request, num_rows in zip(requests, self._head.num_first_rows, strict=True):
             if request.req_id in drafted & self._drafted_before:
                 assert num_rows == len(request.sampled)
+                assert num_rows <= self._setup.num_spec_tokens + 1
                 self.seen["drafted twice running"] += 1
             self.seen["backfilled"] += num_rows > self._setup.num_spec_tokens + 1
         self._drafted_before = drafted

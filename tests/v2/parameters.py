@@ -11,6 +11,7 @@ from vllm import SamplingParams
 
 from tests.engine import (
     DRAFT_MODEL,
+    EAGLE3,
     LLMA,
     EngineConfig,
     counting,
@@ -35,6 +36,7 @@ ENGINES = {
     "one draft": EngineConfig(FIXED | {"num_speculative_tokens": 1}, **SMALL),
     "async": EngineConfig(FIXED, **asynchronous(SMALL)),
     "auto": EngineConfig(FIXED | {"draft_length": "auto"}, **SMALL),
+    "eagle3": EngineConfig(EAGLE3 | {"num_speculative_tokens": 3}, **SMALL),
     "copying": EngineConfig(LLMA | {"check_length": 1}, **SMALL),
 }
 

@@ -47,15 +47,21 @@ def _run(module: str, timeout: float, only: tuple[str, ...]) -> Any:
         return json.loads(path.read_text())
 
 
-def main(module: str, path: str, *arguments: str) -> None:
+def prepare(module: str) -> None:
     if module == COMPILING:
         interpreter.pretend_cpu_backend()  # or vLLM takes it that there is no Triton
     else:
         interpreter.install()
         import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+
+
+def main(module: str, path: str, *arguments: str) -> None:
+    prepare(module)
     results = import_module(module).run_all(*arguments)
     Path(path).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+elif __name__ == "__mp_main__":  # in a worker that vLLM spawned
+    prepare(sys.argv[1])

@@ -16,7 +16,7 @@ def results() -> dict[str, Any]:
     return results_of("tests.v2.parameters", timeout=1800)
 
 
-OURS = ("fixed", "one draft", "async", "auto", "copying")
+OURS = ("fixed", "one draft", "async", "auto", "eagle3", "copying")
 
 
 @pytest.mark.parametrize("arrangement", ["all", "alone", "beside"])

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_emssd.config import MAX_AUTO_DRAFTS
+from vllm_emssd.config import MAX_AUTO_DRAFTS, names_eagle3_head
 
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
@@ -128,12 +128,10 @@ def _known(
 
 
 def stock_method(draft_model: str) -> str:
-    """vLLM has another one for EAGLE-3 heads, told by their name or architecture: as
-    `is_eagle3_head` of the front end, but without importing vLLM."""
+    """vLLM has another one for EAGLE-3 heads."""
     config = Path(draft_model) / "config.json"
     content = json.loads(config.read_text()) if config.is_file() else {}
-    names = [draft_model, *(content.get("architectures") or ())]
-    is_head = any("eagle3" in name.lower() for name in names)
+    is_head = names_eagle3_head(draft_model, *(content.get("architectures") or ()))
     return "eagle3" if is_head else "draft_model"
 
 

@@ -47,6 +47,11 @@ def refuse_target(target: ModelConfig) -> None:
             f"{METHOD_NAME} supports multimodal targets with text prompts only. Add "
             "--language-model-only."
         )
+    if target.enable_prompt_embeds:
+        raise ValueError(
+            f"{METHOD_NAME} drafts from the tokens of a prompt, which embeddings in "
+            "their place do not tell. Remove --enable-prompt-embeds."
+        )
     refuse_wrong_verification(target, METHOD_NAME)
 
 
@@ -189,4 +194,10 @@ def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
         raise ValueError(
             "An EAGLE-3 head needs the target's hidden states of all tokens, which a "
             f"KV connector does not bring. {USE_V1}, or remove --kv-transfer-config."
+        )
+    if spec_config.method == "eagle3" and vllm_config.lora_config is not None:
+        raise ValueError(
+            "vLLM's V2 model runner tells the LM head one LoRA adapter a request, not "
+            "one a draft, so an EAGLE-3 head's drafts cannot be verified with adapters "
+            f"there. {USE_V1}, or remove --enable-lora."
         )

@@ -21,6 +21,8 @@ from vllm.tokenizers import (
 )
 from vllm.transformers_utils.config import get_config
 
+from vllm_emssd.config import names_eagle3_head
+
 logger = init_logger("vllm.emssd.draft_checks")
 
 _READ_AS_FILES = ("auto", "hf", "safetensors")  # load formats that read these
@@ -75,9 +77,8 @@ def _wrong_in(folder: Path) -> str:
 
 
 def is_eagle3_head(model: str, revision: str | None, target: ModelConfig) -> bool:
-    """Whether vLLM would take the draft model for an EAGLE-3 head: by its name, or by
-    the architecture that its config names. What cannot be read is left to vLLM."""
-    if "eagle3" in model.lower():
+    """As `names_eagle3_head`. What cannot be read is left to vLLM."""
+    if names_eagle3_head(model):
         return True
     try:
         config = get_config(
@@ -88,8 +89,7 @@ def is_eagle3_head(model: str, revision: str | None, target: ModelConfig) -> boo
         )
     except (OSError, ValueError):
         return False
-    names = getattr(config, "architectures", None) or ()
-    return any("eagle3" in name.lower() for name in names)
+    return names_eagle3_head(*(getattr(config, "architectures", None) or ()))
 
 
 def check_draft_tokenizer(
