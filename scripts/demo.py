@@ -29,7 +29,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from scripts.fetch_smollm2 import FetchError, fetch
 from vllm_emssd.bench.comparison import compare_all
 from vllm_emssd.bench.engine_process import EngineError, EngineOptions, shared_gpu
 from vllm_emssd.bench.harness import Plan, Rounds, measure
@@ -38,6 +37,7 @@ from vllm_emssd.bench.plots import SIZE, draw_speed_up
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.report import write_result
 from vllm_emssd.bench.round import Round
+from vllm_emssd.bench.smollm2 import FetchError, fetch
 from vllm_emssd.bench.workloads import (
     CHATS,
     DESCRIPTIONS,

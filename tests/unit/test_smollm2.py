@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from models.make import chat_batches, write_chats
-from scripts import fetch_smollm2 as fetch
 from vllm_emssd.bench import chats
+from vllm_emssd.bench import smollm2 as fetch
 
 
 @pytest.fixture
