@@ -24,6 +24,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,9 @@ def install_missing(requirements: Path, folder: Path) -> None:
 
 def pip(*args: str) -> str:
     """`pip install` of single packages. Returns what it printed."""
+    if find_spec("pip") is None:  # as where uv made the environment
+        how = f"uv pip install --python {sys.executable} pip"
+        raise RuntimeError(f"{sys.executable} has no pip. Install it: {how}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *args]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

