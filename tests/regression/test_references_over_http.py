@@ -1,4 +1,5 @@
-"""References through the real server: its request model, its errors, its workers."""
+"""What requests may ask of emssd, through the real server: its request model, its
+errors, its workers."""
 
 from __future__ import annotations
 
@@ -33,11 +34,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield client
 
 
-def _accepted(client: httpx.Client) -> int:
+def _counter(client: httpx.Client, name: str) -> int:
     for line in client.get("/metrics").text.splitlines():
-        if line.startswith("vllm_emssd:num_accepted_tokens_total"):
+        if line.startswith(f"vllm_emssd:{name}_total"):
             return int(float(line.rsplit(" ", 1)[1]))
     raise AssertionError("no counters on /metrics")
+
+
+def _accepted(client: httpx.Client) -> int:
+    return _counter(client, "num_accepted_tokens")
 
 
 def _post(client: httpx.Client, path: str, **body: Any) -> httpx.Response:
@@ -67,6 +72,15 @@ def test_reference_is_copied_and_changes_nothing(server: httpx.Client) -> None:
         assert again == text
 
 
+def test_a_request_may_turn_drafts_off(server: httpx.Client) -> None:
+    text, accepted = _complete(server)
+    assert accepted > 0
+    before = _counter(server, "num_draft_tokens")
+    without = {"emssd_max_draft_tokens": 0}
+    assert _complete(server, vllm_xargs=without) == (text, 0)
+    assert _counter(server, "num_draft_tokens") == before
+
+
 def test_prediction_of_a_chat_request_is_a_reference(server: httpx.Client) -> None:
     def ask(**body: Any) -> tuple[str, int]:
         before = _accepted(server)
@@ -92,9 +106,11 @@ def test_prediction_of_a_chat_request_is_a_reference(server: httpx.Client) -> No
         ({"vllm_xargs": {"emssd_reference": [1, 99999]}}, "has the token id 99999"),
         ({"vllm_xargs": {"emssd_reference": [1] * 1281}}, "shorten it"),
         ({"vllm_xargs": {"emssd_reference": "x y " * 1280}}, "shorten it"),
+        ({"vllm_xargs": {"emssd_max_draft_tokens": -1}}, "must be an integer"),
+        ({"vllm_xargs": {"emssd_max_draft_tokens": "2"}}, "must be an integer"),
     ],
 )
-def test_bad_reference_is_the_clients_error(
+def test_bad_option_is_the_clients_error(
     server: httpx.Client, body: dict[str, Any], message: str
 ) -> None:
     done = _post(server, "/v1/completions", prompt="x", **body)
