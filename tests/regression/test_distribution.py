@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 3_000_000  # of the source distribution
 
@@ -78,6 +76,7 @@ def test_wheel_is_what_runs(clean: Path, tmp_path: Path) -> None:
     assert Path(found.strip()).is_relative_to(clean.parent)
 
 
+@pytest.mark.slow
 def test_doctor_of_the_wheel(clean: Path, tmp_path: Path) -> None:
     doctor = clean / "vllm-emssd"
     found = run(doctor, "doctor", cwd=tmp_path, PYTHONPATH="", LD_PRELOAD="")
@@ -85,6 +84,7 @@ def test_doctor_of_the_wheel(clean: Path, tmp_path: Path) -> None:
     assert "wrong" not in found
 
 
+@pytest.mark.slow
 def test_simulate_of_the_wheel(clean: Path, tmp_path: Path) -> None:
     """It brings its trace and cost tables."""
     command = [clean / "vllm-emssd", "simulate", "predict", "--max-concurrency", "2"]
