@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_emssd.bench import smollm2
+
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 3_000_000  # of the source distribution
 
@@ -98,3 +100,20 @@ def test_simulate_of_the_wheel(clean: Path, tmp_path: Path) -> None:
 def test_bench_of_the_wheel_explains_itself(clean: Path, tmp_path: Path) -> None:
     shown = run(clean / "vllm-emssd", "bench", "--help", cwd=tmp_path, PYTHONPATH="")
     assert "throughput" in shown
+
+
+@pytest.mark.slow
+def test_bench_of_the_wheel_needs_no_models_of_the_repository(
+    clean: Path, tmp_path: Path
+) -> None:
+    try:
+        smollm2.fetch()
+    except smollm2.FetchError as error:
+        pytest.skip(str(error))
+    command = [clean / "vllm-emssd", "bench", "throughput", "--enforce-eager"]
+    command += ["--max-concurrency", "2", "--output-len", "8", "--num-iters", "1"]
+    command += ["--kv-cache-memory-bytes", "64M", "--output-json", tmp_path / "out"]
+    run(*command, cwd=tmp_path, PYTHONPATH="")
+    result = json.loads((tmp_path / "out").read_text())
+    assert result["workload"]["name"] == "chats"
+    assert {"plain", "llma-auto"} <= result["results"][0]["methods"].keys()

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from tests.unit.test_workloads import Words
 from vllm_emssd import cli
+from vllm_emssd.bench import smollm2
 from vllm_emssd.bench.comparison import compare_all
 from vllm_emssd.bench.engine_process import EngineOptions
 from vllm_emssd.bench.methods import Method
@@ -273,12 +274,33 @@ def test_sigterm_ends_a_bench_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) ->
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_default_models_of_an_installed_package(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("verb", ["throughput", "latency", "serve"])
+def test_defaults_of_an_installed_package(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """A chat model that is fetched, chats, and methods without a draft model."""
+    fetched: list[bool] = []
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(bench, "SHIPPED_MODELS", tmp_path / "models")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "fetch", lambda: fetched.append(True))
+    monkeypatch.setattr(bench, "_compare", lambda args: seen.append(args) or {})
+    assert cli.main(["bench", verb]) == 0
+    assert fetched == [True]
+    [args] = seen
+    assert args.model == str(smollm2.cache_folder())
+    assert args.dataset_name == "chats"
+    methods = {method.name for method in bench.plan_of(args).methods}
+    assert {"plain", "ngram"} < methods
+
+
+def test_an_installed_package_says_why_nothing_was_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise smollm2.FetchError("is this machine online?")
+
     monkeypatch.setattr(bench, "SHIPPED_MODELS", tmp_path)
+    monkeypatch.setattr(smollm2, "fetch", fail)
     assert cli.main(["bench", "throughput"]) == 1
-    said = capsys.readouterr().err
-    assert "--model and --draft-model" in said
+    assert "is this machine online?" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_emssd.bench import methods, over_http, workloads
+from vllm_emssd.bench import methods, over_http, smollm2, workloads
 from vllm_emssd.bench.comparison import compare_all, padding
 from vllm_emssd.bench.engine_process import (
     EngineError,
@@ -46,6 +46,7 @@ DEFAULT_METHODS = {
     "serve": ["plain", "stock", "auto"],
     "lengths": ["k0", "auto", "k3", "k5", "k8"],
 }
+COPYING_METHODS = ["plain", "ngram", "llma-auto"]  # where there is no draft model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +65,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             epilog=f"methods:\n{_listing(methods.DESCRIPTIONS)}\n\n"
             f"datasets:\n{_listing(workloads.DESCRIPTIONS)}",
         )
-        _add_methods(verb, DEFAULT_METHODS[name])
+        _add_methods(verb, _default_methods(name))
         _add_requests(
             verb, "--batch-size" if name == "latency" else "--max-concurrency"
         )
         _add_engine(verb)
         _add_rounds(verb, has_engines=name in ("throughput", "latency"))
+
+
+def _is_checkout() -> bool:
+    """Else the package is alone: its defaults are a chat model that is fetched, asked
+    chats, and methods that copy."""
+    return (SHIPPED_MODELS / "target").is_dir()
+
+
+def _default_methods(verb: str) -> list[str]:
+    needs_draft_model = verb in ("throughput", "serve")
+    if needs_draft_model and not _is_checkout():
+        return COPYING_METHODS
+    return DEFAULT_METHODS[verb]
 
 
 def _listing(descriptions: dict[str, str]) -> str:
@@ -97,7 +111,8 @@ def _add_methods(parser: argparse.ArgumentParser, default: list[str]) -> None:
     add("--methods", str, default, "below", nargs="+")
     drafts = "drafts of the methods that have K"
     add("--num-speculative-tokens", int, 5, drafts, metavar="K")
-    add("--model", str, str(SHIPPED_MODELS / "target"), "target")
+    model = SHIPPED_MODELS / "target" if _is_checkout() else smollm2.cache_folder()
+    add("--model", str, str(model), "target")
     add("--draft-model", str, None, "default: the repository's own, with its target")
 
 
@@ -105,7 +120,7 @@ def _add_requests(parser: argparse.ArgumentParser, at_once: str) -> None:
     _, add = _options(parser, "requests")
     several = "requests at once, one number or several"
     add(at_once, int, [1, 8, 24], several, dest="batches", nargs="+", metavar="N")
-    add("--dataset-name", str, "completion", "below")
+    add("--dataset-name", str, "completion" if _is_checkout() else "chats", "below")
     add("--dataset-path", Path, None, "JSON lines, of --dataset-name custom")
     add("--num-prompts", int, 1, "of a round, at least; a multiple of those at once")
     # 512 tokens of a cached prompt are whole K/V blocks: one is left to compute.
@@ -157,24 +172,17 @@ def _bytes(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        _check_model(args.model)
+        if args.model == str(smollm2.cache_folder()):
+            smollm2.fetch()
         with _sigterm_ends_as_ctrl_c():
             result = _compare(args)
-    except (ValueError, EngineError) as error:
+    except (ValueError, EngineError, smollm2.FetchError) as error:
         print(f"vllm-emssd bench {args.verb}: {error}", file=sys.stderr)
         return 1
     if args.output_json:
         said = {"provenance": provenance(), "arguments": _arguments_of(args)}
         write_result(args.output_json, said | result)
     return 0
-
-
-def _check_model(model: str) -> None:
-    if model == str(SHIPPED_MODELS / "target") and not Path(model).is_dir():
-        raise ValueError(
-            "the default models are in the repository only, and this is an installed "
-            "package; name others with --model and --draft-model"
-        )
 
 
 def _arguments_of(args: argparse.Namespace) -> dict[str, Any]:
