@@ -1,0 +1,206 @@
+"""Which steps and draft forwards have CUDA graphs on the V2 runner."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
+
+import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+from vllm_emssd.config import EmssdConfig
+from vllm_emssd.integration.v2 import runner as v2_runner
+from vllm_emssd.integration.v2 import speculator as v2_speculator
+from vllm_emssd.integration.v2.runner import (
+    GPUModelRunner,
+    ModelCudaGraphManager,
+    UnpadGPUModelRunnerV2,
+)
+from vllm_emssd.integration.v2.speculator import UnpadSpeculator
+
+K, NUM_REQS = 5, 32
+FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    stage = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: stage)
+    monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    logger = SimpleNamespace(warning=lambda text, *args: lines.append(text % args))
+    for module in (v2_runner, v2_speculator):
+        monkeypatch.setattr(module, "logger", logger)
+    return lines
+
+
+def attention(support: AttentionCGSupport) -> Any:
+    """With graphs of those batches only."""
+    builder = SimpleNamespace(
+        get_cudagraph_support=lambda *_: support,
+        get_varlen_cudagraph_max_query_len=lambda *_: None,
+    )
+    backend = type("SomeAttention", (), {})
+    return SimpleNamespace(
+        get_metadata_builder=lambda _: builder, kv_cache_spec=None, backend=backend
+    )
+
+
+def started(
+    monkeypatch: pytest.MonkeyPatch, support: AttentionCGSupport, **options: Any
+) -> UnpadGPUModelRunnerV2:
+    """A runner with graphs of the target, as if they were recorded."""
+    sizes = sorted({1, 2, 4, *range(8, NUM_REQS * (K + 1) + 1, 8)})
+    vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=NUM_REQS),
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=sizes[-1]
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        speculative_config=None,
+    )
+
+    def with_graphs_of_stock(self: Any) -> None:
+        self.cudagraph_manager = ModelCudaGraphManager(
+            vllm_config, self.device, CUDAGraphMode.FULL_AND_PIECEWISE, K + 1
+        )
+
+    monkeypatch.setattr(GPUModelRunner, "initialize_kv_cache", with_graphs_of_stock)
+    runner = object.__new__(UnpadGPUModelRunnerV2)
+    vars(runner).update(
+        vllm_config=vllm_config,
+        device=torch.device("cpu"),
+        emssd_config=EmssdConfig(proposer="draft_model", **options),
+        adaptive_verification=None,
+        attn_groups=[[attention(support)]],
+        decode_query_len=K + 1,
+        lora_capture_cases=[0],
+        fast_prefill=None,
+        ubatch_runner=None,
+        pcp_manager=None,
+        use_pp=False,
+    )
+    runner.initialize_kv_cache()
+    assert runner.cudagraph_manager is not None
+    runner.cudagraph_manager._graphs_captured = True
+    return runner
+
+
+def mode_of_step(
+    runner: Any, rows: list[int], prompts: dict[int, int] | None = None
+) -> CUDAGraphMode:
+    """Of a step with so many rows of each request. `prompts`: how many tokens of it
+    were computed, by request; of the others the whole prompt."""
+    prompt_len = 64
+    computed = [(prompts or {}).get(i, prompt_len) for i in range(len(rows))]
+    runner.req_states = SimpleNamespace(
+        req_id_to_index={str(i): i for i in range(len(rows))},
+        prefill_len=SimpleNamespace(np=np.full(len(rows), prompt_len)),
+        num_computed_prefill_tokens=np.array(computed),
+    )
+    drafts = {str(i): [-1] * (n - 1) for i, n in enumerate(rows) if n > 1}
+    for i in prompts or ():
+        drafts.pop(str(i), None)
+    output: Any = SimpleNamespace(
+        num_scheduled_tokens={str(i): n for i, n in enumerate(rows)},
+        scheduled_spec_decode_tokens=drafts,
+        total_num_scheduled_tokens=sum(rows),
+    )
+    state, uniform = runner.gather_batch_req_state(output, dummy_run=False)
+    most_rows = None if state.has_prefill else max(rows)  # as `execute_model` has it
+    graphs = runner.cudagraph_manager
+    return graphs.dispatch(
+        len(rows), sum(rows), uniform, num_active_loras=0, max_query_len=most_rows
+    ).cg_mode
+
+
+@pytest.mark.parametrize("draft_length", ["fixed", "auto"])
+def test_a_cached_prompt_that_joins_leaves_the_step_its_full_graph(
+    monkeypatch: pytest.MonkeyPatch, draft_length: str
+) -> None:
+    """It lacks a token, which is a row as any other."""
+    runner = started(monkeypatch, AttentionCGSupport.ALWAYS, draft_length=draft_length)
+    last, joined = NUM_REQS - 1, {NUM_REQS - 1: 63}
+    assert mode_of_step(runner, [K + 1] * last + [1], joined) == FULL
+    assert mode_of_step(runner, [1] * NUM_REQS, joined) == FULL
+    assert mode_of_step(runner, [K + 1] * NUM_REQS) == FULL
+    assert mode_of_step(runner, [1] * NUM_REQS) == FULL
+    # Two tokens are a prefill, and so is the first of a text.
+    assert mode_of_step(runner, [K + 1] * last + [2], {last: 62}) == PIECEWISE
+    assert mode_of_step(runner, [1] * NUM_REQS, {last: 0}) == PIECEWISE
+    assert mode_of_step(runner, [1] * NUM_REQS) == FULL
+
+
+def test_steps_of_a_data_parallel_rank_are_as_in_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where another rank may have a prompt in its step, which all agree on."""
+    runner = started(monkeypatch, AttentionCGSupport.ALWAYS)
+    runner.vllm_config.parallel_config.data_parallel_size = 2
+    assert mode_of_step(runner, [1] * NUM_REQS, {0: 63}) == PIECEWISE
+    assert mode_of_step(runner, [1] * NUM_REQS) == FULL
+
+
+def test_attention_without_ragged_graphs_is_logged(
+    monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    runner = started(monkeypatch, AttentionCGSupport.ALWAYS)
+    assert not warnings
+    runner = started(monkeypatch, AttentionCGSupport.UNIFORM_BATCH)
+    (line,) = warnings
+    assert "SomeAttention" in line
+    assert mode_of_step(runner, [K + 1] * NUM_REQS) == FULL
+    assert mode_of_step(runner, [K + 1] * (NUM_REQS - 1) + [1]) == PIECEWISE
+
+
+@pytest.mark.parametrize(
+    ("support", "can_update", "is_recorded"),
+    [
+        (AttentionCGSupport.UNIFORM_BATCH, True, True),
+        (AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, True, False),
+        (AttentionCGSupport.ALWAYS, False, False),
+    ],
+)
+def test_attention_without_graphs_of_draft_forwards_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    warnings: list[str],
+    support: AttentionCGSupport,
+    can_update: bool,
+    is_recorded: bool,
+) -> None:
+    """It has to take two rows a request, and lengths that the device sets."""
+    made = SimpleNamespace(
+        attn_cg_support=SimpleNamespace(
+            min_cg_support=support, min_cg_attn_backend="SomeAttention"
+        ),
+        supports_decode_metadata_update=can_update,
+        vllm_config=None,
+        device=None,
+        first_graphs=None,
+    )
+    monkeypatch.setattr(
+        v2_speculator,
+        "SpeculatorCudaGraphManager",
+        lambda *args, decode_query_len: decode_query_len,
+    )
+    UnpadSpeculator.init_cudagraph_manager(made, CUDAGraphMode.PIECEWISE)
+    assert (made.first_graphs, warnings) == (None, [])
+    UnpadSpeculator.init_cudagraph_manager(made, CUDAGraphMode.FULL_AND_PIECEWISE)
+    if is_recorded:
+        assert (made.first_graphs, made.next_graphs, warnings) == (2, 1, [])
+    else:
+        (line,) = warnings
+        assert "SomeAttention" in line
+        assert made.first_graphs is None
