@@ -58,7 +58,10 @@ def attention(support: AttentionCGSupport) -> Any:
 
 
 def started(
-    monkeypatch: pytest.MonkeyPatch, support: AttentionCGSupport, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    support: AttentionCGSupport,
+    has_head: bool = False,
+    **options: Any,
 ) -> UnpadGPUModelRunnerV2:
     """A runner with graphs of the target, as if they were recorded."""
     sizes = sorted({1, 2, 4, *range(8, NUM_REQS * (K + 1) + 1, 8)})
@@ -83,6 +86,7 @@ def started(
         vllm_config=vllm_config,
         device=torch.device("cpu"),
         emssd_config=EmssdConfig(proposer="draft_model", **options),
+        speculator=SimpleNamespace(has_head=has_head),
         adaptive_verification=None,
         attn_groups=[[attention(support)]],
         decode_query_len=K + 1,
@@ -151,6 +155,17 @@ def test_steps_of_a_data_parallel_rank_are_as_in_vllm(
     runner.vllm_config.parallel_config.data_parallel_size = 2
     assert mode_of_step(runner, [1] * NUM_REQS, {0: 63}) == PIECEWISE
     assert mode_of_step(runner, [1] * NUM_REQS) == FULL
+
+
+@pytest.mark.parametrize("draft_length", ["fixed", "auto"])
+def test_graphs_of_a_heads_target_are_those_of_its_first_pass(
+    monkeypatch: pytest.MonkeyPatch, draft_length: str
+) -> None:
+    """As vLLM records that: the pass goes by the target's metadata."""
+    support, length = AttentionCGSupport.ALWAYS, draft_length
+    runner = started(monkeypatch, support, has_head=True, draft_length=length)
+    assert mode_of_step(runner, [K + 1] * NUM_REQS) == FULL
+    assert mode_of_step(runner, [K] * NUM_REQS) == PIECEWISE
 
 
 def test_attention_without_ragged_graphs_is_logged(

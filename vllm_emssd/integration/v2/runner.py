@@ -140,7 +140,10 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
-        if self.adaptive_verification is None:  # which wants them itself
+        # Adaptive verification wants them itself. A head's first pass is recorded for K
+        # + 1 rows of each request, and replayed on the target's attention metadata, of
+        # which FlashAttention 3 lays out some by the number of requests with padding.
+        if self.adaptive_verification is None and not self.speculator.has_head:
             self._want_varlen_graphs()
 
     def _want_varlen_graphs(self) -> None:
