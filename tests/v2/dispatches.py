@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,17 +26,20 @@ from tests.engine import (
     model_runner,
     prompts,
     running,
+    scheduler_of,
     stop_counting_others,
 )
 from tests.v2 import interpreter
-from tests.v2.host_work import REPLAY, HostWork, counting
+from tests.v2.host_work import REPLAY, SYNCHRONIZE, HostWork, counting
 from tests.v2.padded_forwards import pad_forwards, replay_head
+from tests.v2.runs import SteeredPrices
 
 REPO = Path(__file__).resolve().parents[2]
 K, COPY_LENGTH = 5, 7
 LAYERS = {"draft model": 2, "larger draft model": 8}
-HEAD = "head"
-PROPOSERS = ("llma", "mixed", HEAD, *LAYERS)
+HEAD, AUTO = "head", "auto"
+LAUNCHED, WITH_A_PROMPT = "launched", "with a prompt"
+PROPOSERS = ("llma", "mixed", HEAD, AUTO, *LAYERS)
 COPYING_MODULES = (
     "pending_steps",
     "drafting_speculator",
@@ -50,6 +53,20 @@ BATCHES = (1, 24)  # requests
 REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"
 
 
+def _wait_for(tensor: Any) -> None:
+    from vllm_emssd.integration.v2.pending_steps import LateArray
+
+    LateArray(tensor).wait()
+
+
+# What waits for a tensor of the device, by what is noticed of it.
+FAULTS: dict[str, Callable[[Any], object]] = {
+    "item": lambda tensor: tensor[0].item(),
+    "to": lambda tensor: tensor.to("cpu"),
+    SYNCHRONIZE: _wait_for,
+}
+
+
 def grown(num_layers: int, folder: Path) -> str:
     """The shipped drafter with more layers, and the same function."""
     script = [sys.executable, "-m", "models.make.grow_model", DRAFT, str(folder)]
@@ -60,14 +77,17 @@ def grown(num_layers: int, folder: Path) -> str:
     return str(folder)
 
 
-def decoding_steps(llm: Any, num_reqs: int, is_mixed: bool) -> list[dict[str, Any]]:
-    """Host work of `propose`, in the steps in which all requests decode."""
-    from vllm import SamplingParams
-
+@contextmanager
+def recording_steps(
+    llm: Any, num_reqs: int, replays: bool = True
+) -> Iterator[list[dict[str, Any]]]:
+    """Host work of `propose`, in the steps in which a request decodes."""
     speculator, steps = model_runner(llm).speculator, []
     propose = speculator.propose
     graphs: list[Any] = []
-    if speculator.has_head:
+    if not replays:
+        speculator.first_graphs = speculator.next_graphs = None
+    elif speculator.has_head:
         graphs = replay_head(speculator)
     elif speculator.has_draft_model:
         graphs = pad_forwards(speculator)
@@ -81,7 +101,8 @@ def decoding_steps(llm: Any, num_reqs: int, is_mixed: bool) -> list[dict[str, An
         with counting(work), copies_waiting_for_nothing(work):
             drafts = propose(input_batch, *args, **kwargs)
         forwards = speculator.counters.num_draft_forwards - forwards
-        if (input_batch.num_computed_tokens_np >= input_batch.prefill_len_np).all():
+        decodes = input_batch.num_computed_tokens_np >= input_batch.prefill_len_np
+        if decodes.any():
             num_replayed = work.calls[REPLAY]
             if speculator.has_head and num_replayed == 2:  # all drafts but the first
                 num_replayed = K
@@ -95,19 +116,66 @@ def decoding_steps(llm: Any, num_reqs: int, is_mixed: bool) -> list[dict[str, An
                     "backfills": num_launched > 0,
                     "verifies": input_batch.num_draft_tokens,
                     "made": list(speculator.draft_lens.values()),
+                    "has_prompt": not decodes.all(),
                 }
             )
         return drafts
 
     speculator.propose = counted
+    yield steps
+    del speculator.propose
+
+
+def decoding_steps(
+    llm: Any, num_reqs: int, is_long: bool = False, replays: bool = True
+) -> list[dict[str, Any]]:
+    """Of requests that begin at once; of long ones every second repeats its prompt."""
+    from vllm import SamplingParams
+
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=14)
     texts = [prompts()[i % len(prompts())][:60] for i in range(num_reqs)]
-    if is_mixed:
+    if is_long:
         params.max_tokens = 30
         texts[::2] = [REPEATING] * len(texts[::2])
-    llm.generate(texts, params, use_tqdm=False)
-    del speculator.propose
-    return steps
+    with recording_steps(llm, num_reqs, replays) as steps:
+        llm.generate(texts, params, use_tqdm=False)
+    return [step for step in steps if not step["has_prompt"]]
+
+
+def steps_with_a_prompt(llm: Any) -> list[dict[str, Any]]:
+    """Of a decoding request, while the prompt of another is computed in pieces."""
+    from vllm import SamplingParams
+
+    scheduler_of(llm).scheduler_config.long_prefill_token_threshold = 16
+    engine = llm.llm_engine
+    with recording_steps(llm, 2) as steps:
+        for text, max_tokens in ((REPEATING, 50), (prompts()[1][:200], 6)):
+            params = SamplingParams(
+                temperature=0, ignore_eos=True, max_tokens=max_tokens
+            )
+            engine.add_request(text[:20], text, params)
+            for _ in range(5):  # past the first prompt
+                engine.step()
+        while engine.has_unfinished_requests():
+            engine.step()
+    return [step for step in steps if step["has_prompt"]]
+
+
+def planted_steps(llm: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """With what a steady step must not do, by name."""
+    from vllm_emssd.integration.v2.drafter import DeviceDrafter
+
+    yield LAUNCHED, decoding_steps(llm, 1, replays=False)
+    draft = DeviceDrafter.draft
+    for name, fault in FAULTS.items():
+
+        def faulty(self: Any, idx_mapping: Any, *args: Any, fault: Any = fault) -> None:
+            fault(idx_mapping)
+            draft(self, idx_mapping, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DeviceDrafter, "draft", faulty)
+            yield name, decoding_steps(llm, 1)
 
 
 @contextmanager
@@ -133,16 +201,22 @@ def run_all() -> dict[str, list[dict[str, Any]]]:
             "llma": LLMA,
             "mixed": MIXED,
             HEAD: EAGLE3,
+            AUTO: DRAFT_MODEL | {"draft_length": "auto"},
             "draft model": DRAFT_MODEL,
             "larger draft model": DRAFT_MODEL
             | {"model": grown(LAYERS["larger draft model"], Path(folder) / "m")},
         }
         for name, method in methods.items():
             stop_counting_others()
-            with running(EngineConfig(method, **small)) as llm:
+            with running(EngineConfig(method, **small)) as llm, ExitStack() as stack:
+                if name == AUTO:
+                    stack.enter_context(SteeredPrices(llm)).draw()
                 seen[name] = [
                     step
                     for num_reqs in BATCHES
-                    for step in decoding_steps(llm, num_reqs, name == "mixed")
+                    for step in decoding_steps(llm, num_reqs, name in ("mixed", AUTO))
                 ]
+                if name == "draft model":
+                    seen |= planted_steps(llm)
+                    seen[WITH_A_PROMPT] = steps_with_a_prompt(llm)
     return seen

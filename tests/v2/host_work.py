@@ -19,6 +19,8 @@ _WAITING = ("_local_scalar_dense", "nonzero", "item", "masked_select", "is_nonze
 # What moves data between host and device; a CPU's tensors do it without an operator.
 _MOVING = ((torch.Tensor, "cpu"), (torch.Tensor, "numpy"), (torch.Tensor, "tolist"))
 _MAKING = ((torch, "from_numpy"), (torch, "tensor"), (torch, "as_tensor"))
+SYNCHRONIZE = "synchronize"
+_SYNCHRONIZING = ((torch.cuda, SYNCHRONIZE), (torch.accelerator, SYNCHRONIZE))
 
 
 class HostWork(TorchDispatchMode):
@@ -27,7 +29,8 @@ class HostWork(TorchDispatchMode):
 
     `waits` are the calls for which a host with a device would wait, or which move data
     between the two: values and shapes that depend on a tensor's content, copies to the
-    host, tensors made on it.
+    host, tensors made on it, events and streams waited for. Not seen are copies into
+    tensors that are there already.
     """
 
     def __init__(self) -> None:
@@ -71,12 +74,27 @@ class HostWork(TorchDispatchMode):
 
         return counted
 
-    def notes_waiting(self, function: Callable[..., Any], name: str) -> Any:
+    def notes_waiting(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        waits: Callable[..., bool] = lambda *args, **kwargs: True,
+    ) -> Any:
         @functools.wraps(function)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            if self._depth == 0:
+            if self._depth == 0 and waits(*args, **kwargs):
                 self.waits.append(name)
             return function(*args, **kwargs)
+
+        return noted
+
+    def notes_synchronizing(self) -> Any:
+        """In place of an event's `__getattribute__`: those of a CPU have no method."""
+
+        def noted(event: Any, name: str) -> Any:
+            if name == SYNCHRONIZE and self._depth == 0:
+                self.waits.append(name)
+            return object.__getattribute__(event, name)
 
         return noted
 
@@ -88,12 +106,24 @@ def _is_masked_index(name: str, args: Any) -> bool:
     return any(i is not None and i.dtype == torch.bool for i in args[1])
 
 
+def _is_waiting_copy(
+    tensor: Any, *args: Any, non_blocking: bool = False, **kwargs: Any
+) -> bool:
+    """Of `Tensor.to`: it is for a device."""
+    asked = (*args[:1], kwargs.get("device"))
+    return not non_blocking and any(isinstance(d, str | torch.device) for d in asked)
+
+
 @contextmanager
 def counting(work: HostWork) -> Iterator[HostWork]:
     """Counts, kernels of the interpreter too."""
     with pytest.MonkeyPatch.context() as patch, work:
         launch = work.counts_as_one(GridExecutor.__call__, KERNEL)
         patch.setattr(GridExecutor, "__call__", launch)
-        for owner, name in (*_MOVING, *_MAKING):
+        for owner, name in (*_MOVING, *_MAKING, *_SYNCHRONIZING):
             patch.setattr(owner, name, work.notes_waiting(getattr(owner, name), name))
+        to = work.notes_waiting(torch.Tensor.to, "to", _is_waiting_copy)
+        patch.setattr(torch.Tensor, "to", to)
+        for waited_for in (torch.cuda.Event, torch.cuda.Stream):
+            patch.setattr(waited_for, "__getattribute__", work.notes_synchronizing())
         yield work
