@@ -73,6 +73,9 @@ def test_larger_counts_are_quicker_with_amx_alone(
     assert padding.padded(24, 999) == (32 if has_amx else 24)
 
 
+QUICKER = RowPadding([(16, 1.0), (32, 3.0), (48, 2.0)])
+
+
 class Stock:
     """vLLM's runner, as far as this goes."""
 
@@ -101,6 +104,7 @@ class Runner(PaddedRowsMixin, Stock):
     ("changes", "rows"),
     [
         ({}, 20),
+        ({"_has_drafts": False}, 17),
         ({"_row_padding": None}, 17),  # fixed lengths, and while costs are measured
         ({"across_dp": [17, 17]}, 17),
         ({"graph_rows": 32}, 32),
@@ -108,7 +112,8 @@ class Runner(PaddedRowsMixin, Stock):
         ({"parallel_config": SimpleNamespace(world_size=2)}, 17),
         ({"model_config": SimpleNamespace(is_moe=True)}, 17),
         ({"max_num_tokens": 18}, 18),
-        ({"_row_padding": RowPadding([(16, 1.0), (32, 3.0), (48, 2.0)])}, 48),
+        ({"_row_padding": QUICKER}, 48),
+        ({"_row_padding": QUICKER, "_has_drafts": False}, 48),
     ],
 )
 def test_only_where_padding_rows_change_nothing(

@@ -4,6 +4,7 @@ oneDNN makes its kernels for one row count each, when it first meets it (15 to 1
 for 16 layers of hidden size 1024), and ragged batches have any row count. So with
 automatic lengths a forward computes the next of a few row counts, which all have their
 kernels from the start; the policy fills the rows up with drafts where it has some left.
+Steps without drafts have the rows, and the kernels, that they have without speculation.
 
 More rows are sometimes quicker: on a CPU with AMX a forward of 17 to 32 rows may take
 longer than one of 40, in one process and not in the next. There the larger one is
@@ -57,7 +58,7 @@ class RowPadding:
         changed = {rows: q for rows, q in self._quickest.items() if rows != q}
         return ", ".join(f"{rows} as {q}" for rows, q in changed.items()) or "none"
 
-    def padded(self, num_rows: int, most: int) -> int:
+    def padded(self, num_rows: int, most: int, to_one_of_few: bool = True) -> int:
         """Rows to compute for `num_rows`, at most `most`."""
         above = bisect_left(self._timed, num_rows)
         if 0 < num_rows <= most and above < len(self._timed):
@@ -65,6 +66,8 @@ class RowPadding:
             quickest = self._quickest[timed]
             if timed != quickest <= most:
                 return quickest
+        if not to_one_of_few:
+            return num_rows
         return min(next_row_count(num_rows), max(num_rows, most))
 
 
@@ -88,6 +91,7 @@ class PaddedRowsMixin:
     they have no request and no K/V slot."""
 
     _row_padding: RowPadding | None  # with automatic lengths
+    _has_drafts = True  # to verify in the step at hand: else rows are those of vLLM
     max_num_tokens: int
     parallel_config: Any
     lora_config: Any
@@ -102,10 +106,11 @@ class PaddedRowsMixin:
             )
         )
         if across_dp is None and batch.num_tokens == num_tokens:
-            batch = replace(batch, num_tokens=self.computed_rows(num_tokens))
+            num_rows = self.computed_rows(num_tokens, self._has_drafts)
+            batch = replace(batch, num_tokens=num_rows)
         return mode, batch, should_ubatch, across_dp, stats
 
-    def computed_rows(self, num_rows: int) -> int:
+    def computed_rows(self, num_rows: int, has_drafts: bool = True) -> int:
         """Of a forward that needs `num_rows`."""
         # LoRA maps rows one by one, and padding rows would be routed to experts.
         if (
@@ -115,4 +120,4 @@ class PaddedRowsMixin:
             or self.model_config.is_moe
         ):
             return num_rows
-        return self._row_padding.padded(num_rows, self.max_num_tokens)
+        return self._row_padding.padded(num_rows, self.max_num_tokens, has_drafts)

@@ -242,6 +242,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             fresh = self._cursor.update_blocks(*updates)
             if self._hidden_states is not None:
                 self._hidden_states.forget(fresh)
+        self._has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
         self._request_limits.release(scheduler_output.finished_req_ids)
         self._request_limits.admit(scheduler_output.scheduled_new_reqs)
         self._admit_references(scheduler_output)

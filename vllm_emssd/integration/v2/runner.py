@@ -260,7 +260,8 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         gathered = super().gather_batch_req_state(scheduler_output, dummy_run)
         state, graphs = gathered[0], self.cudagraph_manager
         if isinstance(graphs, RaggedDecodeGraphs):
-            most_rows = max(scheduler_output.num_scheduled_tokens.values())
+            scheduled = scheduler_output.num_scheduled_tokens.values()
+            most_rows = max(scheduled, default=0)
             are_decodes = state is not None and state.decode_graph_eligible
             graphs.most_rows = most_rows if are_decodes else None
         return gathered
