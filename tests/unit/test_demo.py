@@ -125,7 +125,7 @@ def test_table_is_written_beside_the_figure(
 @pytest.mark.parametrize(
     ("draft_model", "is_quick", "stock"),
     [
-        ("smollm2-eagle3", False, ["eagle3 K=1", "eagle3 K=3", "eagle3 K=5"]),
+        ("smollm2-eagle3", False, ["eagle3 K=1", "eagle3 K=5"]),
         ("smollm2-eagle3", True, ["eagle3 K=1"]),
         ("draft", True, ["draft_model K=5"]),
     ],
