@@ -39,7 +39,7 @@ K, COPY_LENGTH = 5, 7
 LAYERS = {"draft model": 2, "larger draft model": 8}
 HEAD, AUTO = "head", "auto"
 LAUNCHED, WITH_A_PROMPT = "launched", "with a prompt"
-PROPOSERS = ("llma", "mixed", HEAD, AUTO, *LAYERS)
+PROPOSERS = ("llma", "mixed", HEAD, *LAYERS)
 COPYING_MODULES = (
     "pending_steps",
     "drafting_speculator",
@@ -190,7 +190,8 @@ def copies_waiting_for_nothing(work: HostWork) -> Iterator[None]:
         yield
 
 
-def run_all() -> dict[str, list[dict[str, Any]]]:
+def run_all(slow: str = "") -> dict[str, list[dict[str, Any]]]:
+    """With any argument what only slow tests look at."""
     seen: dict[str, list[dict[str, Any]]] = {}
     interpreter.schedule_asynchronously(True)
     small: dict[str, Any] = {"max_model_len": 128, "kv_cache_bytes": 64 << 20}
@@ -206,7 +207,9 @@ def run_all() -> dict[str, list[dict[str, Any]]]:
             "larger draft model": DRAFT_MODEL
             | {"model": grown(LAYERS["larger draft model"], Path(folder) / "m")},
         }
-        for name, method in methods.items():
+        slow_ones = [AUTO, "draft model"]
+        for name in slow_ones if slow else [n for n in methods if n != AUTO]:
+            method = methods[name]
             stop_counting_others()
             with running(EngineConfig(method, **small)) as llm, ExitStack() as stack:
                 if name == AUTO:
@@ -216,7 +219,7 @@ def run_all() -> dict[str, list[dict[str, Any]]]:
                     for num_reqs in BATCHES
                     for step in decoding_steps(llm, num_reqs, name in ("mixed", AUTO))
                 ]
-                if name == "draft model":
+                if slow and name != AUTO:
                     seen |= planted_steps(llm)
                     seen[WITH_A_PROMPT] = steps_with_a_prompt(llm)
     return seen

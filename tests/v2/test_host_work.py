@@ -38,8 +38,12 @@ BUDGET_WITH_BACKFILL = BUDGET + 110
 ALLOWED_WAITS = {"llma": [SYNCHRONIZE], "mixed": [SYNCHRONIZE], HEAD: ["item"]}
 
 
+SLOW = (AUTO, LAUNCHED, *FAULTS, WITH_A_PROMPT)
+
+
 def steps(proposer: str, requests: int) -> list[dict[str, Any]]:
-    seen = results_of("tests.v2.dispatches")[proposer]
+    only = ("slow",) if proposer in SLOW else ()
+    seen = results_of("tests.v2.dispatches", only=only)[proposer]
     return [step for step in seen if step["requests"] == requests]
 
 
@@ -56,13 +60,16 @@ def check(step: dict[str, Any], proposer: str) -> None:
     assert step["waits"] == ALLOWED_WAITS.get(proposer, [])
 
 
-@pytest.mark.parametrize("proposer", PROPOSERS)
+@pytest.mark.parametrize(
+    "proposer", [*PROPOSERS, pytest.param(AUTO, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("requests", BATCHES)
 def test_a_steady_step_stays_within_the_budget(proposer: str, requests: int) -> None:
     for step in steady(proposer, requests):
         check(step, proposer)
 
 
+@pytest.mark.slow
 def test_forwards_that_are_launched_exceed_the_budget() -> None:
     whole = [step for step in steps(LAUNCHED, 1) if step["made"] == [K]]
     assert len(whole) >= 2
@@ -71,6 +78,7 @@ def test_forwards_that_are_launched_exceed_the_budget() -> None:
         assert step["total"] > BUDGET
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_that_waits_is_noticed(fault: str) -> None:
     for step in steady(fault, 1):
@@ -79,6 +87,7 @@ def test_a_step_that_waits_is_noticed(fault: str) -> None:
             check(step, "draft model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", BATCHES)
 def test_automatic_lengths_are_as_many_replays(requests: int) -> None:
     """None in a step without drafts."""
@@ -90,6 +99,7 @@ def test_automatic_lengths_are_as_many_replays(requests: int) -> None:
         assert step["total"] <= BUDGET_WITH_BACKFILL, step["calls"]
 
 
+@pytest.mark.slow
 def test_a_joining_prompt_leaves_the_drafts_of_others_their_replays() -> None:
     found = steps(WITH_A_PROMPT, 2)
     assert [K, 0] in [step["made"] for step in found]

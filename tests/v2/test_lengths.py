@@ -15,6 +15,7 @@ from vllm_emssd.integration.v2.mixed_speculator import MixedSpeculator
 from vllm_emssd.integration.v2.runner import UnpadGPUModelRunnerV2
 
 
+@pytest.mark.slow
 def test_lengths_change_and_tokens_do_not() -> None:
     seen = results_of("tests.v2.lengths")
     most = {

@@ -9,6 +9,8 @@ from tests.lossless.distribution import FALSE_ALARM, homogeneity
 from tests.v2.results import results_of
 from tests.v2.verification import KINDS, TARGET, TEMPERATURE, VOCAB, K
 
+pytestmark = pytest.mark.slow  # a minute and a half of interpreted kernels
+
 PROBS = (TARGET / TEMPERATURE).softmax(dim=-1).numpy().astype(np.float64)
 
 
