@@ -1,9 +1,10 @@
 """Draft K/V validity of an EAGLE head, and which hidden states are kept for it.
 
-States that the head was not fed are kept in the order in which they are computed, the
-newest `num_rows`. They are told by the *number* of their step's first row. Those of a
-full block of the KV cache serve all requests that share it. A request of which some are
-lost begins its text anew, behind them.
+Hidden states that the head was not fed are kept, the newest `num_rows`, in the order in
+which they were computed. All rows ever kept are numbered, and a step's rows go by the
+number of its first: what is older than `num_kept - num_rows` is lost. The states of a
+block of the KV cache serve all requests that share it. A request that lacks lost states
+begins its text anew, behind them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class AsyncHeadCursor(AsyncDraftCursor):
         self.num_rows = num_rows
         self.num_kept = 0  # rows ever, those left out at the buffer's end among them
         self.firsts = np.zeros(num_slots, np.int64)  # where texts begin for the head
-        # Of the states that a request lacks the least number; and of those of a block
-        # the least, -1 where some were never kept.
+        # The lowest number among the states that each request lacks, and among those of
+        # each block; -1 where not all of a block's were kept.
         self._since = np.full(num_slots, _NOTHING)
         self._block_since = np.full(num_blocks, -1)
 
@@ -72,8 +73,8 @@ class AsyncHeadCursor(AsyncDraftCursor):
     def keep(
         self, slots: np.ndarray, number: int, starts: np.ndarray, lens: np.ndarray
     ) -> None:
-        """Of requests that lack rows a step's states are kept: those of positions
-        `starts` on, `lens` of each. [num_reqs] each"""
+        """A step's states were kept, for requests that lack rows: those of `lens`
+        positions from `starts` on. [num_reqs] each"""
         first, end = -(-starts // self._block_size), starts + lens
         end = -(-end // self._block_size)
         self._block_since[self._block_ids(slots, first, end)] = number
@@ -86,7 +87,7 @@ class AsyncHeadCursor(AsyncDraftCursor):
             self._since[new] = np.minimum(self._since[new], shared)
 
     def keep_nothing(self, slots: np.ndarray) -> None:
-        """Of requests that lack nothing."""
+        """These requests lack nothing."""
         self._since[slots] = _NOTHING
 
     def _has_gap(self, slots: np.ndarray) -> np.ndarray:
@@ -96,8 +97,8 @@ class AsyncHeadCursor(AsyncDraftCursor):
     def _numbers(
         self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> np.ndarray:
-        """Of blocks that begin at a position from `starts` on and before `ends`, and
-        `_NOTHING` of others. [num_reqs, blocks]"""
+        """The lowest number of each block that begins at a position from `starts` up
+        to `ends`; `_NOTHING` for the other blocks. [num_reqs, blocks]"""
         begins = np.arange(0, ends.max(initial=1), self._block_size)
         numbers = self._block_since[self._blocks[slots, : len(begins)]]
         is_asked = (starts[:, None] <= begins) & (begins < ends[:, None])
@@ -108,8 +109,8 @@ class AsyncHeadCursor(AsyncDraftCursor):
     def feed_kept(
         self, slots: np.ndarray, num_rows: np.ndarray, is_all: np.ndarray
     ) -> None:
-        """The head was fed the first rows that each request lacked, or all of them but
-        for the step's own."""
+        """The head was fed `num_rows` of the rows that each request lacked; `is_all`:
+        all of them, the step's own aside."""
         self.feed(slots, num_rows)
         since = np.where(is_all, _NOTHING, self._since[slots] + num_rows)  # at least
         self._since[slots] = since
@@ -118,8 +119,8 @@ class AsyncHeadCursor(AsyncDraftCursor):
         self._block_since[self._blocks[last]] = -1
 
     def restart(self, slots: np.ndarray, num_missing: np.ndarray) -> int:
-        """Texts of which states are lost begin anew at the first block from which on
-        all are here, unless the text has not come so far. How many did.
+        """Texts that lack lost states begin anew, at the first block from which on all
+        states are here, once the text has come so far. Returns how many did.
 
         Args:
             slots: without drafts whose acceptance is to come.

@@ -3,6 +3,8 @@ left out, in an engine that runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +16,11 @@ from tests.engine import (
     EngineConfig,
     counting,
     greedy,
+    model_runner,
     prompts,
     running,
 )
+from vllm_emssd.integration.cpu.row_padding import ROW_COUNTS
 from vllm_emssd.integration.v1.runner import UnpadRunnerMixin
 from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.llma import LlmaProposer
@@ -33,12 +37,31 @@ def drafts_a_step(llm: Any, num_draft_tokens: int | None) -> tuple[float, Any]:
     return made["num_draft_tokens"] / (made["num_request_steps"] - 1), tokens
 
 
+@contextmanager
+def rows_of_steps(llm: Any) -> Iterator[list[tuple[int, int]]]:
+    """Rows that each step needed, and those that it computed."""
+    runner, rows = model_runner(llm), []
+    determine = runner._determine_batch_execution_and_padding
+
+    def seen(num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        determined = determine(num_tokens, *args, **kwargs)
+        rows.append((num_tokens, determined[1].num_tokens))
+        return determined
+
+    runner._determine_batch_execution_and_padding = seen
+    yield rows
+    del runner._determine_batch_execution_and_padding
+
+
 def test_lengths_change_and_tokens_do_not() -> None:
     with running(EngineConfig(DRAFT_MODEL | AUTO)) as llm:
         three, tokens = drafts_a_step(llm, 3)
         # The last steps have fewer tokens left to draft.
         assert 2.5 < three <= 3
-        assert drafts_a_step(llm, 0) == (0, tokens)
+        with rows_of_steps(llm) as rows:
+            assert drafts_a_step(llm, 0) == (0, tokens)
+        assert not {needed for needed, _ in rows} <= set(ROW_COUNTS)
+        assert all(computed == needed for needed, computed in rows), "as without drafts"
         one, tokens_of_one = drafts_a_step(llm, 1)
         assert 0.9 < one <= 1
         assert tokens_of_one == tokens

@@ -69,7 +69,7 @@ def parse_method(
         raise ValueError(
             f"unknown method {name!r}; choose from {', '.join(DESCRIPTIONS)}"
         )
-    if (known[base] or {}).get("model", "") is None:
+    if draft_model is None and "model" in (known[base] or {}):
         raise ValueError(f"method {name!r} needs --draft-model")
     return Method(name, known[base])
 

@@ -49,19 +49,14 @@ class EagleProposer(DraftModelProposer):
     def _missing_spans(self, batch: DraftBatch) -> tuple[np.ndarray, np.ndarray]:
         """Rows whose K/V is missing and can be computed."""
         starts, ends = super()._missing_spans(batch)
-        # The last known token's row needs the token behind it.
-        known = batch.num_tokens - 1
-        ends = np.maximum(
-            starts, np.where(batch.is_sampling, np.minimum(ends, known), ends)
-        )
-        # Those of the step's own tokens were kept just now.
+        # The row of the last known token would take the token behind it.
+        ends = np.where(batch.is_sampling, np.minimum(ends, batch.num_tokens - 1), ends)
+        # States of the step itself were kept just now; older ones may be gone.
         computed_before = batch.num_prefilled_tokens - batch.num_scheduled_tokens
         lacking = np.flatnonzero((ends > starts) & (starts < computed_before))
-        if not lacking.size:
-            return starts, ends
-        rows = RaggedRows.from_spans(lacking, starts[lacking], ends[lacking])
-        is_lost = ~self._states.are_here(self._drafter.kv_slots(rows))
-        if is_lost.any():
+        if lacking.size:
+            rows = RaggedRows.from_spans(lacking, starts[lacking], ends[lacking])
+            is_lost = ~self._states.are_here(self._drafter.kv_slots(rows))
             behind = np.where(is_lost, rows.positions + 1, 0)
             behind = np.maximum.reduceat(behind, rows.query_start_loc[:-1])
             restarts = -(-behind // self._block_size) * self._block_size

@@ -21,9 +21,8 @@ class ModelCosts(BaseModel):
 
     model: str
     points: list[Point] = Field(min_length=1)  # (rows, ms), rows rising
-    host_ms: list[
-        Point
-    ] = []  # what launching it takes the host, where it does not wait
+    # What launching a forward takes the host, where it does not wait: likewise.
+    host_ms: list[Point] = []
 
     @model_validator(mode="after")
     def _rows_rise(self) -> ModelCosts:
