@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from tests.unit.test_workloads import Words
 from vllm_emssd import cli
@@ -75,13 +76,26 @@ def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert figure.stat().st_size > 5000
 
 
+def test_figure_of_several_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / f"{name}.json" for name in ("a", "b", "c", "d")]
+    for path in paths:
+        write_result(path, result() | {"arguments": {"dtype": "float32"}})
+    command = ["plot", *map(str, paths), "--side-by-side", "all", "-o", str(tmp_path)]
+    assert cli.main(command) == 0
+    figure = tmp_path / "all-speed-up.png"
+    assert capsys.readouterr().out.splitlines() == [str(figure)]
+    assert imread(figure).shape[:2] == (900, 1620)  # two rows of three panels
+
+
 def test_plot_of_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "other.json"
     path.write_text("{}")
     assert cli.main(["plot", str(path), "-o", str(tmp_path)]) == 1
-    assert "is no result of vllm-emssd bench" in capsys.readouterr().err
+    assert "no result of vllm-emssd bench" in capsys.readouterr().err
     assert cli.main(["plot", str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
 

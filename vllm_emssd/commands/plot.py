@@ -1,4 +1,4 @@
-"""`vllm-emssd plot`: the figure of each result of `vllm-emssd bench`."""
+"""`vllm-emssd plot`: figures of results of `vllm-emssd bench`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output-dir", type=Path, default=Path(), help="for RESULT-speed-up.png"
     )
+    parser.add_argument(
+        "--side-by-side", metavar="NAME", help="one figure of all, NAME-speed-up.png"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from vllm_emssd.bench.plots import draw_result
+        from vllm_emssd.bench.plots import draw_results
     except ImportError:
         print(
             "vllm-emssd plot needs matplotlib: pip install matplotlib", file=sys.stderr
         )
         return 1
-    for path in args.results:
-        figure = args.output_dir / f"{path.stem}-speed-up.png"
+    figures = {path.stem: [path] for path in args.results}
+    if args.side_by_side:
+        figures = {args.side_by_side: args.results}
+    for name, paths in figures.items():
+        figure = args.output_dir / f"{name}-speed-up.png"
+        said = ", ".join(map(str, paths))
         try:
-            draw_result(json.loads(path.read_text()), figure)
+            draw_results([json.loads(path.read_text()) for path in paths], figure)
         except (OSError, ValueError) as error:
-            print(f"vllm-emssd plot: {path}: {error}", file=sys.stderr)
+            print(f"vllm-emssd plot: {said}: {error}", file=sys.stderr)
             return 1
         except KeyError as error:
             print(
-                f"vllm-emssd plot: {path} is no result of vllm-emssd bench: "
+                f"vllm-emssd plot: no result of vllm-emssd bench: {said}: "
                 f"it has no {error}",
                 file=sys.stderr,
             )
