@@ -288,7 +288,7 @@ def run(options: argparse.Namespace) -> int:
         rounds,
         num_prompts=len(CHATS),
         is_continuous=True,  # as in a server
-        starts_together=True,
+        starts_together=has_nvidia_gpu(),  # a CPU's cores are all busy with one
     )
     # Prompts come around again.
     measured = measure(plan, engines, loaded.requests * 2)
