@@ -25,9 +25,10 @@ from vllm_emssd.ragged import RaggedRows
 
 logger = init_logger("vllm.emssd.step_costs")
 
-_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
-_ROWS_OF_GPUS = (*_ROWS, 384, 512, 768, 1024, 1536, 2048)  # as far as graphs go
-_PASSES = 5  # over the row counts
+TIMED_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
+_ROWS_OF_GPUS = (*TIMED_ROWS, 384, 512, 768, 1024, 1536, 2048)  # as far as graphs go
+_PASSES = 4  # over the row counts, the first as warm-up,
+_MANY_ROWS, _PASSES_OF_MANY = 64, 3  # whose times are long and vary less
 CONTEXT = 256  # tokens each row attends to
 # What a step costs besides its forwards (scheduling, sampling, Python), until one of
 # its kind was seen: low, so that each kind is tried where it may gain little.
@@ -201,7 +202,7 @@ def time_target(
     Args:
         run: a forward of the target with that many rows, each with some context.
     """
-    row_counts = _ROWS if device.type == "cpu" else _ROWS_OF_GPUS
+    row_counts = TIMED_ROWS if device.type == "cpu" else _ROWS_OF_GPUS
     forwards = {n: partial(run, n) for n in row_counts if n <= max_rows}
     return _in_passes(forwards, target, device)
 
@@ -209,7 +210,7 @@ def time_target(
 def rows_to_measure(most: int, limit: int) -> int:
     """The row count up to which forwards are timed, where steps have `most` rows: the
     next beyond, as more rows may be quicker. At most `limit`."""
-    beyond = (n for n in _ROWS if n >= most)
+    beyond = (n for n in TIMED_ROWS if n >= most)
     return min(next(beyond, most), limit)
 
 
@@ -226,7 +227,7 @@ def measure_drafter(
     forwards: dict[int, Callable[[], object]] = {}
     context = min(CONTEXT, drafter.max_model_len)
     most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
-    for num_rows in (n for n in _ROWS if n <= most):
+    for num_rows in (n for n in TIMED_ROWS if n <= most):
         num_reqs = min(num_rows, drafter.max_num_reqs)
         ends = np.full(num_reqs, context, dtype=np.int64)
         lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
@@ -254,6 +255,8 @@ def _in_passes(
     samples: list[tuple[int, float]] = []
     for number in range(_PASSES):
         for num_rows, forward in forwards.items():
+            if num_rows > _MANY_ROWS and number >= _PASSES_OF_MANY:
+                continue
             forward()
             if device.type != "cpu":  # a CPU has computed it by then
                 torch.accelerator.synchronize(device)

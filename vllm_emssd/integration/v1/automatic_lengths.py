@@ -14,6 +14,7 @@ from vllm_emssd.integration.costs import (
     CONTEXT,
     FIXED_MS,
     NO_DRAFT_MODEL,
+    TIMED_ROWS,
     StepCostMeter,
     measure_drafter,
     rows_to_measure,
@@ -54,7 +55,7 @@ def measure_costs(
             runner.model.compute_logits(hidden_states[:num_rows])
 
     max_rows = rows_to_measure(most, runner.max_num_tokens)
-    for num_rows in ROW_COUNTS:
+    for num_rows in sorted({*ROW_COUNTS} - {*TIMED_ROWS}):
         if num_rows <= max_rows:
             run(num_rows)
     samples = time_target(run, target, max_rows, runner.device)
