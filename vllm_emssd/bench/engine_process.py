@@ -21,7 +21,6 @@ from vllm_emssd.config import METHOD, parse_speculative_config
 
 PREEMPTIONS = "vllm:num_preemptions"
 CPU_FIXES_SWITCH = "EMSSD_CPU_FIXES"  # stock samples drafted rows wrongly on the CPU
-PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_model_runner"]
 GPU_SHARE = 0.9  # of its memory, for all engines together
 STEPS_BEFORE = 5  # a profile: prompts that are cached, and what they leave
 
@@ -76,7 +75,7 @@ class EngineProcess:
     it is ready before sending any."""
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
-        context = _process_context(options)
+        context = multiprocessing.get_context("spawn")
         self._name = method.name
         self._pipe, child = context.Pipe()
         self._process = context.Process(
@@ -129,20 +128,6 @@ class EngineProcess:
         return answer
 
 
-def _process_context(options: EngineOptions) -> Any:
-    """On a CPU vLLM is imported once for all engines, which takes longer than an engine
-    of a small model needs else to start. A process that knows CUDA should not fork."""
-    import torch
-
-    level = "INFO" if options.logs else "ERROR"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)  # vLLM reads it when imported
-    if torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
-
-
 # ---------------------------------------------------------------- in the child
 
 
@@ -162,6 +147,7 @@ def _serve(method: Method, options: EngineOptions, pipe: Connection) -> None:
 
 def _print_into(log: Path) -> None:
     """Sends all that this process prints, compiled code too, to a file."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -170,6 +156,7 @@ def _print_into(log: Path) -> None:
 class _Engine:
     def __init__(self, method: Method, options: EngineOptions) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if options.fix_cpu_sampling:
             os.environ[CPU_FIXES_SWITCH] = "1"
         import torch
