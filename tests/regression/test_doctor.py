@@ -35,6 +35,7 @@ def test_this_environment_can_serve(found: dict[str, Finding]) -> None:
     assert found["plugin"].state is State.OK
     assert found["plugin, new process"].state is State.OK
     assert set(found) >= {"vllm-emssd", "vllm", "python", "torch", "device", "hooks"}
+    assert ("kernels" in found) == found["device"].found.startswith("CPU")
 
 
 def test_whatever_is_not_right_says_what_to_change(found: dict[str, Finding]) -> None:
@@ -181,6 +182,16 @@ def test_compiler(
     finding = checks.check_compiler()
     assert finding.state is state
     assert ("--enforce-eager" in finding.fix) == (state is State.WRONG)
+
+
+def test_kernels_that_do_not_load(tmp_path: Path) -> None:
+    """As in a container without libnuma."""
+    (tmp_path / "libnuma.so.1").touch()
+    code = "from vllm_emssd.integration import doctor; "
+    code += "print(doctor.check_cpu_kernels())"
+    found = python("-c", code, LD_LIBRARY_PATH=str(tmp_path)).stdout
+    assert "State.WRONG" in found
+    assert "libnuma1" in found
 
 
 def test_plugin_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,15 @@ def test_dockerfile(path: Path) -> None:
             assert (ROOT / used).exists()
 
 
+def test_what_doctor_wants_of_the_system_is_installed() -> None:
+    doctor = ROOT / "vllm_emssd" / "integration" / "doctor.py"
+    wanted = set(re.findall(r"apt-get install ([\w+.-]+)", doctor.read_text()))
+    assert wanted >= {"g++", "libnuma1"}
+    name, arguments = instructions(DOCKER / "Dockerfile.cpu")[1]
+    assert name == "RUN"
+    assert wanted <= set(shlex.split(arguments))
+
+
 def test_both_dockerfiles_are_there() -> None:
     assert [path.suffix for path in DOCKERFILES] == [".cpu", ".cuda"]
 

@@ -9,9 +9,9 @@ from vllm_emssd.integration.doctor import Finding, State, findings, plugin_is_on
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Looks at versions, devices, preloads, threads, the compiler, the plugin in "
-        "this process and in a new one, and the hooks. Ends with 0 where emssd can "
-        "serve, else with 1."
+        "Looks at versions, devices, preloads, threads, the compiler, vLLM's kernels, "
+        "the plugin in this process and in a new one, and the hooks. Ends with 0 where "
+        "emssd can serve, else with 1."
     )
     parser.add_argument(
         "--hooks",

@@ -91,6 +91,7 @@ def _checks() -> Iterator[Callable[[], Finding]]:
         yield check_preloads
         yield check_threads
         yield check_compiler
+        yield check_cpu_kernels
     yield check_plugin_here
     yield check_plugin_in_spawned_process
     yield check_hooks
@@ -182,6 +183,20 @@ def check_compiler() -> Finding:
         return Finding("compiler", State.OK, path)
     fix = "apt-get install g++, or serve with --enforce-eager, which is slower"
     return Finding("compiler", State.WRONG, f"{name} is not found", fix)
+
+
+def check_cpu_kernels() -> Finding:
+    """Where they do not load vLLM warns, and its engine fails later."""
+    import torch
+    import vllm._custom_ops  # noqa: F401  loads them
+
+    if hasattr(torch.ops._C, "init_cpu_memory_env"):
+        return Finding("kernels", State.OK, "vLLM's for this CPU are loaded")
+    fix = (
+        "vLLM's warning in the log names what is missing: for libnuma.so.1 "
+        "apt-get install libnuma1"
+    )
+    return Finding("kernels", State.WRONG, "vLLM's for this CPU do not load", fix)
 
 
 def check_plugin_here() -> Finding:
