@@ -44,7 +44,7 @@ from vllm_emssd.bench.workloads import (
     WorkloadOptions,
     load_workload,
 )
-from vllm_emssd.integration.cpu.settings import cpu_settings, has_nvidia_gpu, num_cpus
+from vllm_emssd.integration.cpu.settings import has_nvidia_gpu, settings_here
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
@@ -151,8 +151,10 @@ def describe_outputs(measured: Rounds, kinds: list[str]) -> dict[str, Result]:
                 last.target_rows / last.num_tokens,
                 last.draft_rows / last.num_tokens,
             ),
-            "same_as_plain": len(kinds)
-            - len(different_prompts(measured, name, len(kinds))),
+            "same_as_plain": len(
+                prompts_with_outputs(measured, name, len(kinds))
+                - different_prompts(measured, name, len(kinds)).keys()
+            ),
         }
         for name, (*_, last) in measured[max(measured)].items()
     }
@@ -172,6 +174,11 @@ def tokens_a_step(done: Round, kinds: list[str], kind: str) -> float:
         if kinds[step.request % len(kinds)] == kind
     ]
     return sum(steps) / max(len(steps), 1)
+
+
+def prompts_with_outputs(measured: Rounds, name: str, num_prompts: int) -> set[int]:
+    outputs = _outputs(measured, name, num_prompts)
+    return {prompt for prompt, (tokens, _) in outputs if tokens}
 
 
 def different_prompts(
@@ -318,7 +325,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     if not has_nvidia_gpu():
-        os.environ |= cpu_settings(os.environ, num_cpus())  # for the engines
+        os.environ |= settings_here(os.environ)  # for the engines
     try:
         return run(parse_options())
     except EngineError as error:

@@ -35,7 +35,7 @@ from scripts.load_test import load
 from vllm_emssd.bench import server_process as servers
 from vllm_emssd.bench.provenance import provenance
 from vllm_emssd.bench.report import write_result
-from vllm_emssd.integration.cpu.settings import cpu_settings, num_cpus
+from vllm_emssd.integration.cpu.settings import settings_here
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS = REPO / "models"
@@ -74,7 +74,7 @@ def serving(
     """`vllm serve`, with the same threads and preloads for all."""
     port = servers.free_port()
     command = [servers.vllm_command(), "serve", model, *FLAGS, *flags]
-    env = os.environ | cpu_settings(os.environ, num_cpus())
+    env = os.environ | settings_here(os.environ)
     env |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     command += ["--port", str(port)]
     return servers.server_process(name, command, port, logs / f"{name}.log", env)

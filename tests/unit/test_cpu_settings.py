@@ -70,12 +70,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adds_what_is_not_set(
     given: dict[str, str], cpus: int, added: dict[str, str]
 ) -> None:
-    assert cpu_settings.cpu_settings(given, cpus) == added
+    assert cpu_settings.cpu_settings(given, cpus, has_quota=False) == added
 
 
 def test_nothing_installed_preloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_settings, "find_preloads", list)
-    assert "LD_PRELOAD" not in cpu_settings.cpu_settings({}, 2)
+    assert "LD_PRELOAD" not in cpu_settings.cpu_settings({}, 2, has_quota=False)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,13 @@ def test_cpus_are_those_whose_time_is_ours(
     assert cpu_settings.num_cpus() == count
 
 
-def test_under_a_quota_threads_are_counted_by_it() -> None:
+def test_under_a_quota_threads_are_counted_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """vLLM would bind one to each CPU of the machine."""
-    added = cpu_settings.cpu_settings({}, 16, has_quota=True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(cpu_settings, "cpu_quota", lambda: 16.0)
+    added = cpu_settings.settings_here({})
     assert added["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert added["OMP_NUM_THREADS"] == "16"
 
@@ -195,7 +199,7 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 def test_becomes_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(serve, "num_cpus", lambda: 2)
+    monkeypatch.setattr(cpu_settings, "num_cpus", lambda: 2)
     monkeypatch.setattr(os, "environ", {"HOME": "/root"})
     options = ["--speculative-config", '{"method":"emssd"}', "--port", "1", "--help"]
     program, command, environment = exec_of(monkeypatch, "target", *options)

@@ -119,7 +119,9 @@ def test_table_is_written_beside_the_figure(
     assert table["workload"]["name"] == "completion"
     [_, two] = table["results"]
     assert two["ratios"]["emssd auto/plain"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
-    assert table["outputs"]["emssd auto"]["same_as_plain"] == demo.NUM_PROMPTS - 1
+    # Of the 24 prompts two were asked.
+    same = {name: found["same_as_plain"] for name, found in table["outputs"].items()}
+    assert same == {"plain": 2, "emssd auto": 1}
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,7 @@ import os
 import shlex
 import sys
 
-from vllm_emssd.integration.cpu.settings import (
-    cpu_quota,
-    cpu_settings,
-    has_nvidia_gpu,
-    num_cpus,
-)
+from vllm_emssd.integration.cpu.settings import has_nvidia_gpu, settings_here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does not return but for --dry-run: this process becomes vLLM."""
-    added = {}
-    if not has_nvidia_gpu():
-        added = cpu_settings(os.environ, num_cpus(), cpu_quota() is not None)
+    added = {} if has_nvidia_gpu() else settings_here(os.environ)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     command += [args.model, *args.options]
     settings = [f"{name}={shlex.quote(value)}" for name, value in added.items()]

@@ -90,8 +90,13 @@ def missing_preloads(environment: Mapping[str, str]) -> list[str]:
     return [name for name in PRELOADS if name not in preloaded]
 
 
+def settings_here(environment: Mapping[str, str]) -> dict[str, str]:
+    """`cpu_settings` for the CPUs that this process may use."""
+    return cpu_settings(environment, num_cpus(), has_quota=cpu_quota() is not None)
+
+
 def cpu_settings(
-    environment: Mapping[str, str], num_cpus: int, has_quota: bool = False
+    environment: Mapping[str, str], num_cpus: int, *, has_quota: bool
 ) -> dict[str, str]:
     """Variables to add for a server on a CPU. What the user set stays.
 
@@ -116,7 +121,7 @@ def cpu_settings(
 
 def exports(environment: Mapping[str, str]) -> str:
     """Lines for a shell that set what is not set, for the scripts of the repository."""
-    added = cpu_settings(environment, num_cpus(), cpu_quota() is not None)
+    added = settings_here(environment)
     return "\n".join(f"export {name}={shlex.quote(v)}" for name, v in added.items())
 
 
