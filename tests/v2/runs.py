@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from vllm_emssd.metrics import COUNTER_NAMES
 
 K = 3
 MAX_TOKENS = (14, 9, 18, 1, 6)
+LIMITS = (0, 1, 1, 1, 1)  # drafts that each request allows
 LOGPROBS: dict[str, Any] = {
     "logprobs": 2,
     "logit_bias": {201: 3.0},
@@ -101,8 +103,11 @@ def texts() -> list[str]:
     return [text[: 100 + 40 * i] for i, text in enumerate(prompts()[: len(MAX_TOKENS)])]
 
 
-def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
-    """Generate for all texts. What came out, and what it cost."""
+def one_pass(
+    llm: Any, limits: Sequence[int] | None = None, **parameters: Any
+) -> dict[str, Any]:
+    """Generate for all texts. What came out, and what it cost. `limits`: the drafts
+    that each request allows."""
     from vllm import SamplingParams
 
     params = [
@@ -111,6 +116,8 @@ def one_pass(llm: Any, **parameters: Any) -> dict[str, Any]:
         )
         for n in MAX_TOKENS
     ]
+    for one, limit in zip(params, limits or (), strict=limits is not None):
+        one.extra_args = {**(one.extra_args or {}), "emssd_max_draft_tokens": limit}
     started = time.perf_counter()
     with counting(llm) as gained, counting_draft_rows(llm) as rows:
         outputs = llm.generate(texts(), params, use_tqdm=False)
@@ -160,6 +167,8 @@ def copying(llm: Any, name: str) -> dict[str, Any]:
         return seen
     seen["structured"] = one_pass(llm, **structured())
     if name == "async copying":
+        reference = edited(seen["greedy"]["token_ids"])
+        seen["limited"] = one_pass(llm, LIMITS, **reference)
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
     return seen
@@ -479,6 +488,8 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         seen["aborted"] = aborted(llm)
     if name in ("fixed", "async"):
         seen["endless"] = endless(llm)
+    if name == "fixed":
+        seen["limited"] = one_pass(llm, LIMITS)
     if name in ("cached", "async cached"):
         seen["again"] = one_pass(llm)  # on cached prefixes
     elif name not in ("stock", "tight", "async tight"):

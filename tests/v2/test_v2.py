@@ -221,6 +221,14 @@ def test_as_much_is_made_and_accepted_as_on_v1(name: str) -> None:
         assert counts["num_draft_rows"] >= v1["num_draft_rows"]
 
 
+@pytest.mark.parametrize("name", ["fixed", "async copying"])
+def test_requests_may_limit_their_drafts(name: str) -> None:
+    """The first to none, the others to one."""
+    counts = seen(name, "limited")["counts"]
+    num_free_steps = counts["num_request_steps"] - MAX_TOKENS[0]
+    assert 0 < counts["num_draft_tokens"] <= num_free_steps
+
+
 def test_asynchronous_copies_begin_a_step_later() -> None:
     late, ahead = (seen(name)["counts"] for name in ("copying", "async copying"))
     assert ahead["num_request_steps"] > late["num_request_steps"]
