@@ -86,20 +86,25 @@ def test_doctor_of_the_wheel(clean: Path, tmp_path: Path) -> None:
     assert "wrong" not in found
 
 
-@pytest.mark.slow
 def test_simulate_of_the_wheel(clean: Path, tmp_path: Path) -> None:
     """It brings its trace and cost tables."""
     command = [clean / "vllm-emssd", "simulate", "predict", "--max-concurrency", "2"]
-    command += ["--output-len", "8", "--num-prompts", "2"]
+    command += ["--fixed", "3", "--output-len", "8", "--num-prompts", "2"]
     command += ["--output-json", tmp_path / "predicted.json"]
     run(*command, cwd=tmp_path, PYTHONPATH="")
     predicted = json.loads((tmp_path / "predicted.json").read_text())
     assert {"plain", "auto"} <= {one["method"] for one in predicted["results"]}
 
 
-def test_bench_of_the_wheel_explains_itself(clean: Path, tmp_path: Path) -> None:
-    shown = run(clean / "vllm-emssd", "bench", "--help", cwd=tmp_path, PYTHONPATH="")
-    assert "throughput" in shown
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("bench", "throughput"), ("doctor", "--hooks"), ("serve", "--dry-run")],
+)
+def test_commands_of_the_wheel_explain_themselves(
+    command: str, says: str, clean: Path, tmp_path: Path
+) -> None:
+    shown = run(clean / "vllm-emssd", command, "--help", cwd=tmp_path, PYTHONPATH="")
+    assert says in shown
 
 
 @pytest.mark.slow
