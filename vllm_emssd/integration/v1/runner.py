@@ -231,21 +231,20 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     # ------------------------------------------------------------ a step
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        self._has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
+        finished = scheduler_output.finished_req_ids
         if self._proposer is not None:
-            self._proposer.release(scheduler_output.finished_req_ids)
-        for req_id in scheduler_output.finished_req_ids:
-            self.num_real_drafts.pop(req_id, None)
-            if self.paged_drafter is not None:
-                self.paged_drafter.draft_probs.pop(req_id, None)
+            self._proposer.release(finished)
+        for req_id in finished:
+            self._forget_drafts(req_id)
+        self._request_limits.release(finished)
+        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
+        self._admit_references(scheduler_output)
         if self._cursor is not None:
             updates = block_updates(scheduler_output, self.drafter.kv_cache_gid)
             fresh = self._cursor.update_blocks(*updates)
             if self._hidden_states is not None:
                 self._hidden_states.forget(fresh)
-        self._has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
-        self._request_limits.release(scheduler_output.finished_req_ids)
-        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
-        self._admit_references(scheduler_output)
         return super()._update_states(scheduler_output)
 
     def _admit_references(self, scheduler_output: SchedulerOutput) -> None:
@@ -256,6 +255,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             reference = reference_of(new.sampling_params, vocab_size)
             if reference is not None:
                 self._proposer.add_reference(new.req_id, reference)
+
+    def _forget_drafts(self, req_id: str) -> None:
+        self.num_real_drafts.pop(req_id, None)
+        if self.paged_drafter is not None:
+            self.paged_drafter.draft_probs.pop(req_id, None)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Stock stops drafting for all once one request is too long; we cap each."""
@@ -272,33 +276,67 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
-        assert self._proposer is not None
-        step = self._record_verified(scheduler_output, sampled_token_ids)
+        """What the target accepted is recorded, drafts are planned, and made."""
         if self._hidden_states is not None:
             table = self.input_batch.block_table[self.drafter.kv_cache_gid]
-            slots = table.slot_mapping.gpu
-            self._hidden_states.keep(
-                aux_hidden_states or [hidden_states],
-                slots[: scheduler_output.total_num_scheduled_tokens],
-            )
-        # Where drafts have not paid for long, most steps end here.
-        num_sampling = int(step.is_sampling.sum())
-        skips = isinstance(
-            self._proposer, DraftModelProposer
-        ) and self._proposer.skips_step(num_sampling)
-        if skips:
-            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        else:
-            drafts = self._propose(step)
+            num_rows = scheduler_output.total_num_scheduled_tokens
+            slots = table.slot_mapping.gpu[:num_rows]
+            self._hidden_states.keep(aux_hidden_states or [hidden_states], slots)
+        step = self._record_verified(scheduler_output, sampled_token_ids)
+        batch = self._plan(step)
+        drafts = [[] for _ in step.req_ids] if batch is None else self._draft(batch)
         self._publisher.step_done()
         if self.step_costs is not None:
-            has_verified = bool(scheduler_output.scheduled_spec_decode_tokens)
-            self.step_costs.step_done(num_sampling, not skips or has_verified)
+            is_idle = batch is None and not self._has_drafts
+            self.step_costs.step_done(int(step.is_sampling.sum()), not is_idle)
         return drafts
 
-    def _propose(self, step: ScheduledStep) -> list[list[int]]:
+    def _record_verified(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
+    ) -> ScheduledStep:
+        """Tell the proposer what was accepted, and count the step."""
+        num_sampled = np.fromiter(map(len, sampled_token_ids), np.int64)
+        step = self._scheduled_step(scheduler_output, num_sampled > 0)
+        num_real = step.num_draft_tokens - step.num_forbidden
+        for req_id in list(self.num_real_drafts):
+            i = self.input_batch.req_id_to_index.get(req_id)
+            if i is None or not step.is_sampling[i]:
+                continue  # left out of the step: its drafts stay pending
+            self._forget_drafts(req_id)
+            self._tell_proposer(req_id, int(num_real[i]), int(num_sampled[i]) - 1)
+        step.count(
+            num_sampled,
+            self.emssd_config.num_speculative_tokens,
+            self.counters,
+            has_draft_model=self._cursor is not None,
+            has_head=self._hidden_states is not None,
+        )
+        return step
+
+    def _plan(self, step: ScheduledStep) -> DraftBatch | None:
+        """What drafts are made for, and how many at most; None where none are: where
+        drafts have not paid for long, most steps end here."""
+        proposer, num_reqs = self._proposer, len(step.req_ids)
+        if isinstance(proposer, DraftModelProposer) and proposer.skips_step(
+            int(step.is_sampling.sum())
+        ):
+            return None
+        input_batch = self.input_batch
+        num_tokens = input_batch.num_tokens_no_spec[:num_reqs].astype(np.int64)
+        num_computed = input_batch.num_computed_tokens_cpu[:num_reqs]
+        return DraftBatch(
+            req_ids=step.req_ids,
+            token_ids=input_batch.token_ids_cpu,
+            num_tokens=num_tokens,
+            num_prompt_tokens=input_batch.num_prompt_tokens[:num_reqs].astype(np.int64),
+            num_scheduled_tokens=step.num_scheduled_tokens,
+            num_prefilled_tokens=num_computed + step.num_scheduled_tokens,
+            is_sampling=step.is_sampling,
+            max_draft_tokens=self._max_draft_tokens(num_tokens),
+        )
+
+    def _draft(self, batch: DraftBatch) -> list[list[int]]:
         assert self._proposer is not None
-        batch = self._draft_batch(step)
         try:
             drafts = self._proposer.propose(batch)
         except Exception as error:
@@ -313,29 +351,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             drafts = pad_to_longest(drafts, batch.is_sampling.tolist(), last.tolist())
         return drafts
 
-    def _record_verified(
-        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
-    ) -> ScheduledStep:
-        """Move the cursors by what was accepted, and count the step."""
-        num_sampled = np.fromiter(map(len, sampled_token_ids), np.int64)
-        step = self._scheduled_step(scheduler_output, num_sampled > 0)
-        num_real = step.num_draft_tokens - step.num_forbidden
-        for req_id in list(self.num_real_drafts):
-            i = self.input_batch.req_id_to_index.get(req_id)
-            if i is None or not step.is_sampling[i]:
-                continue  # left out of the step: its drafts stay pending
-            del self.num_real_drafts[req_id]
-            if self.paged_drafter is not None:
-                self.paged_drafter.draft_probs.pop(req_id, None)  # used up
-            self._tell_proposer(req_id, int(num_real[i]), int(num_sampled[i]) - 1)
-        step.count(
-            num_sampled,
-            self.emssd_config.num_speculative_tokens,
-            self.counters,
-            has_draft_model=self._cursor is not None,
-            has_head=self._hidden_states is not None,
-        )
-        return step
+    # ------------------------------------------------------------ parts of a step
 
     def _scheduled_step(
         self, scheduler_output: SchedulerOutput, is_sampling: np.ndarray
@@ -370,24 +386,11 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
                 # Whether it moved or not: these drafts must not count later.
                 self._cursor.record_fed_drafts(req_id, 0)
 
-    def _draft_batch(self, step: ScheduledStep) -> DraftBatch:
-        input_batch, num_reqs = self.input_batch, len(step.req_ids)
-        num_tokens = input_batch.num_tokens_no_spec[:num_reqs].astype(np.int64)
-        num_computed = input_batch.num_computed_tokens_cpu[:num_reqs]
-        return DraftBatch(
-            req_ids=step.req_ids,
-            token_ids=input_batch.token_ids_cpu,
-            num_tokens=num_tokens,
-            num_prompt_tokens=input_batch.num_prompt_tokens[:num_reqs].astype(np.int64),
-            num_scheduled_tokens=step.num_scheduled_tokens,
-            num_prefilled_tokens=num_computed + step.num_scheduled_tokens,
-            is_sampling=step.is_sampling,
-            max_draft_tokens=self._max_draft_tokens(num_tokens),
-        )
-
     def _max_draft_tokens(self, num_tokens: np.ndarray) -> np.ndarray:
         """Most drafts of each request. [num_reqs] int64"""
-        limits = self._max_num_tokens(len(num_tokens))
+        requests, req_ids = self.requests, self.input_batch.req_ids
+        num_emitted = [requests[r].sampling_params.max_tokens for r in req_ids]
+        limits = self.input_batch.num_prompt_tokens[: len(req_ids)] + num_emitted
         drafter = None if self.emssd_config.copies else self.paged_drafter
         most = max_draft_tokens(
             num_tokens,
@@ -398,19 +401,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         )
         most[num_tokens >= limits] = 0  # this step was their last
         most[self._requests_of_custom_logitsprocs()] = 0
-        self._request_limits.apply(most, self.input_batch.req_ids)
+        self._request_limits.apply(most, req_ids)
         return most
-
-    def _max_num_tokens(self, num_reqs: int) -> np.ndarray:
-        """Tokens of each request once it has emitted `max_tokens`. [num_reqs] int64"""
-        limits = np.array(
-            [
-                self.requests[req_id].sampling_params.max_tokens
-                for req_id in self.input_batch.req_ids
-            ],
-            dtype=np.int64,
-        )
-        return self.input_batch.num_prompt_tokens[:num_reqs] + limits
 
 
 class UnpadCPUModelRunner(PaddedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
