@@ -8,9 +8,8 @@ so that all workers decide from the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +17,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
-from vllm_emssd.draft_length.cost import quickest_times
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.proposers.draft_model import Drafter
-from vllm_emssd.ragged import RaggedRows
 
 logger = init_logger("vllm.emssd.step_costs")
 
@@ -55,10 +51,6 @@ class TimedForwards(Protocol):
 class TimedDraftForwards(TimedForwards, Protocol):
     @property
     def tells_confidence(self) -> bool: ...
-
-
-class TimedDrafter(Drafter, TimedForwards, Protocol):
-    max_num_reqs: int
 
 
 class StepCostMeter:
@@ -191,76 +183,28 @@ def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) 
         known.add(rows)
 
 
-def time_target(
+def time_forwards(
     run: Callable[[int], object],
-    target: TimedForwards,
+    timed: TimedForwards,
     max_rows: int,
     device: torch.device,
 ) -> list[tuple[int, float]]:
-    """Forwards (rows, ms), the row counts in turn.
+    """(rows, ms), each row count several times over. They take turns: if the machine is
+    busy for a while, that slows one time of several row counts, not all times of one.
 
     Args:
-        run: a forward of the target with that many rows, each with some context.
+        run: a forward with that many rows, each with some context.
     """
     row_counts = TIMED_ROWS if device.type == "cpu" else _ROWS_OF_GPUS
-    forwards = {n: partial(run, n) for n in row_counts if n <= max_rows}
-    return _in_passes(forwards, target, device)
-
-
-def rows_to_measure(most: int, limit: int) -> int:
-    """The row count up to which forwards are timed, where steps have `most` rows: the
-    next beyond, as more rows may be quicker. At most `limit`."""
-    beyond = (n for n in TIMED_ROWS if n >= most)
-    return min(next(beyond, most), limit)
-
-
-@torch.inference_mode()
-def measure_drafter(
-    drafter: TimedDrafter, device: torch.device
-) -> tuple[CostTable, float]:
-    """One row a request, as all draft forwards but a step's first; beyond as many rows
-    as there are requests, several rows each, as when prompts are fed.
-
-    Returns: costs without confidences, and the milliseconds that telling them takes
-    more, in the median.
-    """
-    forwards: dict[int, Callable[[], object]] = {}
-    context = min(CONTEXT, drafter.max_model_len)
-    most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
-    for num_rows in (n for n in TIMED_ROWS if n <= most):
-        num_reqs = min(num_rows, drafter.max_num_reqs)
-        ends = np.full(num_reqs, context, dtype=np.int64)
-        lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
-        rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
-        token_ids = np.zeros(num_rows, dtype=np.int32)
-        forwards[num_rows] = partial(
-            drafter.forward, rows, token_ids, rows.last_rows, 0
-        )
-    times = []
-    for drafter.tells_confidence in (True, False):
-        times.append(quickest_times(_in_passes(forwards, drafter, device)))
-    told, bare = times
-    one_row_each = [n for n in bare if n <= drafter.max_num_reqs]
-    more_ms = float(np.median([told[n] - bare[n] for n in one_row_each]))
-    return CostTable(bare.keys(), bare.values()), max(more_ms, 0.0)
-
-
-def _in_passes(
-    forwards: Mapping[int, Callable[[], object]],
-    timed: TimedForwards,
-    device: torch.device,
-) -> list[tuple[int, float]]:
-    """All forwards, one after the other, several times over: if the machine is busy for
-    a while, that slows one time of several row counts, not all times of one."""
     samples: list[tuple[int, float]] = []
     for number in range(_PASSES):
-        for num_rows, forward in forwards.items():
+        for num_rows in (n for n in row_counts if n <= max_rows):
             if num_rows > _MANY_ROWS and number >= _PASSES_OF_MANY:
                 continue
-            forward()
+            run(num_rows)
             if device.type != "cpu":  # a CPU has computed it by then
                 torch.accelerator.synchronize(device)
             timings = timed.take_timings()
-            if number:  # the first is warm-up
+            if number:
                 samples += [(num_rows, ms) for _, ms in timings]
     return samples

@@ -26,6 +26,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from vllm_emssd.draft_length import CostTable
+from vllm_emssd.draft_length.cost import quickest_times
+from vllm_emssd.integration.costs import CONTEXT, time_forwards
 from vllm_emssd.integration.forward_clock import WallClock
 from vllm_emssd.integration.v1.greedy import (
     greedy_tokens,
@@ -100,6 +103,33 @@ class PagedDrafter:
     def take_timings(self) -> list[tuple[int, float]]:
         """(rows, ms) of the forwards since the last call."""
         return self._clock.take_timings()
+
+    def measured_costs(self) -> tuple[CostTable, float]:
+        """Of forwards without confidences; and the milliseconds that telling them takes
+        more, in the median."""
+        most = min(self.max_num_rows, self.max_num_reqs * self._rehearsed_context)
+        times = []
+        for self.tells_confidence in (True, False):
+            samples = time_forwards(self._rehearse, self, most, self._stock.device)
+            times.append(quickest_times(samples))
+        told, bare = times
+        more_ms = [told[n] - bare[n] for n in bare if n <= self.max_num_reqs]
+        return CostTable(bare.keys(), bare.values()), max(float(np.median(more_ms)), 0)
+
+    @property
+    def _rehearsed_context(self) -> int:
+        return min(CONTEXT, self.max_model_len)
+
+    @torch.inference_mode()
+    def _rehearse(self, num_rows: int) -> None:
+        """One row a request, as all forwards but a step's first; beyond as many rows as
+        there are requests, several rows each, as when prompts are fed."""
+        num_reqs = min(num_rows, self.max_num_reqs)
+        ends = np.full(num_reqs, self._rehearsed_context, dtype=np.int64)
+        lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
+        rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
+        token_ids = np.zeros(num_rows, dtype=np.int32)
+        self.forward(rows, token_ids, rows.last_rows, 0)
 
     def forward(
         self,

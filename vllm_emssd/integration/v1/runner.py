@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -24,35 +25,37 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import (
-    AutoDraftLength,
+    CostTable,
     DraftLengthPolicy,
     FixedDraftLength,
     StepCosts,
 )
-from vllm_emssd.integration.costs import StepCostMeter
-from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin, RowPadding
+from vllm_emssd.integration.costs import (
+    CONTEXT,
+    FIXED_MS,
+    NO_DRAFT_MODEL,
+    TIMED_ROWS,
+    time_forwards,
+)
+from vllm_emssd.integration.cpu.row_padding import (
+    ROW_COUNTS,
+    PaddedRowsMixin,
+    RowPadding,
+)
 from vllm_emssd.integration.drafting import (
+    DraftingRunner,
     block_updates,
-    chosen_lengths,
     leave_out_adapters,
     max_draft_tokens,
 )
 from vllm_emssd.integration.failure_policy import FailurePolicy
+from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.hooks.hook import installed
-from vllm_emssd.integration.kv_cache import (
-    draft_group,
-    remake_metadata_builders,
-    specs_for_drafting,
-)
+from vllm_emssd.integration.kv_cache import draft_group, remake_metadata_builders
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.request_options import RequestLimits, reference_of
-from vllm_emssd.integration.unsupported import (
-    AUTO_NEEDS_V2,
-    ONLY_MIXED_CHOOSES,
-    refuse_unprepared_v1,
-)
-from vllm_emssd.integration.v1.automatic_lengths import measure_costs
+from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2, refuse_unprepared_v1
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.eagle_drafter import EagleDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
@@ -71,6 +74,8 @@ from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
 from vllm_emssd.verification import ScheduledStep, pad_to_longest
 
+logger = init_logger("vllm.emssd.v1")
+
 
 @contextmanager
 def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
@@ -83,7 +88,7 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
         spec_config.disable_padded_drafter_batch = spec_config.uses_draft_kv_cache()
 
 
-class UnpadRunnerMixin(UnpadSamplingMixin):
+class UnpadRunnerMixin(DraftingRunner, UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -104,9 +109,7 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
         self._hidden_states: HiddenStates | None = None  # for an EAGLE head, if any
-        self.step_costs: StepCostMeter | None = None  # with automatic lengths
-        self._row_padding: RowPadding | None = None  # likewise
-        self._automatic: AutoDraftLength | None = None  # likewise
+        self._row_padding: RowPadding | None = None  # with automatic lengths
         self._request_limits = RequestLimits()
         # Of requests that have some: proposed, filler not counted.
         self.num_real_drafts: dict[str, int] = {}
@@ -122,10 +125,6 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
             # What the head shared with the target in place of its own frees a kernel's
             # handle, which while a model is traced fills the log with an error.
             gc.collect()
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        specs = super().get_kv_cache_spec()
-        return specs_for_drafting(specs, self.emssd_config.uses_draft_model)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
@@ -202,31 +201,47 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self.step_costs, self._row_padding = measure_costs(
-            self, self.paged_drafter, self.computed_rows, self._ranks
+        target, drafter = ForwardTimer(self.model), self.paged_drafter
+        samples = self._time_target(target)
+        self._row_padding = RowPadding.measured(samples)
+        logger.info("Row counts quicker as larger ones: %s", self._row_padding)
+        measured = StepCosts(
+            CostTable.from_samples(samples),
+            NO_DRAFT_MODEL,
+            FIXED_MS,
+            computed_rows=self.computed_rows,
         )
+        if drafter is not None:
+            measured.draft, measured.confidence_ms = drafter.measured_costs()
         is_sampled = self.speculative_config.draft_sample_method == "probabilistic"
-        costs = self.step_costs.costs
-        most = self.num_spec_tokens
-        self._automatic = AutoDraftLength(costs, most, may_trim=not is_sampled)
-        self._proposer = self._make_proposer(self._automatic, costs)
+        policy = self._automatic_lengths(
+            measured, target, drafter, may_trim=not is_sampled
+        )
+        self._proposer = self._make_proposer(policy, policy.costs)
 
-    # ------------------------------------------------------------ calls of the worker
+    def _time_target(self, target: ForwardTimer) -> list[tuple[int, float]]:
+        """Forwards (rows, ms) with up to a step's rows, and the next count beyond, as
+        more may be quicker. It makes the kernels of all row counts too."""
+        most = self.max_num_reqs * (1 + self.num_spec_tokens)
+        beyond = next((n for n in TIMED_ROWS if n >= most), most)
+        max_rows = min(beyond, self.max_num_tokens)
 
-    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
-        """See the worker's `emssd_fix_draft_length`."""
-        proposer = self._proposer
-        is_alone = isinstance(proposer, DraftModelProposer)
-        automatic = self._automatic if is_alone else None
-        policy = chosen_lengths(num_draft_tokens, automatic, self.num_spec_tokens)
-        assert isinstance(proposer, DraftModelProposer)
-        proposer.policy = policy
+        @torch.inference_mode()
+        def run(num_rows: int) -> None:
+            hidden_states, _ = self._dummy_run(
+                num_rows,
+                force_attention=True,
+                uniform_decode=num_rows <= most,
+                profile_seq_lens=min(CONTEXT, self.max_model_len),
+            )
+            one_each = np.ones(num_rows, dtype=np.int32)
+            with self.maybe_select_dummy_loras(self.lora_config, one_each):
+                self.model.compute_logits(hidden_states[:num_rows])
 
-    def use_proposer(self, proposer: str | None) -> None:
-        """See the worker's `emssd_use_proposer`."""
-        if not isinstance(self._proposer, MixedProposer):
-            raise ValueError(ONLY_MIXED_CHOOSES)
-        self._proposer.use(proposer)
+        for num_rows in sorted({*ROW_COUNTS} - {*TIMED_ROWS}):
+            if num_rows <= max_rows:
+                run(num_rows)
+        return time_forwards(run, target, max_rows, self.device)
 
     # ------------------------------------------------------------ a step
 
