@@ -36,6 +36,7 @@ _IDLE_STEPS = 4  # from one that is learned from to the next
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 PLAIN, BY_DEPTH, BY_CONFIDENCE = range(3)  # steps: without drafts, or how they stop
 _BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
+_SHARED = ("target", "draft", *_BESIDES)
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -101,11 +102,11 @@ class StepCostMeter:
         tells_confidence = drafter is not None and drafter.tells_confidence
         if learns_costs:
             _learn(costs.target, target, self._known_to_target)
-            one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
-            if tells_confidence:
-                self._learn_confidence(one)
-            else:
+            one = draft[self._num_steps % max(len(draft), 1) :][:1]  # all take 0.2 ms
+            if not tells_confidence:
                 _learn(costs.draft, one, self._known_to_draft)
+            elif one:
+                self._learn_confidence(*one[0])
         # Times of a GPU may come a step late: then none is of this step, or two are.
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
         if is_due and self._step_ended is not None and len(target) == 1:
@@ -118,13 +119,12 @@ class StepCostMeter:
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
-    def _learn_confidence(self, timings: list[tuple[int, float]]) -> None:
-        """From draft forwards (rows, ms) that told confidences."""
+    def _learn_confidence(self, rows: int, ms: float) -> None:
+        """From a draft forward that told confidences."""
         costs = self.measured
-        for rows, ms in timings:
-            bare = costs.draft.at(rows)
-            more = min(max(ms - bare, 0.0), bare)
-            costs.confidence_ms += _RATE * (more - costs.confidence_ms)
+        bare = costs.draft.at(rows)
+        more = min(max(ms - bare, 0.0), bare)
+        costs.confidence_ms += _RATE * (more - costs.confidence_ms)
 
     def _learn_rest(self, ms: float, num_reqs: int, kind: int) -> None:
         """A step of that kind took `ms` besides its forwards."""
@@ -150,18 +150,9 @@ class StepCostMeter:
         of its tables: another rank may not yet have read as many of a GPU's times."""
         if self._ranks.is_alone:
             return
-        tables = self.measured.target.points, self.measured.draft.points
-        sizes = self._ranks.of_first(np.array(list(map(len, tables)))).astype(int)
-        measured = self.measured
-        rest = [getattr(measured, name) for name in _BESIDES]
-        own = np.concatenate([rest, *(np.array(table).T.ravel() for table in tables)])
-        shared = self._ranks.of_first(np.resize(own, len(rest) + 2 * sizes.sum()))
-        costs = self.costs
-        for name, ms in zip(_BESIDES, shared.tolist(), strict=False):
-            setattr(costs, name, ms)
-        target, draft = np.split(shared[len(rest) :], [2 * sizes[0]])
-        costs.target = CostTable(*target.reshape(2, -1))
-        costs.draft = CostTable(*draft.reshape(2, -1))
+        measured = [getattr(self.measured, name) for name in _SHARED]
+        for name, cost in zip(_SHARED, self._ranks.of_first(measured), strict=True):
+            setattr(self.costs, name, cost)
 
     def as_dict(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
