@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_emssd.config import EmssdConfig
@@ -54,8 +53,6 @@ from vllm_emssd.proposers.eagle import EagleProposer
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
-
-logger = init_logger("vllm.emssd.v1")
 
 
 @contextmanager
@@ -133,17 +130,18 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
             return copying
         assert self.paged_drafter is not None
         assert self._cursor is not None
-        feeds_every_prompt = self.vllm_config.kv_transfer_config is not None
-        parts = (self.paged_drafter, self._cursor, policy, self.counters, check)
-        if self._hidden_states is None:
-            drafting = DraftModelProposer(*parts, feeds_every_prompt)
-        else:
-            drafting = EagleProposer(
-                *parts,
-                feeds_every_prompt,
-                states=self._hidden_states,
-                block_size=self.drafter.block_size,
-            )
+        parts = (
+            self.paged_drafter,
+            self._cursor,
+            policy,
+            self.counters,
+            check,
+            self.vllm_config.kv_transfer_config is not None,
+        )
+        drafting = DraftModelProposer(*parts)
+        if (states := self._hidden_states) is not None:
+            block_size = self.drafter.block_size
+            drafting = EagleProposer(*parts, states=states, block_size=block_size)
         if not config.copies:
             return drafting
         most = config.num_speculative_tokens
@@ -152,11 +150,9 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
         remake_metadata_builders(self.drafter, self.vllm_config, self.device)
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
-        self._cursor = DraftCursor(
-            kv_cache_config.num_blocks,
-            group.kv_cache_spec.block_size,
-            trust_cached_blocks=self.vllm_config.kv_transfer_config is None,
-        )
+        shape = kv_cache_config.num_blocks, group.kv_cache_spec.block_size
+        trusts_cache = self.vllm_config.kv_transfer_config is None
+        self._cursor = DraftCursor(*shape, trust_cached_blocks=trusts_cache)
         parts = (
             self.drafter,
             self.vllm_config,
@@ -167,11 +163,7 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         if self.speculative_config.uses_draft_model():
             self.paged_drafter = PagedDrafter(*parts)
             return
-        self._hidden_states = HiddenStates(
-            kv_cache_config.num_blocks,
-            group.kv_cache_spec.block_size,
-            self.max_num_tokens,
-        )
+        self._hidden_states = HiddenStates(*shape, self.max_num_tokens)
         self.paged_drafter = EagleDrafter(
             *parts, states=self._hidden_states, cursor=self._cursor
         )
@@ -183,7 +175,6 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         target, drafter = ForwardTimer(self.model), self.paged_drafter
         samples = self._time_target(target)
         self._row_padding = RowPadding.measured(samples)
-        logger.info("Row counts quicker as larger ones: %s", self._row_padding)
         measured = StepCosts(
             CostTable.from_samples(samples),
             NO_DRAFT_MODEL,
