@@ -83,7 +83,7 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
         if side.startswith("ragged"):
             from tests.v2.runs import RaggedLengths
 
-            model_runner(llm).speculator.set_policy(RaggedLengths())
+            model_runner(llm).speculator.policy = RaggedLengths()
         is_ours = config is not None and config["method"] == "emssd"
         costs = llm.collective_rpc("emssd_costs") if is_ours else []
         outputs = llm.generate(texts, params, use_tqdm=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +19,9 @@ from tests.engine import (
     prompts,
     running,
 )
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.cpu.row_padding import ROW_COUNTS
-from vllm_emssd.integration.v1.runner import UnpadRunnerMixin
-from vllm_emssd.proposers.copy_lengths import CopyLengths
-from vllm_emssd.proposers.llma import LlmaProposer
+from vllm_emssd.integration.drafting import DraftingRunner
 
 AUTO = {"draft_length": "auto", "num_speculative_tokens": 5}
 
@@ -93,15 +91,17 @@ def test_a_proposer_is_left_out_and_comes_back() -> None:
     assert rows["llma"] == 0 < rows["draft_model"]
 
 
-def test_says_what_it_needs() -> None:
-    """Of an engine with fixed lengths, or that copies; and of one that does not mix."""
-    fixed: Any = SimpleNamespace(_automatic=None, _proposer=None, num_spec_tokens=5)
-    copier = LlmaProposer(2, 7, CopyLengths())
-    runner: Any = SimpleNamespace(
-        _automatic=object(), _proposer=copier, num_spec_tokens=5
-    )
-    for cannot in (fixed, runner):
-        with pytest.raises(ValueError, match='"draft_length": "auto"'):
-            UnpadRunnerMixin.fix_draft_length(cannot, 1)
-    with pytest.raises(ValueError, match='only "proposer": "mixed"'):
-        UnpadRunnerMixin.use_proposer(runner, "llma")
+@pytest.mark.parametrize(
+    ("proposer", "automatic"),
+    [("draft_model", None), ("llma", object()), ("mixed", object())],
+)
+def test_says_what_it_needs(proposer: str, automatic: object) -> None:
+    """On either runner: automatic lengths of a draft model alone; and to mix."""
+    runner = DraftingRunner()
+    runner.emssd_config = EmssdConfig(proposer=proposer)
+    runner._automatic = automatic  # type: ignore[assignment]
+    with pytest.raises(ValueError, match='"draft_length": "auto"'):
+        runner.fix_draft_length(1)
+    if proposer != "mixed":
+        with pytest.raises(ValueError, match='only "proposer": "mixed"'):
+            runner.use_proposer("llma")

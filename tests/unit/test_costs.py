@@ -18,7 +18,7 @@ from vllm_emssd.integration.costs import (
     PLAIN,
     StepCostMeter,
     _learn,
-    time_target,
+    time_forwards,
 )
 from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.frontend.capture_sizes import _MOST_ROWS
@@ -191,7 +191,7 @@ def test_steps_of_a_gpu_are_priced_as_far_as_graphs_are_recorded(
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     asked: list[int] = []
     target = SimpleNamespace(take_timings=lambda: [(asked[-1], 1.0)])
-    samples = time_target(asked.append, target, 1536, torch.device(device))
+    samples = time_forwards(asked.append, target, 1536, torch.device(device))
     assert max(asked) == most
     assert {rows for rows, _ in samples} == set(asked)
     assert _ROWS_OF_GPUS[-1] == _MOST_ROWS

@@ -20,9 +20,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm_emssd.integration.v1.greedy import (
     emitted_tokens,
     greedy_tokens,
-    greedy_tokens_and_confidence,
-    highest_probability,
     is_all_greedy,
+    likeliest,
 )
 
 REQUEST = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=4)
@@ -76,11 +75,14 @@ def test_confidence_is_the_highest_probability(dtype: torch.dtype) -> None:
     logits[1, 7] = float("nan")
     logits[2, 7] = float("inf")
     logits[3] = float("-inf")
-    tokens, wanted = greedy_tokens(logits), highest_probability(logits)
-    found, confidence = greedy_tokens_and_confidence(logits)
+    tokens, wanted = greedy_tokens(logits), logits.softmax(-1, torch.float32)
+    assert likeliest(logits, False)[0].tolist() == tokens.tolist()
+    found, confidence = likeliest(logits, True)
     assert found.tolist() == tokens.tolist()
-    assert confidence.tolist() == pytest.approx(wanted.tolist())
-    assert wanted[1:4].tolist() == [0.0, 0.0, 0.0]
+    assert confidence is not None
+    expected = wanted.amax(-1).nan_to_num().tolist()
+    assert confidence.tolist() == pytest.approx(expected)
+    assert confidence[1:4].tolist() == [0.0, 0.0, 0.0]
 
 
 def processor(kind: type, **state: Any) -> Any:

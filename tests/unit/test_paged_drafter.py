@@ -1,8 +1,8 @@
-"""Draft forwards made at once, against each made by itself; and what samples drafts."""
+"""What a draft forward of ragged rows is given; and what samples drafts."""
 
 from __future__ import annotations
 
-import dataclasses
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,35 +17,18 @@ from vllm.forward_context import get_forward_context
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.ragged import RaggedRows
 
-BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_REQS, K = 4, 40, 6, 5
+BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_REQS = 4, 40, 6
 LAYERS = ["draft.0", "draft.1"]
 
 
 class Model:
     """Records what it is run with; its logits are of token position + 1."""
 
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-
     def __call__(self, input_ids: Any, positions: Any, inputs_embeds: Any) -> Any:
-        context = get_forward_context()
-        metadata = context.attn_metadata["draft.1"]  # type: ignore[index,call-overload]
-        self.seen.append(
-            {
-                "input_ids": input_ids.tolist(),
-                "positions": positions.tolist(),
-                "slots": [
-                    context.slot_mapping[layer].tolist()  # type: ignore[index,call-overload]
-                    for layer in LAYERS
-                ],
-                "metadata": {
-                    field.name: _plain(getattr(metadata, field.name))
-                    for field in dataclasses.fields(metadata)
-                },
-                "moe_layer_index": context.moe_layer_index,
-            }
-        )
-        context.moe_layer_index += 1
+        context: Any = get_forward_context()
+        self.slots = [context.slot_mapping[layer].tolist() for layer in LAYERS]
+        self.metadata = context.attn_metadata[LAYERS[1]]
+        self.input_ids, self.positions = input_ids.tolist(), positions.tolist()
         return positions.unsqueeze(1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -53,38 +36,32 @@ class Model:
         return one_hot.to(torch.bfloat16)
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
-
-
-def make_drafter(block_table: np.ndarray) -> tuple[PagedDrafter, Model]:
+def make_drafter(block_table: np.ndarray) -> tuple[Any, Model]:
     model = Model()
-    stock = SimpleNamespace(
+    stock: Any = SimpleNamespace(
         max_num_tokens=256,
         kv_cache_gid=0,
         device=torch.device("cpu"),
         block_size=BLOCK_SIZE,
-        num_speculative_tokens=K,
         input_ids=torch.zeros(256, dtype=torch.int32),
         positions=torch.zeros(256, dtype=torch.int64),
         model=model,
         use_local_argmax_reduction=False,
         _enable_probabilistic_draft_probs=False,
-        _draft_attn_layer_names=set(LAYERS),
         _determine_batch_execution_and_padding=lambda n: (CUDAGraphMode.NONE, n, None),
         _get_slot_mapping=lambda n, slots: dict.fromkeys(LAYERS, slots),
         build_per_group_and_layer_attn_metadata=lambda common: (
             [],
-            dict.fromkeys(LAYERS, dataclasses.replace(common)),
+            dict.fromkeys(LAYERS, common),
         ),
     )
     tables = SimpleNamespace(np=block_table, gpu=torch.from_numpy(block_table))
-    input_batch = SimpleNamespace(
+    input_batch: Any = SimpleNamespace(
         max_num_reqs=MAX_NUM_REQS,
         block_table=[SimpleNamespace(block_table=tables)],
         sampling_metadata=SimpleNamespace(all_greedy=True),
     )
-    vllm_config = SimpleNamespace(
+    vllm_config: Any = SimpleNamespace(
         parallel_config=SimpleNamespace(
             data_parallel_size=1, use_sequence_parallel_moe=False
         ),
@@ -92,52 +69,49 @@ def make_drafter(block_table: np.ndarray) -> tuple[PagedDrafter, Model]:
             fast_moe_cold_start=False, static_forward_context={}
         ),
     )
-    drafter: Any = PagedDrafter(
-        stock,  # type: ignore[arg-type]
-        vllm_config,  # type: ignore[arg-type]
-        input_batch,  # type: ignore[arg-type]
-        {},
-        MAX_MODEL_LEN,
-    )
-    return drafter, model
+    return PagedDrafter(stock, vllm_config, input_batch, {}, MAX_MODEL_LEN), model
 
 
-STARTS = st.lists(st.integers(0, MAX_MODEL_LEN - 4), min_size=1, max_size=MAX_NUM_REQS)
+SPANS = st.lists(
+    st.none() | st.tuples(st.integers(0, MAX_MODEL_LEN - 4), st.integers(1, 4)),
+    min_size=1,
+    max_size=MAX_NUM_REQS,
+).filter(any)
 
 
 @settings(max_examples=60, deadline=None)
-@given(STARTS, st.randoms())
-def test_forwards_made_at_once_are_those_made_one_by_one(
-    starts: list[int], dice: Any
+@given(SPANS, st.randoms())
+def test_rows_go_to_their_requests_blocks_and_attend_to_their_texts(
+    spans: list[tuple[int, int] | None], dice: Any
 ) -> None:
-    """Two steps; requests stop at different drafts."""
+    """`spans`: of each request in the batch, where its rows begin and how many."""
     num_blocks = MAX_MODEL_LEN // BLOCK_SIZE
     blocks = list(range(MAX_NUM_REQS * num_blocks))
     dice.shuffle(blocks)
-    block_table = np.array(blocks, dtype=np.int32).reshape(MAX_NUM_REQS, num_blocks)
-    (at_once, seen), (singly, wanted) = (make_drafter(block_table) for _ in range(2))
-    for _ in range(2):
-        active = np.arange(len(starts))
-        begins = np.array(starts)
-        ends = begins + np.array([dice.randint(1, 3) for _ in starts])
-        rows = RaggedRows.from_spans(active, begins, ends)
-        tokens: Any = rows.positions.astype(np.int32)
-        sampled = rows.last_rows
-        for position in range(K):
-            singly._context = None
-            for drafter in (at_once, singly):
-                drafted, _ = drafter.forward(rows, tokens, sampled, position)
-                assert drafted.tolist() == (rows.positions[sampled] + 1).tolist()
-            goes_on = [
-                dice.random() < 0.7 and ends[i] + position < MAX_MODEL_LEN
-                for i in active
-            ]
-            active, tokens = active[goes_on], drafted[goes_on]
-            if not active.size:
-                break
-            rows = RaggedRows.one_each(active, ends[active] + position)
-            sampled = rows.last_rows
-    assert seen.seen == wanted.seen
+    table = np.array(blocks, dtype=np.int32).reshape(MAX_NUM_REQS, num_blocks)
+    drafter, seen = make_drafter(table)
+    fed = [i for i, span in enumerate(spans) if span]
+    starts, lens = np.array([span for span in spans if span]).T
+    rows = RaggedRows.from_spans(np.array(fed), starts, starts + lens)
+    token_ids = np.arange(rows.num_rows, dtype=np.int32)
+    drafted, _ = drafter.forward(rows, token_ids, rows.last_rows, 0)
+
+    ends = [int(end) for end in starts + lens]
+    assert drafted.tolist() == ends
+    assert seen.input_ids == token_ids.tolist()
+    owners = np.repeat(fed, lens).tolist()
+    slots = [
+        table[owner, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        for owner, at in zip(owners, seen.positions, strict=True)
+    ]
+    texts = [range(s, s + n) for s, n in zip(starts, lens, strict=True)]
+    assert seen.positions == list(chain.from_iterable(texts))
+    assert seen.slots == [slots, slots]
+    metadata = seen.metadata
+    assert metadata.seq_lens.tolist() == ends
+    assert metadata.block_table_tensor.tolist() == table[fed].tolist()
+    assert metadata.query_start_loc.tolist() == [0, *lens.cumsum().tolist()]
+    assert (metadata.max_query_len, metadata.max_seq_len) == (max(lens), max(ends))
 
 
 def drafter_over(stock: dict[str, Any], all_greedy: bool) -> Any:

@@ -70,7 +70,7 @@ def error_of(ranks: Ranks, decision: list[int]) -> str:
 
 def scenario(rank: int, meeting_point: str, results: Any) -> None:
     ranks = join(rank, meeting_point)
-    out: dict[str, Any] = {"first": ranks.of_first(np.array([1.5 + rank])).tolist()}
+    out: dict[str, Any] = {"first": ranks.of_first([1.5 + rank])}
     m = meter(rank, ranks)
     out["at start"] = costs_of(m.costs)
     for _ in range(63):

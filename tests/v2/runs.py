@@ -147,9 +147,9 @@ def pass_with(llm: Any, lengths: FixedDraftLength, **parameters: Any) -> dict[st
     """With draft lengths by another policy."""
     speculator = model_runner(llm).speculator
     policy = speculator.policy
-    speculator.set_policy(lengths)
+    speculator.policy = lengths
     seen = one_pass(llm, **parameters)
-    speculator.set_policy(policy)
+    speculator.policy = policy
     return seen
 
 

@@ -8,9 +8,8 @@ so that all workers decide from the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +17,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
-from vllm_emssd.draft_length.cost import quickest_times
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.proposers.draft_model import Drafter
-from vllm_emssd.ragged import RaggedRows
 
 logger = init_logger("vllm.emssd.step_costs")
 
@@ -40,6 +36,7 @@ _IDLE_STEPS = 4  # from one that is learned from to the next
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
 PLAIN, BY_DEPTH, BY_CONFIDENCE = range(3)  # steps: without drafts, or how they stop
 _BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
+_SHARED = ("target", "draft", *_BESIDES)
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
@@ -55,10 +52,6 @@ class TimedForwards(Protocol):
 class TimedDraftForwards(TimedForwards, Protocol):
     @property
     def tells_confidence(self) -> bool: ...
-
-
-class TimedDrafter(Drafter, TimedForwards, Protocol):
-    max_num_reqs: int
 
 
 class StepCostMeter:
@@ -109,11 +102,11 @@ class StepCostMeter:
         tells_confidence = drafter is not None and drafter.tells_confidence
         if learns_costs:
             _learn(costs.target, target, self._known_to_target)
-            one = draft and [draft[self._num_steps % len(draft)]]  # all take 0.2 ms
-            if tells_confidence:
-                self._learn_confidence(one)
-            else:
+            one = draft[self._num_steps % max(len(draft), 1) :][:1]  # all take 0.2 ms
+            if not tells_confidence:
                 _learn(costs.draft, one, self._known_to_draft)
+            elif one:
+                self._learn_confidence(*one[0])
         # Times of a GPU may come a step late: then none is of this step, or two are.
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
         if is_due and self._step_ended is not None and len(target) == 1:
@@ -126,13 +119,12 @@ class StepCostMeter:
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
-    def _learn_confidence(self, timings: list[tuple[int, float]]) -> None:
-        """From draft forwards (rows, ms) that told confidences."""
+    def _learn_confidence(self, rows: int, ms: float) -> None:
+        """From a draft forward that told confidences."""
         costs = self.measured
-        for rows, ms in timings:
-            bare = costs.draft.at(rows)
-            more = min(max(ms - bare, 0.0), bare)
-            costs.confidence_ms += _RATE * (more - costs.confidence_ms)
+        bare = costs.draft.at(rows)
+        more = min(max(ms - bare, 0.0), bare)
+        costs.confidence_ms += _RATE * (more - costs.confidence_ms)
 
     def _learn_rest(self, ms: float, num_reqs: int, kind: int) -> None:
         """A step of that kind took `ms` besides its forwards."""
@@ -158,18 +150,9 @@ class StepCostMeter:
         of its tables: another rank may not yet have read as many of a GPU's times."""
         if self._ranks.is_alone:
             return
-        tables = self.measured.target.points, self.measured.draft.points
-        sizes = self._ranks.of_first(np.array(list(map(len, tables)))).astype(int)
-        measured = self.measured
-        rest = [getattr(measured, name) for name in _BESIDES]
-        own = np.concatenate([rest, *(np.array(table).T.ravel() for table in tables)])
-        shared = self._ranks.of_first(np.resize(own, len(rest) + 2 * sizes.sum()))
-        costs = self.costs
-        for name, ms in zip(_BESIDES, shared.tolist(), strict=False):
-            setattr(costs, name, ms)
-        target, draft = np.split(shared[len(rest) :], [2 * sizes[0]])
-        costs.target = CostTable(*target.reshape(2, -1))
-        costs.draft = CostTable(*draft.reshape(2, -1))
+        measured = [getattr(self.measured, name) for name in _SHARED]
+        for name, cost in zip(_SHARED, self._ranks.of_first(measured), strict=True):
+            setattr(self.costs, name, cost)
 
     def as_dict(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""
@@ -191,76 +174,28 @@ def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) 
         known.add(rows)
 
 
-def time_target(
+def time_forwards(
     run: Callable[[int], object],
-    target: TimedForwards,
+    timed: TimedForwards,
     max_rows: int,
     device: torch.device,
 ) -> list[tuple[int, float]]:
-    """Forwards (rows, ms), the row counts in turn.
+    """(rows, ms), each row count several times over. They take turns: if the machine is
+    busy for a while, that slows one time of several row counts, not all times of one.
 
     Args:
-        run: a forward of the target with that many rows, each with some context.
+        run: a forward with that many rows, each with some context.
     """
     row_counts = TIMED_ROWS if device.type == "cpu" else _ROWS_OF_GPUS
-    forwards = {n: partial(run, n) for n in row_counts if n <= max_rows}
-    return _in_passes(forwards, target, device)
-
-
-def rows_to_measure(most: int, limit: int) -> int:
-    """The row count up to which forwards are timed, where steps have `most` rows: the
-    next beyond, as more rows may be quicker. At most `limit`."""
-    beyond = (n for n in TIMED_ROWS if n >= most)
-    return min(next(beyond, most), limit)
-
-
-@torch.inference_mode()
-def measure_drafter(
-    drafter: TimedDrafter, device: torch.device
-) -> tuple[CostTable, float]:
-    """One row a request, as all draft forwards but a step's first; beyond as many rows
-    as there are requests, several rows each, as when prompts are fed.
-
-    Returns: costs without confidences, and the milliseconds that telling them takes
-    more, in the median.
-    """
-    forwards: dict[int, Callable[[], object]] = {}
-    context = min(CONTEXT, drafter.max_model_len)
-    most = min(drafter.max_num_rows, drafter.max_num_reqs * context)
-    for num_rows in (n for n in TIMED_ROWS if n <= most):
-        num_reqs = min(num_rows, drafter.max_num_reqs)
-        ends = np.full(num_reqs, context, dtype=np.int64)
-        lens = np.diff(np.arange(num_reqs + 1) * num_rows // num_reqs)
-        rows = RaggedRows.from_spans(np.arange(num_reqs), ends - lens, ends)
-        token_ids = np.zeros(num_rows, dtype=np.int32)
-        forwards[num_rows] = partial(
-            drafter.forward, rows, token_ids, rows.last_rows, 0
-        )
-    times = []
-    for drafter.tells_confidence in (True, False):
-        times.append(quickest_times(_in_passes(forwards, drafter, device)))
-    told, bare = times
-    one_row_each = [n for n in bare if n <= drafter.max_num_reqs]
-    more_ms = float(np.median([told[n] - bare[n] for n in one_row_each]))
-    return CostTable(bare.keys(), bare.values()), max(more_ms, 0.0)
-
-
-def _in_passes(
-    forwards: Mapping[int, Callable[[], object]],
-    timed: TimedForwards,
-    device: torch.device,
-) -> list[tuple[int, float]]:
-    """All forwards, one after the other, several times over: if the machine is busy for
-    a while, that slows one time of several row counts, not all times of one."""
     samples: list[tuple[int, float]] = []
     for number in range(_PASSES):
-        for num_rows, forward in forwards.items():
+        for num_rows in (n for n in row_counts if n <= max_rows):
             if num_rows > _MANY_ROWS and number >= _PASSES_OF_MANY:
                 continue
-            forward()
+            run(num_rows)
             if device.type != "cpu":  # a CPU has computed it by then
                 torch.accelerator.synchronize(device)
             timings = timed.take_timings()
-            if number:  # the first is warm-up
+            if number:
                 samples += [(num_rows, ms) for _, ms in timings]
     return samples

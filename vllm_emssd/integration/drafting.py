@@ -2,17 +2,78 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest
-from vllm_emssd.draft_length import (
-    AutoDraftLength,
-    DraftLengthPolicy,
-    FixedDraftLength,
+from vllm_emssd.draft_length import AutoDraftLength, FixedDraftLength, StepCosts
+from vllm_emssd.integration.costs import (
+    StepCostMeter,
+    TimedDraftForwards,
+    TimedForwards,
 )
+from vllm_emssd.integration.kv_cache import specs_for_drafting
+from vllm_emssd.integration.ranks import Ranks
+from vllm_emssd.integration.unsupported import ONLY_MIXED_CHOOSES
+
+
+class DraftingRunner:
+    """Goes in front of either of vLLM's runners. What makes the drafts there is its
+    `_proposer`: it has a `policy` if its lengths can be automatic."""
+
+    emssd_config: EmssdConfig
+    _ranks: Ranks
+    _proposer: Any
+    step_costs: StepCostMeter | None = None  # with automatic lengths
+    _automatic: AutoDraftLength | None = None  # likewise
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        return specs_for_drafting(specs, self.emssd_config.uses_draft_model)
+
+    def _automatic_lengths(
+        self,
+        measured: StepCosts,
+        target: TimedForwards,
+        drafter: TimedDraftForwards | None,
+        **options: bool,
+    ) -> AutoDraftLength:
+        """Lengths by these costs, which live forwards keep fresh from now on."""
+        self.step_costs = StepCostMeter(measured, target, drafter, self._ranks)
+        most = self.emssd_config.max_draft_tokens
+        self._automatic = AutoDraftLength(self.step_costs.costs, most, **options)
+        return self._automatic
+
+    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
+        """See the worker's `emssd_fix_draft_length`."""
+        config, automatic = self.emssd_config, self._automatic
+        if automatic is None or config.proposer != "draft_model":
+            raise ValueError(
+                'draft lengths can be fixed while the engine runs with "draft_length": '
+                '"auto" and "proposer": "draft_model"'
+            )
+        if num_draft_tokens is None:
+            automatic.forget_drafts()  # what became of them was not observed
+            self._proposer.policy = automatic
+        elif 0 <= num_draft_tokens <= config.max_draft_tokens:
+            self._proposer.policy = FixedDraftLength(num_draft_tokens)
+        else:
+            raise ValueError(
+                f"{num_draft_tokens} drafts: give 0 to {config.max_draft_tokens}, the "
+                "engine's num_speculative_tokens, or None for automatic lengths"
+            )
+
+    def use_proposer(self, proposer: str | None) -> None:
+        """See the worker's `emssd_use_proposer`."""
+        if self.emssd_config.proposer != "mixed":
+            raise ValueError(ONLY_MIXED_CHOOSES)
+        self._proposer.use(proposer)
 
 
 def block_updates(
@@ -62,31 +123,6 @@ def max_draft_tokens(
     if max_num_tokens is not None:
         room = np.minimum(room, max_num_tokens - num_tokens - 1)
     return np.clip(room, 0, num_speculative_tokens)
-
-
-def chosen_lengths(
-    num_draft_tokens: int | None, automatic: AutoDraftLength | None, most: int
-) -> DraftLengthPolicy:
-    """What the worker's `emssd_fix_draft_length` asks for. Raises ValueError.
-
-    Args:
-        automatic: None where lengths are not, or other proposers than the model draft.
-        most: drafts that the engine has room for.
-    """
-    if automatic is None:
-        raise ValueError(
-            'draft lengths can be fixed while the engine runs with "draft_length": '
-            '"auto" and "proposer": "draft_model"'
-        )
-    if num_draft_tokens is None:
-        automatic.forget_drafts()  # what became of them was not observed
-        return automatic
-    if 0 <= num_draft_tokens <= most:
-        return FixedDraftLength(num_draft_tokens)
-    raise ValueError(
-        f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
-        "num_speculative_tokens, or None for automatic lengths"
-    )
 
 
 def leave_out_adapters(head: torch.nn.Module) -> None:

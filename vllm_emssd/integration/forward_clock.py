@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ from torch import nn
 _MAX_KEPT = 1024  # forwards not yet asked for; more than a step has
 
 
-class ForwardClock(Protocol):
+class ForwardClock:
     """Times one forward after the other, each of `num_rows`, or some that follow one
-    another together; they are told as alike."""
+    another together; they are told as alike. This one tells none."""
 
     def start(self) -> None: ...
 
@@ -29,10 +29,10 @@ class ForwardClock(Protocol):
     def take_timings(self) -> list[tuple[int, float]]:
         """(rows, ms) of forwards whose time has become known since the last call, in
         order."""
-        ...
+        return []
 
 
-class WallClock:
+class WallClock(ForwardClock):
     """A forward that follows another one of the same step is timed from the end of that
     one, so that the decision between them is part of its cost."""
 
@@ -85,7 +85,7 @@ class ForwardTimer:
         self._ms = (time.perf_counter() - self._started) * 1e3
 
 
-class EventClock:
+class EventClock(ForwardClock):
     """By events in the current stream, CUDA's or what `make_event` gives."""
 
     def __init__(

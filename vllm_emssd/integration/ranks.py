@@ -6,6 +6,8 @@ Data-parallel engines need not agree: each has its own requests and its own cost
 from __future__ import annotations
 
 import zlib
+from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +25,13 @@ class Ranks:
         self._first: int = group.ranks[0]
         self._fingerprint = 0  # of all decisions so far
 
-    def of_first(self, values: np.ndarray) -> np.ndarray:
-        """The first rank's values, on every rank. Any shape, the same everywhere;
-        float64."""
-        shared = torch.from_numpy(np.array(values, dtype=np.float64))
-        torch.distributed.broadcast(
+    def of_first(self, value: Any) -> Any:
+        """A copy of the first rank's value, on every rank."""
+        shared = [deepcopy(value)]
+        torch.distributed.broadcast_object_list(
             shared, src=self._first, group=self._group.cpu_group
         )
-        return np.asarray(shared.numpy())
+        return shared[0]
 
     def check_agreement(self, decision: np.ndarray) -> None:
         """Compare a decision, integers or booleans of any shape, before it is acted on:

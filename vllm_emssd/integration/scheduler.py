@@ -20,27 +20,32 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 
-class UnpadScheduler(Scheduler):
+class _RaggedScheduler(Scheduler):
+    """In front of either of vLLM's schedulers."""
+
     def add_request(self, request: Request) -> None:
-        _bound_max_tokens(request, self.max_model_len)
+        # No answer is longer than the model's context, and model runners keep the limit
+        # in integers of fixed width, which a larger one would overflow.
+        params = request.sampling_params
+        if params is not None:
+            request.max_tokens = min(request.max_tokens, self.max_model_len)
+            params.max_tokens = request.max_tokens
         super().add_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        drop_placeholder_drafts(scheduler_output)
-        super()._update_after_schedule(scheduler_output)
-
-
-class UnpadAsyncScheduler(AsyncScheduler):
-    """For vLLM's V2 runner, where resumed requests are scheduled as new ones."""
-
-    def add_request(self, request: Request) -> None:
-        _bound_max_tokens(request, self.max_model_len)
-        super().add_request(request)
-
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        new = None
+        if isinstance(self, AsyncScheduler):  # of others drafts of -1 are to be made
+            new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
         drop_placeholder_drafts(scheduler_output, new)
         super()._update_after_schedule(scheduler_output)
+
+
+class UnpadScheduler(_RaggedScheduler):
+    pass
+
+
+class UnpadAsyncScheduler(_RaggedScheduler, AsyncScheduler):
+    """For vLLM's V2 runner, where resumed requests are scheduled as new ones."""
 
 
 def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
@@ -49,15 +54,6 @@ def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Schedu
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler_class = UnpadAsyncScheduler if is_async else UnpadScheduler
     return scheduler_class(*args, vllm_config=vllm_config, **kwargs)
-
-
-def _bound_max_tokens(request: Request, max_model_len: int) -> None:
-    """No answer is longer than the model's context, and model runners keep the limit in
-    integers of fixed width, which a larger one would overflow."""
-    params = request.sampling_params
-    if params is not None:
-        params.max_tokens = min(request.max_tokens, max_model_len)
-        request.max_tokens = params.max_tokens
 
 
 def drop_placeholder_drafts(

@@ -40,15 +40,13 @@ class EmssdWorkerMixin(Worker):
 
     def emssd_stats(self) -> dict[str, int]:
         """This rank's counters since start: `llm.collective_rpc("emssd_stats")`."""
-        counts: dict[str, int] = self.model_runner.counters.as_dict()
-        return counts
+        return self.model_runner.counters.as_dict()
 
     def emssd_costs(self) -> dict[str, Any]:
         """The costs that this rank's automatic lengths go by now: (rows, ms) of
         `target` and `draft`, and `fixed_ms`; empty with fixed lengths."""
         meter = self.model_runner.step_costs
-        costs: dict[str, Any] = {} if meter is None else meter.as_dict()
-        return costs
+        return {} if meter is None else meter.as_dict()
 
     def emssd_fix_draft_length(self, num_draft_tokens: int | None) -> None:
         """From now on every request drafts so many tokens a step; 0 turns speculation

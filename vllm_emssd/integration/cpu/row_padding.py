@@ -23,14 +23,10 @@ import torch
 
 from vllm_emssd.draft_length.cost import quickest_times
 
-# All up to 16 rows, then so many more at once: one in sixteen or so, on average half.
-ROW_COUNTS = [
-    *range(1, 17),
-    *range(20, 65, 4),
-    *range(72, 257, 8),
-    *range(272, 513, 16),
-]
-_STEP_BEYOND = 32
+# Rows, and which counts there are up to so many: the multiples of a number, so that one
+# row in sixteen or so is added, on average half.
+_MULTIPLES = {16: 1, 64: 4, 256: 8, 512: 16}
+_MULTIPLE_BEYOND = 32
 _FROM_ROWS = 16  # fewer are not computed as more
 _MOST_MORE = 16  # rows: no more are added, though they seemed quicker
 _QUICKER = 0.95  # times as long, at most: a smaller difference may be noise
@@ -54,10 +50,6 @@ class RowPadding:
         self._timed = list(times)
         self._quickest = {rows: _quickest(rows, times) for rows in self._timed}
 
-    def __str__(self) -> str:
-        changed = {rows: q for rows, q in self._quickest.items() if rows != q}
-        return ", ".join(f"{rows} as {q}" for rows, q in changed.items()) or "none"
-
     def padded(self, num_rows: int, most: int, to_one_of_few: bool = True) -> int:
         """Rows to compute for `num_rows`, at most `most`."""
         above = bisect_left(self._timed, num_rows)
@@ -72,9 +64,11 @@ class RowPadding:
 
 
 def next_row_count(num_rows: int) -> int:
-    if num_rows < 1 or num_rows > ROW_COUNTS[-1]:
-        return -(-num_rows // _STEP_BEYOND) * _STEP_BEYOND
-    return ROW_COUNTS[bisect_left(ROW_COUNTS, num_rows)]
+    number = next((m for n, m in _MULTIPLES.items() if num_rows <= n), _MULTIPLE_BEYOND)
+    return -(-num_rows // number) * number
+
+
+ROW_COUNTS = sorted(set(map(next_row_count, range(1, 513))))  # kernels are made at once
 
 
 def _quickest(rows: int, times: dict[int, float]) -> int:

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.integration.drafting import without_first_blocks
 from vllm_emssd.integration.v1.drafter import PagedDrafter
+from vllm_emssd.integration.v1.greedy import likeliest
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.ragged import RaggedRows
 
@@ -67,15 +68,14 @@ class EagleDrafter(PagedDrafter):
             return super()._sample_greedily(hidden_states)
         model = self._stock.model
         logits = model.logits_processor(model.lm_head, hidden_states)
-        tokens, confidence = self._likeliest(logits)
+        tokens, confidence = likeliest(logits, self.tells_confidence)
         return tokens + self._offsets[tokens], confidence
 
-    def _call_model(self, num_rows: int, positions: torch.Tensor) -> torch.Tensor:
+    def _call_model(self, num_rows: int) -> torch.Tensor:
         stock = self._stock
-        hidden_states: torch.Tensor
         hidden_states, self._own = stock.model(
             input_ids=stock.input_ids[:num_rows],
-            positions=positions,
+            positions=stock.positions[:num_rows],
             hidden_states=stock.hidden_states[:num_rows],
             inputs_embeds=None,
         )
@@ -92,12 +92,10 @@ class EagleDrafter(PagedDrafter):
         if self._input_batch.num_reqs == 0:  # costs are measured: any states will do
             return self._stock.hidden_states[: rows.num_rows]
         states = self._states.of(torch.from_numpy(self.kv_slots(rows)))
-        combined: torch.Tensor = self._stock.model.combine_hidden_states(states)
-        return combined
+        return self._stock.model.combine_hidden_states(states)
 
     def _seq_lens(self, rows: RaggedRows) -> np.ndarray:
-        seq_lens: np.ndarray = rows.seq_lens - self._firsts[rows.req_indices]
-        return seq_lens
+        return rows.seq_lens - self._firsts[rows.req_indices]
 
     def _block_tables(self, req_indices: np.ndarray) -> torch.Tensor:
         tables = super()._block_tables(req_indices)

@@ -29,19 +29,14 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     return Sampler.greedy_sample(logits)
 
 
-def highest_probability(logits: torch.Tensor) -> torch.Tensor:
-    """How sure a drafter is of each draft: the largest of each row's softmax, 0 of a
-    row with NaN or infinite logits. [num_rows, vocab_size] -> [num_rows] float32"""
-    highest = logits.softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
-    return highest.nan_to_num(nan=0.0)
-
-
-def greedy_tokens_and_confidence(
-    logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, and their probabilities: `highest_probability` at a sixth of the time
-    where logits are large, as nothing of their size is allocated twice. `logits` may
-    be overwritten. [num_rows] int64 and float32"""
+def likeliest(
+    logits: torch.Tensor, tells_confidence: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Greedy tokens; and, if asked for, how sure a drafter is of each: its probability,
+    0 in a row with NaN or infinite logits. Then `logits` may be overwritten, as nothing
+    of their size is to be allocated twice. [num_rows] int64 and float32"""
+    if not tells_confidence:
+        return greedy_tokens(logits), None
     logits = logits.to(torch.float32)
     tokens = greedy_tokens(logits)
     torch.softmax(logits, dim=-1, out=logits)

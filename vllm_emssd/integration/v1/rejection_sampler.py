@@ -74,14 +74,9 @@ def behind_drafts(
 ) -> LogitsProcessors:
     """The processors as they are for the row behind each request's drafts: of the
     built-in ones only `min_tokens` depends on how long the answer is there."""
-    if not any(
-        isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
-        for processor in processors.non_argmax_invariant
-    ):
-        return processors
     return LogitsProcessors(
         min_tokens_behind_drafts(processor, num_draft_tokens)
-        if isinstance(processor, MinTokensLogitsProcessor)
+        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks
         else processor
         for processor in processors.all
     )

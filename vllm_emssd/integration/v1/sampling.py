@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v1.drafter import PagedDrafter
-from vllm_emssd.integration.v1.greedy import (
-    is_all_greedy,
-    verify_greedily,
-)
+from vllm_emssd.integration.v1.greedy import is_all_greedy, verify_greedily
 from vllm_emssd.verification import VerifiedRows
 
 logger = init_logger("vllm.emssd.sampling")
@@ -80,57 +78,46 @@ class UnpadSamplingMixin(GPUModelRunner):
     num_real_drafts: dict[str, int]  # of each request's drafts, filler not counted
 
     def _sample(
-        self,
-        logits: torch.Tensor | None,
-        spec_decode_metadata: SpecDecodeMetadata | None,
+        self, logits: torch.Tensor, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
         sampling_metadata = self.input_batch.sampling_metadata
-        if spec_decode_metadata is not None and not self.emssd_config.unpad_inputs:
-            spec_decode_metadata = self._without_filler(spec_decode_metadata)
-        if spec_decode_metadata is not None and not any(
-            spec_decode_metadata.num_draft_tokens
-        ):
+        drafts = spec_decode_metadata
+        if drafts is not None and not self.emssd_config.unpad_inputs:
+            drafts = self._without_filler(drafts)
+        if drafts is not None and not any(drafts.num_draft_tokens):
             # Plain sampling costs less; stock's rejection sampler also fails
             # on top_k or top_p without any drafted row (CPU).
-            if logits is not None and len(logits) > self.input_batch.num_reqs:
-                logits = logits[spec_decode_metadata.bonus_logits_indices]
-            spec_decode_metadata = None
-        # A generator must not advance for a request whose prompt is not yet computed.
-        saved = {
-            i: generator.get_state() for i, generator in self._discarded_generators()
-        }
-        if (
-            spec_decode_metadata is not None
-            and logits is not None
-            and self.device.type == "cpu"
-            and not self.rejection_sampler.synthetic_mode
-            and is_all_greedy(self.input_batch.sampling_metadata)
-        ):
-            output = verify_greedily(spec_decode_metadata, logits)
-        else:
-            output = super()._sample(logits, spec_decode_metadata)
-        for i, state in saved.items():
-            self.input_batch.generators[i].set_state(state)
+            if len(logits) > self.input_batch.num_reqs:
+                logits = logits[drafts.bonus_logits_indices]
+            drafts = None
+        with self._discarded_generators_hidden():
+            if (
+                drafts is not None
+                and self.device.type == "cpu"
+                and not self.rejection_sampler.synthetic_mode
+                and is_all_greedy(self.input_batch.sampling_metadata)
+            ):
+                output = verify_greedily(drafts, logits)
+            else:
+                output = super()._sample(logits, drafts)
         self.input_batch.sampling_metadata = sampling_metadata
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        # Stock would move those generators back by their offset, which CPU
-        # generators lack (RuntimeError); `_sample` restored their state already.
-        hidden = dict(self._discarded_generators())
-        for i in hidden:
-            del self.input_batch.generators[i]
-        try:
+        # Stock would move those generators back by their offset, which CPU ones lack.
+        with self._discarded_generators_hidden():
             return super()._bookkeeping_sync(*args, **kwargs)
-        finally:
-            self.input_batch.generators.update(hidden)
 
-    def _discarded_generators(self) -> list[tuple[int, torch.Generator]]:
+    @contextmanager
+    def _discarded_generators_hidden(self) -> Iterator[None]:
+        """Nothing advances a request's generator until its prompt is computed."""
         generators = self.input_batch.generators
-        if not generators:
-            return []
-        discarded = self.discard_request_mask.np
-        return [(i, generators[i]) for i in generators if discarded[i]]
+        discarded = [i for i in generators if self.discard_request_mask.np[i]]
+        hidden = {i: generators.pop(i) for i in discarded}
+        try:
+            yield
+        finally:
+            generators.update(hidden)
 
     def _without_filler(self, metadata: SpecDecodeMetadata) -> SpecDecodeMetadata:
         """The same metadata, comparing real drafts only. The sampling metadata lists
@@ -139,30 +126,25 @@ class UnpadSamplingMixin(GPUModelRunner):
         rows = VerifiedRows.without_filler(
             np.asarray(metadata.num_draft_tokens), np.asarray(real)
         )
-        device = metadata.draft_token_ids.device
-        cu_num_draft_tokens = np.cumsum(rows.num_draft_tokens, dtype=np.int32)
+        num_draft_tokens = rows.num_draft_tokens.tolist()
         sampling_metadata = self.input_batch.sampling_metadata
-        if sampling_metadata.spec_token_ids:
+        if listed := sampling_metadata.spec_token_ids:
+            real_drafts = zip(listed, num_draft_tokens, strict=False)
             self.input_batch.sampling_metadata = dataclasses.replace(
-                sampling_metadata,
-                spec_token_ids=[
-                    tokens[:num_drafts]
-                    for tokens, num_drafts in zip(
-                        sampling_metadata.spec_token_ids,
-                        rows.num_draft_tokens.tolist(),
-                        strict=False,
-                    )
-                ],
+                sampling_metadata, spec_token_ids=[t[:n] for t, n in real_drafts]
             )
+        total = np.cumsum(rows.num_draft_tokens, dtype=np.int32)
+        ends, drafts, targets, bonuses = (
+            torch.from_numpy(values).to(metadata.draft_token_ids.device)
+            for values in (total, rows.draft_indices, rows.target_rows, rows.bonus_rows)
+        )
         return dataclasses.replace(
             metadata,
-            draft_token_ids=metadata.draft_token_ids[
-                torch.from_numpy(rows.draft_indices).to(device)
-            ],
-            num_draft_tokens=rows.num_draft_tokens.tolist(),
-            cu_num_draft_tokens=torch.from_numpy(cu_num_draft_tokens).to(device),
-            target_logits_indices=torch.from_numpy(rows.target_rows).to(device),
-            bonus_logits_indices=torch.from_numpy(rows.bonus_rows).to(device),
+            draft_token_ids=metadata.draft_token_ids[drafts],
+            num_draft_tokens=num_draft_tokens,
+            cu_num_draft_tokens=ends,
+            target_logits_indices=targets,
+            bonus_logits_indices=bonuses,
         )
 
     def _get_spec_decode_draft_probs(

@@ -90,10 +90,6 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             trust_cached_blocks=not self._feeds_every_prompt,
         )
 
-    def set_policy(self, policy: DraftLengthPolicy) -> None:
-        """Draft by these lengths from now on."""
-        self.policy = policy
-
     @property
     def drafter(self) -> Any:
         """Its forwards: see `costs.TimedDraftForwards`."""

@@ -16,7 +16,6 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
@@ -30,27 +29,16 @@ from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_length import AutoDraftLength, CostTable, StepCosts
-from vllm_emssd.integration.costs import (
-    CONTEXT,
-    FIXED_MS,
-    StepCostMeter,
-    time_target,
-)
-from vllm_emssd.integration.drafting import chosen_lengths
+from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.integration.costs import CONTEXT, FIXED_MS, time_forwards
+from vllm_emssd.integration.drafting import DraftingRunner
 from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.hooks.hook import installed
-from vllm_emssd.integration.kv_cache import specs_for_drafting
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.unsupported import (
-    ONLY_MIXED_CHOOSES,
-    refuse_deployment,
-    refuse_options,
-)
+from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
-from vllm_emssd.integration.v2.mixed_speculator import Mixing
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
 from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
 from vllm_emssd.metrics import Counters
@@ -106,7 +94,7 @@ class RaggedDecodeGraphs(ModelCudaGraphManager):
         return super().dispatch(*args, max_query_len=max_query_len, **kwargs)
 
 
-class UnpadGPUModelRunnerV2(GPUModelRunner):
+class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
     speculator: DraftingSpeculator | CopySpeculator
     rejection_sampler: RejectionSampler | None
     cudagraph_manager: ModelCudaGraphManager | None
@@ -122,9 +110,6 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._outputs: deque[AsyncOutput | None] = deque()
         self._ranks = Ranks(self.device)
         self.step_timing = self._target_timing = TargetTiming()
-        # With automatic lengths:
-        self.step_costs: StepCostMeter | None = None
-        self._automatic: AutoDraftLength | None = None
         self._publisher: Publisher | None = None  # once the warm-up is over
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -133,10 +118,6 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             self.rejection_sampler = UnpadRejectionSamplerV2(
                 self.sampler, self.vllm_config.speculative_config, self.device
             )
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        specs = super().get_kv_cache_spec()
-        return specs_for_drafting(specs, self.emssd_config.uses_draft_model)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
@@ -184,61 +165,47 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self.speculator.forget_warm_up()
         if self.emssd_config.draft_length == "auto":
             assert isinstance(self.speculator, DraftingSpeculator)
-            self.step_costs = self._measure_costs(self.speculator)
-            self._automatic = AutoDraftLength(
-                self.step_costs.costs,
-                self.num_speculative_steps,
+            self.speculator.policy = self._automatic_lengths(
+                self._measured_costs(self.speculator),
+                self._target_timing,
+                self.speculator.drafter,
                 may_trim=False,
                 uses_confidence=False,
             )
-            self.speculator.set_policy(self._automatic)
         self.speculator.counters.reset()
         self._publisher = Publisher(self.speculator.counters, self.vllm_config)
 
-    def _measure_costs(self, speculator: DraftingSpeculator) -> StepCostMeter:
-        device, target = self.device, self._target_timing
+    def _measured_costs(self, speculator: DraftingSpeculator) -> StepCosts:
+        device, target, drafter = self.device, self._target_timing, speculator.drafter
         target.time_by(clock_of(device))
         most = self.max_num_reqs * self.decode_query_len
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
         with speculator.sitting_out_dummy_runs():
-            samples = time_target(
+            samples = time_forwards(
                 lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
                 target,
                 max(most, 1),
                 device,
             )
-        target_costs = CostTable.from_samples(samples)
-        drafter = speculator.drafter
         drafter.time_by(clock_of(device))
-        drafted = time_target(
+        drafted = time_forwards(
             lambda num_reqs: speculator.rehearse(num_reqs, self._dummy_run),
             drafter,
             drafter.max_num_reqs,
             device,
         )
         target.take_timings()  # of dummy runs that made drafts
-        draft_costs = CostTable.from_samples(drafted)
-        costs = StepCosts(target_costs, draft_costs, FIXED_MS)
-        return StepCostMeter(costs, target, drafter, self._ranks)
+        target_costs, draft_costs = map(CostTable.from_samples, (samples, drafted))
+        return StepCosts(target_costs, draft_costs, FIXED_MS)
 
     @property
     def counters(self) -> Counters:
         self._record_acceptance()
         return self.speculator.counters
 
-    def fix_draft_length(self, num_draft_tokens: int | None) -> None:
-        """See the worker's `emssd_fix_draft_length`."""
-        automatic = None if isinstance(self.speculator, Mixing) else self._automatic
-        most = self.num_speculative_steps
-        policy = chosen_lengths(num_draft_tokens, automatic, most)
-        assert isinstance(self.speculator, DraftingSpeculator)
-        self.speculator.set_policy(policy)
-
-    def use_proposer(self, proposer: str | None) -> None:
-        """See the worker's `emssd_use_proposer`."""
-        if not isinstance(self.speculator, Mixing):
-            raise ValueError(ONLY_MIXED_CHOOSES)
-        self.speculator.use(proposer)
+    @property
+    def _proposer(self) -> DraftingSpeculator | CopySpeculator:  # type: ignore[override]
+        return self.speculator
 
     # ------------------------------------------------------------ a step
 
