@@ -184,6 +184,16 @@ def test_a_targets_time_has_its_logits_in_it(monkeypatch: pytest.MonkeyPatch) ->
     assert timer.take_timings() == [(7, pytest.approx(20.0))]
 
 
+def test_another_ranks_costs_are_of_the_same_recorded_sizes() -> None:
+    """They come as points alone."""
+    table = CostTable([1, 8], [1.0, 8.0], [0, 8, 8, 8, 8, 8, 8, 8, 8])
+    ranks: Any = SimpleNamespace(is_alone=False, of_first=lambda values: values)
+    target: Any = SimpleNamespace(take_timings=list)
+    meter = StepCostMeter(StepCosts(table, table, 1.0), target, None, ranks)
+    assert meter.costs.target is not table
+    assert meter.costs.target.at(1) == meter.costs.draft.at(1) == 8.0
+
+
 @pytest.mark.parametrize(("device", "most"), [("cpu", 256), ("cuda", 1536)])
 def test_steps_of_a_gpu_are_priced_as_far_as_graphs_are_recorded(
     monkeypatch: pytest.MonkeyPatch, device: str, most: int

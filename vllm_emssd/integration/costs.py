@@ -168,8 +168,8 @@ class StepCostMeter:
         for name, ms in zip(_BESIDES, shared.tolist(), strict=False):
             setattr(costs, name, ms)
         target, draft = np.split(shared[len(rest) :], [2 * sizes[0]])
-        costs.target = CostTable(*target.reshape(2, -1))
-        costs.draft = CostTable(*draft.reshape(2, -1))
+        costs.target = measured.target.with_points(*target.reshape(2, -1))
+        costs.draft = measured.draft.with_points(*draft.reshape(2, -1))
 
     def as_dict(self) -> dict[str, Any]:
         """See the worker's `emssd_costs`."""

@@ -73,7 +73,7 @@ class TargetTiming(StepTimingCollector):
 
     def record_batch(self, input_batch: InputBatch, full_cudagraph: bool) -> None:
         super().record_batch(input_batch, full_cudagraph)
-        self._num_rows = input_batch.num_tokens
+        self._num_rows = input_batch.num_tokens_after_padding
 
     def forward_start(self) -> None:
         super().forward_start()
@@ -207,7 +207,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
                 max(most, 1),
                 device,
             )
-        target_costs = CostTable.from_samples(samples)
+        target_costs = CostTable.from_samples(samples, self._computed_rows())
         drafter = speculator.drafter
         drafter.time_by(clock_of(device))
         drafted = time_target(
@@ -217,9 +217,24 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
             device,
         )
         target.take_timings()  # of dummy runs that made drafts
-        draft_costs = CostTable.from_samples(drafted)
+        num_reqs = range(drafter.max_num_reqs + 1)
+        draft_costs = CostTable.from_samples(
+            drafted, map(speculator.computed_rows, num_reqs)
+        )
         costs = StepCosts(target_costs, draft_costs, FIXED_MS)
         return StepCostMeter(costs, target, drafter, self._ranks)
+
+    def _computed_rows(self) -> list[int]:
+        """Of a decoding step with 0, 1, 2, ... rows, as far as CUDA graphs go."""
+        graphs, query_len = self.cudagraph_manager, self.decode_query_len
+        assert graphs is not None
+        most = self.compilation_config.max_cudagraph_capture_size or 0
+        return [
+            graphs.dispatch(
+                -(-rows // query_len), rows, None, 0, max_query_len=query_len
+            ).num_tokens
+            for rows in range(most + 1)
+        ]
 
     @property
     def counters(self) -> Counters:
