@@ -36,6 +36,16 @@ class StepCosts:
     confidence_ms: float = 0.0  # more of each draft forward that tells confidences
     computed_rows: Callable[[int], int] = int  # of the target, for as many as it needs
 
+    def by_rows_verified(
+        self, num_reqs: int, num_rows: int, depth: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Milliseconds of a step that makes `depth` drafts of each request: of all but
+        the target's forward, for any number of requests up to these, [num_reqs + 1];
+        and of that forward, by its rows, [num_rows + 1]. The latter are above 0."""
+        rest_ms = self.fixed_ms + self.speculation_ms + depth * self.draft.at(num_reqs)
+        verify_ms = self.target.ms(np.arange(num_rows + 1))
+        return np.full(num_reqs + 1, rest_ms), np.maximum(verify_ms, _LEAST_MS)
+
 
 class CostTable:
     """Milliseconds of one model's forward by its rows.

@@ -263,11 +263,23 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
         self._record_acceptance()
         if self._is_async:
             scheduler_output = self.speculator.with_drafts_made(scheduler_output)
+        self._price_verification(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._target_timing.model_executed()
         if scheduler_output.total_num_scheduled_tokens == 0:
             self._outputs.append(None)
         return output
+
+    def _price_verification(self, scheduler_output: SchedulerOutput) -> None:
+        """Adaptive verification decides by the costs that automatic lengths go by."""
+        adaptive, meter = self.adaptive_verification, self.step_costs
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if adaptive is not None and meter is not None and drafts:
+            adaptive.cost_tables = meter.costs.by_rows_verified(
+                len(scheduler_output.num_scheduled_tokens),
+                scheduler_output.total_num_scheduled_tokens,
+                max(map(len, drafts.values())),
+            )
 
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool
