@@ -47,11 +47,8 @@ from vllm_emssd.integration.kv_cache import (
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.request_options import RequestLimits, reference_of
-from vllm_emssd.integration.unsupported import (
-    AUTO_NEEDS_V2,
-    ONLY_MIXED_CHOOSES,
-    refuse_unprepared_v1,
-)
+from vllm_emssd.integration.runners import advise_v2, refuse_unprepared_v1
+from vllm_emssd.integration.unsupported import ONLY_MIXED_CHOOSES
 from vllm_emssd.integration.v1.automatic_lengths import measure_costs
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.eagle_drafter import EagleDrafter
@@ -87,7 +84,8 @@ class UnpadRunnerMixin(UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        refuse_unprepared_v1(vllm_config)
+        refuse_unprepared_v1(vllm_config, device)
+        advise_v2(vllm_config, device)
         spec_config = vllm_config.speculative_config
         with _stock_drafter_allowed(spec_config), installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)
@@ -418,8 +416,4 @@ class UnpadCPUModelRunner(PaddedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
 
 
 class UnpadGPUModelRunner(UnpadRunnerMixin, GPUModelRunner):
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        config = EmssdConfig.carried_by(vllm_config.additional_config)
-        if config.draft_length == "auto":  # this runner goes by the wall clock
-            raise ValueError(AUTO_NEEDS_V2)
-        super().__init__(vllm_config, device)
+    pass

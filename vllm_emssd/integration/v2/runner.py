@@ -43,11 +43,8 @@ from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.kv_cache import specs_for_drafting
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.unsupported import (
-    ONLY_MIXED_CHOOSES,
-    refuse_deployment,
-    refuse_options,
-)
+from vllm_emssd.integration.runners import refuse_deployment, refuse_options
+from vllm_emssd.integration.unsupported import ONLY_MIXED_CHOOSES
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.integration.v2.mixed_speculator import Mixing
@@ -114,7 +111,7 @@ class UnpadGPUModelRunnerV2(GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.emssd_config = EmssdConfig.carried_by(vllm_config.additional_config)
         refuse_options(self.emssd_config)
-        refuse_deployment(vllm_config, self.emssd_config)
+        refuse_deployment(vllm_config)
         with installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._is_async = vllm_config.scheduler_config.async_scheduling
