@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine import DRAFT, TARGET
 from vllm_emssd.config import ADAPTIVE, ADDITIONAL_CONFIG_KEY, EmssdConfig
-from vllm_emssd.integration import unsupported
+from vllm_emssd.integration import runners
 from vllm_emssd.integration.frontend import method as frontend
 from vllm_emssd.integration.frontend.serving import tag_of
 from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
@@ -114,7 +114,7 @@ def test_vllm_chooses_v2_where_it_can(
     """As on a GPU."""
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
-    monkeypatch.setattr(frontend, "_may_run_on_v2", lambda config: True)
+    monkeypatch.setattr(frontend, "may_run_on_v2", lambda config: True)
     asked = {"proposer": proposer, "draft_length": "fixed"}
     model = {} if proposer == "llma" else {"model": DRAFT}
     assert _create(model | asked).use_v2_model_runner
@@ -150,14 +150,6 @@ def test_v1_on_a_gpu_refuses_automatic_lengths() -> None:
         UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
 
 
-def test_automatic_lengths_need_probabilities_on_the_v2_runner() -> None:
-    vllm_config = SimpleNamespace(
-        speculative_config=SimpleNamespace(use_local_argmax_reduction=True)
-    )
-    with pytest.raises(ValueError, match=r"'use_local_argmax_reduction'.* remove"):
-        unsupported.refuse_deployment(vllm_config, EmssdConfig(proposer="draft_model"))
-
-
 @pytest.mark.parametrize(
     ("option", "words"),
     [
@@ -168,7 +160,7 @@ def test_automatic_lengths_need_probabilities_on_the_v2_runner() -> None:
 def test_heads_on_the_v2_runner_are_refused_with(
     option: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unsupported, "HAS_TRITON", True)
+    monkeypatch.setattr(runners, "HAS_TRITON", True)
     vllm_config = SimpleNamespace(
         speculative_config=SimpleNamespace(method="eagle3"),
         kv_transfer_config=None,
@@ -176,11 +168,10 @@ def test_heads_on_the_v2_runner_are_refused_with(
         watermark_config=None,
         parallel_config=SimpleNamespace(prefill_context_parallel_size=1),
     )
-    config = EmssdConfig(proposer="draft_model", draft_length="fixed")
-    unsupported.refuse_deployment(vllm_config, config)
+    runners.refuse_deployment(vllm_config)
     setattr(vllm_config, option, object())
     with pytest.raises(ValueError, match=words):
-        unsupported.refuse_deployment(vllm_config, config)
+        runners.refuse_deployment(vllm_config)
 
 
 @pytest.mark.parametrize("draft_tp", [{}, {"draft_tensor_parallel_size": 2}])
@@ -258,7 +249,7 @@ def test_refused_on_the_v2_runner(
 def test_proposers_of_other_packages_are_refused_on_the_v2_runner() -> None:
     config = EmssdConfig.model_construct(proposer="follower")
     with pytest.raises(ValueError, match=r'"follower" works on .* V1 .*RUNNER=0'):
-        unsupported.refuse_options(config)
+        runners.refuse_options(config)
 
 
 def test_draft_model_of_another_vocabulary(tmp_path: Any) -> None:

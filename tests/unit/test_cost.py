@@ -18,7 +18,13 @@ TIMES = st.floats(0, 1e9, allow_nan=False)
 @st.composite
 def tables(draw: st.DrawFn) -> CostTable:
     rows = sorted(draw(st.sets(st.integers(1, 300), min_size=1, max_size=8)))
-    return CostTable(rows, [draw(TIMES) for _ in rows])
+    computed = draw(st.sampled_from([(), recorded(8, 64, 80)]))
+    return CostTable(rows, [draw(TIMES) for _ in rows], computed)
+
+
+def recorded(*sizes: int) -> list[int]:
+    """Rows computed of 0, 1, 2, ..., with CUDA graphs of these sizes."""
+    return [0, *(next(s for s in sizes if s >= n) for n in range(1, sizes[-1] + 1))]
 
 
 def ms(table: CostTable, rows: float) -> float:
@@ -37,6 +43,25 @@ def test_beyond_the_last_point_it_goes_on_as_in_its_upper_half() -> None:
     assert ms(flat_at_the_end, 24) == pytest.approx(24), "two points may be noise"
     assert ms(CostTable([8], [3.0]), 80) == 3
     assert ms(CostTable([8, 9], [3.0, 4.0]), 10) == 5
+
+
+@property_test
+@given(tables(), st.integers(0, 300))
+def test_one_row_count_costs_what_it_costs_among_others(
+    table: CostTable, rows: int
+) -> None:
+    assert table.at(rows) == pytest.approx(ms(table, rows))
+
+
+def test_rows_cost_what_the_size_costs_that_is_recorded_for_them() -> None:
+    """However they are asked for, and after all that was learned of others."""
+    rows, asked = [1, 8, 16, 64, 80, 96], np.array([1, 8, 9, 64, 72, 96])
+    table = CostTable(rows, rows, recorded(8, 64))
+    assert table.ms(asked).tolist() == [8, 8, 64, 64, 72, 96]
+    for _ in range(100):
+        table.observe(64, 20.0)
+    assert ms(table, 9) == table.at(9) == table.at(64) == pytest.approx(20, rel=0.05)
+    assert table.at(8) < 10
 
 
 def test_no_rows_cost_nothing_and_shapes_are_kept() -> None:

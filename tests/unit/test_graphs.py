@@ -13,17 +13,21 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
 from vllm_emssd.config import EmssdConfig
+from vllm_emssd.draft_length import CostTable
 from vllm_emssd.integration.v2 import runner as v2_runner
 from vllm_emssd.integration.v2 import speculator as v2_speculator
+from vllm_emssd.integration.v2.drafter import DeviceDrafter
 from vllm_emssd.integration.v2.runner import (
     GPUModelRunner,
     ModelCudaGraphManager,
+    TargetTiming,
     UnpadGPUModelRunnerV2,
 )
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
 K, NUM_REQS = 5, 32
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+ALWAYS = AttentionCGSupport.ALWAYS
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +88,7 @@ def started(
     runner = object.__new__(UnpadGPUModelRunnerV2)
     vars(runner).update(
         vllm_config=vllm_config,
+        compilation_config=vllm_config.compilation_config,
         device=torch.device("cpu"),
         emssd_config=EmssdConfig(proposer="draft_model", **options),
         speculator=SimpleNamespace(has_head=has_head),
@@ -102,11 +107,15 @@ def started(
     return runner
 
 
-def mode_of_step(
+def mode_of_step(*args: Any) -> CUDAGraphMode:
+    return desc_of_step(*args).cg_mode
+
+
+def desc_of_step(
     runner: Any, rows: list[int], prompts: dict[int, int] | None = None
-) -> CUDAGraphMode:
-    """Of a step with so many rows of each request. `prompts`: how many tokens of it
-    were computed, by request; of the others the whole prompt."""
+) -> Any:
+    """How vLLM runs a step with so many rows of each request. `prompts`: how many
+    tokens of it were computed, by request; of the others the whole prompt."""
     prompt_len = 64
     computed = [(prompts or {}).get(i, prompt_len) for i in range(len(rows))]
     runner.req_states = SimpleNamespace(
@@ -127,7 +136,7 @@ def mode_of_step(
     graphs = runner.cudagraph_manager
     return graphs.dispatch(
         len(rows), sum(rows), uniform, num_active_loras=0, max_query_len=most_rows
-    ).cg_mode
+    )
 
 
 @pytest.mark.parametrize("draft_length", ["fixed", "auto"])
@@ -166,6 +175,66 @@ def test_graphs_of_a_heads_target_are_those_of_its_first_pass(
     runner = started(monkeypatch, support, has_head=True, draft_length=length)
     assert mode_of_step(runner, [K + 1] * NUM_REQS) == FULL
     assert mode_of_step(runner, [K] * NUM_REQS) == PIECEWISE
+
+
+SIZES = {9: 16, 16: 16, 17: 24, NUM_REQS: NUM_REQS, 190: 192, 192: 192, 193: 193}
+
+
+@pytest.mark.parametrize(("num_rows", "size"), SIZES.items())
+@pytest.mark.parametrize("support", [ALWAYS, AttentionCGSupport.UNIFORM_BATCH])
+def test_a_step_costs_what_the_size_costs_that_was_recorded_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+    support: AttentionCGSupport,
+    num_rows: int,
+    size: int,
+) -> None:
+    """Whether graphs are full, or piecewise where attention allows no others."""
+    runner = started(monkeypatch, support)
+    rows = np.diff(np.arange(NUM_REQS + 1) * min(num_rows, 192) // NUM_REQS)
+    rows = rows[rows > 0].tolist()
+    if num_rows <= 192:
+        desc = desc_of_step(runner, rows)
+        assert (desc.num_tokens, desc.cg_mode == FULL) == (
+            size,
+            support == ALWAYS or num_rows == 192,
+        )
+    counts = range(1, 400)
+    table = CostTable(counts, counts, runner._computed_rows())
+    assert table.at(num_rows) == table.ms(np.array([num_rows])) == size
+
+
+def test_times_are_told_by_the_rows_that_were_computed() -> None:
+    timing, told = TargetTiming(), []
+    timing.time_by(SimpleNamespace(start=lambda: None, stop=told.append))  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(num_tokens=9, num_tokens_after_padding=16, num_reqs=9)
+    timing.record_batch(batch, full_cudagraph=True)
+    timing.forward_start()
+    timing.model_executed()
+    assert told == [16]
+
+
+def test_a_draft_forward_costs_what_the_size_costs_that_was_recorded_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm_config = started(monkeypatch, ALWAYS).vllm_config
+    drafter, told = object.__new__(DeviceDrafter), []
+    made = {
+        rows: ModelCudaGraphManager(
+            vllm_config, drafter, CUDAGraphMode.FULL_DECODE_ONLY, rows
+        )
+        for rows in (1, 2)
+    }
+    for graphs in made.values():
+        graphs._graphs_captured = True
+        monkeypatch.setattr(graphs, "run_fullgraph", lambda desc: None)
+    drafter._graphs_of = made.__getitem__
+    clock: Any = SimpleNamespace(start=lambda: None, stop=told.append)
+    drafter.time_by(clock)
+    for rows in (1, 2):
+        drafter._forward(drafter._desc(9, rows), 9, np.full(9, 64))
+    assert told == [16, 24]
+    sizes = [drafter.computed_rows(n) for n in (0, 1, 3, 9, 32, 33)]
+    assert sizes == [0, 1, 4, 16, 32, 33]
 
 
 def test_attention_without_ragged_graphs_is_logged(

@@ -15,6 +15,7 @@ from vllm_emssd.draft_length.planner import best_plan
 
 property_test = settings(max_examples=200, deadline=None, derandomize=True)
 K = 4
+BY_EIGHT = [-(-n // 8) * 8 for n in range(65)]  # rows computed with CUDA graphs
 
 
 @st.composite
@@ -22,7 +23,8 @@ def tables(draw: st.DrawFn) -> CostTable:
     """Staircases: flat, steep and very expensive stretches."""
     rows = sorted(draw(st.sets(st.integers(1, 40), min_size=1, max_size=6)))
     steps = [draw(st.sampled_from([0.0, 0.0, 0.1, 1.0, 5.0, 1e6])) for _ in rows]
-    return CostTable(rows, np.cumsum([0.01, *steps[1:]]))
+    computed = draw(st.sampled_from([(), BY_EIGHT]))
+    return CostTable(rows, np.cumsum([0.01, *steps[1:]]), computed)
 
 
 @st.composite
@@ -78,6 +80,19 @@ def test_no_other_depth_earns_more(
 
 FLAT = StepCosts(CostTable([1], [20.0]), CostTable([1], [1.0]), 4.0)
 PER_ROW = StepCosts(CostTable([1, 512], [20.0, 200.0]), CostTable([1], [1.0]), 4.0)
+
+
+def test_rows_that_would_be_padding_cost_nothing() -> None:
+    """Two requests have eight rows with three drafts each; the ninth costs eight."""
+    rows, alpha = [1, 64], np.full(K, 0.4)
+    per_row = StepCosts(
+        CostTable(rows, [2.0, 128.0]), CostTable([1], [0.0]), fixed_ms=0.1
+    )
+    recorded = dataclasses.replace(
+        per_row, target=CostTable(rows, [2.0, 128.0], BY_EIGHT)
+    )
+    assert best_plan(step_of(2), alpha, per_row).depth < 3
+    assert best_plan(step_of(2), alpha, recorded).depth == 3
 
 
 def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:

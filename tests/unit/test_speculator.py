@@ -10,12 +10,15 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 
 import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
+from vllm_emssd.integration.v2.drafting_speculator import _Left
 from vllm_emssd.integration.v2.eagle_speculator import (
     BatchExecutionDescriptor,
     EagleSpeculator,
     UnpadEagleSpeculator,
 )
+from vllm_emssd.integration.v2.pending_steps import PendingSteps
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
+from vllm_emssd.metrics import Counters
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -43,6 +46,37 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     num_drafts, num_accepted = observed
     assert num_drafts.tolist() == [4, 0, 2]
     assert num_accepted.tolist() == [3, 0, 2]
+
+
+def test_drafts_that_the_device_left_out_bring_nothing() -> None:
+    """They are no drafts that were verified, but were made in vain."""
+    learned: list[Any] = []
+    counters = Counters()
+    speculator: Any = object.__new__(UnpadSpeculator)
+    vars(speculator).update(
+        _numbers=np.arange(2),
+        _learn_acceptance=lambda *seen: learned.extend(seen),
+        _cursor=SimpleNamespace(settle=lambda *told: None),
+        _pending_steps=PendingSteps(),
+        num_speculative_steps=4,
+        counters=counters,
+    )
+    step = ScheduledStep(
+        ["two left out", "none left out"],
+        num_scheduled_tokens=np.full(2, 5),
+        num_draft_tokens=np.full(2, 4),
+        is_decode=np.ones(2, dtype=bool),
+        is_sampling=np.ones(2, dtype=bool),
+    )
+    rejected = SimpleNamespace(wait=lambda: np.array([0, 1]))
+    turn = SimpleNamespace(slots=np.arange(2))
+    left = _Left(turn, np.zeros(2, dtype=bool), rejected, np.arange(2))  # type: ignore[arg-type]
+    speculator._pending_steps.add(step, np.arange(2), left)
+    speculator.record_acceptance(np.array([3, 4]))  # two accepted, and three
+    num_made, num_accepted = learned
+    assert num_made.tolist() == [4, 4]
+    assert num_accepted.tolist() == [2, 3]
+    assert counters.num_draft_tokens == 2 + 4
 
 
 @pytest.mark.parametrize(

@@ -309,9 +309,9 @@ class Trimming:
     """vLLM's adaptive verification where it asks for CUDA graphs, by other costs."""
 
     def __init__(self) -> None:
-        self.budgets: list[int] = []
+        self.budgets: list[tuple[int, int]] = []  # verified, of so many drafts
 
-    def __enter__(self) -> list[int]:
+    def __enter__(self) -> list[tuple[int, int]]:
         from vllm.config.vllm import VllmConfig
         from vllm.v1.worker.gpu import model_runner as runner
         from vllm.v1.worker.gpu.spec_decode import adaptive_verification as adaptive
@@ -320,8 +320,9 @@ class Trimming:
 
         class Manager(adaptive.AdaptiveVerificationManager):
             def reallocate_drafts(self, *args: Any) -> Any:
+                num_drafts = sum(self._batch_budget[0].values())
                 reallocated = super().reallocate_drafts(*args)
-                budgets.append(reallocated[2])
+                budgets.append((reallocated[2], num_drafts))
                 return reallocated
 
         def make(enable_adaptive_verification: bool, **options: Any) -> Manager:
@@ -351,16 +352,28 @@ class Trimming:
         self._patch.undo()
 
 
-def trimming(llm: Any, name: str, budgets: list[int]) -> dict[str, Any]:
+def trimming(llm: Any, name: str, budgets: list[tuple[int, int]]) -> dict[str, Any]:
     """Drafts of which the device verifies the likeliest."""
     if "itself" in name:
         return {"sampled": one_pass(llm, temperature=1.0)}
-    budgets.clear()
-    seen = {"greedy": one_pass(llm)}
-    seen["greedy"]["num_verified"] = sum(budgets)
-    seen["logprobs"] = one_pass(llm, **LOGPROBS)
-    seen["structured"] = one_pass(llm, **structured())
-    seen["ragged"] = pass_with(llm, RaggedLengths())
+    seen = {}
+    with SteeredPrices(llm) as steered:
+        for what, length, *prices in (
+            ("greedy", K, 0.1, 2.0),
+            ("free rows", K, 0.1, 0.0),
+            ("auto", None, 0.0, 0.5),
+        ):
+            llm.collective_rpc("emssd_fix_draft_length", args=(length,))
+            steered.set(*prices)
+            budgets.clear()
+            seen[what] = one_pass(llm)
+            verified, made = zip(*budgets, strict=True)
+            seen[what] |= {"num_verified": sum(verified), "num_made": sum(made)}
+        steered.set(0.1, 2.0)
+        llm.collective_rpc("emssd_fix_draft_length", args=(K,))
+        seen["logprobs"] = one_pass(llm, **LOGPROBS)
+        seen["structured"] = one_pass(llm, **structured())
+        seen["ragged"] = pass_with(llm, RaggedLengths())
     return seen
 
 
@@ -532,7 +545,7 @@ def run_all(*only: str) -> dict[str, Any]:
         "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
         "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
-        "async trimmed": EngineConfig(EMSSD | TRIM, **asynchronous(SMALL)),
+        "async trimmed": EngineConfig(EMSSD | AUTO | TRIM, **asynchronous(SMALL)),
         "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "auto": EngineConfig(EMSSD | AUTO, **CACHED),
         "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),

@@ -277,6 +277,16 @@ def test_drafts_that_the_device_left_out_do_not_count() -> None:
     assert num_verified <= run["num_verified"] <= num_verified + in_vain
 
 
+def test_the_device_leaves_out_what_costs_more_by_our_prices() -> None:
+    """Which are not those that vLLM started with: rows are free here."""
+    dear, free, auto = (
+        seen("async trimmed", what) for what in ("greedy", "free rows", "auto")
+    )
+    assert dear["num_verified"] < dear["num_made"]
+    assert free["num_verified"] == free["num_made"]
+    assert 0 < auto["num_verified"] <= auto["num_made"]
+
+
 def test_asynchronous_scheduling_costs_a_step_in_vain_at_the_end_and_no_row_else() -> (
     None
 ):

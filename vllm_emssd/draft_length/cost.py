@@ -36,6 +36,16 @@ class StepCosts:
     confidence_ms: float = 0.0  # more of each draft forward that tells confidences
     computed_rows: Callable[[int], int] = int  # of the target, for as many as it needs
 
+    def by_rows_verified(
+        self, num_reqs: int, num_rows: int, depth: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Milliseconds of a step that makes `depth` drafts of each request: of all but
+        the target's forward, for any number of requests up to these, [num_reqs + 1];
+        and of that forward, by its rows, [num_rows + 1]. The latter are above 0."""
+        rest_ms = self.fixed_ms + self.speculation_ms + depth * self.draft.at(num_reqs)
+        verify_ms = self.target.ms(np.arange(num_rows + 1))
+        return np.full(num_reqs + 1, rest_ms), np.maximum(verify_ms, _LEAST_MS)
+
 
 class CostTable:
     """Milliseconds of one model's forward by its rows.
@@ -44,9 +54,16 @@ class CostTable:
         rows: [num_points] row counts, rising, >= 1.
         ms: [num_points] finite and >= 0; a point above a later one is lowered to it:
             what else a machine does only ever adds to a time.
+        computed: [num_counts] rows that a forward of 0, 1, 2, ... rows computes, by
+            which it costs: with CUDA graphs those of a recorded size. More rows than
+            that compute as many as they are.
     """
 
-    def __init__(self, rows: Iterable[int], ms: Iterable[float]) -> None:
+    def __init__(
+        self, rows: Iterable[int], ms: Iterable[float], computed: Iterable[int] = ()
+    ) -> None:
+        self._computed = np.array(list(computed), dtype=np.int64)
+        self._computed_list = self._computed.tolist()
         self._rows = np.array(list(rows), dtype=np.float64)
         self._measured = np.array(list(ms), dtype=np.float64)
         if self._rows.size == 0 or self._rows.size != self._measured.size:
@@ -58,10 +75,12 @@ class CostTable:
         self._update()
 
     @classmethod
-    def from_samples(cls, samples: Iterable[tuple[int, float]]) -> CostTable:
+    def from_samples(
+        cls, samples: Iterable[tuple[int, float]], computed: Iterable[int] = ()
+    ) -> CostTable:
         """The quickest of repeated measurements (rows, ms)."""
         times = quickest_times(samples)
-        return cls(times.keys(), times.values())
+        return cls(times.keys(), times.values(), computed)
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -69,6 +88,10 @@ class CostTable:
 
     def ms(self, rows: np.ndarray) -> np.ndarray:
         """Cost of each row count; 0 rows cost nothing. Shape kept, float64."""
+        if self._computed_list:
+            most = len(self._computed_list) - 1
+            computed = self._computed[np.clip(rows, 0, most).astype(np.int64)]
+            rows = np.where(np.less_equal(rows, most), computed, rows)
         beyond = np.maximum(rows - self._rows[-1], 0) * self._slope_beyond
         cost = np.interp(rows, self._rows, self._ms) + beyond
         return np.where(np.less(rows, 1), 0.0, cost)
@@ -77,6 +100,8 @@ class CostTable:
         """Cost of one row count; as `ms`, without its arrays."""
         if rows < 1:
             return 0.0
+        if rows < len(self._computed_list):
+            rows = self._computed_list[rows]
         if rows >= self._rows_list[-1]:
             beyond = (rows - self._rows_list[-1]) * self._slope_beyond
             return self._ms_list[-1] + beyond

@@ -1,33 +1,20 @@
-"""What emssd does not do: models, options and deployments, each with the fix.
+"""Models that emssd does not speculate for or draft with, each with the fix.
 
-Models and options are looked at in the front end, before anything is loaded; what vLLM
-settles later, in the worker. What only the loaded layers tell is in `kv_cache.py`. All
-raise ValueError.
+They are looked at in the front end, before anything is loaded. What only the loaded
+layers tell is in `kv_cache.py`, what a runner lacks in `runners.py`. All raise
+ValueError.
 """
 
 from __future__ import annotations
 
-from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.platforms import current_platform
-from vllm.triton_utils import HAS_TRITON
 
-from vllm_emssd.config import ADAPTIVE, METHOD, EmssdConfig
+from vllm_emssd.config import METHOD
 
 METHOD_NAME = f'"method": "{METHOD}"'
-USE_V1 = "Set VLLM_USE_V2_MODEL_RUNNER=0"
-AUTO_NEEDS_V2 = (
-    "--speculative-config: 'draft_length' \"auto\" measures costs on CPUs with vLLM's "
-    "V1 model runner, and with a draft model on its V2 model runner; use "
-    '"draft_length": "fixed".'
-)
-ADAPTIVE_NEEDS_V2 = (
-    f"--speculative-config: {ADAPTIVE!r} works on vLLM's V2 model runner only; remove "
-    "it."
-)
 ONLY_MIXED_CHOOSES = 'only "proposer": "mixed" has proposers to choose from'
 _REMOVE = "Remove --speculative-config"
-
-# ---------------------------------------------------------------------- models
 
 
 def refuse_target(target: ModelConfig) -> None:
@@ -133,71 +120,3 @@ def _why_no_head(head: ModelConfig, target: ModelConfig) -> str:
             f"the target's has {target.get_vocab_size()}"
         )
     return ""
-
-
-# ---------------------------------------------------------------- vLLM's runners
-
-
-def refuse_options(config: EmssdConfig) -> None:
-    """On the V2 runner, options that the V1 runner alone has."""
-    if not (config.uses_draft_model or config.copies):
-        raise ValueError(
-            f"--speculative-config: 'proposer' \"{config.proposer}\" works on vLLM's "
-            f"V1 model runner only. {USE_V1}."
-        )
-    if not config.unpad_inputs:
-        raise ValueError(
-            "--speculative-config: 'unpad_inputs' false works on vLLM's V1 model "
-            f"runner only. {USE_V1}, or remove 'unpad_inputs'."
-        )
-
-
-def refuse_unprepared_v1(vllm_config: VllmConfig) -> None:
-    """Where vLLM chose its V1 runner after the front end had prepared for V2."""
-    if vllm_config.speculative_config.enable_adaptive_verification:
-        raise ValueError(ADAPTIVE_NEEDS_V2)
-    if vllm_config.speculative_config.method == "ngram_gpu":
-        raise ValueError(
-            '"proposer": "llma" was prepared for vLLM\'s V2 model runner, but vLLM '
-            f"chose V1 here. {USE_V1}."
-        )
-    if vllm_config.scheduler_config.async_scheduling:
-        raise ValueError(
-            f"{METHOD_NAME} does not schedule asynchronously on vLLM's V1 model "
-            f"runner, which vLLM chose here. {USE_V1}, or --no-async-scheduling."
-        )
-
-
-def refuse_deployment(vllm_config: VllmConfig, config: EmssdConfig) -> None:
-    """What vLLM's V2 runner offers and emssd does not."""
-    spec_config = vllm_config.speculative_config
-    if config.draft_length == "auto" and spec_config.use_local_argmax_reduction:
-        raise ValueError(
-            "--speculative-config: 'draft_length' \"auto\" goes by the probabilities "
-            "of drafts, which 'use_local_argmax_reduction' does not compute; remove "
-            'that, or use "draft_length": "fixed".'
-        )
-    if not HAS_TRITON:
-        raise ValueError(
-            f"vLLM's V2 model runner needs Triton, which this machine lacks. {USE_V1}."
-        )
-    if vllm_config.watermark_config is not None:
-        raise ValueError(
-            f"{METHOD_NAME} does not support watermarking; remove --watermark-config."
-        )
-    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
-        raise ValueError(
-            f"{METHOD_NAME} does not support prefill context parallelism; set "
-            "--prefill-context-parallel-size 1."
-        )
-    if spec_config.method == "eagle3" and vllm_config.kv_transfer_config is not None:
-        raise ValueError(
-            "An EAGLE-3 head needs the target's hidden states of all tokens, which a "
-            f"KV connector does not bring. {USE_V1}, or remove --kv-transfer-config."
-        )
-    if spec_config.method == "eagle3" and vllm_config.lora_config is not None:
-        raise ValueError(
-            "vLLM's V2 model runner tells the LM head one LoRA adapter a request, not "
-            "one a draft, so an EAGLE-3 head's drafts cannot be verified with adapters "
-            f"there. {USE_V1}, or remove --enable-lora."
-        )

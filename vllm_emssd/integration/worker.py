@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -68,15 +69,22 @@ class EmssdWorkerMixin(Worker):
         self.model_runner.use_proposer(proposer)
 
 
+def runner_class(use_v2: bool) -> Any:
+    """Our model runner on this platform, for vLLM's choice of one: see `runners.py`."""
+    is_cpu = current_platform.is_cpu()
+    if use_v2:
+        from vllm_emssd.integration.v2 import runner as v2
+
+        return v2.UnpadCPUModelRunnerV2 if is_cpu else v2.UnpadGPUModelRunnerV2
+    from vllm_emssd.integration.v1 import runner as v1
+
+    return v1.UnpadCPUModelRunner if is_cpu else v1.UnpadGPUModelRunner
+
+
 class UnpadGPUWorker(EmssdWorkerMixin):
     def _make_model_runner(self) -> Any:
-        if self.use_v2_model_runner:
-            from vllm_emssd.integration.v2.runner import UnpadGPUModelRunnerV2
-
-            return UnpadGPUModelRunnerV2(self.vllm_config, self.device)
-        from vllm_emssd.integration.v1.runner import UnpadGPUModelRunner
-
-        return UnpadGPUModelRunner(self.vllm_config, self.device)
+        runner = runner_class(self.use_v2_model_runner)
+        return runner(self.vllm_config, self.device)
 
 
 @contextmanager

@@ -15,24 +15,17 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_emssd.integration.cpu.fixes import EXPAND_HOOK
 from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK
 from vllm_emssd.integration.hooks.hook import Hook, install, installed
-from vllm_emssd.integration.v1.runner import UnpadCPUModelRunner
-from vllm_emssd.integration.worker import EmssdWorkerMixin
+from vllm_emssd.integration.worker import EmssdWorkerMixin, runner_class
 
 CPU_RUNNER_HOOK = Hook(
     target="vllm.v1.worker.cpu_worker:CPUModelRunner",
     why="CPUWorker.init_device names its runner class",
     signature="vllm_config, device",
     remove_when="CPUWorker builds its runner in an overridable method",
-    make=lambda stock: UnpadCPUModelRunner,
+    make=lambda stock: runner_class(use_v2=False),
     when="while an emssd worker makes its device ready",
     patch="0005-overridable-cpu-model-runner",
 )
-
-
-def _make_cpu_runner_v2(stock: Any) -> Any:
-    from vllm_emssd.integration.v2.runner import UnpadCPUModelRunnerV2
-
-    return UnpadCPUModelRunnerV2
 
 
 CPU_RUNNER_V2_HOOK = Hook(
@@ -40,7 +33,7 @@ CPU_RUNNER_V2_HOOK = Hook(
     why="the same for the V2 runner, which runs on CPUs with Triton",
     signature="vllm_config, device",
     remove_when="CPUWorker builds its runner in an overridable method",
-    make=_make_cpu_runner_v2,
+    make=lambda stock: runner_class(use_v2=True),
     when="while an emssd worker makes its device ready for the V2 runner",
     patch="0005-overridable-cpu-model-runner",
 )

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -37,12 +36,16 @@ from vllm_emssd.integration.frontend.draft_checks import (
 from vllm_emssd.integration.frontend.serving import attach_tag, install_serving_hooks
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.metrics import LOG_STATS_KEY
-from vllm_emssd.integration.unsupported import (
+from vllm_emssd.integration.runners import (
     ADAPTIVE_NEEDS_V2,
     AUTO_NEEDS_V2,
+    may_run_on_v2,
+    prefers_v2,
+    refuse_early,
+)
+from vllm_emssd.integration.unsupported import (
     METHOD_NAME,
     refuse_drafter,
-    refuse_options,
     refuse_target,
     refuse_wrong_verification,
 )
@@ -145,12 +148,11 @@ def _create_ours(
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(asked, stock_keys)
     _refuse_unsupported(args, stock_part, model_config, parallel_config)
-    if stock_part.get(ADAPTIVE) and not _may_run_on_v2(config):
+    if stock_part.get(ADAPTIVE) and not may_run_on_v2(config):
         raise ValueError(ADAPTIVE_NEEDS_V2)
     config = _settle_draft_length(config, asked)
     may_be_async = _settle_async_scheduling(args, config)
-    if envs.VLLM_USE_V2_MODEL_RUNNER:  # else vLLM chooses, and the worker looks
-        refuse_options(config)
+    refuse_early(config)
     model = stock_part.get("model")
     has_head = False
     if model:
@@ -201,7 +203,7 @@ def _stock_args(
         method = {"method": "eagle3", "disable_eagle_block_drop": True}
     elif config.uses_draft_model:
         method = {"method": "draft_model"}
-    elif _may_run_on_v2(config):
+    elif may_run_on_v2(config):
         method = {"method": "ngram_gpu"}  # has texts on the device, for us to look at
     else:
         method = {"method": "custom_class", "model": COPY_DRAFTER}
@@ -267,8 +269,7 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
     """
     if config.draft_length != "auto":
         return config
-    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
-    if current_platform.is_cpu() and not use_v2:
+    if current_platform.is_cpu() and not prefers_v2():
         return config
     if asked.get("draft_length") != "auto":
         logger.warning(
@@ -280,18 +281,9 @@ def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdCon
         if config.uses_draft_model and asked.get("num_speculative_tokens") is None:
             fixed["num_speculative_tokens"] = MAX_FIXED_DRAFTS
         return config.model_copy(update=fixed)
-    if not (config.uses_draft_model and _may_run_on_v2(config)):
+    if not (config.uses_draft_model and may_run_on_v2(config)):
         raise ValueError(AUTO_NEEDS_V2)
     return config  # if vLLM chooses V1 after all, our runner refuses
-
-
-def _may_run_on_v2(config: EmssdConfig) -> bool:
-    """Whether vLLM could choose its V2 runner, which it does on GPUs if at all unless
-    the user chooses, and that can do what is asked for."""
-    use_v2 = envs.VLLM_USE_V2_MODEL_RUNNER
-    may_choose = not current_platform.is_cpu() if use_v2 is None else use_v2
-    copies = config.copies and config.unpad_inputs
-    return bool(may_choose) and (config.uses_draft_model or copies)
 
 
 def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
@@ -299,7 +291,7 @@ def _settle_async_scheduling(args: EngineArgs, config: EmssdConfig) -> bool:
     V2 runner. Raises ValueError where it was asked for and cannot be. On CPUs vLLM
     itself turns it off again.
     """
-    is_possible = _may_run_on_v2(config)
+    is_possible = may_run_on_v2(config)
     if args.async_scheduling and not is_possible:
         raise ValueError(
             '"method": "emssd" knows how many drafts a step has before its tokens are '

@@ -11,17 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.cpu.row_padding import PaddedRowsMixin
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.request_options import reference_of
-from vllm_emssd.integration.unsupported import AUTO_NEEDS_V2
 from vllm_emssd.integration.v1.startup import StartUpMixin
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
@@ -211,8 +208,4 @@ class UnpadCPUModelRunner(PaddedRowsMixin, UnpadRunnerMixin, CPUModelRunner):
 
 
 class UnpadGPUModelRunner(UnpadRunnerMixin, GPUModelRunner):
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        config = EmssdConfig.carried_by(vllm_config.additional_config)
-        if config.draft_length == "auto":  # this runner goes by the wall clock
-            raise ValueError(AUTO_NEEDS_V2)
-        super().__init__(vllm_config, device)
+    pass

@@ -36,7 +36,7 @@ from vllm_emssd.integration.kv_cache import draft_group, remake_metadata_builder
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.request_options import RequestLimits
-from vllm_emssd.integration.unsupported import refuse_unprepared_v1
+from vllm_emssd.integration.runners import advise_v2, refuse_unprepared_v1
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.eagle_drafter import EagleDrafter
 from vllm_emssd.integration.v1.rejection_sampler import (
@@ -70,7 +70,8 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        refuse_unprepared_v1(vllm_config)
+        refuse_unprepared_v1(vllm_config, device)
+        advise_v2(vllm_config, device)
         spec_config = vllm_config.speculative_config
         with _stock_drafter_allowed(spec_config), installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)

@@ -206,6 +206,10 @@ class DeviceDrafter:
 
     # ------------------------------------------------------------ forwards
 
+    def computed_rows(self, num_reqs: int) -> int:
+        """Of a next forward."""
+        return self._desc(num_reqs, 1).num_tokens
+
     def _desc(self, num_reqs: int, rows: int) -> BatchExecutionDescriptor:
         """How to run a forward of so many rows of each request."""
         graphs, num_rows = self._graphs_of(rows), num_reqs * rows
@@ -220,7 +224,7 @@ class DeviceDrafter:
     ) -> None:
         assert desc.num_reqs is not None
         rows = desc.num_tokens // desc.num_reqs
-        with _Timed(self._clock, num_reqs * rows):
+        with _Timed(self._clock, desc.num_tokens):
             if desc.cg_mode == CUDAGraphMode.FULL:
                 graphs = self._graphs_of(rows)
                 assert graphs is not None

@@ -109,6 +109,10 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         makes some, where the drafter depends on the target."""
         raise NotImplementedError
 
+    def computed_rows(self, num_reqs: int) -> int:
+        """Of a draft forward with a row of each request, padding included."""
+        return num_reqs
+
     # ------------------------------------------------------------ before a step
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:

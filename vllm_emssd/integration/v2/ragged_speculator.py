@@ -131,9 +131,8 @@ class RaggedSpeculator(BaseSpeculator):
             return
         step, left, is_wanted = self._pending_steps.pop()
         num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
-        step = self._as_verified(step, left, num_accepted)
         self._settle(step, left, num_accepted, is_wanted)
-        step.count(
+        self._as_verified(step, left, num_accepted).count(
             num_sampled,
             self.num_speculative_steps,
             self.counters,

@@ -36,7 +36,7 @@ from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
 from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.unsupported import refuse_deployment, refuse_options
+from vllm_emssd.integration.runners import refuse_deployment, refuse_options
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
@@ -61,7 +61,7 @@ class TargetTiming(StepTimingCollector):
 
     def record_batch(self, input_batch: InputBatch, full_cudagraph: bool) -> None:
         super().record_batch(input_batch, full_cudagraph)
-        self._num_rows = input_batch.num_tokens
+        self._num_rows = input_batch.num_tokens_after_padding
 
     def forward_start(self) -> None:
         super().forward_start()
@@ -102,7 +102,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.emssd_config = EmssdConfig.carried_by(vllm_config.additional_config)
         refuse_options(self.emssd_config)
-        refuse_deployment(vllm_config, self.emssd_config)
+        refuse_deployment(vllm_config)
         with installed([INIT_SPECULATOR_HOOK]):
             super().__init__(vllm_config, device)
         self._is_async = vllm_config.scheduler_config.async_scheduling
@@ -187,6 +187,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
                 max(most, 1),
                 device,
             )
+        target_costs = CostTable.from_samples(samples, self._computed_rows())
         drafter.time_by(clock_of(device))
         drafted = time_forwards(
             lambda num_reqs: speculator.rehearse(num_reqs, self._dummy_run),
@@ -195,8 +196,23 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
             device,
         )
         target.take_timings()  # of dummy runs that made drafts
-        target_costs, draft_costs = map(CostTable.from_samples, (samples, drafted))
+        num_reqs = range(drafter.max_num_reqs + 1)
+        draft_costs = CostTable.from_samples(
+            drafted, map(speculator.computed_rows, num_reqs)
+        )
         return StepCosts(target_costs, draft_costs, FIXED_MS)
+
+    def _computed_rows(self) -> list[int]:
+        """Of a decoding step with 0, 1, 2, ... rows, as far as CUDA graphs go."""
+        graphs, query_len = self.cudagraph_manager, self.decode_query_len
+        assert graphs is not None
+        most = self.compilation_config.max_cudagraph_capture_size or 0
+        return [
+            graphs.dispatch(
+                -(-rows // query_len), rows, None, 0, max_query_len=query_len
+            ).num_tokens
+            for rows in range(most + 1)
+        ]
 
     @property
     def counters(self) -> Counters:
@@ -215,11 +231,23 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         self._record_acceptance()
         if self._is_async:
             scheduler_output = self.speculator.with_drafts_made(scheduler_output)
+        self._price_verification(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._target_timing.model_executed()
         if scheduler_output.total_num_scheduled_tokens == 0:
             self._outputs.append(None)
         return output
+
+    def _price_verification(self, scheduler_output: SchedulerOutput) -> None:
+        """Adaptive verification decides by the costs that automatic lengths go by."""
+        adaptive, meter = self.adaptive_verification, self.step_costs
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if adaptive is not None and meter is not None and drafts:
+            adaptive.cost_tables = meter.costs.by_rows_verified(
+                len(scheduler_output.num_scheduled_tokens),
+                scheduler_output.total_num_scheduled_tokens,
+                max(map(len, drafts.values())),
+            )
 
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool

@@ -93,6 +93,9 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         self._drafter.rehearse(num_reqs, min(CONTEXT, self._drafter.max_model_len))
 
+    def computed_rows(self, num_reqs: int) -> int:
+        return self._drafter.computed_rows(num_reqs)
+
     # ------------------------------------------------------------ a step
 
     def propose(
