@@ -86,7 +86,7 @@ def test_figure_of_several_results(
     assert cli.main(command) == 0
     figure = tmp_path / "all-speed-up.png"
     assert capsys.readouterr().out.splitlines() == [str(figure)]
-    assert imread(figure).shape[:2] == (900, 1620)  # two rows of three panels
+    assert imread(figure).shape[:2] == (1020, 1890)  # two rows of three panels
 
 
 def test_plot_of_something_else(

@@ -13,7 +13,7 @@ from vllm_emssd.bench.methods import DESCRIPTIONS, FIXED_LENGTH, stock_method
 
 Result = dict[str, Any]
 SIZE = (7.5, 4.5)  # inches
-PANEL_SIZE = (3.6, 3.0)  # of each result, where there are several
+PANEL_SIZE = (4.2, 3.4)  # of each result, where there are several
 PANELS_A_ROW = 3
 MARKERS = "os^vDPX*<>h"
 # Methods of vLLM's own, drawn in grey; a name may go on, as in ngram-longest, stock-k3.
@@ -26,7 +26,7 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
     num_rows = -(-len(results) // num_columns)
     size = (PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows)
     figure = Figure(figsize=size if len(results) > 1 else SIZE, layout="constrained")
-    panels = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for panel in panels[len(results) :]:
         panel.remove()
     for panel, result in zip(panels, results, strict=False):
@@ -34,8 +34,8 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
         if len(results) > 1:
             name, dtype = result["workload"]["name"], result["arguments"]["dtype"]
             panel.set_title(f"{name}, {dtype}", fontsize=9)
-            panel.legend(fontsize=6).set_visible(panel is panels[0])
-    figure.text(0.01, 0.005, _caption(results), fontsize=6, color="grey")
+            panel.legend(fontsize=6)
+    figure.supxlabel(_caption(results), x=0.01, ha="left", fontsize=6, color="grey")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": "vllm-emssd"})
 
