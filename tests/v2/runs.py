@@ -219,7 +219,7 @@ def mixing(llm: Any, name: str) -> dict[str, Any]:
     with SpiedSources(llm) as sources:
         sampled = {"temperature": 1.0} if "itself" in name else {}
         if "auto" in name:
-            with SteeredPrices(llm) as steered:
+            with SteeredCosts(llm) as steered:
                 seen = {"free": one_pass(llm)}
                 steered.draw()
                 seen["edited"] = one_pass(llm, **edited(seen["free"]["token_ids"]))
@@ -243,8 +243,8 @@ def structured(**parameters: Any) -> dict[str, Any]:
     return {"structured_outputs": grammar, "ignore_eos": False} | parameters
 
 
-class SteeredPrices:
-    """In place of measured prices, others; and each step's draft lengths noted."""
+class SteeredCosts:
+    """In place of measured costs, others; and each step's draft lengths noted."""
 
     def __init__(self, llm: Any) -> None:
         self.meter = model_runner(llm).step_costs
@@ -254,7 +254,7 @@ class SteeredPrices:
         self.num_forwards: list[int] = []  # of the drafter in each of these steps
         self.num_forwards_before = 0
 
-    def __enter__(self) -> SteeredPrices:
+    def __enter__(self) -> SteeredCosts:
         costs = self.meter.costs
         self.saved = copy.copy(costs)
         costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = 4.0, 0.0, 0.0
@@ -287,11 +287,11 @@ class SteeredPrices:
 
 
 def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
-    """Automatic lengths by free drafts, by drawn prices, and by measured ones, by which
+    """Automatic lengths by free drafts, by drawn costs, and by measured ones, by which
     drafts are far too expensive here."""
-    prices_at_start = llm.collective_rpc("emssd_costs")
+    costs_at_start = llm.collective_rpc("emssd_costs")
     model_runner(llm).speculator.policy._probing = Probing()  # not idle from before
-    with SteeredPrices(llm) as steered:
+    with SteeredCosts(llm) as steered:
         seen = {"free": one_pass(llm, **parameters)}
         if not parameters:
             seen["structured"] = one_pass(llm, **structured())
@@ -300,8 +300,8 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
         steps = {"lengths": steered.lengths, "num_forwards": steered.num_forwards}
         seen["drawn"] = drawn | steps
     measured = one_pass(llm, **parameters)
-    prices = prices_at_start + llm.collective_rpc("emssd_costs")
-    measured |= {"prices": prices}
+    costs = costs_at_start + llm.collective_rpc("emssd_costs")
+    measured |= {"costs": costs}
     return seen | {"measured": measured}
 
 
@@ -357,14 +357,14 @@ def trimming(llm: Any, name: str, budgets: list[tuple[int, int]]) -> dict[str, A
     if "itself" in name:
         return {"sampled": one_pass(llm, temperature=1.0)}
     seen = {}
-    with SteeredPrices(llm) as steered:
-        for what, length, *prices in (
+    with SteeredCosts(llm) as steered:
+        for what, length, *costs in (
             ("greedy", K, 0.1, 2.0),
             ("free rows", K, 0.1, 0.0),
             ("auto", None, 0.0, 0.5),
         ):
             llm.collective_rpc("emssd_fix_draft_length", args=(length,))
-            steered.set(*prices)
+            steered.set(*costs)
             budgets.clear()
             seen[what] = one_pass(llm)
             verified, made = zip(*budgets, strict=True)
@@ -415,7 +415,7 @@ def padded(llm: Any, name: str) -> dict[str, Any]:
     speculator = model_runner(llm).speculator
     graphs = pad_forwards(speculator)
     if name == "padded auto":
-        with SteeredPrices(llm) as steered:
+        with SteeredCosts(llm) as steered:
             steered.draw()
             seen = {"drawn": one_pass(llm)}
     elif name == "padded itself":

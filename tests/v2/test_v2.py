@@ -31,7 +31,7 @@ FAILING = ("failing", "failing async")
 PADDED = ("padded", "padded auto")
 OTHERS = ("async mixed auto", "async trimmed")
 ITSELF = ("itself", "async itself", "auto itself")  # drafts of the target itself
-PRICES = ("free", "drawn", "measured")
+COSTS_BY = ("free", "drawn", "measured")
 TIMEOUT = 1200  # seconds for all engines: 500 beside another test process
 
 
@@ -156,7 +156,7 @@ def test_forced_length_accepts_exactly_what_stock_accepts(name: str) -> None:
 def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
     passes = ("greedy", "again", "logprobs", "sampled", "structured")
     passes += ("ragged", "paused")
-    for what in (*passes, *PRICES):
+    for what in (*passes, *COSTS_BY):
         if what not in results()[name]:
             continue
         run = seen(name, what)
@@ -277,7 +277,7 @@ def test_drafts_that_the_device_left_out_do_not_count() -> None:
     assert num_verified <= run["num_verified"] <= num_verified + in_vain
 
 
-def test_the_device_leaves_out_what_costs_more_by_our_prices() -> None:
+def test_the_device_leaves_out_what_costs_more_by_our_costs() -> None:
     """Which are not those that vLLM started with: rows are free here."""
     dear, free, auto = (
         seen("async trimmed", what) for what in ("greedy", "free rows", "auto")
@@ -342,7 +342,7 @@ def test_sampling_parameters_do_what_they_do_without_speculation(
     ("name", "what"),
     [
         *((n, w) for n in ITSELF[:2] for w in ("sampled", "ragged", "paused")),
-        *(("auto itself", price) for price in PRICES),
+        *(("auto itself", cost) for cost in COSTS_BY),
         ("padded itself", "sampled"),
         ("async trimmed itself", "sampled"),
     ],
@@ -371,7 +371,7 @@ def test_free_drafts_are_made_and_none_beyond_the_end() -> None:
 
 
 @pytest.mark.parametrize("name", [*AUTO, "auto itself"])
-def test_automatic_lengths_follow_the_prices(name: str) -> None:
+def test_automatic_lengths_follow_the_costs(name: str) -> None:
     """A step has one, but for requests near their end or still lacking text."""
     run = seen(name, "drawn")
     assert {0, K} <= {n for step in run["lengths"] for n in step}
@@ -390,21 +390,21 @@ def test_steps_without_drafts_run_no_draft_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*AUTO, "auto itself"])
-def test_live_steps_move_the_prices(name: str) -> None:
-    at_start, after = seen(name, "measured")["prices"]
-    for prices in (at_start, after):
+def test_live_steps_move_the_costs(name: str) -> None:
+    at_start, after = seen(name, "measured")["costs"]
+    for costs in (at_start, after):
         for model in ("target", "draft"):
-            rows, ms = zip(*prices[model], strict=True)
+            rows, ms = zip(*costs[model], strict=True)
             assert rows[0] == 1
             assert list(ms) == sorted(ms)
             assert ms[0] > 0
     assert after["target"] != at_start["target"]
 
 
-def test_live_drafts_move_the_prices() -> None:
-    """Few are made by measured prices: in one engine or another."""
+def test_live_drafts_move_the_costs() -> None:
+    """Few are made by measured costs: in one engine or another."""
     moved = [
         at_start["draft"] != after["draft"]
-        for at_start, after in (seen(name, "measured")["prices"] for name in AUTO)
+        for at_start, after in (seen(name, "measured")["costs"] for name in AUTO)
     ]
     assert any(moved)
