@@ -76,6 +76,7 @@ GUESTS = {
     "async": ("failing async",),
     "auto": ("padded auto",),
 }
+SLOW = ("mixed auto", "mixed tight", "async auto tight")  # run if they are asked for
 
 
 class RaggedLengths(FixedDraftLength):
@@ -482,10 +483,9 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         return mixing(llm, name)
     if name.startswith("padded"):
         return padded(llm, name)
-    if name in ("auto", "auto tight", "async auto"):
-        return automatic(llm)
-    if name == "auto itself":
-        return automatic(llm, temperature=1.0)
+    if "auto" in name:
+        sampled = {"temperature": 1.0} if "itself" in name else {}
+        return automatic(llm, **sampled)
     if name in ("itself", "async itself"):
         seen = {"sampled": one_pass(llm, temperature=1.0)}
         if name == "itself":
@@ -541,6 +541,8 @@ def run_all(*only: str) -> dict[str, Any]:
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
         "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "mixed": EngineConfig(BOTH, **CACHED),
+        "mixed tight": EngineConfig(BOTH, **TIGHT),
+        "mixed auto": EngineConfig(BOTH | AUTO, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
         "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
@@ -551,9 +553,10 @@ def run_all(*only: str) -> dict[str, Any]:
         "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),
         "auto itself": EngineConfig(ITSELF | AUTO, **CACHED),
         "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
+        "async auto tight": EngineConfig(EMSSD | AUTO, **asynchronous(TIGHT)),
     }
     seen: dict[str, Any] = {}
-    for name in only or engines:
+    for name in only or (name for name in engines if name not in SLOW):
         config = engines[name]
         interpreter.schedule_asynchronously(
             bool(config.options.get("async_scheduling"))
