@@ -45,7 +45,6 @@ COPYING_MODULES = (
     "drafting_speculator",
     "speculator",
     "eagle_speculator",
-    "mixed_speculator",
     "copy_source",
 )
 BATCHES = (1, 24)  # requests

@@ -187,32 +187,35 @@ class SpiedSources:
         self._speculator = model_runner(llm).speculator
 
     def __enter__(self) -> dict[str, Counter[str]]:
-        settle, add = self._speculator._settle, self._speculator._add_copies
+        speculator = self._speculator
+        settle, propose = speculator._settle, speculator.propose
 
-        def spied(step: Any, left: Any, num_accepted: Any, is_wanted: Any) -> None:
-            for was_copied, source in ((left[1], "copied"), (~left[1], "drafted")):
-                counts = is_wanted & step.is_sampling & was_copied
+        def spied(pending: Any, num_accepted: Any) -> None:
+            is_copied = pending.is_copied
+            for was_copied, source in ((is_copied, "copied"), (~is_copied, "drafted")):
+                counts = pending.is_wanted & pending.step.is_sampling & was_copied
                 self.seen["accepted"][source] += int(num_accepted[counts].sum())
-            settle(step, left, num_accepted, is_wanted)
+            settle(pending, num_accepted)
 
-        def added(input_batch: Any, drafts: Any, *args: Any) -> Any:
-            num_drafts, slots = add(input_batch, drafts, *args), input_batch.idx_mapping
-            if self._speculator.draft_logits is None:
-                return num_drafts
-            for row in np.flatnonzero(self._speculator._is_copied[slots.numpy()]):
-                tokens = drafts[row, : num_drafts[row], None]
-                logits = self._speculator.draft_logits[slots[row], : num_drafts[row]]
+        def proposed(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            drafts = propose(input_batch, *args, **kwargs)
+            if speculator.draft_logits is None:
+                return drafts
+            slots = input_batch.idx_mapping
+            num_made = list(speculator.draft_lens.values())
+            for row in np.flatnonzero(speculator._is_copied[slots.numpy()]):
+                tokens = drafts[row, : num_made[row], None]
+                logits = speculator.draft_logits[slots[row], : num_made[row]]
                 is_certain = logits.softmax(dim=-1).gather(1, tokens) == 1
                 self.seen["certain"]["yes"] += int(is_certain.sum())
                 self.seen["certain"]["no"] += int((~is_certain).sum())
-            return num_drafts
+            return drafts
 
-        self._speculator._settle = spied
-        self._speculator._add_copies = added
+        speculator._settle, speculator.propose = spied, proposed
         return self.seen
 
     def __exit__(self, *error: Any) -> None:
-        del self._speculator._settle, self._speculator._add_copies
+        del self._speculator._settle, self._speculator.propose
 
 
 def mixing(llm: Any, name: str) -> dict[str, Any]:
@@ -456,8 +459,8 @@ def failing(llm: Any) -> dict[str, Any]:
         broken = break_parts(
             patch,
             (speculator, "_plan", 4),
-            (speculator._drafter, "draft", 2),
-            (speculator._drafter, "backfill", 2),
+            (speculator.drafter, "draft", 2),
+            (speculator.drafter, "backfill", 2),
         )
         seen["failing"] = one_pass(llm)
     seen["failing"]["num_failures"] = [part.num_failures for part in broken]

@@ -36,8 +36,8 @@ def seen(name: str, what: str = "greedy") -> Any:
 
 @pytest.mark.parametrize("name", WITH_HEAD)
 def test_heads_of_our_own_drafted(name: str) -> None:
-    others = {"stock": "EagleSpeculator", "async mixed": "MixedEagleSpeculator"}
-    assert seen(name, "speculator") == others.get(name, "UnpadEagleSpeculator")
+    wanted = "EagleSpeculator" if name == "stock" else "UnpadEagleSpeculator"
+    assert seen(name, "speculator") == wanted
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
