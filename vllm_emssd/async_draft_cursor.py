@@ -161,8 +161,7 @@ class AsyncDraftCursor:
         """Which requests verified drafts in an earlier step that is not settled, so
         that they may lack less than is known. [num_reqs] bool"""
         most, steps = self._most_pending[turn.slots], self._num_pending[turn.slots]
-        awaited: np.ndarray = most - steps > turn.num_drafts
-        return awaited
+        return most - steps > turn.num_drafts
 
     def waits_for_another(self, slots: np.ndarray, feeds: np.ndarray) -> np.ndarray:
         """Which requests would begin in a block in which an earlier one is about to
@@ -231,7 +230,4 @@ class AsyncDraftCursor:
         [total] int32"""
         lens = np.maximum(end - first, 0)
         within = np.arange(lens.sum()) - np.repeat(lens.cumsum() - lens, lens)
-        blocks: np.ndarray = self._blocks[
-            np.repeat(slots, lens), np.repeat(first, lens) + within
-        ]
-        return blocks
+        return self._blocks[np.repeat(slots, lens), np.repeat(first, lens) + within]

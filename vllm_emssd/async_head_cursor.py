@@ -50,13 +50,11 @@ class AsyncHeadCursor(AsyncDraftCursor):
         """Whether all that each request lacked at the end of the step before are here.
         [num_reqs] bool"""
         since = self._since[slots]
-        is_here: np.ndarray = (self._oldest <= since) & (since < _NOTHING)
-        return is_here
+        return (self._oldest <= since) & (since < _NOTHING)
 
     def loses_states(self, slots: np.ndarray, num_rows: int) -> np.ndarray:
         """Whether some go when so many rows more are kept. [num_reqs] bool"""
-        loses: np.ndarray = self._since[slots] < self._oldest + num_rows
-        return loses
+        return self._since[slots] < self._oldest + num_rows
 
     @property
     def _oldest(self) -> int:
@@ -79,7 +77,8 @@ class AsyncHeadCursor(AsyncDraftCursor):
         end = -(-end // self._block_size)
         self._block_since[self._block_ids(slots, first, end)] = number
         # A request that is new may share blocks which the head was not fed.
-        new = slots[(self._since[slots] == _NOTHING) & self._has_gap(slots)]
+        has_gap = self._draft_len[slots] < self._num_hits[slots]
+        new = slots[(self._since[slots] == _NOTHING) & has_gap]
         self._since[slots] = np.minimum(self._since[slots], number)
         if len(new):
             first, end = self._draft_len[new], self._num_hits[new]
@@ -89,10 +88,6 @@ class AsyncHeadCursor(AsyncDraftCursor):
     def keep_nothing(self, slots: np.ndarray) -> None:
         """These requests lack nothing."""
         self._since[slots] = _NOTHING
-
-    def _has_gap(self, slots: np.ndarray) -> np.ndarray:
-        has_gap: np.ndarray = self._draft_len[slots] < self._num_hits[slots]
-        return has_gap
 
     def _numbers(
         self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray
@@ -147,5 +142,4 @@ class AsyncHeadCursor(AsyncDraftCursor):
     def _next(self, slots: np.ndarray) -> np.ndarray:
         """The first row that each request lacks. [num_reqs] int64"""
         longest = self._num_tokens[slots] + self._most_pending[slots]
-        lacked: np.ndarray = longest - self._num_lacking[slots]
-        return lacked
+        return longest - self._num_lacking[slots]

@@ -79,16 +79,14 @@ class RaggedRows:
     @property
     def last_rows(self) -> np.ndarray:
         """Index of each request's last row. [num_reqs] int64"""
-        ends: np.ndarray = self.query_start_loc[1:].astype(np.int64)
-        return ends - 1
+        return self.query_start_loc[1:].astype(np.int64) - 1
 
     @property
     def seq_lens(self) -> np.ndarray:
         """Context of each request, its own rows included. [num_reqs] int32"""
         if self.has_one_row_each:
             return (self.positions + 1).astype(np.int32)
-        seq_lens: np.ndarray = self.positions[self.last_rows] + 1
-        return seq_lens.astype(np.int32)
+        return (self.positions[self.last_rows] + 1).astype(np.int32)
 
     @property
     def row_req_indices(self) -> np.ndarray:

@@ -77,6 +77,11 @@ class ScheduledStep:
     # grammar forbade after it was scheduled
     num_forbidden: np.ndarray | int = 0
 
+    @property
+    def num_possible_drafts(self) -> np.ndarray:
+        """Those that could be accepted. [num_reqs] int64"""
+        return self.num_draft_tokens - self.num_forbidden
+
     def count(
         self,
         num_sampled: np.ndarray,
@@ -115,9 +120,8 @@ class ScheduledStep:
         if not self.num_draft_tokens.any():
             return
         num_drafts = self.num_draft_tokens[self.is_sampling]
-        num_possible = self.num_draft_tokens - self.num_forbidden
         num_verifying = int((self.is_decode & self.is_sampling).sum())
-        counters.num_draft_tokens += int(num_possible[is_counted].sum())
+        counters.num_draft_tokens += int(self.num_possible_drafts[is_counted].sum())
         counters.num_verify_rows += int(num_drafts.sum())
         counters.num_padded_verify_rows += num_verifying * int(
             num_drafts.max(initial=0)

@@ -205,7 +205,8 @@ def test_a_step_costs_what_the_size_costs_that_was_recorded_for_it(
 
 def test_times_are_told_by_the_rows_that_were_computed() -> None:
     timing, told = TargetTiming(), []
-    timing.time_by(SimpleNamespace(start=lambda: None, stop=told.append))  # type: ignore[arg-type]
+    clock: Any = SimpleNamespace(start=lambda: None, stop=told.append)
+    timing.clock = clock
     batch: Any = SimpleNamespace(num_tokens=9, num_tokens_after_padding=16, num_reqs=9)
     timing.record_batch(batch, full_cudagraph=True)
     timing.forward_start()
@@ -227,9 +228,9 @@ def test_a_draft_forward_costs_what_the_size_costs_that_was_recorded_for_it(
     for graphs in made.values():
         graphs._graphs_captured = True
         monkeypatch.setattr(graphs, "run_fullgraph", lambda desc: None)
-    drafter._graphs_of = made.__getitem__
+    drafter._stock = SimpleNamespace(graphs_of=made.__getitem__)
     clock: Any = SimpleNamespace(start=lambda: None, stop=told.append)
-    drafter.time_by(clock)
+    drafter.clock = clock
     for rows in (1, 2):
         drafter._forward(drafter._desc(9, rows), 9, np.full(9, 64))
     assert told == [16, 24]

@@ -16,7 +16,7 @@ from vllm_emssd.integration.scheduler import (
     drop_placeholder_drafts,
     with_drafts_made,
 )
-from vllm_emssd.integration.v2.pending_steps import PendingSteps
+from vllm_emssd.integration.v2.pending_steps import PendingStep
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -109,15 +109,8 @@ def step_of(*req_ids: str) -> ScheduledStep:
 
 
 def test_a_request_that_ended_is_not_taken_for_another_of_its_name() -> None:
-    steps = PendingSteps()
-    first, second = step_of("a", "b"), step_of("b", "a")
-    steps.add(first, np.array([1, 2]), None)
-    steps.add(second, np.array([2, 1]), None)
-    step, _, is_wanted = steps.pop()
-    assert step is first
-    assert is_wanted.tolist() == [True, True]
-    steps.forget(1)
-    step, _, is_wanted = steps.pop()
-    assert step is second
-    assert is_wanted.tolist() == [True, False]
-    assert not steps
+    first = PendingStep(step_of("a", "b"), np.array([1, 2]))
+    second = PendingStep(step_of("b", "a"), np.array([2, 1]))
+    second.forget(1)  # once the first is settled
+    assert first.is_wanted.tolist() == [True, True]
+    assert second.is_wanted.tolist() == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,12 @@ import pytest
 from vllm.config.compilation import CUDAGraphMode
 
 import vllm_emssd.integration.cpu.worker  # noqa: F401  before vLLM's V2 runner
-from vllm_emssd.integration.v2.drafting_speculator import _Left
+from vllm_emssd.integration.v2.drafting_speculator import PendingDrafts
 from vllm_emssd.integration.v2.eagle_speculator import (
     BatchExecutionDescriptor,
     EagleSpeculator,
     UnpadEagleSpeculator,
 )
-from vllm_emssd.integration.v2.pending_steps import PendingSteps
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.metrics import Counters
 from vllm_emssd.verification import ScheduledStep
@@ -27,8 +27,10 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     observed: list[Any] = []
     speculator = SimpleNamespace(
         _numbers=np.arange(3),
-        _learn_acceptance=lambda *seen: observed.extend(seen),
         _cursor=SimpleNamespace(settle=lambda *told: None),
+        _source=None,
+        is_automatic=True,
+        policy=SimpleNamespace(observe_step=lambda *seen: observed.extend(seen)),
     )
     step = ScheduledStep(
         ["free", "none made", "two made"],
@@ -39,10 +41,9 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
         num_forbidden=np.array([0, 4, 2]),
     )
     accepted = np.array([3, 0, 2])
-    wanted = np.ones(3, dtype=bool)
-    turn = SimpleNamespace(slots=np.arange(3))
-    left = turn, np.zeros(3, dtype=bool), None, np.arange(3)
-    UnpadSpeculator._settle(speculator, step, left, accepted, wanted)
+    turn: Any = SimpleNamespace(slots=np.arange(3))
+    pending = PendingDrafts(step, np.arange(3), turn, np.zeros(3, dtype=bool), None)
+    UnpadSpeculator._settle(speculator, pending, accepted)  # type: ignore[arg-type]
     num_drafts, num_accepted = observed
     assert num_drafts.tolist() == [4, 0, 2]
     assert num_accepted.tolist() == [3, 0, 2]
@@ -55,9 +56,11 @@ def test_drafts_that_the_device_left_out_bring_nothing() -> None:
     speculator: Any = object.__new__(UnpadSpeculator)
     vars(speculator).update(
         _numbers=np.arange(2),
-        _learn_acceptance=lambda *seen: learned.extend(seen),
         _cursor=SimpleNamespace(settle=lambda *told: None),
-        _pending_steps=PendingSteps(),
+        _source=None,
+        is_automatic=True,
+        policy=SimpleNamespace(observe_step=lambda *seen: learned.extend(seen)),
+        _pending_steps=deque(),
         num_speculative_steps=4,
         counters=counters,
     )
@@ -68,10 +71,11 @@ def test_drafts_that_the_device_left_out_bring_nothing() -> None:
         is_decode=np.ones(2, dtype=bool),
         is_sampling=np.ones(2, dtype=bool),
     )
-    rejected = SimpleNamespace(wait=lambda: np.array([0, 1]))
-    turn = SimpleNamespace(slots=np.arange(2))
-    left = _Left(turn, np.zeros(2, dtype=bool), rejected, np.arange(2))  # type: ignore[arg-type]
-    speculator._pending_steps.add(step, np.arange(2), left)
+    rejected: Any = SimpleNamespace(wait=lambda: np.array([0, 1]))
+    turn: Any = SimpleNamespace(slots=np.arange(2))
+    copied = np.zeros(2, dtype=bool)
+    pending = PendingDrafts(step, np.arange(2), turn, copied, rejected)
+    speculator._pending_steps.append(pending)
     speculator.record_acceptance(np.array([3, 4]))  # two accepted, and three
     num_made, num_accepted = learned
     assert num_made.tolist() == [4, 4]

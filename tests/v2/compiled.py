@@ -20,8 +20,8 @@ TYPES = dict.fromkeys(INTS64, "*i64") | {
     "text_address": "i64",
 }
 NUMBERS = ("num_reqs", "num_rows_padded", "max_num_reqs", "last_position")
-NUMBERS += ("token_ids_stride", "draft_tokens_stride", "max_model_len", "vocab_size")
-NUMBERS += ("drafts_stride", "logits_stride", "logits_stride_of_step")
+NUMBERS += ("text_stride", "token_ids_stride", "draft_tokens_stride", "drafts_stride")
+NUMBERS += ("logits_stride", "logits_stride_of_step", "max_model_len", "vocab_size")
 TYPES |= dict.fromkeys(NUMBERS, "i32")  # all others are arrays of int32
 
 
@@ -53,7 +53,7 @@ def run_all() -> dict[str, int]:
 
     del triton.backends.backends["cpu"]  # the one that was pretended
     block = {"BLOCK_SIZE": 512}
-    copies = {"K": 7, "K_PADDED": 8, "CHECK_LENGTH": 2, "TAIL_LENGTH": 32}
+    copies = {"K": 7, "K_PADDED": 8, "CHECK_LENGTH": 2}
     return {
         "place_rows": size_of(place_rows_kernel, ROWS=2, **block),
         "place_spans": size_of(place_rows_kernel, ROWS=0, **block),

@@ -32,7 +32,7 @@ from tests.engine import (
 from tests.v2 import interpreter
 from tests.v2.host_work import REPLAY, SYNCHRONIZE, HostWork, counting
 from tests.v2.padded_forwards import pad_forwards, replay_head
-from tests.v2.runs import SteeredPrices
+from tests.v2.runs import SteeredCosts
 
 REPO = Path(__file__).resolve().parents[2]
 K, COPY_LENGTH = 5, 7
@@ -45,7 +45,6 @@ COPYING_MODULES = (
     "drafting_speculator",
     "speculator",
     "eagle_speculator",
-    "mixed_speculator",
     "copy_source",
 )
 BATCHES = (1, 24)  # requests
@@ -213,7 +212,7 @@ def run_all(slow: str = "") -> dict[str, list[dict[str, Any]]]:
             stop_counting_others()
             with running(EngineConfig(method, **small)) as llm, ExitStack() as stack:
                 if name == AUTO:
-                    stack.enter_context(SteeredPrices(llm)).draw()
+                    stack.enter_context(SteeredCosts(llm)).draw()
                 seen[name] = [
                     step
                     for num_reqs in BATCHES

@@ -83,7 +83,7 @@ def run(seed: int, recorded: bool) -> dict[str, int]:
         all_token_ids=SimpleNamespace(gpu=token_ids),
         total_len=SimpleNamespace(gpu=total_len),
     )
-    drafter = DeviceDrafter(stock, states, MAX_LEN, stock.graphs_of)  # type: ignore[arg-type]
+    drafter = DeviceDrafter(stock, states, MAX_LEN)  # type: ignore[arg-type]
     if recorded:
         drafter.capture()
         stock.graphs = {rows: EmulatedGraphs(drafter, rows) for rows in PADDED}

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.engine import EngineConfig, running
 from tests.v2 import interpreter
-from tests.v2.runs import AUTO, EMSSD, SMALL, K, SteeredPrices, asynchronous, one_pass
+from tests.v2.runs import AUTO, EMSSD, SMALL, K, SteeredCosts, asynchronous, one_pass
 
 LENGTHS = (1, 0, K, None)
 
@@ -24,7 +24,7 @@ def run_all() -> dict[str, Any]:
     interpreter.schedule_asynchronously(True)
     seen: dict[str, Any] = {}
     config = EngineConfig(EMSSD | AUTO, **asynchronous(SMALL))
-    with running(config) as llm, SteeredPrices(llm) as steered:
+    with running(config) as llm, SteeredCosts(llm) as steered:
         for length in LENGTHS:
             llm.collective_rpc("emssd_fix_draft_length", args=(length,))
             steered.lengths = []

@@ -17,7 +17,7 @@ class PaddedForwards:
     def __init__(self, speculator: Any, rows: int) -> None:
         """`rows` of each request."""
         self.num_replays = 0
-        self._drafter = speculator._drafter
+        self._drafter = speculator.drafter
         self._most = speculator.max_num_reqs
         self._rows = rows
         self._num_reqs = 0  # of them no padding

@@ -22,7 +22,7 @@ from tests.engine import (
 from tests.lossless.engines import REASONING, sample
 from tests.lossless.test_greedy import CASES, NONE, shortened
 from tests.v2 import interpreter
-from tests.v2.runs import SteeredPrices, asynchronous
+from tests.v2.runs import SteeredCosts, asynchronous
 
 SMALL = {
     "max_model_len": 192,
@@ -106,8 +106,8 @@ def run_all() -> dict[str, Any]:
         stop_counting_others()
         interpreter.schedule_asynchronously(name == "async")
         with running(config) as llm, contextlib.ExitStack() as stack:
-            if name == "auto":  # whose lengths would all be 0 by prices measured here
-                stack.enter_context(SteeredPrices(llm)).draw()
+            if name == "auto":  # whose lengths would all be 0 by costs measured here
+                stack.enter_context(SteeredCosts(llm)).draw()
             for case in CASES:
                 for arrangement, params in arrangements(case).items():
                     key = f"{name}: {case}, {arrangement}"

@@ -76,6 +76,7 @@ GUESTS = {
     "async": ("failing async",),
     "auto": ("padded auto",),
 }
+SLOW = ("mixed auto", "mixed tight", "async auto tight")  # run if they are asked for
 
 
 class RaggedLengths(FixedDraftLength):
@@ -186,32 +187,35 @@ class SpiedSources:
         self._speculator = model_runner(llm).speculator
 
     def __enter__(self) -> dict[str, Counter[str]]:
-        settle, add = self._speculator._settle, self._speculator._add_copies
+        speculator = self._speculator
+        settle, propose = speculator._settle, speculator.propose
 
-        def spied(step: Any, left: Any, num_accepted: Any, is_wanted: Any) -> None:
-            for was_copied, source in ((left[1], "copied"), (~left[1], "drafted")):
-                counts = is_wanted & step.is_sampling & was_copied
+        def spied(pending: Any, num_accepted: Any) -> None:
+            is_copied = pending.is_copied
+            for was_copied, source in ((is_copied, "copied"), (~is_copied, "drafted")):
+                counts = pending.is_wanted & pending.step.is_sampling & was_copied
                 self.seen["accepted"][source] += int(num_accepted[counts].sum())
-            settle(step, left, num_accepted, is_wanted)
+            settle(pending, num_accepted)
 
-        def added(input_batch: Any, drafts: Any, *args: Any) -> Any:
-            num_drafts, slots = add(input_batch, drafts, *args), input_batch.idx_mapping
-            if self._speculator.draft_logits is None:
-                return num_drafts
-            for row in np.flatnonzero(self._speculator._is_copied[slots.numpy()]):
-                tokens = drafts[row, : num_drafts[row], None]
-                logits = self._speculator.draft_logits[slots[row], : num_drafts[row]]
+        def proposed(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            drafts = propose(input_batch, *args, **kwargs)
+            if speculator.draft_logits is None:
+                return drafts
+            slots = input_batch.idx_mapping
+            num_made = list(speculator.draft_lens.values())
+            for row in np.flatnonzero(speculator._is_copied[slots.numpy()]):
+                tokens = drafts[row, : num_made[row], None]
+                logits = speculator.draft_logits[slots[row], : num_made[row]]
                 is_certain = logits.softmax(dim=-1).gather(1, tokens) == 1
                 self.seen["certain"]["yes"] += int(is_certain.sum())
                 self.seen["certain"]["no"] += int((~is_certain).sum())
-            return num_drafts
+            return drafts
 
-        self._speculator._settle = spied
-        self._speculator._add_copies = added
+        speculator._settle, speculator.propose = spied, proposed
         return self.seen
 
     def __exit__(self, *error: Any) -> None:
-        del self._speculator._settle, self._speculator._add_copies
+        del self._speculator._settle, self._speculator.propose
 
 
 def mixing(llm: Any, name: str) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def mixing(llm: Any, name: str) -> dict[str, Any]:
     with SpiedSources(llm) as sources:
         sampled = {"temperature": 1.0} if "itself" in name else {}
         if "auto" in name:
-            with SteeredPrices(llm) as steered:
+            with SteeredCosts(llm) as steered:
                 seen = {"free": one_pass(llm)}
                 steered.draw()
                 seen["edited"] = one_pass(llm, **edited(seen["free"]["token_ids"]))
@@ -243,8 +247,8 @@ def structured(**parameters: Any) -> dict[str, Any]:
     return {"structured_outputs": grammar, "ignore_eos": False} | parameters
 
 
-class SteeredPrices:
-    """In place of measured prices, others; and each step's draft lengths noted."""
+class SteeredCosts:
+    """In place of measured costs, others; and each step's draft lengths noted."""
 
     def __init__(self, llm: Any) -> None:
         self.meter = model_runner(llm).step_costs
@@ -254,7 +258,7 @@ class SteeredPrices:
         self.num_forwards: list[int] = []  # of the drafter in each of these steps
         self.num_forwards_before = 0
 
-    def __enter__(self) -> SteeredPrices:
+    def __enter__(self) -> SteeredCosts:
         costs = self.meter.costs
         self.saved = copy.copy(costs)
         costs.fixed_ms, costs.speculation_ms, costs.confidence_ms = 4.0, 0.0, 0.0
@@ -287,11 +291,11 @@ class SteeredPrices:
 
 
 def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
-    """Automatic lengths by free drafts, by drawn prices, and by measured ones, by which
+    """Automatic lengths by free drafts, by drawn costs, and by measured ones, by which
     drafts are far too expensive here."""
-    prices_at_start = llm.collective_rpc("emssd_costs")
+    costs_at_start = llm.collective_rpc("emssd_costs")
     model_runner(llm).speculator.policy._probing = Probing()  # not idle from before
-    with SteeredPrices(llm) as steered:
+    with SteeredCosts(llm) as steered:
         seen = {"free": one_pass(llm, **parameters)}
         if not parameters:
             seen["structured"] = one_pass(llm, **structured())
@@ -300,8 +304,8 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
         steps = {"lengths": steered.lengths, "num_forwards": steered.num_forwards}
         seen["drawn"] = drawn | steps
     measured = one_pass(llm, **parameters)
-    prices = prices_at_start + llm.collective_rpc("emssd_costs")
-    measured |= {"prices": prices}
+    costs = costs_at_start + llm.collective_rpc("emssd_costs")
+    measured |= {"costs": costs}
     return seen | {"measured": measured}
 
 
@@ -357,14 +361,14 @@ def trimming(llm: Any, name: str, budgets: list[tuple[int, int]]) -> dict[str, A
     if "itself" in name:
         return {"sampled": one_pass(llm, temperature=1.0)}
     seen = {}
-    with SteeredPrices(llm) as steered:
-        for what, length, *prices in (
+    with SteeredCosts(llm) as steered:
+        for what, length, *costs in (
             ("greedy", K, 0.1, 2.0),
             ("free rows", K, 0.1, 0.0),
             ("auto", None, 0.0, 0.5),
         ):
             llm.collective_rpc("emssd_fix_draft_length", args=(length,))
-            steered.set(*prices)
+            steered.set(*costs)
             budgets.clear()
             seen[what] = one_pass(llm)
             verified, made = zip(*budgets, strict=True)
@@ -415,7 +419,7 @@ def padded(llm: Any, name: str) -> dict[str, Any]:
     speculator = model_runner(llm).speculator
     graphs = pad_forwards(speculator)
     if name == "padded auto":
-        with SteeredPrices(llm) as steered:
+        with SteeredCosts(llm) as steered:
             steered.draw()
             seen = {"drawn": one_pass(llm)}
     elif name == "padded itself":
@@ -455,8 +459,8 @@ def failing(llm: Any) -> dict[str, Any]:
         broken = break_parts(
             patch,
             (speculator, "_plan", 4),
-            (speculator._drafter, "draft", 2),
-            (speculator._drafter, "backfill", 2),
+            (speculator.drafter, "draft", 2),
+            (speculator.drafter, "backfill", 2),
         )
         seen["failing"] = one_pass(llm)
     seen["failing"]["num_failures"] = [part.num_failures for part in broken]
@@ -482,10 +486,9 @@ def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
         return mixing(llm, name)
     if name.startswith("padded"):
         return padded(llm, name)
-    if name in ("auto", "auto tight", "async auto"):
-        return automatic(llm)
-    if name == "auto itself":
-        return automatic(llm, temperature=1.0)
+    if "auto" in name:
+        sampled = {"temperature": 1.0} if "itself" in name else {}
+        return automatic(llm, **sampled)
     if name in ("itself", "async itself"):
         seen = {"sampled": one_pass(llm, temperature=1.0)}
         if name == "itself":
@@ -541,6 +544,8 @@ def run_all(*only: str) -> dict[str, Any]:
         "async copying": EngineConfig(LLMA, **asynchronous(CACHED)),
         "async copying tight": EngineConfig(LLMA, **asynchronous(TIGHT)),
         "mixed": EngineConfig(BOTH, **CACHED),
+        "mixed tight": EngineConfig(BOTH, **TIGHT),
+        "mixed auto": EngineConfig(BOTH | AUTO, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
         "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
         "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
@@ -551,9 +556,10 @@ def run_all(*only: str) -> dict[str, Any]:
         "auto tight": EngineConfig(EMSSD | AUTO, **TIGHT),
         "auto itself": EngineConfig(ITSELF | AUTO, **CACHED),
         "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
+        "async auto tight": EngineConfig(EMSSD | AUTO, **asynchronous(TIGHT)),
     }
     seen: dict[str, Any] = {}
-    for name in only or engines:
+    for name in only or (name for name in engines if name not in SLOW):
         config = engines[name]
         interpreter.schedule_asynchronously(
             bool(config.options.get("async_scheduling"))

@@ -15,6 +15,7 @@ from tests.v2.runs import (
     CACHED,
     MAX_TOKENS,
     REGEX,
+    SLOW,
     SMALL,
     K,
     edited,
@@ -31,13 +32,18 @@ FAILING = ("failing", "failing async")
 PADDED = ("padded", "padded auto")
 OTHERS = ("async mixed auto", "async trimmed")
 ITSELF = ("itself", "async itself", "auto itself")  # drafts of the target itself
-PRICES = ("free", "drawn", "measured")
+COSTS_BY = ("free", "drawn", "measured")
 TIMEOUT = 1200  # seconds for all engines: 500 beside another test process
 
 
-def results() -> dict[str, Any]:
-    """All runs under the interpreter, from one process."""
-    return results_of("tests.v2.runs", TIMEOUT)
+def results(name: str = "plain") -> dict[str, Any]:
+    """All runs under the interpreter, from one process; or slow ones."""
+    only = ("plain", *SLOW) if name in SLOW else ()
+    return results_of("tests.v2.runs", TIMEOUT, only)
+
+
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @cache
@@ -54,7 +60,7 @@ def v1_tokens() -> list[list[int]]:
 
 
 def seen(name: str, what: str = "greedy") -> dict[str, Any]:
-    return results()[name][what]
+    return results(name)[name][what]
 
 
 def test_the_v2_runner_ran() -> None:
@@ -71,14 +77,16 @@ def test_plain_tokens_are_those_of_v1() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["stock", *OURS, *AUTO, *COPYING, *MIXED, *FAILING, *PADDED, *OTHERS]
+    "name",
+    ["stock", *OURS, *AUTO, *COPYING, *MIXED, *FAILING, *PADDED, *OTHERS, *slow(*SLOW)],
 )
 def test_tokens_are_plain_decoding(name: str) -> None:
     """In each pass, of greedy requests but for those that plain was asked for too."""
-    passes = {k: v for k, v in results()[name].items() if "token_ids" in v}
+    passes = {k: v for k, v in results(name)[name].items() if "token_ids" in v}
     assert passes
+    plain_passes = results(name)["plain"]
     for what, run in passes.items():
-        plain = results()["plain"].get(what, seen("plain"))
+        plain = plain_passes.get(what, plain_passes["greedy"])
         assert run["token_ids"] == plain["token_ids"], what
         counts = run.get("counts")
         if counts and what not in ("measured", "structured"):
@@ -136,13 +144,17 @@ def test_cached_prefixes(name: str) -> None:
     assert again["gained"][accepted] == first["gained"][accepted]
 
 
-def test_a_small_cache_preempts() -> None:
-    for name, what in (
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
         ("tight", "greedy"),
         ("auto tight", "free"),
         ("async tight", "greedy"),
-    ):
-        assert seen(name, what)["gained"]["num_preemptions"] > 0
+        pytest.param("async auto tight", "free", marks=pytest.mark.slow),
+    ],
+)
+def test_a_small_cache_preempts(name: str, what: str) -> None:
+    assert seen(name, what)["gained"]["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("name", ["fixed", "async"])
@@ -152,12 +164,12 @@ def test_forced_length_accepts_exactly_what_stock_accepts(name: str) -> None:
     assert ours == stock
 
 
-@pytest.mark.parametrize("name", [*OURS, *ITSELF, *AUTO])
+@pytest.mark.parametrize("name", [*OURS, *ITSELF, *AUTO, *slow("async auto tight")])
 def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
     passes = ("greedy", "again", "logprobs", "sampled", "structured")
     passes += ("ragged", "paused")
-    for what in (*passes, *PRICES):
-        if what not in results()[name]:
+    for what in (*passes, *COSTS_BY):
+        if what not in results(name)[name]:
             continue
         run = seen(name, what)
         counts, gained = run["counts"], run["gained"]
@@ -165,7 +177,7 @@ def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
         assert counts["num_draft_rows"] > 0 or what == "measured"
         drafts = gained["spec_decode_num_draft_tokens"]
         is_ragged = what in ("ragged", "paused")
-        if name == "async auto" or (is_ragged and name.startswith("async")):
+        if name.startswith("async auto") or (is_ragged and name.startswith("async")):
             # vLLM counts the drafts it scheduled before it could know how many.
             assert counts["num_draft_tokens"] <= drafts
             assert not is_ragged or counts["num_draft_tokens"] < drafts
@@ -203,8 +215,10 @@ def v1_counts(name: str) -> tuple[dict[str, int], dict[str, int]]:
         return first["counts"], one_pass(llm, **edited(first["token_ids"]))["counts"]
 
 
-@pytest.mark.parametrize("name", [n for n in COPYING if "tight" in n])
-def test_copying_requests_are_preempted(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [*(n for n in (*COPYING, *MIXED) if "tight" in n), *slow("mixed tight")]
+)
+def test_requests_that_copy_are_preempted(name: str) -> None:
     runs = [seen(name, what) for what in ("greedy", "edited")]
     assert sum(run["gained"]["num_preemptions"] for run in runs) > 0
 
@@ -235,7 +249,7 @@ def test_asynchronous_copies_begin_a_step_later() -> None:
     assert 0 < ahead["num_accepted_tokens"] <= late["num_accepted_tokens"]
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", [*MIXED, *slow("mixed tight")])
 @pytest.mark.parametrize("what", ["greedy", "edited"])
 def test_counters_of_copies_beside_drafts(name: str, what: str) -> None:
     run = seen(name, what)
@@ -244,9 +258,11 @@ def test_counters_of_copies_beside_drafts(name: str, what: str) -> None:
     assert run["counts"]["num_accepted_tokens"] == run["gained"][accepted]
 
 
-@pytest.mark.parametrize("name", [*MIXED, "async mixed auto"])
+@pytest.mark.parametrize(
+    "name", [*MIXED, "async mixed auto", *slow("mixed tight", "mixed auto")]
+)
 def test_both_copies_and_drafts_are_accepted(name: str) -> None:
-    assert min(results()[name]["accepted"].values()) > 20
+    assert min(results(name)[name]["accepted"].values()) > 20
 
 
 @pytest.mark.parametrize("name", ["mixed", "async mixed", *AUTO])
@@ -277,7 +293,7 @@ def test_drafts_that_the_device_left_out_do_not_count() -> None:
     assert num_verified <= run["num_verified"] <= num_verified + in_vain
 
 
-def test_the_device_leaves_out_what_costs_more_by_our_prices() -> None:
+def test_the_device_leaves_out_what_costs_more_by_our_costs() -> None:
     """Which are not those that vLLM started with: rows are free here."""
     dear, free, auto = (
         seen("async trimmed", what) for what in ("greedy", "free rows", "auto")
@@ -342,7 +358,7 @@ def test_sampling_parameters_do_what_they_do_without_speculation(
     ("name", "what"),
     [
         *((n, w) for n in ITSELF[:2] for w in ("sampled", "ragged", "paused")),
-        *(("auto itself", price) for price in PRICES),
+        *(("auto itself", cost) for cost in COSTS_BY),
         ("padded itself", "sampled"),
         ("async trimmed itself", "sampled"),
     ],
@@ -371,7 +387,7 @@ def test_free_drafts_are_made_and_none_beyond_the_end() -> None:
 
 
 @pytest.mark.parametrize("name", [*AUTO, "auto itself"])
-def test_automatic_lengths_follow_the_prices(name: str) -> None:
+def test_automatic_lengths_follow_the_costs(name: str) -> None:
     """A step has one, but for requests near their end or still lacking text."""
     run = seen(name, "drawn")
     assert {0, K} <= {n for step in run["lengths"] for n in step}
@@ -390,21 +406,21 @@ def test_steps_without_drafts_run_no_draft_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*AUTO, "auto itself"])
-def test_live_steps_move_the_prices(name: str) -> None:
-    at_start, after = seen(name, "measured")["prices"]
-    for prices in (at_start, after):
+def test_live_steps_move_the_costs(name: str) -> None:
+    at_start, after = seen(name, "measured")["costs"]
+    for costs in (at_start, after):
         for model in ("target", "draft"):
-            rows, ms = zip(*prices[model], strict=True)
+            rows, ms = zip(*costs[model], strict=True)
             assert rows[0] == 1
             assert list(ms) == sorted(ms)
             assert ms[0] > 0
     assert after["target"] != at_start["target"]
 
 
-def test_live_drafts_move_the_prices() -> None:
-    """Few are made by measured prices: in one engine or another."""
+def test_live_drafts_move_the_costs() -> None:
+    """Few are made by measured costs: in one engine or another."""
     moved = [
         at_start["draft"] != after["draft"]
-        for at_start, after in (seen(name, "measured")["prices"] for name in AUTO)
+        for at_start, after in (seen(name, "measured")["costs"] for name in AUTO)
     ]
     assert any(moved)

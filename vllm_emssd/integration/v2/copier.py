@@ -15,17 +15,7 @@ from vllm.triton_utils import triton
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.integration.v2.copy_kernels import (
-    EDIT_FIELDS,
-    NO_KEY,
-    NUM_EDITS,
-    NUM_KINDS,
-    STATE,
-    STATE_SIZE,
-    find_copies_kernel,
-    observe_copies_kernel,
-)
-from vllm_emssd.proposers.ngram_index import MAX_MATCH_LENGTH
+from vllm_emssd.integration.v2 import copy_kernels as kernels
 
 # Tokens looked at at once. A search waits for memory, not for bandwidth: it takes as
 # long as it has blocks.
@@ -55,11 +45,13 @@ class DeviceCopier:
         most = req_states.max_num_reqs
         ints = partial(torch.zeros, dtype=torch.int32, device=device)
         floats = partial(torch.zeros, dtype=torch.float64, device=device)
-        self._state = ints(most, STATE_SIZE)
-        self._edits = ints(most, EDIT_FIELDS, NUM_EDITS)
-        self._records = floats(most, NUM_KINDS, 2)
-        self._pools = floats(NUM_KINDS, 2)
-        self._num_idle = ints(NUM_KINDS)
+        num_kinds = kernels.NUM_KINDS.value
+        self._state = ints(most, kernels.STATE_SIZE.value)
+        fields, most_edits = kernels.EDIT_FIELDS.value, kernels.MAX_EDITS.value
+        self._edits = ints(most, fields, most_edits)
+        self._records = floats(most, num_kinds, 2)
+        self._pools = floats(num_kinds, 2)
+        self._num_idle = ints(num_kinds)
         self._references: dict[int, torch.Tensor] = {}  # by slot
         self._addresses = torch.zeros(most, dtype=torch.int64, device=device)
         self.drafts = torch.zeros(most, num_drafts, dtype=torch.int64, device=device)
@@ -75,21 +67,20 @@ class DeviceCopier:
             reference: [num_tokens] int32 valid ids, perhaps none.
         """
         states = self._req_states
-        row = dict.fromkeys(STATE, 0)
-        row["most_drafts"], row["departure"] = most_drafts, -1
-        row["end"] = int(states.max_seq_len[slot])
-        num_known = int(states.prefill_len.np[slot])
-        prompt_len = int(states.prompt_len.np[slot])
-        row["num_followed"] = max(prompt_len, num_known - _MOST_REPLAYED)
+        row = np.zeros(kernels.STATE_SIZE.value, np.int32)
+        row[kernels.MOST_DRAFTS.value] = most_drafts
+        row[kernels.END.value] = states.max_seq_len[slot]
+        row[kernels.DEPARTURE.value] = -1
+        num_known, prompt_len = states.prefill_len.np[slot], states.prompt_len.np[slot]
+        row[kernels.NUM_FOLLOWED.value] = max(prompt_len, num_known - _MOST_REPLAYED)
         self.release(slot)
         if reference is not None and len(reference):
-            row["reference_len"] = len(reference)
+            row[kernels.REFERENCE_LEN.value] = len(reference)
             tokens = async_tensor_h2d(reference, device=self._device)
             self._references[slot] = tokens
             self._addresses[slot] = tokens.data_ptr()
-        values = np.array(list(row.values()), dtype=np.int32)
-        self._state[slot] = async_tensor_h2d(values, device=self._device)
-        self._edits[slot] = NO_KEY
+        self._state[slot] = async_tensor_h2d(row, device=self._device)
+        self._edits[slot] = kernels.NO_KEY
         self._records[slot] = 0
 
     def release(self, slot: int) -> None:
@@ -103,7 +94,7 @@ class DeviceCopier:
 
     def forget_copies(self) -> None:
         """Those not yet verified."""
-        self._state[:, STATE.index("num_copied")] = 0
+        self._state[:, kernels.NUM_COPIED.value] = 0
 
     @torch.inference_mode()
     def find(
@@ -126,10 +117,15 @@ class DeviceCopier:
         """
         states, num_reqs = self._req_states, len(idx_mapping)
         token_ids = states.all_token_ids.gpu
-        observe_copies_kernel[(NUM_KINDS,)](
+        kernels.observe_copies_kernel[(kernels.NUM_KINDS.value,)](
             idx_mapping,
             num_sampled,
             first_rows,
+            states.total_len.gpu,
+            states.prompt_len.gpu,
+            token_ids.data_ptr(),
+            token_ids.stride(0),
+            self._addresses,
             self._state,
             self._records,
             self._pools,
@@ -138,15 +134,12 @@ class DeviceCopier:
             BLOCK_SIZE=_REQUESTS_A_BLOCK,
         )
         num_columns = self.drafts.shape[1]
-        find_copies_kernel[(num_reqs,)](
+        kernels.find_copies_kernel[(num_reqs,)](
             idx_mapping,
             num_sampled,
-            first_rows,
             states.total_len.gpu,
-            states.prompt_len.gpu,
             token_ids,
             token_ids.stride(0),
-            token_ids.data_ptr(),
             self._addresses,
             self._state,
             self._edits,
@@ -159,7 +152,6 @@ class DeviceCopier:
             K=num_columns,
             K_PADDED=triton.next_power_of_2(num_columns),
             CHECK_LENGTH=self._check_length,
-            TAIL_LENGTH=max(MAX_MATCH_LENGTH, self._check_length),
             BLOCK_SIZE=self._block_size,
             num_warps=_NUM_WARPS,
         )

@@ -9,7 +9,6 @@ nothing: a forward of the target is queued behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,19 +25,6 @@ from vllm_emssd.integration.request_options import reference_of
 from vllm_emssd.integration.v2.copier import DeviceCopier
 from vllm_emssd.integration.v2.pending_steps import LateArray
 from vllm_emssd.verification import ScheduledStep
-
-
-@dataclass(frozen=True, slots=True)
-class FoundCopies:
-    """Of a batch.
-
-    `token_ids`: [num_reqs, K] int64 on the device; those not copied are any tokens.
-    `copies`: by what the host knows, of this step or of the one before. Where more is
-    to be verified than was copied, the rest is the request's last token again.
-    """
-
-    token_ids: torch.Tensor
-    copies: Copies
 
 
 class CopySource:
@@ -105,12 +91,17 @@ class CopySource:
         step: ScheduledStep,
         num_sampled: torch.Tensor,
         was_copied: np.ndarray | bool = True,
-    ) -> FoundCopies:
+    ) -> tuple[torch.Tensor, Copies]:
         """What requests may copy after what they sampled.
 
         Args:
             num_sampled: [num_reqs] int32, on the device.
             was_copied: [num_reqs] bool: the drafts verified were copies.
+
+        Returns: [num_reqs, K] int64 on the device, those not copied any tokens; and how
+        many are to be verified, by what the host knows, of this step or of the one
+        before. Where that is more than was copied, the rest is the request's last token
+        again.
         """
         slots = input_batch.idx_mapping_np
         if not self._waits:
@@ -132,8 +123,8 @@ class CopySource:
         rows = self._num_copied[slots]
         if not self._waits:
             rows = np.where((rows > 0) | self._is_warm_up, self._most[slots], 0)
-        copies = Copies(np.where(step.is_sampling, rows, 0), self._gains[slots])
-        return FoundCopies(token_ids, copies)
+        rows = np.where(step.is_sampling, rows, 0)
+        return token_ids, Copies(rows, self._gains[slots])
 
     def _first_rows(
         self,
@@ -146,7 +137,7 @@ class CopySource:
         first_rows = input_batch.cu_num_logits
         if np.all(was_copied) and not np.any(step.num_forbidden):
             return first_rows
-        num_copied = (step.num_draft_tokens - step.num_forbidden) * was_copied
+        num_copied = step.num_possible_drafts * was_copied
         ends = np.concatenate([[0], (1 + num_copied).cumsum()]).astype(np.int32)
         return async_tensor_h2d(ends, device=first_rows.device)
 

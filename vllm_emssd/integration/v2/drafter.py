@@ -16,7 +16,6 @@ besides is fed before, in a pass of its own (`backfill`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,35 +24,27 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.integration.forward_clock import ForwardClock
+from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.v2.kernels import advance_kernel, place_rows_kernel
 
 FIRST_ROWS = 2  # of each request
 _BLOCK_SIZE = 1024
 
 
-class DeviceDrafter:
+class DeviceDrafter(TimedByClock):
     """Wraps the speculator object of vLLM's V2 runner, whose weights, KV-cache layers,
     buffers and attention builders it uses. The drafts of a step are in the first rows
     of its `draft_tokens`.
 
     Args:
-        stock: with its KV cache bound (`set_attn` was called).
+        stock: an `UnpadSpeculator` with its KV cache bound (`set_attn` was called).
         max_model_len: positions that both models can take.
-        graphs_of: those of forwards with so many rows of each request, if any.
     """
 
-    tells_confidence = False
-
     def __init__(
-        self,
-        stock: DraftModelSpeculator,
-        req_states: RequestState,
-        max_model_len: int,
-        graphs_of: Callable[[int], Any],
+        self, stock: Any, req_states: RequestState, max_model_len: int
     ) -> None:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_num_reqs: int = min(
@@ -62,20 +53,9 @@ class DeviceDrafter:
         self.max_model_len = max_model_len
         self._stock = stock
         self._req_states = req_states
-        self._graphs_of = graphs_of
         self._num_reqs = torch.zeros((), dtype=torch.int64, device=stock.device)
         # [max_num_reqs] int64: of the rows drafted after last
         self._positions = torch.zeros_like(stock.idx_mapping)
-        self._no_spans = torch.zeros(1, dtype=torch.int32, device=stock.device)
-        self._clock: ForwardClock | None = None
-
-    def time_by(self, clock: ForwardClock) -> None:
-        """Time forwards from now on."""
-        self._clock = clock
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        """See `costs.TimedForwards`."""
-        return [] if self._clock is None else self._clock.take_timings()
 
     def capture(self) -> None:
         """Record CUDA graphs, if any are wanted."""
@@ -83,7 +63,7 @@ class DeviceDrafter:
         stock.idx_mapping.fill_(-1)
         self._num_reqs.zero_()
         for rows in (FIRST_ROWS, 1):
-            graphs = self._graphs_of(rows)
+            graphs = stock.graphs_of(rows)
             if graphs is not None and graphs.needs_capture():
                 graphs.capture(
                     self.captured_forward,
@@ -125,14 +105,10 @@ class DeviceDrafter:
             idx_mapping, buffers.query_start_loc[: num_reqs + 1], positions, total
         )
         metadata = self._attn_metadata(desc, starts, longest)
-        with _Timed(self._clock, total):
-            stock._run_model(
-                buffers.input_ids[:total],
-                positions,
-                metadata,
-                build_slot_mappings_by_layer(slots, stock.kv_cache_config),
-                None,
-            )
+        by_layer = build_slot_mappings_by_layer(slots, stock.kv_cache_config)
+        self.clock.start()
+        stock._run_model(buffers.input_ids[:total], positions, metadata, by_layer, None)
+        self.clock.stop(total)
 
     @torch.inference_mode()
     def draft(self, idx_mapping: torch.Tensor, depth: int, longest: np.ndarray) -> None:
@@ -148,7 +124,7 @@ class DeviceDrafter:
                 group.map_to_kernel_block_table(
                     tables.input_block_tables[group.kv_cache_group_id]
                 )
-        self._place(idx_mapping, self._no_spans, FIRST_ROWS, descs[0].num_tokens)
+        self._place(idx_mapping, None, FIRST_ROWS, descs[0].num_tokens)
         for step in range(depth):
             self._forward(descs[step > 0], num_reqs, longest + step)
 
@@ -171,21 +147,17 @@ class DeviceDrafter:
     def _place(
         self,
         idx_mapping: torch.Tensor,
-        spans: torch.Tensor,
+        spans: torch.Tensor | None,
         rows: int,
         num_rows_padded: int = 0,
     ) -> None:
         """Rows of the requests to the input buffers; see the kernel."""
-        stock, buffers, states = (
-            self._stock,
-            self._stock.input_buffers,
-            self._req_states,
-        )
-        token_ids = states.all_token_ids.gpu
+        stock, buffers = self._stock, self._stock.input_buffers
+        token_ids = self._req_states.all_token_ids.gpu
         num_reqs = len(idx_mapping)
         place_rows_kernel[(num_reqs + 1,)](
             idx_mapping,
-            states.total_len.gpu,
+            self._req_states.total_len.gpu,
             token_ids,
             token_ids.stride(0),
             spans,
@@ -212,7 +184,7 @@ class DeviceDrafter:
 
     def _desc(self, num_reqs: int, rows: int) -> BatchExecutionDescriptor:
         """How to run a forward of so many rows of each request."""
-        graphs, num_rows = self._graphs_of(rows), num_reqs * rows
+        graphs, num_rows = self._stock.graphs_of(rows), num_reqs * rows
         if graphs is None:
             return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, num_reqs)
         return graphs.dispatch(
@@ -224,13 +196,12 @@ class DeviceDrafter:
     ) -> None:
         assert desc.num_reqs is not None
         rows = desc.num_tokens // desc.num_reqs
-        with _Timed(self._clock, desc.num_tokens):
-            if desc.cg_mode == CUDAGraphMode.FULL:
-                graphs = self._graphs_of(rows)
-                assert graphs is not None
-                graphs.run_fullgraph(desc)
-            else:
-                self.launch(desc, num_reqs, longest)
+        self.clock.start()
+        if desc.cg_mode == CUDAGraphMode.FULL:
+            self._stock.graphs_of(rows).run_fullgraph(desc)
+        else:
+            self.launch(desc, num_reqs, longest)
+        self.clock.stop(desc.num_tokens)
 
     def launch(
         self, desc: BatchExecutionDescriptor, num_reqs: int, longest: np.ndarray
@@ -320,18 +291,3 @@ class DeviceDrafter:
             seq_lens_cpu_upper_bound=torch.from_numpy(longest.astype(np.int32)),
             step=0,
         )
-
-
-class _Timed:
-    """A forward of so many rows, by a clock or none."""
-
-    def __init__(self, clock: ForwardClock | None, num_rows: int) -> None:
-        self._clock, self._num_rows = clock, num_rows
-
-    def __enter__(self) -> None:
-        if self._clock is not None:
-            self._clock.start()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._clock is not None:
-            self._clock.stop(self._num_rows)

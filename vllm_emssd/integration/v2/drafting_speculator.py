@@ -3,15 +3,19 @@
 A step records what is to be verified, plans how many drafts each request makes and what
 the drafter lacks before, has the forwards run, and settles when its acceptance arrives
 with the step's output.
+
+With the proposer `mixed` a request either copies or drafts, as on the V1 runner. The
+host has to know which: one that copies is not fed to the drafter, and what it lacks is
+fed when it drafts again. So the choice goes by the copies that the host knows of, which
+with asynchronous scheduling are those of the step before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
@@ -30,46 +35,54 @@ from vllm_emssd.draft_length.policy import StepInfo
 from vllm_emssd.feeding import plan_feeding
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.kv_cache import draft_group
-from vllm_emssd.integration.v2.copy_source import FoundCopies
-from vllm_emssd.integration.v2.pending_steps import LateArray, scheduled_step
+from vllm_emssd.integration.v2.kernels import make_certain
+from vllm_emssd.integration.v2.pending_steps import (
+    LateArray,
+    PendingStep,
+    scheduled_step,
+)
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
+from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts, check_source
 from vllm_emssd.verification import ScheduledStep
 
 
-class _Left(NamedTuple):
-    """Of a step, to be settled when its acceptance is known."""
-
+@dataclass(slots=True)
+class PendingDrafts(PendingStep):
     turn: Turn
-    is_copied: np.ndarray  # [num_reqs] bool: its drafts are copies
+    is_copied: np.ndarray  # bool: its drafts are copies
     num_rejected: LateArray | None  # where the device leaves some drafts out
-    numbers: np.ndarray  # [num_reqs] int64: of the admissions
 
 
 class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     """Owns the draft cursor and the policy of one rank."""
 
     num_first_rows: int  # of those a request lacks, that its first draft feeds
-    _drafter: Any  # the forwards, made with the KV cache
+    drafter: Any  # its forwards, made with the KV cache: `costs.TimedDraftForwards`
+    sits_out_dummy_runs = False  # while costs of the target are measured
     _new_cursor: Callable[..., AsyncDraftCursor] = AsyncDraftCursor
 
     def __init__(
-        self,
-        vllm_config: VllmConfig,
-        device: torch.device,
-        *,
-        req_states: RequestState,
+        self, vllm_config: VllmConfig, device: torch.device, *, req_states: RequestState
     ) -> None:
         super().__init__(vllm_config, device)
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.is_automatic = config.draft_length == "auto"
-        self._sits_out_dummy_runs = False
         self.policy: DraftLengthPolicy = FixedDraftLength()
         self._feeds_every_prompt = vllm_config.kv_transfer_config is not None
         # By slot: whether drafts are greedy whatever is asked, and whether those to be
         # verified are copies.
         self._is_greedy, self._is_copied = np.zeros((2, self.max_num_reqs), bool)
         self._most_drafts = config.num_speculative_tokens  # of the model
-        self._begin(vllm_config, req_states)
+        self._model_drafts = ModelDrafts()
+        self._only: str | None = None
+        if config.copies:
+            # vLLM has the texts in the host's memory unless its own n-grams are looked
+            # up.
+            texts = req_states.all_token_ids.gpu
+            req_states.all_token_ids = StagedWriteTensor(
+                texts.shape, dtype=texts.dtype, device=device
+            )
+        self._begin(vllm_config, device, req_states)
 
     # ------------------------------------------------------------ start-up
 
@@ -82,27 +95,14 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     ) -> None:
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
         self._gid = gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
+        self._block_size = kv_cache_config.kv_cache_groups[gid].kv_cache_spec.block_size
         self._cursor = self._new_cursor(
             self.max_num_reqs,
             kv_cache_config.num_blocks,
-            kv_cache_config.kv_cache_groups[gid].kv_cache_spec.block_size,
+            self._block_size,
             self.block_tables.block_tables[gid].gpu.shape[1],
             trust_cached_blocks=not self._feeds_every_prompt,
         )
-
-    @property
-    def drafter(self) -> Any:
-        """Its forwards: see `costs.TimedDraftForwards`."""
-        return self._drafter
-
-    @contextmanager
-    def sitting_out_dummy_runs(self) -> Iterator[None]:
-        """While costs of the target are measured."""
-        self._sits_out_dummy_runs = True
-        try:
-            yield
-        finally:
-            self._sits_out_dummy_runs = False
 
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         """Drafts of no request, as costly as those of so many, or a dummy run that
@@ -112,6 +112,15 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     def computed_rows(self, num_reqs: int) -> int:
         """Of a draft forward with a row of each request, padding included."""
         return num_reqs
+
+    def forget_warm_up(self) -> None:
+        super().forget_warm_up()
+        self._model_drafts = ModelDrafts()
+
+    def use(self, only: str | None) -> None:
+        """See `MixedProposer.use`."""
+        check_source(only)
+        self._only = only
 
     # ------------------------------------------------------------ before a step
 
@@ -134,16 +143,30 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             is_greedy = is_seeded or new.req_id in self._constrained
             self._is_greedy[slot_of[new.req_id]] = is_greedy
 
-    def release(self, req_ids: Iterable[str]) -> None:
-        req_ids = list(req_ids)
+    def release(self, req_ids: Collection[str]) -> None:
         super().release(req_ids)
         for req_id in req_ids:
             self.policy.release(req_id)
 
     # ------------------------------------------------------------ a step
 
-    @torch.inference_mode()
     def propose(
+        self,
+        input_batch: InputBatch,
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not dummy_run:
+            return self._propose(input_batch, *args)
+        if self.sits_out_dummy_runs:
+            return self.draft_tokens[: input_batch.num_reqs]
+        # For profiling stock's rows, the most there can be.
+        kwargs |= {"dummy_run": True}
+        return super().propose(input_batch, *args, **kwargs)  # type: ignore[safe-super]
+
+    @torch.inference_mode()
+    def _propose(
         self,
         input_batch: InputBatch,
         attn_metadata: Any,
@@ -157,56 +180,43 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         temperature: torch.Tensor,
         seeds: torch.Tensor,
         *args: Any,
-        dummy_run: bool = False,
-        is_profile: bool = False,
-        **kwargs: Any,
     ) -> torch.Tensor:
-        if dummy_run and self._sits_out_dummy_runs:
-            return self.draft_tokens[: input_batch.num_reqs]
-        if dummy_run:  # profiling: stock's rows, the most there can be
-            return super().propose(  # type: ignore[safe-super]
-                input_batch,
-                attn_metadata,
-                slot_mappings,
-                last_hidden_states,
-                aux_hidden_states,
-                num_sampled,
-                num_rejected,
-                last_sampled,
-                next_prefill_tokens,
-                temperature,
-                seeds,
-                *args,
-                dummy_run=True,
-                is_profile=is_profile,
-                **kwargs,
-            )
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         slots = input_batch.idx_mapping_np
         verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
         turn = self._cursor.begin(slots, step.is_sampling, verified)
+        was_copied = self._is_copied[slots]
         # Of drafts that were trimmed on the device, how many were not accepted.
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
-        numbers = self._numbers[slots]
         self._begin_step(input_batch, step, turn)
-        left = _Left(turn, self._is_copied[slots], rejected, numbers)
-        self._pending_steps.add(step, numbers, left)
-        found = self._find_copies(input_batch, step, num_sampled)
-        copies = None if found is None else found.copies
-        drafts = self.draft_tokens[: len(slots)] if found is None else found.token_ids
+        self._pending_steps.append(
+            PendingDrafts(step, self._numbers[slots], turn, was_copied, rejected)
+        )
+        drafts = self.draft_tokens[: len(slots)]
+        copies: Copies | None = None
+        if self._source is not None:
+            drafts, copies = self._source.find(
+                input_batch, step, num_sampled, was_copied
+            )
+            if self._only == DRAFT_MODEL:
+                copies.rows[:] = 0
         num_made = np.zeros_like(slots)
         try:
-            lens = self._plan(input_batch, step, turn, copies)
-            if lens.any():
-                self.temperature.copy_(temperature)
-                self.seeds.copy_(seeds)
-                drafts = self._draft(input_batch, lens, drafts)
-                num_made = lens
+            if self._only != LLMA:
+                lens = self._plan(input_batch, step, copies)
+                if lens.any():
+                    self._set_sampling(input_batch, temperature, seeds)
+                    drafts = self._drafts_beside(drafts, input_batch, lens)
+                    num_made = lens
             if copies is not None:
-                num_made = self._add_copies(input_batch, drafts, num_made, copies)
+                is_copied = (num_made == 0) & (copies.rows > 0)
+                self._is_copied[slots] = is_copied
+                num_made = np.where(is_copied, copies.rows, num_made)
+            self._make_certain(input_batch, drafts, num_made)
         except Exception as error:
             self._failures.take(error)
+            num_made = np.zeros_like(slots)
         self._cursor.end(turn)
         self._note_made(step.req_ids, slots, num_made)
         return drafts
@@ -216,72 +226,79 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     ) -> None:
         """Note what the drafter needs to know."""
 
-    def _find_copies(
-        self, input_batch: InputBatch, step: ScheduledStep, num_sampled: torch.Tensor
-    ) -> FoundCopies | None:
-        """None where nothing copies."""
-        return None
+    def _set_sampling(
+        self, input_batch: InputBatch, temperature: torch.Tensor, seeds: torch.Tensor
+    ) -> None:
+        """Of drafts. Arguments: [max_num_reqs], by request state."""
+        self.temperature.copy_(temperature)
+        self.seeds.copy_(seeds)
+        greedy = np.flatnonzero(self._is_greedy[input_batch.idx_mapping_np])
+        if self.draft_logits is not None and len(greedy):
+            self.temperature[self._rows_of(input_batch.idx_mapping, greedy)] = 0.0
 
-    def _add_copies(
-        self,
-        input_batch: InputBatch,
-        drafts: torch.Tensor,
-        num_made: np.ndarray,
-        copies: Copies,
-    ) -> np.ndarray:
-        """Requests without drafts of the model have their copies. [num_reqs] int64 all
-        drafts."""
-        raise NotImplementedError
+    def _drafts_beside(
+        self, others: torch.Tensor, input_batch: InputBatch, lens: np.ndarray
+    ) -> torch.Tensor:
+        """Make the drafts, beside those of requests that make none. [num_reqs, K] int64
+        on the device; those not made are any tokens."""
+        drafts = self._draft(input_batch, lens)
+        if lens.all():
+            return drafts
+        rows = async_tensor_h2d(np.flatnonzero(lens), device=self.device)
+        columns = others.clone()
+        columns[rows] = drafts
+        return columns
+
+    def _make_certain(
+        self, input_batch: InputBatch, drafts: torch.Tensor, num_made: np.ndarray
+    ) -> None:
+        """Copies, and what was drafted greedily, were not sampled from the drafter's
+        distribution."""
+        slots = input_batch.idx_mapping_np
+        is_certain = self._is_copied[slots] | self._is_greedy[slots]
+        certain = np.flatnonzero(is_certain & (num_made > 0))
+        if self.draft_logits is not None and len(certain):
+            rows = async_tensor_h2d(certain, device=self.device)
+            states, most = input_batch.idx_mapping, int(num_made[certain].max())
+            make_certain(self.draft_logits, rows, states, drafts, most)
+
+    def _settle(self, pending: PendingStep, num_accepted: np.ndarray) -> None:
+        """Move the cursors, and learn what is accepted."""
+        assert isinstance(pending, PendingDrafts)
+        turn, step = pending.turn, pending.step
+        is_running = self._numbers[turn.slots] == pending.numbers
+        self._cursor.settle(turn, num_accepted, is_running)
+        # Under a grammar more are scheduled than were made: they say nothing.
+        num_possible = step.num_possible_drafts
+        is_seen = step.is_sampling & pending.is_wanted & ~pending.is_copied
+        is_seen &= num_possible > 0
+        if not is_seen.any():
+            return
+        try:
+            if self.is_automatic:
+                num_seen = np.where(is_seen, num_possible, 0)
+                self.policy.observe_step(num_seen, num_accepted)
+            if self._source is not None:
+                seen = num_possible[is_seen], num_accepted[is_seen]
+                self._model_drafts.observe_step(*seen)
+        except Exception as error:
+            self._failures.take(error)
 
     def _as_verified(
-        self, step: ScheduledStep, left: _Left, num_accepted: np.ndarray
+        self, pending: PendingStep, num_accepted: np.ndarray
     ) -> ScheduledStep:
-        rejected = left.num_rejected
+        assert isinstance(pending, PendingDrafts)
+        step, rejected = pending.step, pending.num_rejected
         if rejected is None:
             return step
-        num_possible = step.num_draft_tokens - step.num_forbidden
         num_verified = np.where(step.is_sampling, num_accepted + rejected.wait(), 0)
-        return replace(
-            step,
-            num_draft_tokens=num_verified,
-            num_forbidden=np.maximum(num_verified - num_possible, 0),
-        )
-
-    def _settle(
-        self,
-        step: ScheduledStep,
-        left: _Left,
-        num_accepted: np.ndarray,
-        is_wanted: np.ndarray,
-    ) -> None:
-        """Move the cursors, and learn what is accepted."""
-        turn, was_copied, _, numbers = left
-        self._cursor.settle(turn, num_accepted, self._numbers[turn.slots] == numbers)
-        # Under a grammar more are scheduled than were made: they say nothing.
-        num_possible = step.num_draft_tokens - step.num_forbidden
-        is_seen = step.is_sampling & is_wanted & (num_possible > 0) & ~was_copied
-        if is_seen.any():
-            try:
-                num_verified = np.where(is_seen, num_possible, 0)
-                self._learn_acceptance(num_verified, num_accepted)
-            except Exception as error:
-                self._failures.take(error)
-
-    def _learn_acceptance(
-        self, num_verified: np.ndarray, num_accepted: np.ndarray
-    ) -> None:
-        """Of the model's drafts. Both [num_reqs]; what verified none does not count."""
-        if self.is_automatic:
-            self.policy.observe_step(num_verified, num_accepted)
+        num_forbidden = np.maximum(num_verified - step.num_possible_drafts, 0)
+        return replace(step, num_draft_tokens=num_verified, num_forbidden=num_forbidden)
 
     # ------------------------------------------------------------ what to feed
 
     def _plan(
-        self,
-        input_batch: InputBatch,
-        step: ScheduledStep,
-        turn: Turn,
-        copies: Copies | None,
+        self, input_batch: InputBatch, step: ScheduledStep, copies: Copies | None
     ) -> np.ndarray:
         """How many drafts each request makes, after what else it lacks was fed.
         [num_reqs] int64"""
@@ -298,7 +315,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             longest,
             self._most_drafts,
             self.max_model_len,
-            self._drafter.max_model_len,
+            self.drafter.max_model_len,
             self._req_states.max_seq_len[slots] if self.is_automatic else None,
         )
         self._request_limits.apply(most, step.req_ids)
@@ -306,16 +323,19 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         not_computed = np.where(is_sampling, 0, prefill_len - num_prefilled)
         missing = np.maximum(num_lacking - not_computed, 0)
         missing = self._missing_before(slots, missing, most)
+        may_draft = np.where(is_sampling, most, 0)
+        if copies is not None and not self.is_automatic:  # else the policy weighs them
+            may_draft[self._model_drafts.lose_to(copies, may_draft, missing)] = 0
         prompt_rows = None
         if self._feeds_every_prompt:
-            room = self._drafter.max_model_len - (longest - num_lacking)
+            room = self.drafter.max_model_len - (longest - num_lacking)
             prompt_rows = np.minimum(missing - is_sampling, room)
             prompt_rows = np.where(step.is_decode, 0, prompt_rows)
         num_rows, lens = plan_feeding(
             StepInfo(
                 step.req_ids,
                 is_sampling,
-                self._may_draft(np.where(is_sampling, most, 0), missing, copies),
+                may_draft,
                 missing,
                 int(step.num_scheduled_tokens[~is_sampling].sum()),
                 copies,
@@ -323,14 +343,14 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             self.policy,
             most > 0,
             partial(self._cursor.waits_for_another, slots),
-            self._drafter.max_num_rows,
+            self.drafter.max_num_rows,
             self.num_first_rows,
             prompt_rows,
         )
         if num_rows.any():
             self._backfill(input_batch, num_rows, num_lacking, longest)
         drafting = np.flatnonzero(lens)
-        lens[drafting[self._drafter.max_num_reqs :]] = 0
+        lens[drafting[self.drafter.max_num_reqs :]] = 0
         return lens
 
     def _missing_before(
@@ -339,12 +359,6 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         """Rows to feed before a request drafts, of those `missing`. Where it must not
         draft yet, `most` becomes 0. [num_reqs] each"""
         return missing
-
-    def _may_draft(
-        self, most: np.ndarray, missing: np.ndarray, copies: Copies | None
-    ) -> np.ndarray:
-        """Most drafts of the model, of those each request may make. [num_reqs] each"""
-        return most
 
     def _backfill(
         self,
@@ -356,27 +370,31 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         """Feed the first `num_rows` that each request lacks. [num_reqs] each"""
         raise NotImplementedError
 
-    def _draft(
-        self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
-    ) -> torch.Tensor:
-        """Make the drafts. [num_reqs, K] int64 on the device; those not made are any
-        tokens. `others`: the same, of requests that make none."""
+    def _draft(self, input_batch: InputBatch, lens: np.ndarray) -> torch.Tensor:
+        """Make so many drafts of each request. Of those that make any, [num_drafting,
+        K] int64 on the device; those not made are any tokens."""
         raise NotImplementedError
 
-    def _rows_of(self, idx_mapping: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-        """Request states of some batch rows, in their order."""
-        if len(rows) == len(idx_mapping):
-            return idx_mapping
-        return idx_mapping[async_tensor_h2d(rows, device=self.device)]
+    def _count_forward(
+        self,
+        slots: np.ndarray,
+        ends: np.ndarray,
+        lens: np.ndarray,
+        num_rows: int | None = None,
+    ) -> None:
+        """A forward of `lens` rows of each request, up to positions `ends`, or of
+        `num_rows` where the device left drafts out."""
+        num_rows = int(lens.sum()) if num_rows is None else num_rows
+        past_prompt = ends - self._req_states.prompt_len.np[slots]
+        num_prompt = int((lens - np.clip(past_prompt, 0, lens)).sum())
+        self.counters.count_draft_forward(num_rows, num_rows - num_prompt)
 
-    def _greedy_rows(
-        self, idx_mapping: torch.Tensor, slots: np.ndarray
-    ) -> torch.Tensor | None:
-        """Those that draft greedily where others sample, whose temperature is set; None
-        if there are none."""
-        if self.draft_logits is None or not self._is_greedy[slots].any():
-            return None
-        rows = np.flatnonzero(self._is_greedy[slots])
-        rows = async_tensor_h2d(rows, device=self.device)
-        self.temperature[idx_mapping[rows]] = 0.0
-        return rows
+    def _count_next_forwards(self, num_forwards: int, num_reqs: int) -> None:
+        for _ in range(num_forwards):
+            self.counters.count_draft_forward(num_reqs, num_reqs)
+
+    def _rows_of(self, tensor: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """Some rows, in their order."""
+        if len(rows) == len(tensor):
+            return tensor
+        return tensor[async_tensor_h2d(rows, device=self.device)]

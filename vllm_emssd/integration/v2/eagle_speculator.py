@@ -31,9 +31,8 @@ from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
 from vllm_emssd.integration.drafting import leave_out_adapters, without_first_blocks
-from vllm_emssd.integration.forward_clock import ForwardClock
+from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
-from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.proposers.hidden_states import MOST_BYTES
 from vllm_emssd.verification import ScheduledStep
 
@@ -57,20 +56,18 @@ class KeptStates:
         return self._states[self._row_of[kv_slots]]
 
 
-class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
+class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
     """Rows are counted as in `EagleProposer`: one at position p takes the token at
     p + 1, so that the last known token has none yet."""
 
     num_first_rows = 0  # a step's own rows do not count as lacking
     has_head = True
-    tells_confidence = False
     _cursor: AsyncHeadCursor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._drafter = self
+        self.drafter = self
         self.max_num_rows = self.max_num_tokens
-        self._clock: ForwardClock | None = None
         self._num_rows, self._depth = 0, self.num_speculative_steps  # of the step
 
     # ------------------------------------------------------------ start-up
@@ -87,10 +84,9 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
-        config = self.kv_cache_config
-        self._block_size = config.kv_cache_groups[self._gid].kv_cache_spec.block_size
         self._layer = next(iter(self.draft_attn_layer_names))
-        self._kept = KeptStates(self._buffer, config.num_blocks * self._block_size)
+        num_kv_slots = self.kv_cache_config.num_blocks * self._block_size
+        self._kept = KeptStates(self._buffer, num_kv_slots)
         self._kv_slots = torch.zeros_like(self.block_tables.slot_mappings)
 
     def capture(self) -> None:
@@ -114,51 +110,35 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
 
     # ------------------------------------------------------------ what forwards cost
 
-    def time_by(self, clock: ForwardClock) -> None:
-        """Time forwards from now on."""
-        self._clock = clock
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        """See `costs.TimedForwards`."""
-        return [] if self._clock is None else self._clock.take_timings()
-
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         dummy_run(num_reqs, context_len=CONTEXT)
 
     def on_prefill_begin(self, num_reqs: int) -> None:
-        if self._clock is not None:
-            self._clock.start()
+        self.clock.start()
 
     on_multi_step_decode_begin = on_prefill_begin
 
     def on_prefill_end(self, num_reqs: int) -> None:
-        self._stop_clock(self._num_rows, 1)
+        self.clock.stop(self._num_rows)
 
     def on_multi_step_decode_end(self, num_reqs: int) -> None:
-        self._stop_clock(num_reqs, self._depth - 1)
-
-    def _stop_clock(self, num_rows: int, num_forwards: int) -> None:
-        if self._clock is not None:
-            self._clock.stop(num_rows, num_forwards)
+        self.clock.stop(num_reqs, self._depth - 1)
 
     # ------------------------------------------------------------ a step
 
     def _vacate(self, slot: int) -> None:
+        super()._vacate(slot)
         self._cursor.vacate(slot)
 
     @torch.inference_mode()
     def propose(
         self,
         input_batch: InputBatch,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        last_hidden_states: torch.Tensor,
-        aux_hidden_states: list[torch.Tensor] | None,
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        assert aux_hidden_states
+        attn_metadata, slot_mappings, _, aux_hidden_states, *others = args
         states = self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
         self._num_rows, self._depth = input_batch.num_tokens, self.num_speculative_steps
         self._attn_metadata = attn_metadata
@@ -166,9 +146,10 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
             self._kv_slots_now = slot_mappings[self._layer][: self._num_rows]
         inputs = slot_mappings, states, None
         sync = kwargs.get("dp_sync_state")
-        self._inputs = *inputs, *args[:4], self.temperature, self.seeds, sync
+        self._inputs = *inputs, *others[:4], self.temperature, self.seeds, sync
+        args = attn_metadata, *inputs, *others
         kwargs |= {"dummy_run": dummy_run}
-        drafts = super().propose(input_batch, attn_metadata, *inputs, *args, **kwargs)
+        drafts = super().propose(input_batch, *args, **kwargs)
         if not dummy_run:
             self._keep(input_batch, states)
         return drafts
@@ -231,22 +212,9 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         most[cannot] = 0
         return np.where(cannot, 0, missing)
 
-    def _draft(
-        self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
-    ) -> torch.Tensor:
-        greedy = self._greedy_rows(input_batch.idx_mapping, input_batch.idx_mapping_np)
-        depth = int(lens.max())
-        drafts = self._run_head(input_batch, depth)
-        if greedy is not None:
-            assert self.draft_logits is not None
-            states = input_batch.idx_mapping
-            make_certain(self.draft_logits, greedy, states, drafts, depth)
-        if lens.all():
-            return drafts
-        columns = others.clone()
-        rows = async_tensor_h2d(np.flatnonzero(lens), device=self.device)
-        columns[rows] = drafts[rows]
-        return columns
+    def _draft(self, input_batch: InputBatch, lens: np.ndarray) -> torch.Tensor:
+        drafts = self._run_head(input_batch, int(lens.max()))
+        return self._rows_of(drafts, np.flatnonzero(lens))
 
     def _run_head(self, input_batch: InputBatch, depth: int) -> torch.Tensor:
         """vLLM's own step. What a request lacks before its rows was fed, or its rows
@@ -274,9 +242,8 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         self._cursor.feed(slots[fed], self._own_rows[fed])
         lens = input_batch.num_scheduled_tokens
         ends = input_batch.num_computed_tokens_np + lens
-        self._count(slots, ends, lens, input_batch.num_tokens)
-        for _ in range(depth - 1):
-            self.counters.count_draft_forward(len(slots), len(slots))
+        self._count_forward(slots, ends, lens, input_batch.num_tokens)
+        self._count_next_forwards(depth - 1, len(slots))
         return drafts
 
     def _backfill(
@@ -310,14 +277,14 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
             slots, starts, ends, seq_lens, torch.from_numpy(most), kv_slots
         )
         by_layer = build_slot_mappings_by_layer(kv_slots, self.kv_cache_config)
-        self.on_prefill_begin(num_reqs)
+        self.clock.start()
         self._run_model(total, metadata, by_layer, None)
-        self._stop_clock(total, 1)
+        self.clock.stop(total)
         # The step's own pass goes by the tables of all its requests.
         num_padded = input_batch.num_reqs_after_padding
         tables.gather_block_tables(input_batch.idx_mapping, num_padded)
         self._cursor.feed_kept(slots, lens, lens == missing)
-        self._count(slots, most, lens, total)
+        self._count_forward(slots, most, lens)
 
     def _restarted(self, input_batch: InputBatch) -> tuple[InputBatch, Any]:
         """What vLLM's step goes by, where some texts begin late for the head."""
@@ -364,15 +331,6 @@ class UnpadEagleSpeculator(DraftingSpeculator, EagleSpeculator):
         return self._build_attn_metadata(
             num_reqs, desc, starts, longest, step=0, slot_mappings=kv_slots
         )
-
-    def _count(
-        self, slots: np.ndarray, ends: np.ndarray, lens: np.ndarray, num_rows: int
-    ) -> None:
-        """A forward of `lens` rows of each request, up to positions `ends`, or of
-        `num_rows` where the device left drafts out."""
-        past_prompt = ends - self._req_states.prompt_len.np[slots]
-        num_prompt = int((lens - np.clip(past_prompt, 0, lens)).sum())
-        self.counters.count_draft_forward(num_rows, num_rows - num_prompt)
 
     def _keep(self, input_batch: InputBatch, states: torch.Tensor) -> None:
         """The step's hidden states, if any request was not fed."""

@@ -26,8 +26,8 @@ def place_rows_kernel(
     num_rows_padded,  # with `ROWS`
     max_num_reqs,
     last_position,
-    ROWS: tl.constexpr,  # noqa: N803  of each request; 0: as `spans` says
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     """A program a request: rows of its text, the last `ROWS` tokens or those from the
     first it lacks on. The last program, one more, sets what is for all of them, and
@@ -91,7 +91,7 @@ def advance_kernel(
     idx_mapping,
     max_num_reqs,
     last_position,
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,
 ):
     """A program a request, padding among them: keep its draft, and go on by a row. A
     request at the end of the context writes no K/V any more. The last program, one
@@ -149,7 +149,7 @@ def make_certain_kernel(
     logits_stride,
     logits_stride_of_step,
     vocab_size,
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,
 ):
     """A program a row, draft and block of the vocabulary: the draft is certain."""
     row = tl.load(rows + tl.program_id(0))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.verification import ScheduledStep
-
-_NO_GRAMMAR = np.iinfo(np.int64).max  # permits any number of drafts
 
 
 def scheduled_step(
@@ -31,9 +28,8 @@ def scheduled_step(
     num_computed = input_batch.num_computed_tokens_np
     num_forbidden = np.zeros_like(num_drafts)
     if num_grammar_valid:
-        grammar_valid = [
-            num_grammar_valid.get(r, _NO_GRAMMAR) for r in input_batch.req_ids
-        ]
+        asked = zip(input_batch.req_ids, num_drafts.tolist(), strict=True)
+        grammar_valid = [num_grammar_valid.get(r, num) for r, num in asked]
         num_forbidden = np.maximum(num_drafts - grammar_valid, 0)
     return ScheduledStep(
         req_ids=input_batch.req_ids,
@@ -58,32 +54,22 @@ class LateArray:
         return self._array
 
 
-class PendingSteps:
-    """Steps whose acceptance is to come, oldest first.
+@dataclass(slots=True)
+class PendingStep:
+    """A step whose acceptance is to come. Arrays are [num_reqs].
 
     By the time it comes a request may have ended in an earlier step, or its id may be
     another's: with async scheduling a step is launched before the last one's tokens are
     known. So requests are told apart by the number of their admission.
     """
 
-    def __init__(self) -> None:
-        self._steps: deque[tuple[ScheduledStep, Any, np.ndarray, np.ndarray]] = deque()
+    step: ScheduledStep
+    numbers: np.ndarray  # int64: of the admissions
+    is_wanted: np.ndarray = field(init=False)  # bool: had not ended before
 
-    def __bool__(self) -> bool:
-        return bool(self._steps)
-
-    def add(self, step: ScheduledStep, numbers: np.ndarray, left: Any) -> None:
-        """`numbers`: [num_reqs] of the admissions; `left`: what is to be settled."""
-        is_wanted = np.ones(len(numbers), dtype=bool)
-        self._steps.append((step, left, numbers, is_wanted))
+    def __post_init__(self) -> None:
+        self.is_wanted = np.ones(len(self.numbers), dtype=bool)
 
     def forget(self, number: int) -> None:
         """The request with this number has ended."""
-        for _, _, numbers, is_wanted in self._steps:
-            is_wanted &= numbers != number
-
-    def pop(self) -> tuple[ScheduledStep, Any, np.ndarray]:
-        """The oldest step; what it left; and [num_reqs] bool: which requests had not
-        ended before."""
-        step, left, _, is_wanted = self._steps.popleft()
-        return step, left, is_wanted
+        self.is_wanted &= self.numbers != number

@@ -6,34 +6,40 @@ has, not which, and learns late how many were accepted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.request_options import RequestLimits
 from vllm_emssd.integration.scheduler import with_drafts_made
 from vllm_emssd.integration.v2.copy_source import CopySource
-from vllm_emssd.integration.v2.pending_steps import PendingSteps
+from vllm_emssd.integration.v2.pending_steps import PendingStep
 from vllm_emssd.metrics import Counters
 from vllm_emssd.verification import ScheduledStep
 
 
 class RaggedSpeculator(BaseSpeculator):
-    """Owns the counters of one rank, and what is pending of its requests."""
+    """Owns the counters of one rank, what is pending of its requests, and what finds
+    copies for them."""
 
     has_draft_model = True
     has_head = False  # it is an EAGLE head
     num_speculative_steps: int
     max_num_reqs: int
+    _source: CopySource | None
 
-    def _begin(self, vllm_config: VllmConfig, req_states: RequestState) -> None:
+    def _begin(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+    ) -> None:
+        config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.counters = Counters()
         self._failures = FailurePolicy(self.counters, vllm_config.parallel_config)
         # Of the step's drafts, how many of each request under a grammar obey it.
@@ -48,28 +54,32 @@ class RaggedSpeculator(BaseSpeculator):
         self._number_of: dict[str, int] = {}
         self._num_admitted = 0
         self._request_limits = RequestLimits()
-        self._pending_steps = PendingSteps()
-
-    def _copy_source(self, vllm_config: VllmConfig, device: torch.device) -> CopySource:
-        return CopySource(
-            vllm_config,
-            self._req_states,
-            self._numbers,
-            self.num_speculative_steps,
-            device,
-            self._failures,
-        )
+        self._pending_steps: deque[PendingStep] = deque()  # oldest first
+        self._most_copied = min(config.copy_length, self.num_speculative_steps)
+        self._source = None
+        if config.copies:
+            self._source = CopySource(
+                vllm_config,
+                req_states,
+                self._numbers,
+                self.num_speculative_steps,
+                device,
+                self._failures,
+            )
 
     def forget_warm_up(self) -> None:
         """What was learned from vLLM's own requests, which do not count."""
+        if self._source is not None:
+            self._source.forget_warm_up()
 
     # ------------------------------------------------------------ before a step
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         """A step's new requests (resumed ones too) and block allocations. The runner
         has given them their slots."""
-        self._request_limits.admit(scheduler_output.scheduled_new_reqs)
-        for new in scheduler_output.scheduled_new_reqs:
+        new_reqs = scheduler_output.scheduled_new_reqs
+        self._request_limits.admit(new_reqs)
+        for new in new_reqs:
             slot = self._req_states.req_id_to_index[new.req_id]
             self._num_admitted += 1
             self._numbers[slot] = self._number_of[new.req_id] = self._num_admitted
@@ -77,23 +87,22 @@ class RaggedSpeculator(BaseSpeculator):
             params = new.sampling_params
             if params is not None and params.structured_outputs is not None:
                 self._constrained.add(new.req_id)
+        if self._source is not None:
+            most = np.full(len(new_reqs), self._most_copied)
+            self._request_limits.apply(most, [new.req_id for new in new_reqs])
+            self._source.admit(new_reqs, most)
 
-    def _most_of(self, new_reqs: Sequence[NewRequestData], most: int) -> np.ndarray:
-        """Most drafts of new requests, by their own limits too. [num_new] int64"""
-        most_drafts = np.full(len(new_reqs), most)
-        self._request_limits.apply(most_drafts, [new.req_id for new in new_reqs])
-        return most_drafts
-
-    def release(self, req_ids: Iterable[str]) -> None:
+    def release(self, req_ids: Collection[str]) -> None:
         """Forget finished requests."""
-        req_ids = list(req_ids)
         self.preempt(req_ids)
         for req_id in req_ids:
-            self._pending_steps.forget(self._number_of.pop(req_id, 0))
+            number = self._number_of.pop(req_id, 0)
+            for pending in self._pending_steps:
+                pending.forget(number)
         self._constrained.difference_update(req_ids)
         self._request_limits.release(req_ids)
 
-    def preempt(self, req_ids: Iterable[str]) -> None:
+    def preempt(self, req_ids: Collection[str]) -> None:
         """Forget what requests had beside their text: it will be anew."""
         for req_id in req_ids:
             slot = self._req_states.req_id_to_index.get(req_id)
@@ -103,6 +112,8 @@ class RaggedSpeculator(BaseSpeculator):
 
     def _vacate(self, slot: int) -> None:
         """The slot's request has left."""
+        if self._source is not None:
+            self._source.release(slot)
 
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """An async scheduler schedules K drafts of every request before there are any.
@@ -129,34 +140,27 @@ class RaggedSpeculator(BaseSpeculator):
         """
         if not self._pending_steps:
             return
-        step, left, is_wanted = self._pending_steps.pop()
+        pending = self._pending_steps.popleft()
         num_accepted = np.maximum(num_sampled.astype(np.int64), 1) - 1
-        self._settle(step, left, num_accepted, is_wanted)
-        self._as_verified(step, left, num_accepted).count(
+        self._settle(pending, num_accepted)
+        self._as_verified(pending, num_accepted).count(
             num_sampled,
             self.num_speculative_steps,
             self.counters,
-            is_wanted,
+            pending.is_wanted,
             has_draft_model=self.has_draft_model,
             has_head=self.has_head,
         )
 
+    def _settle(self, pending: PendingStep, num_accepted: np.ndarray) -> None:
+        """What the step accepted. [num_reqs] int64"""
+
     def _as_verified(
-        self, step: ScheduledStep, left: Any, num_accepted: np.ndarray
+        self, pending: PendingStep, num_accepted: np.ndarray
     ) -> ScheduledStep:
         """The step with the drafts that were verified: all that were scheduled, unless
         the device left some out."""
-        return step
-
-    def _settle(
-        self,
-        step: ScheduledStep,
-        left: Any,
-        num_accepted: np.ndarray,
-        is_wanted: np.ndarray,
-    ) -> None:
-        """What the step accepted. `left`: as it was given to the pending steps."""
-        raise NotImplementedError
+        return pending.step
 
     @property
     def draft_lens(self) -> dict[str, int]:

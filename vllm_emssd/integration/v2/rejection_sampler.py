@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -76,38 +75,14 @@ class UnpadRejectionSamplerV2(RejectionSampler):
             in ("raw_logits", "processed_logits"),
         )
 
-    def _verify(
-        self,
-        logits: torch.Tensor,
-        draft_logits: torch.Tensor | None,
-        draft_sampled: torch.Tensor,
-        pos: torch.Tensor,
-        cu_num_logits: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        idx_mapping_np: np.ndarray,
-        expanded_idx_mapping: torch.Tensor,
-        expanded_local_pos: torch.Tensor,
-        seq_lens_upper_bound_np: np.ndarray,
-        verify_draft_sampled: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _verify(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Requests with a seed sample each row as plain decoding does, and keep the
         drafts that are what was sampled."""
-        processed, sampled, num_sampled = super()._verify(
-            logits,
-            draft_logits,
-            draft_sampled,
-            pos,
-            cu_num_logits,
-            idx_mapping,
-            idx_mapping_np,
-            expanded_idx_mapping,
-            expanded_local_pos,
-            seq_lens_upper_bound_np,
-            verify_draft_sampled,
-        )
+        processed, sampled, num_sampled = super()._verify(*args)
+        _, _, _, pos, cu_num_logits, _, slots, expanded_idx_mapping, *_, drafted = args
         self._processed.append(processed)
         states = self.sampler.sampling_states
-        is_seeded_np = states.seeds_set[idx_mapping_np]
+        is_seeded_np = states.seeds_set[slots]
         if not is_seeded_np.any() or self.synthetic_conditional_rates is not None:
             return processed, sampled, num_sampled
         plain = gumbel_sample(
@@ -125,7 +100,7 @@ class UnpadRejectionSamplerV2(RejectionSampler):
         is_draft = rows + 1 < cu_num_logits[1:, None]  # another row follows
         last = len(plain) - 1
         tokens = plain[rows.clamp(max=last)]
-        drafts = verify_draft_sampled[(rows + 1).clamp(max=last)]
+        drafts = drafted[(rows + 1).clamp(max=last)]
         is_kept = (is_draft & (tokens == drafts)).long().cumprod(dim=1)
         num_plain = is_kept.sum(dim=1) + 1
         is_seeded = async_tensor_h2d(is_seeded_np, device=sampled.device)

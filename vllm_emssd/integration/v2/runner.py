@@ -32,7 +32,7 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.costs import CONTEXT, FIXED_MS, time_forwards
 from vllm_emssd.integration.drafting import DraftingRunner
-from vllm_emssd.integration.forward_clock import ForwardClock, clock_of
+from vllm_emssd.integration.forward_clock import TimedByClock, clock_of
 from vllm_emssd.integration.hooks.hook import installed
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
@@ -46,18 +46,13 @@ from vllm_emssd.metrics import Counters
 logger = init_logger("vllm.emssd.v2")
 
 
-class TargetTiming(StepTimingCollector):
+class TargetTiming(TimedByClock, StepTimingCollector):
     """Takes the place of vLLM's collector, which the runner tells of each forward, and
     can time them all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._clock: ForwardClock | None = None
         self._num_rows = 0  # of a forward that began
-
-    def time_by(self, clock: ForwardClock) -> None:
-        """Time forwards from now on."""
-        self._clock = clock
 
     def record_batch(self, input_batch: InputBatch, full_cudagraph: bool) -> None:
         super().record_batch(input_batch, full_cudagraph)
@@ -65,18 +60,13 @@ class TargetTiming(StepTimingCollector):
 
     def forward_start(self) -> None:
         super().forward_start()
-        if self._clock is not None:
-            self._clock.start()
+        self.clock.start()
 
     def model_executed(self) -> None:
         """The forward was called, if there was one."""
-        if self._clock is not None and self._num_rows:
-            self._clock.stop(self._num_rows)
+        if self._num_rows:
+            self.clock.stop(self._num_rows)
         self._num_rows = 0
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        """See `costs.TimedForwards`."""
-        return [] if self._clock is None else self._clock.take_timings()
 
 
 class RaggedDecodeGraphs(ModelCudaGraphManager):
@@ -177,18 +167,19 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
 
     def _measured_costs(self, speculator: DraftingSpeculator) -> StepCosts:
         device, target, drafter = self.device, self._target_timing, speculator.drafter
-        target.time_by(clock_of(device))
+        target.clock = clock_of(device)
         most = self.max_num_reqs * self.decode_query_len
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
-        with speculator.sitting_out_dummy_runs():
-            samples = time_forwards(
-                lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
-                target,
-                max(most, 1),
-                device,
-            )
+        speculator.sits_out_dummy_runs = True
+        samples = time_forwards(
+            lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
+            target,
+            max(most, 1),
+            device,
+        )
+        speculator.sits_out_dummy_runs = False
         target_costs = CostTable.from_samples(samples, self._computed_rows())
-        drafter.time_by(clock_of(device))
+        drafter.clock = clock_of(device)
         drafted = time_forwards(
             lambda num_reqs: speculator.rehearse(num_reqs, self._dummy_run),
             drafter,
@@ -315,15 +306,11 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
 def grammar_valid_drafts(grammar_output: GrammarOutput | None) -> dict[str, int]:
     """Drafts that their grammar permits, of the requests under one. Async scheduling
     learns of them when their rows are being computed."""
-    if grammar_output is None or grammar_output.num_acceptable_drafts is None:
+    if grammar_output is None:
         return {}
-    return dict(
-        zip(
-            grammar_output.structured_output_request_ids,
-            grammar_output.num_acceptable_drafts,
-            strict=True,
-        )
-    )
+    req_ids = grammar_output.structured_output_request_ids
+    num_valid = grammar_output.num_acceptable_drafts or ()
+    return dict(zip(req_ids, num_valid, strict=bool(num_valid)))
 
 
 class UnpadCPUModelRunnerV2(UnpadGPUModelRunnerV2, CPUModelRunner):

@@ -30,7 +30,6 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from vllm_emssd.integration.costs import CONTEXT
 from vllm_emssd.integration.v2.drafter import FIRST_ROWS, DeviceDrafter
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
-from vllm_emssd.integration.v2.kernels import make_certain
 
 logger = init_logger("vllm.emssd.v2")
 
@@ -39,7 +38,7 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
     """Feeds a draft model by itself, with the forwards of a `DeviceDrafter`."""
 
     num_first_rows = FIRST_ROWS
-    _drafter: DeviceDrafter
+    drafter: DeviceDrafter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,12 +50,8 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
-        self._drafter = DeviceDrafter(
-            self,
-            self._req_states,
-            min(self.draft_model_config.max_model_len, self.max_model_len),
-            self._graphs_of,
-        )
+        max_model_len = min(self.draft_model_config.max_model_len, self.max_model_len)
+        self.drafter = DeviceDrafter(self, self._req_states, max_model_len)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Draft forwards are recorded whole where the target's are."""
@@ -84,17 +79,18 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
             for rows in (FIRST_ROWS, 1)
         )
 
-    def _graphs_of(self, rows: int) -> SpeculatorCudaGraphManager | None:
+    def graphs_of(self, rows: int) -> SpeculatorCudaGraphManager | None:
+        """Of forwards with so many rows of each request, if any."""
         return self.next_graphs if rows == 1 else self.first_graphs
 
     def capture(self) -> None:
-        self._drafter.capture()
+        self.drafter.capture()
 
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
-        self._drafter.rehearse(num_reqs, min(CONTEXT, self._drafter.max_model_len))
+        self.drafter.rehearse(num_reqs, min(CONTEXT, self.drafter.max_model_len))
 
     def computed_rows(self, num_reqs: int) -> int:
-        return self._drafter.computed_rows(num_reqs)
+        return self.drafter.computed_rows(num_reqs)
 
     # ------------------------------------------------------------ a step
 
@@ -108,11 +104,11 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
     ) -> torch.Tensor:
         """As stock's; adaptive verification times dummy runs, to know what drafts
         cost."""
-        is_timed = self.enable_adaptive_verification and not is_profile
-        if dummy_run and is_timed and not self._sits_out_dummy_runs:
-            num_reqs = min(input_batch.num_reqs, self._drafter.max_num_reqs)
+        is_timed = dummy_run and not is_profile and self.enable_adaptive_verification
+        if is_timed and not self.sits_out_dummy_runs:
+            num_reqs = min(input_batch.num_reqs, self.drafter.max_num_reqs)
             for _ in range(self._most_drafts):
-                self._drafter.rehearse(num_reqs, self._drafter.max_model_len // 2)
+                self.drafter.rehearse(num_reqs, self.drafter.max_model_len // 2)
             return self.draft_tokens[: input_batch.num_reqs]
         kwargs |= {"dummy_run": dummy_run, "is_profile": is_profile}
         return super().propose(input_batch, *args, **kwargs)
@@ -124,47 +120,28 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
         num_lacking: np.ndarray,
         longest: np.ndarray,
     ) -> None:
-        """Feed the first `num_rows` that each request lacks. [num_reqs] each"""
         fed = np.flatnonzero(num_rows)
         num_rows, num_lacking, longest = num_rows[fed], num_lacking[fed], longest[fed]
-        slots = input_batch.idx_mapping_np[fed]
         idx_mapping = self._rows_of(input_batch.idx_mapping, fed)
-        self._drafter.backfill(idx_mapping, num_rows, num_lacking, longest)
+        self.drafter.backfill(idx_mapping, num_rows, num_lacking, longest)
+        slots = input_batch.idx_mapping_np[fed]
         self._cursor.feed(slots, num_rows)
-        starts = longest - num_lacking
-        first = np.maximum(starts, self._req_states.prompt_len.np[slots])
-        num_decode = np.maximum(starts + num_rows - first, 0)
-        self.counters.count_draft_forward(int(num_rows.sum()), int(num_decode.sum()))
+        self._count_forward(slots, longest - num_lacking + num_rows, num_rows)
 
-    def _draft(
-        self, input_batch: InputBatch, lens: np.ndarray, others: torch.Tensor
-    ) -> torch.Tensor:
-        """Make the drafts. [num_reqs, K] int64 on the device; those not made are any
-        tokens. `others`: the same, of requests that make none."""
-        slots = input_batch.idx_mapping_np
+    def _draft(self, input_batch: InputBatch, lens: np.ndarray) -> torch.Tensor:
         drafting, depth = np.flatnonzero(lens), int(lens.max())
+        slots, num_drafting = input_batch.idx_mapping_np[drafting], len(drafting)
+        longest = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        longest = longest[drafting] + 1
         idx_mapping = self._rows_of(input_batch.idx_mapping, drafting)
-        num_known = (
-            input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
-        )
-        greedy = self._greedy_rows(idx_mapping, slots[drafting])
-        self._drafter.draft(idx_mapping, depth, num_known[drafting] + 1)
-        num_drafting = len(drafting)
-        drafts = self.draft_tokens[:num_drafting]
-        if greedy is not None:
-            assert self.draft_logits is not None
-            make_certain(self.draft_logits, greedy, idx_mapping, drafts, depth)
-        self._cursor.draft(slots[drafting], lens[drafting] - 1)
-        is_first = num_known <= self._req_states.prompt_len.np[slots]
-        num_decode = FIRST_ROWS * num_drafting - int(is_first[drafting].sum())
-        self.counters.count_draft_forward(FIRST_ROWS * num_drafting, num_decode)
-        for _ in range(depth - 1):
-            self.counters.count_draft_forward(num_drafting, num_drafting)
-        if num_drafting == len(slots):
-            return drafts
-        columns, rows = others.clone(), async_tensor_h2d(drafting, device=self.device)
-        columns[rows] = drafts
-        if self.enable_adaptive_verification:  # it expects them in the batch's order
+        self.drafter.draft(idx_mapping, depth, longest)
+        self._cursor.draft(slots, lens[drafting] - 1)
+        num_rows = np.full(num_drafting, FIRST_ROWS)
+        self._count_forward(slots, longest, num_rows)
+        self._count_next_forwards(depth - 1, num_drafting)
+        if self.enable_adaptive_verification and num_drafting < len(lens):
+            # It expects confidences in the batch's order.
             confidences = self.draft_token_confidence_probs
+            rows = async_tensor_h2d(drafting, device=self.device)
             confidences[rows] = confidences[:num_drafting].clone()
-        return columns
+        return self.draft_tokens[:num_drafting]

@@ -11,10 +11,6 @@ from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.integration.v2.eagle_speculator import UnpadEagleSpeculator
-from vllm_emssd.integration.v2.mixed_speculator import (
-    MixedEagleSpeculator,
-    MixedSpeculator,
-)
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 
 INIT_SPECULATOR_HOOK = Hook(
@@ -32,13 +28,9 @@ def _make_speculator(
     vllm_config: VllmConfig, device: torch.device, req_states: RequestState
 ) -> DraftingSpeculator | CopySpeculator:
     config = EmssdConfig.carried_by(vllm_config.additional_config)
+    speculator: type[DraftingSpeculator | CopySpeculator] = UnpadSpeculator
     if not config.uses_draft_model:
-        return CopySpeculator(vllm_config, device, req_states)
-    has_head = vllm_config.speculative_config.method == "eagle3"
-    speculator: type[DraftingSpeculator] = {
-        (False, False): UnpadSpeculator,
-        (False, True): MixedSpeculator,
-        (True, False): UnpadEagleSpeculator,
-        (True, True): MixedEagleSpeculator,
-    }[has_head, config.copies]
+        speculator = CopySpeculator
+    elif vllm_config.speculative_config.method == "eagle3":
+        speculator = UnpadEagleSpeculator
     return speculator(vllm_config, device, req_states=req_states)
