@@ -77,8 +77,7 @@ class AsyncHeadCursor(AsyncDraftCursor):
         end = -(-end // self._block_size)
         self._block_since[self._block_ids(slots, first, end)] = number
         # A request that is new may share blocks which the head was not fed.
-        has_gap = self._draft_len[slots] < self._num_hits[slots]
-        new = slots[(self._since[slots] == _NOTHING) & has_gap]
+        new = slots[(self._since[slots] == _NOTHING) & self._has_gap(slots)]
         self._since[slots] = np.minimum(self._since[slots], number)
         if len(new):
             first, end = self._draft_len[new], self._num_hits[new]
@@ -88,6 +87,9 @@ class AsyncHeadCursor(AsyncDraftCursor):
     def keep_nothing(self, slots: np.ndarray) -> None:
         """These requests lack nothing."""
         self._since[slots] = _NOTHING
+
+    def _has_gap(self, slots: np.ndarray) -> np.ndarray:
+        return self._draft_len[slots] < self._num_hits[slots]
 
     def _numbers(
         self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray
