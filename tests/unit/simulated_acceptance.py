@@ -125,9 +125,10 @@ class Loop:
     def _step(self) -> Step:
         acceptance = self._draw()
         is_accepted = self._rng.random(acceptance.shape) < acceptance
+        runs = np.logical_and.accumulate(is_accepted, axis=1).sum(axis=1)
+        self.num_foreseen = dict(zip(self._req_ids, runs.tolist(), strict=True))
         step, made, kept = self._draft(acceptance**self._power)
-        run = np.logical_and.accumulate(is_accepted, axis=1)
-        accepted = np.minimum(run.sum(axis=1), kept)
+        accepted = np.minimum(runs, kept)
         step.made, step.verified = made.tolist(), kept.tolist()
         rows = self._num_reqs + int(kept.sum())
         step.ms += self._costs.fixed_ms + float(self._costs.target.ms(np.array(rows)))

@@ -26,7 +26,7 @@ from vllm_emssd.draft_length import (
     FixedDraftLength,
     StepCosts,
 )
-from vllm_emssd.simulate.reliability import MARGINAL, CountedDraftLength
+from vllm_emssd.simulate.reliability import AT_STOP, AT_TRIM, CountedDraftLength
 
 FIXED_LENGTHS = (0, 1, 2, 3, 5, 8)
 WARM_UP = 50
@@ -238,12 +238,27 @@ def test_a_probe_is_found_among_the_requests_of_a_step(
     assert bool(noted) == is_good
 
 
+def test_a_whole_step_teaches_what_its_requests_do_one_by_one() -> None:
+    one_by_one, at_once = auto_policy(CHEAP, 4), auto_policy(CHEAP, 4)
+    dice = np.random.default_rng(0)
+    for _ in range(20):
+        num_drafts = dice.integers(0, 5, 6)
+        num_accepted = dice.integers(0, num_drafts + 1)
+        for drafts, accepted in zip(num_drafts, num_accepted, strict=True):
+            one_by_one.observe("a", int(drafts), int(accepted))
+        one_by_one.plan(step_of(6))
+        at_once.observe_step(num_drafts, num_accepted)
+    learned = at_once.acceptance.by_depth
+    assert learned == pytest.approx(one_by_one.acceptance.by_depth)
+    assert learned[0] != auto_policy(CHEAP, 4).acceptance.by_depth[0]
+
+
 def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
     policy = auto_policy(MEDIUM, 8)
     for i in range(400):
-        confidence = np.array([0.02 if i % 4 == 0 else 0.98])
-        policy.acceptance.observe(confidence, 1, i % 4 > 0)
-        policy.acceptance.update()
+        confidence = np.array([0.02 if i % 4 == 0 else 0.98] + [np.nan] * 7)
+        policy._made["r0"] = confidence
+        policy.observe("r0", 1, int(i % 4 > 0))
     policy.plan(step_of(16, most=8))
     confidence = np.where(np.arange(16) < 8, 0.98, 0.02)
     goes_on = policy.continue_drafting(np.arange(16), confidence, 0)
@@ -397,12 +412,15 @@ def test_whether_a_draft_is_kept_does_not_depend_on_later_ones(
     assert kept[0] == kept[1]
 
 
-def test_drafts_barely_worth_verifying_are_accepted_about_as_often_as_they_cost() -> (
-    None
-):
-    policy = CountedDraftLength(CHEAP, 8, may_trim=True)
-    Loop(policy, CHEAP, 32, lambda _, i: 0.3 + 0.02 * i, lifetime=400).run(400)
-    number, *sums = policy.reliability[:, MARGINAL]
+@pytest.mark.parametrize("line", [AT_TRIM, AT_STOP])
+def test_marginal_drafts_are_accepted_about_as_often_as_they_cost(line: int) -> None:
+    """Those barely worth verifying, and those barely worth making."""
+    policy = CountedDraftLength(
+        CHEAP, 8, may_trim=True, num_accepted=lambda r: loop.num_foreseen[r]
+    )
+    loop = Loop(policy, CHEAP, 32, lambda _, i: 0.3 + 0.02 * i, lifetime=400)
+    loop.run(400)
+    number, *sums = policy.reliability[:, line]
     predicted, accepted, cost = np.array(sums) / number
     assert number > 500
     assert cost / 1.25 < predicted < 1.25 * cost
@@ -432,8 +450,9 @@ def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
     policy.continue_drafting(np.array([0, 1]), np.array([0.3, 0.4]), 0)
     policy.trim(np.array([1, 1]))
     policy.observe("r0", 1, 1)
-    [(made, num_verified, num_accepted)] = policy.acceptance._observed
-    assert made.tolist() == [0.9]
+    [(made, num_verified, num_accepted)] = policy._verified
+    assert made[:1].tolist() == [0.9]
+    assert np.isnan(made[1:]).all()
     assert (num_verified, num_accepted) == (1, 1)
 
 

@@ -39,6 +39,18 @@ def test_shipped_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert accepted["padded 5"] > accepted["fixed 2"] > 0
 
 
+def test_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.jsonl"
+    save_trace(random_trace(0, k=2), path)
+    given = ["simulate", "predict", "--trace", str(path), "--bounds", "--fixed", "1"]
+    given += ["--padded", "2", "--max-concurrency", "2"]
+    for proposer in ("draft_model", "llma"):
+        assert main([*given, "--proposer", proposer]) == 0
+        shown = capsys.readouterr().out
+        assert "over the best fixed length" in shown
+        assert ("padded" in shown) == (proposer == "draft_model")
+
+
 def test_shipped_trace_is_small_and_whole() -> None:
     assert SHIPPED_TRACE.stat().st_size < 300_000
     shipped = load_trace(SHIPPED_TRACE)

@@ -285,6 +285,46 @@ def test_no_place_is_left_empty() -> None:
     assert outcome.num_tokens > 2 * 21, "ends when the last of eight starts"
 
 
+# ---------------------------------------------------------------- bounds, copies
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_foresight_makes_just_the_drafts_that_are_accepted(copies: bool) -> None:
+    found = repeating_trace() if copies else random_trace(1, k=4)
+    counters = run_once(found, Decoding("foresight", 4, copies=copies)).counters
+    assert counters.num_draft_tokens == counters.num_accepted_tokens > 0
+    fixed = run_once(found, Decoding("fixed", 4, copies=copies)).counters
+    assert fixed.num_draft_tokens > fixed.num_accepted_tokens
+
+
+def repeating_trace() -> Trace:
+    """A text that goes on with itself, but for every ninth token."""
+    text = [token if i % 9 else 1000 + i for i, token in enumerate([7, 8, 9] * 20)]
+    one = request(3, [0] * 50, 4)
+    return trace(one.model_copy(update={"output_ids": text[:54]}))
+
+
+def test_copies_cost_no_forward_of_a_drafter() -> None:
+    outcome = run_once(repeating_trace(), Decoding("auto", 4, copies=True))
+    assert outcome.draft_ms == 0
+    assert outcome.accepted_per_request_step > 0.5
+    assert outcome.num_tokens == 50
+
+
+def test_a_threshold_stops_and_trims_by_what_the_trace_says() -> None:
+    """All drafts have one confidence, and most are accepted."""
+    half = [(4, 0)[i % 2] for i in range(200)]
+    found = trace(request(3, half, 4))
+
+    def drafts(stop: float, trim: float = 0.0) -> float:
+        method = Decoding("threshold", 4, stop, trim)
+        return run_once(found, method).drafts_per_request_step
+
+    assert drafts(0.0) > 3.5
+    assert drafts(0.99) < 1.05
+    assert drafts(0.0, 0.99) == 0
+
+
 # ---------------------------------------------------------------- refusals
 
 

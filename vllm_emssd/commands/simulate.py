@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from vllm_emssd import __version__
 from vllm_emssd.bench.workloads import WorkloadOptions, load_workload
+from vllm_emssd.simulate.bounds import Bounds, find_bounds
 from vllm_emssd.simulate.costs import CostFile, load_costs, shipped_costs
-from vllm_emssd.simulate.reliability import MARGINAL
+from vllm_emssd.simulate.reliability import AT_TRIM
 from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
@@ -75,6 +77,15 @@ def _add_predict(verbs: Any) -> None:
         help="prompts are cached by whole blocks of so many tokens (default: not)",
     )
     add("--async-scheduling", action="store_true", help="of tables with host_ms")
+    text = "draft_model (default), or copies from the trace's own text, which have no "
+    add(
+        "--proposer",
+        choices=["draft_model", "llma"],
+        default="draft_model",
+        help=f"{text}--padded and no thresholds",
+    )
+    text = "and what any lengths can gain over the best fixed one; takes minutes"
+    add("--bounds", action="store_true", help=text)
     add("--output-json", type=Path, metavar="FILE")
 
 
@@ -135,26 +146,34 @@ def _record(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     trace, costs = load_trace(args.trace), load_costs(args.costs)
+    most = args.num_speculative_tokens or trace.header.k
+    copies = args.proposer == "llma"
     methods = [
         Decoding("plain"),
-        *(Decoding("fixed", k) for k in args.fixed),
-        *(Decoding("padded", k) for k in args.padded),
-        Decoding("auto", args.num_speculative_tokens or trace.header.k),
+        *(Decoding("fixed", k, copies=copies) for k in args.fixed),
+        *(Decoding("padded", k) for k in args.padded if not copies),
+        Decoding("auto", most, copies=copies),
     ]
     for method in methods:
         check_method(method, trace)
     num_prompts = args.num_prompts or len(trace.requests)
     results: Results = {}
+    bounds: dict[int, Bounds] = {}
     for batch in args.max_concurrency:
         num_rows = max(args.max_num_batched_tokens, batch)
         setting = Setting(batch, num_rows, args.block_size, args.async_scheduling)
-        results[batch] = {
-            method: simulate(
-                trace, costs, method, setting, args.output_len, num_prompts
-            )
-            for method in methods
-        }
-    _print(results, trace, costs)
+        outcome = partial(
+            simulate,
+            trace,
+            costs,
+            setting=setting,
+            max_tokens=args.output_len,
+            num_prompts=num_prompts,
+        )
+        results[batch] = {method: outcome(method) for method in methods}
+        if args.bounds:
+            bounds[batch] = find_bounds(outcome, most, copies)
+    _print(results, bounds, trace, costs)
     if args.output_json is not None:
         args.output_json.parent.mkdir(parents=True, exist_ok=True)
         args.output_json.write_text(
@@ -187,7 +206,9 @@ def _as_json(results: Results, trace: Trace, costs: CostFile) -> dict[str, Any]:
     }
 
 
-def _print(results: Results, trace: Trace, costs: CostFile) -> None:
+def _print(
+    results: Results, bounds: dict[int, Bounds], trace: Trace, costs: CostFile
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -211,6 +232,36 @@ def _print(results: Results, trace: Trace, costs: CostFile) -> None:
             table.add_row(str(batch), *cells(by_method))
         console.print(table)
     _print_reliability(console, results)
+    _print_bounds(console, results, bounds)
+
+
+def _print_bounds(
+    console: Console, results: Results, bounds: dict[int, Bounds]
+) -> None:
+    if not bounds:
+        return
+    from rich.table import Table
+
+    table = Table(
+        title="over the best fixed length",
+        caption="threshold: the best on perfectly calibrated survival; foresight: just "
+        "the drafts that will be accepted",
+    )
+    names = "at once", "best K", "x plain", "auto", "threshold", "and trimming"
+    for column in (*names, "foresight"):
+        table.add_column(column, justify="right")
+    for batch, bound in bounds.items():
+        *_, auto = results[batch].values()
+        others = auto.tokens_per_s, bound.threshold, bound.trimming, bound.foresight
+        plain = results[batch][Decoding("plain")].tokens_per_s
+        best = bound.best_fixed
+        table.add_row(
+            str(batch),
+            str(bound.k),
+            f"{best / plain:.2f}",
+            *(f"{speed / best:.3f}" if speed else "" for speed in others),
+        )
+    console.print(table)
 
 
 def _speeds(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
@@ -231,7 +282,7 @@ def _deciding(by_method: dict[Decoding, Outcome]) -> Iterator[str]:
 
 
 def _print_reliability(console: Console, results: Results) -> None:
-    """Of automatic lengths' verified drafts, what was predicted beside what came."""
+    """Of automatic lengths' drafts, what was predicted beside what came."""
     from rich.table import Table
 
     found = {
@@ -240,19 +291,22 @@ def _print_reliability(console: Console, results: Results) -> None:
         for outcome in by_method.values()
         if outcome.reliability is not None
     }
+    if not found:
+        return
     table = Table(
-        title="chance of being accepted, auto: predicted, observed (verified drafts)",
-        caption="marginal: drafts predicted to bring what verifying them costs, which "
-        "stands behind the bar, within a quarter",
+        title="chance of being accepted, auto: predicted, observed (drafts made)",
+        caption="at the stop: drafts that, before they were made, seemed to bring what "
+        "making and verifying them costs, within a quarter; at the trim: once made, "
+        "what verifying costs. The cost stands behind the bar.",
     )
     for column in ("predicted", *map(str, found)):
         table.add_column(column, justify="right")
-    for line in range(MARGINAL + 1):
-        name = f"{line / 10:.1f} to {(line + 1) / 10:.1f}"
-        table.add_row(
-            "marginal" if line == MARGINAL else name,
-            *(_reliability(sums[:, line], line == MARGINAL) for sums in found.values()),
-        )
+    lines = [f"{line / 10:.1f} to {(line + 1) / 10:.1f}" for line in range(AT_TRIM)]
+    for line, name in enumerate((*lines, "at the trim", "at the stop")):
+        cells = [
+            _reliability(sums[:, line], line >= AT_TRIM) for sums in found.values()
+        ]
+        table.add_row(name, *cells)
     console.print(table)
 
 

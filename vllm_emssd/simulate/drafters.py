@@ -1,4 +1,4 @@
-"""The drafting half of a simulated step: our proposer on a replayed drafter."""
+"""The drafting half of a simulated step: our proposers, replaying a trace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
+from vllm_emssd.proposers.copy_lengths import CopyLengths
 from vllm_emssd.proposers.draft_model import DraftModelProposer
+from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.simulate.replay_drafter import ReplayDrafter
 from vllm_emssd.simulate.request import SimulatedRequest
+
+_CHECK_LENGTH = 2  # of copies, as by default
 
 
 def draft_batch(
@@ -100,15 +104,54 @@ class ModelDrafting:
         self._drafter.begin_step(
             [r.trace for r in requests], [r.num_output for r in requests], self._k
         )
-        batch = draft_batch(requests, self._k, self._knows_the_end)
-        drafts = self._proposer.propose(batch)
+        drafts = self._proposer.propose(self._batch(requests))
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
         return self._drafter.take_ms()
 
+    def _batch(self, requests: Sequence[SimulatedRequest]) -> DraftBatch:
+        return draft_batch(requests, self._k, self._knows_the_end)
+
     def release(self, req_ids: Sequence[str]) -> None:
         self._proposer.release(req_ids)
         self._free_blocks += [self._blocks.pop(req_id) for req_id in req_ids]
+
+
+class ForesightDrafting(ModelDrafting):
+    """Just the drafts that will be accepted."""
+
+    def _batch(self, requests: Sequence[SimulatedRequest]) -> DraftBatch:
+        batch = super()._batch(requests)
+        foreseen = [r.num_foreseen for r in requests]
+        most = np.minimum(batch.max_draft_tokens, foreseen)
+        return replace(batch, max_draft_tokens=most)
+
+
+class CopyDrafting:
+    """`llma`: copies from the request's own text, which cost rows of the target only.
+
+    Args:
+        costs: to choose lengths by; None to verify every copy in full.
+        foresees: copies end where they will be rejected.
+    """
+
+    def __init__(self, costs: StepCosts | None, k: int, foresees: bool) -> None:
+        self._k, self._foresees = k, foresees
+        self._proposer = LlmaProposer(_CHECK_LENGTH, k, CopyLengths(costs))
+        self.record_verified = self._proposer.record_verified
+        self.release = self._proposer.release
+
+    def admit(self, req_id: str, num_cached: int) -> None:
+        """Nothing is kept of what is cached."""
+
+    def draft(self, requests: Sequence[SimulatedRequest]) -> tuple[float, float]:
+        batch = draft_batch(requests, self._k, knows_the_end=True)
+        drafts = self._proposer.propose(batch)
+        for request, tokens in zip(requests, drafts, strict=True):
+            request.drafts = tokens
+            if self._foresees:
+                del tokens[request.num_accepted() :]
+        return 0.0, 0.0
 
 
 class PaddedDrafting(ModelDrafting):

@@ -34,6 +34,12 @@ class SimulatedRequest:
         return self.num_tokens - self.num_prompt
 
     @property
+    def num_foreseen(self) -> int:
+        """Of drafts made now, how many will be accepted."""
+        accepted = self.trace.accepted
+        return accepted[self.num_output] if self.num_output < len(accepted) else 0
+
+    @property
     def has_ended(self) -> bool:
         return self.num_output >= self.max_tokens
 
@@ -52,13 +58,13 @@ class SimulatedRequest:
         if self.num_computed + self.num_scheduled < self.num_tokens:
             self.num_computed += self.num_scheduled  # more prompt to come
             return 0
-        num_accepted = self._num_accepted()
+        num_accepted = self.num_accepted()
         self.num_sampled = num_accepted + 1
         self.num_tokens += self.num_sampled
         self.num_computed = self.num_tokens - 1  # all but the one just sampled
         return num_accepted
 
-    def _num_accepted(self) -> int:
+    def num_accepted(self) -> int:
         """Leading drafts that are the output's own next tokens."""
         output_ids, start = self.trace.output_ids, self.num_output
         for i, draft in enumerate(self.drafts):

@@ -26,12 +26,15 @@ from vllm_emssd.draft_length import (
 from vllm_emssd.metrics import Counters
 from vllm_emssd.simulate.costs import CostFile
 from vllm_emssd.simulate.drafters import (
+    CopyDrafting,
     DrafterSetting,
+    ForesightDrafting,
     ModelDrafting,
     PaddedDrafting,
 )
 from vllm_emssd.simulate.reliability import CountedDraftLength
 from vllm_emssd.simulate.request import SimulatedRequest
+from vllm_emssd.simulate.threshold import PerfectCalibration, ThresholdLength
 from vllm_emssd.simulate.traces import RequestTrace, Trace
 
 
@@ -40,11 +43,15 @@ class Decoding:
     """How a batch is decoded, with at most `k` drafts a request and step.
 
     plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
-    own `draft_model`.
+    own `draft_model`. threshold: by a perfectly calibrated one. foresight: just the
+    drafts that will be accepted.
     """
 
-    name: Literal["plain", "fixed", "padded", "auto"]
+    name: Literal["plain", "fixed", "padded", "auto", "threshold", "foresight"]
     k: int = 0
+    stop: float = 0.0  # of threshold
+    trim: float = 0.0
+    copies: bool = False  # the proposer is `llma`
 
     @property
     def speculates(self) -> bool:
@@ -152,9 +159,12 @@ class SimulatedEngine:
         self._step_costs = costs.step_costs(setting.max_num_seqs)
         self._clocks, self._launches = _Clocks(), costs.target.launches
         self._policy: _Timed | None = None
-        self._drafting = self._make_drafting(method) if method.speculates else None
+        self._drafting: ModelDrafting | CopyDrafting | None = None
+        if method.speculates:
+            self._drafting = self._make_drafting(method, trace)
         # vLLM leaves room for a row more of each request with a draft model.
-        self._draft_slots = int(method.speculates)
+        self._draft_slots = int(method.speculates and not method.copies)
+        self._requests: dict[str, SimulatedRequest] = {}  # all
         self._waiting: deque[SimulatedRequest] = deque()
         self._running: list[SimulatedRequest] = []
         self._ended: list[str] = []  # released in the next step
@@ -179,12 +189,25 @@ class SimulatedEngine:
         self._ended += [request.req_id for request in self._running]
         self._running = []
 
-    def _make_drafting(self, method: Decoding) -> ModelDrafting:
+    def _make_drafting(
+        self, method: Decoding, trace: Trace
+    ) -> ModelDrafting | CopyDrafting:
         setting, is_auto = self._setting, method.name == "auto"
+        if method.copies:
+            costs = self._step_costs if is_auto else None
+            return CopyDrafting(costs, method.k, method.name == "foresight")
         policy: DraftLengthPolicy = FixedDraftLength()
         if is_auto:
-            policy = CountedDraftLength(self._step_costs, method.k, may_trim=True)
+            policy = CountedDraftLength(
+                self._step_costs,
+                method.k,
+                may_trim=True,
+                num_accepted=lambda req_id: self._requests[req_id].num_foreseen,
+            )
             self.outcome.reliability = policy.reliability
+        elif method.name == "threshold":
+            calibration = PerfectCalibration(trace)
+            policy = ThresholdLength(calibration, method.stop, method.trim)
         self._policy = _Timed(policy)
         drafter = DrafterSetting(
             self._step_costs,
@@ -194,12 +217,12 @@ class SimulatedEngine:
             self._max_model_len,
             self._costs.draft.launches,
         )
-        drafting = PaddedDrafting if method.name == "padded" else ModelDrafting
-        return drafting(
+        drafting = {"padded": PaddedDrafting, "foresight": ForesightDrafting}
+        return drafting.get(method.name, ModelDrafting)(
             self._policy,  # type: ignore[arg-type]
             self.outcome.counters,
             drafter,
-            knows_the_end=is_auto,
+            knows_the_end=method.name not in ("fixed", "padded"),
         )
 
     def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
@@ -211,14 +234,16 @@ class SimulatedEngine:
         num_prompt, block = len(trace.prompt_ids), self._setting.cached_block
         # As in vLLM, the last token of a prompt is always computed.
         num_cached = (num_prompt - 1) // block * block if block else 0
-        return SimulatedRequest(
-            f"r{self._num_arrived}",
+        req_id = f"r{self._num_arrived}"
+        self._requests[req_id] = request = SimulatedRequest(
+            req_id,
             trace,
             min(max_tokens, num_recorded),
             token_ids,
             num_prompt,
             num_cached,
         )
+        return request
 
     # ------------------------------------------------------------ a step
 
