@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,6 @@ class RayCluster:
         return busy()
 
     def stop(self) -> tuple[int | None, list[str]]:
-        """Exit code, and what was left behind."""
-        self.tree.process.terminate()
+        """As when its terminal closes. Exit code, and what was left behind."""
+        self.tree.process.send_signal(signal.SIGHUP)
         return self.tree.wait(60), self.tree.leftovers(5)

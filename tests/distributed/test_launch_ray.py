@@ -61,26 +61,14 @@ def test_a_head_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         launch_ray.start_ray(args)
 
 
-def head(folder: Path, *before: str) -> Tree:
-    """A head of its own, ready."""
-    command = [*before, sys.executable, str(REPO / "scripts" / "launch_ray.py"), "head"]
-    command += ["--ray-port", str(free_port()), "--address", "127.0.0.1"]
-    command += ["--num-cpus", "1", "--token-file", str(folder / "token")]
-    tree = Tree(command, folder / "log", RayCluster.own_environment())
-    assert wait_for(lambda: "ready; the head is" in tree.text, 120), tree.text
-    return tree
-
-
-def test_a_closed_terminal_stops_all(tmp_path: Path) -> None:
-    tree = head(tmp_path)
-    assert len(tree.members()) > 5
-    tree.process.send_signal(signal.SIGHUP)
-    assert tree.wait(60) == 0
-    assert tree.leftovers(5) == []
-
-
 def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
-    tree = head(tmp_path, "nohup")
+    """Without, see test_stopping.py."""
+    script = str(REPO / "scripts" / "launch_ray.py")
+    command = ["nohup", sys.executable, script, "head", "--address", "127.0.0.1"]
+    command += ["--ray-port", str(free_port()), "--num-cpus", "1"]
+    command += ["--token-file", str(tmp_path / "token")]
+    tree = Tree(command, tmp_path / "log", RayCluster.own_environment())
+    assert wait_for(lambda: "ready; the head is" in tree.text, 120), tree.text
     tree.process.send_signal(signal.SIGHUP)
     time.sleep(3)
     assert tree.process.poll() is None

@@ -27,7 +27,7 @@ def test_cycle(cycle: int, runs: Runs, tmp_path: Path) -> None:
     outcome.left_nothing()
 
 
-def test_stopping_the_cluster(runs: Runs) -> None:
-    assert runs.cluster.tree.members()
+def test_a_closed_terminal_stops_the_cluster(runs: Runs) -> None:
+    assert len(runs.cluster.tree.members()) > 5
     exit_code, left = runs.stop_cluster()
     assert (exit_code, left) == (0, [])

@@ -32,7 +32,9 @@ REASONING = {
 }
 CONFIGS = {
     # Whole prompts: vLLM's CPU runner fails on chunks of prompts with a seed.
-    "plain": EngineConfig(max_num_batched_tokens=8192, **REASONING),
+    "plain": EngineConfig(
+        prefix_caching=True, max_num_batched_tokens=8192, **REASONING
+    ),
     "stock": EngineConfig(STOCK),
     "draft_model": EngineConfig(DRAFT_MODEL, **CACHED, **REASONING),
     "llma": EngineConfig(LLMA, **CACHED, **REASONING),

@@ -218,15 +218,15 @@ def shortened(params: SamplingParams, max_tokens: int) -> SamplingParams:
 
 
 def arrangements(case: str) -> dict[str, tuple[list[str], list[SamplingParams]]]:
-    """The case for all requests, for one alone, which is a short one, and beside
-    requests that use none."""
+    """The case for all requests, for one alone, and beside requests that use none,
+    which need fewer tokens."""
     params = CASES[case]
     each = params if isinstance(params, list) else [params] * len(texts())
     beside = [p if i % 2 else NONE for i, p in enumerate(each)]
     return {
         "all": (texts(), each),
         "alone": (texts()[3:4], [shortened(each[3], 14)]),
-        "beside": (texts(), beside),
+        "beside": (texts(), [shortened(p, 24) for p in beside]),
     }
 
 

@@ -25,7 +25,7 @@ from tests.engine import (
 )
 from vllm_emssd.metrics import COUNTER_NAMES
 
-BATCHES = (1, 8, 24)
+BATCHES = (1, 24)
 SMALL_CACHE = 9 / 256  # of all blocks: a third of what 24 requests want
 CHUNK = 192  # tokens a step: prompts of up to 1000 tokens come in pieces
 
@@ -79,6 +79,10 @@ class Run:
 
 def batch_prompts(size: int) -> list[str]:
     return list(prompts()[:size])
+
+
+def plain_tokens(size: int) -> list[list[int]]:
+    return run("plain").first.token_ids[max(BATCHES)][:size]
 
 
 def _one_pass(llm: Any, **parameters: Any) -> Pass:

@@ -26,7 +26,7 @@ from tests.engine import (
     stats,
 )
 from tests.planted_failures import break_parts
-from tests.regression.runs import batch_prompts, run
+from tests.regression.runs import batch_prompts, plain_tokens, run
 from vllm_emssd.integration.v1.sampling import count_nan_as_one_hot
 from vllm_emssd.integration.worker import memory_advice
 
@@ -40,14 +40,10 @@ def _plain_engine_runs_first() -> None:
     run("plain")
 
 
-def expected() -> list[list[int]]:
-    return run("plain").first.token_ids[BATCH]
-
-
 def accepted_share(llm: Any, generate: Callable[[], list[list[int]]]) -> float:
     """Of drafts verified meanwhile; checks what comes out."""
     with counting(llm) as gained:
-        assert generate() == expected()
+        assert generate() == plain_tokens(BATCH)
     return gained["num_accepted_tokens"] / gained["num_draft_tokens"]
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.fresh_process import python
-from tests.regression.runs import batch_prompts, run
+from tests.regression.runs import batch_prompts, plain_tokens, run
 
 WITHOUT_PLUGIN = """
 import json, sys
@@ -60,4 +60,4 @@ def test_output_without_the_plugin_is_the_same() -> None:
     texts = batch_prompts(8)
     done = python("-c", WITHOUT_PLUGIN, given=json.dumps(texts), VLLM_PLUGINS="")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == run("plain").first.token_ids[8]
+    assert json.loads(done.stdout.splitlines()[-1]) == plain_tokens(8)

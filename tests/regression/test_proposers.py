@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine import EngineConfig, greedy, running, stats, stop_counting_others
 from tests.proposer_example import example_name, installed_example
-from tests.regression.runs import batch_prompts, run
+from tests.regression.runs import batch_prompts, plain_tokens
 from vllm_emssd.config import plugin_proposers
 
 BATCH = 8
@@ -25,7 +25,7 @@ def _example(tmp_path: Path) -> Iterator[None]:
     "name", list(dict.fromkeys([example_name(), *plugin_proposers()]))
 )
 def test_tokens_are_plain_decoding_and_drafts_are_accepted(name: str) -> None:
-    expected = run("plain").first.token_ids[BATCH]
+    expected = plain_tokens(BATCH)
     stop_counting_others()
     config = EngineConfig({"method": "emssd", "proposer": name})
     with running(config) as llm:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import numpy as np
-
 from tests.oracle import VOCAB_SIZE
-from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Scheduler, Setup
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 
 
 class PlannedFailureError(Exception):
-    pass
+    """What failing parts raise here."""
 
 
 class ProposingEngine:
@@ -34,20 +31,9 @@ class ProposingEngine:
         schedule = self._scheduler.schedule()
         self._proposer.release(schedule.finished)
         requests = list(schedule.num_scheduled)
-        is_sampling = []
-        for request in requests:
-            end = request.num_computed_tokens + schedule.num_scheduled[request]
-            is_sampling.append(end >= len(request.tokens))
-            if is_sampling[-1]:
-                num_drafts = len(request.drafts)
-                self._record(request, num_drafts, self._scheduler.verify(request))
-            else:
-                request.num_computed_tokens = end
-        for request, drafts in zip(
-            requests,
-            self._propose(requests, self._batch(requests, is_sampling)),
-            strict=True,
-        ):
+        batch = self._scheduler.forward(schedule, requests, self._record)
+        proposed = self._propose(requests, batch)
+        for request, drafts in zip(requests, proposed, strict=True):
             request.drafts = drafts
             self.seen["drafts"] += len(drafts)
         self.drafts = {request.req_id: request.drafts for request in requests}
@@ -64,13 +50,3 @@ class ProposingEngine:
             assert len(tokens) <= most
             assert all(type(t) is int and 0 <= t < VOCAB_SIZE for t in tokens)
         return drafts
-
-    def _batch(self, requests: list[Request], is_sampling: list[bool]) -> DraftBatch:
-        room = [self._setup.max_model_len - len(r.tokens) - 1 for r in requests]
-        return batch_of(
-            {r.req_id: r.tokens for r in requests},
-            np.clip(room, 0, self._setup.num_spec_tokens),
-            is_sampling,
-            num_prompt_tokens=[r.num_prompt_tokens for r in requests],
-            num_scheduled_tokens=[1] * len(requests),
-        )

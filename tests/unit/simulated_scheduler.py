@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -30,9 +32,11 @@ from vllm.v1.request import RequestStatus
 
 from tests.engine import DRAFT_MODEL, EAGLE3, TARGET
 from tests.oracle import VOCAB_SIZE
+from tests.unit.draft_batches import batch_of
 from vllm_emssd.draft_cursor import AdmittedRequest
 from vllm_emssd.integration.drafting import block_updates
 from vllm_emssd.integration.scheduler import UnpadScheduler
+from vllm_emssd.proposers.base import DraftBatch
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def _make_scheduler(setup: Setup) -> UnpadScheduler:
 
 
 class Scheduler:
-    """`schedule`, then `verify` for each request that sampled, then `finish`."""
+    """`schedule`, then `forward`, then `finish`."""
 
     def __init__(self, setup: Setup, rng: random.Random) -> None:
         self._setup, self._rng = setup, rng
@@ -176,7 +180,39 @@ class Scheduler:
         self._note_tokens(schedule)
         return schedule
 
-    def verify(self, request: Request) -> int:
+    def forward(
+        self,
+        schedule: Schedule,
+        requests: list[Request],
+        record_verified: Callable[[Request, int, int], None],
+    ) -> DraftBatch:
+        """The target's forward and sampling. Returns what a proposer is given;
+        `record_verified` is told of drafts and how many were accepted."""
+        num_scheduled = [schedule.num_scheduled[request] for request in requests]
+        prefilled, is_sampling = [], []
+        for request, n in zip(requests, num_scheduled, strict=True):
+            prefilled.append(request.num_computed_tokens + n)
+            is_sampling.append(prefilled[-1] >= len(request.tokens))
+            if is_sampling[-1]:
+                num_drafts = len(request.drafts)
+                record_verified(request, num_drafts, self._verify(request))
+            else:
+                request.num_computed_tokens = prefilled[-1]
+        num_tokens = np.array([len(r.tokens) for r in requests], np.int64)
+        room = np.minimum(
+            self._setup.max_model_len - num_tokens - 1,
+            self._setup.drafter_max_model_len - num_tokens + 1,
+        )
+        return batch_of(
+            {r.req_id: r.tokens for r in requests},
+            np.clip(room, 0, self._setup.num_spec_tokens),
+            is_sampling,
+            num_prompt_tokens=[r.num_prompt_tokens for r in requests],
+            num_scheduled_tokens=num_scheduled,
+            num_prefilled_tokens=prefilled,
+        )
+
+    def _verify(self, request: Request) -> int:
         """The target accepts some drafts and adds a token. Returns how many."""
         drafts = request.drafts
         num_accepted = len(drafts)

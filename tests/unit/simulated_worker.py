@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tests import oracle
-from tests.unit.draft_batches import batch_of
+from tests.unit.proposing_engine import PlannedFailureError
 from tests.unit.simulated_scheduler import Request, Schedule, Scheduler, Setup
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, StepInfo
@@ -23,10 +23,6 @@ from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch, Proposer
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.ragged import RaggedRows
-
-
-class PlannedFailureError(Exception):
-    """What a failing draft model or policy raises here."""
 
 
 class PagedKv:
@@ -322,22 +318,21 @@ class Engine:
 
     def _verify(self, schedule: Schedule) -> DraftBatch:
         """The target's forward and sampling. Returns what the proposer is given."""
-        prefilled, is_sampling, verified = [], [], []
-        for request in self._requests:
-            end = request.num_computed_tokens + schedule.num_scheduled[request]
-            prefilled.append(end)
-            is_sampling.append(end >= len(request.tokens))
-            if is_sampling[-1]:
-                num_drafts = len(request.drafts)
-                num_accepted = self.scheduler.verify(request)
-                verified.append((request.req_id, num_drafts, num_accepted))
-                self._record_verified(*verified[-1])
-                self._kv.forget_unaccepted(request)
-            else:
-                request.num_computed_tokens = end
+        verified = []
+
+        def record(request: Request, *counts: int) -> None:
+            verified.append((request.req_id, *counts))
+            self._record_verified(*verified[-1])
+            self._kv.forget_unaccepted(request)
+
+        batch = self.scheduler.forward(schedule, self._requests, record)
         self._check_observed(verified)
-        num_scheduled = [schedule.num_scheduled[r] for r in self._requests]
-        return self._draft_batch(num_scheduled, prefilled, is_sampling)
+        shape = (self._setup.max_num_reqs, self._setup.max_blocks_per_req)
+        block_table = np.full(shape, 10_000, np.int32)
+        for i, request in enumerate(self._requests):
+            block_table[i, : len(request.block_ids)] = request.block_ids
+        self.drafter.start_step(self._requests, block_table)
+        return batch
 
     def _record_verified(self, req_id: str, *verified: int) -> None:
         """As the runner does where the proposer fails."""
@@ -350,30 +345,6 @@ class Engine:
     def _check_observed(self, verified: list[tuple[str, int, int]]) -> None:
         assert self._policy.observed == verified
         self._policy.observed = []
-
-    def _draft_batch(
-        self, num_scheduled: list[int], prefilled: list[int], is_sampling: list[bool]
-    ) -> DraftBatch:
-        setup = self._setup
-        block_table = np.full(
-            (setup.max_num_reqs, setup.max_blocks_per_req), 10_000, np.int32
-        )
-        for i, request in enumerate(self._requests):
-            block_table[i, : len(request.block_ids)] = request.block_ids
-        self.drafter.start_step(self._requests, block_table)
-        num_tokens = np.array([len(r.tokens) for r in self._requests], np.int64)
-        room = np.minimum(
-            setup.max_model_len - num_tokens - 1,
-            setup.drafter_max_model_len - num_tokens + 1,
-        )
-        return batch_of(
-            {r.req_id: r.tokens for r in self._requests},
-            np.clip(room, 0, setup.num_spec_tokens),
-            is_sampling,
-            num_prompt_tokens=[r.num_prompt_tokens for r in self._requests],
-            num_scheduled_tokens=num_scheduled,
-            num_prefilled_tokens=prefilled,
-        )
 
     def _check_failure(self, num_cached: list[int]) -> None:
         """The step goes on without drafts; no cursor moved, so what was fed is fed

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.draft_batches import batch_of
 from tests.unit.simulated_scheduler import Request, Scheduler, Setup
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import DraftLengthPolicy, StepInfo
@@ -163,42 +162,25 @@ class Engine:
             self._scheduler.finish()
             return
         self._rng.shuffle(requests)
-        scheduled = np.array([schedule.num_scheduled[r] for r in requests], np.int64)
-        starts = np.array([r.num_computed_tokens for r in requests], dtype=np.int64)
-        is_sampling = [
-            start + n >= len(r.tokens)
-            for r, start, n in zip(requests, starts, scheduled, strict=True)
-        ]
-        for request, samples, end in zip(
-            requests, is_sampling, starts + scheduled, strict=True
-        ):
-            if samples:
-                num_accepted = self._scheduler.verify(request)
-                self._proposer.record_verified(request.req_id, 0, num_accepted)
-            else:
-                request.num_computed_tokens = int(end)
-        num_tokens = np.array([len(r.tokens) for r in requests], dtype=np.int64)
+        batch = self._scheduler.forward(schedule, requests, self._record)
         drafts: list[list[int]] = [[] for _ in requests]
         self._head.start_step(requests)
+        ends = batch.num_prefilled_tokens
         self._keep_states(
             requests,
-            RaggedRows.from_spans(np.arange(len(requests)), starts, starts + scheduled),
+            RaggedRows.from_spans(
+                np.arange(len(requests)), ends - batch.num_scheduled_tokens, ends
+            ),
         )
-        if not self._proposer.skips_step(sum(is_sampling)):
-            room = self._setup.max_model_len - num_tokens - 1
-            batch = batch_of(
-                {r.req_id: r.tokens for r in requests},
-                np.clip(room, 0, self._setup.num_spec_tokens),
-                is_sampling,
-                num_prompt_tokens=[r.num_prompt_tokens for r in requests],
-                num_scheduled_tokens=scheduled,
-                num_prefilled_tokens=starts + scheduled,
-            )
+        if not self._proposer.skips_step(int(batch.is_sampling.sum())):
             drafts = self._proposer.propose(batch)
         self._check_rows(requests, drafts)
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
         self._scheduler.finish()
+
+    def _record(self, request: Request, _: int, num_accepted: int) -> None:
+        self._proposer.record_verified(request.req_id, 0, num_accepted)
 
     def _keep_states(self, requests: list[Request], rows: RaggedRows) -> None:
         states = [

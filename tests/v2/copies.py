@@ -17,7 +17,7 @@ from vllm_emssd.proposers.llma import NO_COPY, Copy, LlmaProposer
 VOCAB = 40
 MAX_LEN = 400
 MAX_REQS = 5
-STEPS = 30
+STEPS = 18
 OPTIONS = ((2, 7), (1, 10), (4, 3), (40, 7))  # tokens that must agree, most copied
 SEEDS = range(1)
 

@@ -14,10 +14,10 @@ from tests.v2.dispatches import (
     AUTO,
     BATCHES,
     COPY_LENGTH,
+    DRAFT_MODELS,
     FAULTS,
     HEAD,
     LAUNCHED,
-    LAYERS,
     PROPOSERS,
     WITH_A_PROMPT,
     K,
@@ -38,7 +38,12 @@ BUDGET_WITH_BACKFILL = BUDGET + 110
 ALLOWED_WAITS = {"llma": [SYNCHRONIZE], "mixed": [SYNCHRONIZE], HEAD: ["item"]}
 
 
-SLOW = (AUTO, LAUNCHED, *FAULTS, WITH_A_PROMPT)
+SLOW = (AUTO, DRAFT_MODELS[1], LAUNCHED, *FAULTS, WITH_A_PROMPT)
+
+
+def cases(*proposers: str) -> list[Any]:
+    marks = {name: pytest.mark.slow if name in SLOW else () for name in proposers}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
 def steps(proposer: str, requests: int) -> list[dict[str, Any]]:
@@ -60,9 +65,7 @@ def check(step: dict[str, Any], proposer: str) -> None:
     assert step["waits"] == ALLOWED_WAITS.get(proposer, [])
 
 
-@pytest.mark.parametrize(
-    "proposer", [*PROPOSERS, pytest.param(AUTO, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("proposer", cases(*PROPOSERS))
 @pytest.mark.parametrize("requests", BATCHES)
 def test_a_steady_step_stays_within_the_budget(proposer: str, requests: int) -> None:
     for step in steady(proposer, requests):
@@ -109,7 +112,7 @@ def test_a_joining_prompt_leaves_the_drafts_of_others_their_replays() -> None:
         assert step["total"] <= BUDGET_WITH_BACKFILL, step["calls"]
 
 
-@pytest.mark.parametrize("proposer", LAYERS)
+@pytest.mark.parametrize("proposer", cases(*DRAFT_MODELS))
 @pytest.mark.parametrize("requests", BATCHES)
 def test_a_draft_is_a_replay(proposer: str, requests: int) -> None:
     whole = [s for s in steady(proposer, requests) if s["made"] == [K] * requests]
