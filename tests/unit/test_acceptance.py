@@ -17,21 +17,11 @@ def made(*confidence: float) -> np.ndarray:
     return np.array(confidence, dtype=np.float64)
 
 
-def observe(
-    estimator: AcceptanceEstimator,
-    *observed: tuple[np.ndarray, int, int],
-) -> None:
-    """Confidences of a request's drafts, and how many were verified and accepted."""
-    confidence = np.full((len(observed), len(estimator.by_depth)), np.nan)
-    for row, (drafts, _, _) in zip(confidence, observed, strict=True):
-        row[: len(drafts)] = drafts
-    _, num_verified, num_accepted = zip(*observed, strict=True)
-    estimator.observe(confidence, np.array(num_verified), np.array(num_accepted))
-
-
 def learn(estimator: AcceptanceEstimator, *observed: tuple[np.ndarray, int]) -> None:
     """All were verified, and so many accepted."""
-    observe(estimator, *((drafts, len(drafts), n) for drafts, n in observed))
+    for drafts, num_accepted in observed:
+        estimator.observe(drafts, len(drafts), num_accepted)
+    estimator.update()
 
 
 def first(estimator: AcceptanceEstimator, confidence: float) -> float:
@@ -82,10 +72,25 @@ def test_drafts_after_the_first_rejected_one_teach_nothing() -> None:
 def test_drafts_without_confidence_teach_their_depth() -> None:
     estimator = AcceptanceEstimator(2)
     for _ in range(300):
-        observe(estimator, (made(), 2, 1))
+        estimator.observe(None, 2, 1)
+        estimator.update()
     assert estimator.by_depth[0] > 0.97
     assert estimator.by_depth[1] < 0.03
     assert first(estimator, 0.5) == pytest.approx(estimator._mean)
+
+
+def test_a_whole_step_teaches_what_its_requests_do_one_by_one() -> None:
+    one_by_one, at_once = AcceptanceEstimator(4), AcceptanceEstimator(4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        num_drafts = rng.integers(0, 5, 6)
+        num_accepted = rng.integers(0, num_drafts + 1)
+        for drafts, accepted in zip(num_drafts, num_accepted, strict=True):
+            one_by_one.observe(None, int(drafts), int(accepted))
+        one_by_one.update()
+        at_once.observe_step(num_drafts, num_accepted)
+    assert at_once.by_depth == pytest.approx(one_by_one.by_depth)
+    assert at_once.by_depth[0] != AcceptanceEstimator(4).by_depth[0]
 
 
 def test_trimmed_drafts_count_as_their_confidence_says() -> None:
@@ -97,7 +102,8 @@ def test_trimmed_drafts_count_as_their_confidence_says() -> None:
     before = first(estimator, 0.5)
     trimmed = made(0.97, 0.5)
     for _ in range(1500):
-        observe(estimator, (trimmed, 1, 1))
+        estimator.observe(trimmed, 1, 1)
+        estimator.update()
     assert estimator.by_depth[0] > 0.9
     assert estimator.by_depth[1] < 0.1
     assert first(estimator, 0.5) < before + 0.05
@@ -105,8 +111,10 @@ def test_trimmed_drafts_count_as_their_confidence_says() -> None:
 
 def test_a_trimmed_draft_behind_a_rejected_one_says_nothing() -> None:
     estimator, other = AcceptanceEstimator(2), AcceptanceEstimator(2)
-    observe(estimator, (made(0.5, 0.5), 1, 0))
-    observe(other, (made(0.5), 1, 0))
+    estimator.observe(made(0.5, 0.5), 1, 0)
+    other.observe(made(0.5), 1, 0)
+    for e in (estimator, other):
+        e.update()
     assert estimator.by_depth.tolist() == other.by_depth.tolist()
 
 

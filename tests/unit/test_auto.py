@@ -238,27 +238,12 @@ def test_a_probe_is_found_among_the_requests_of_a_step(
     assert bool(noted) == is_good
 
 
-def test_a_whole_step_teaches_what_its_requests_do_one_by_one() -> None:
-    one_by_one, at_once = auto_policy(CHEAP, 4), auto_policy(CHEAP, 4)
-    dice = np.random.default_rng(0)
-    for _ in range(20):
-        num_drafts = dice.integers(0, 5, 6)
-        num_accepted = dice.integers(0, num_drafts + 1)
-        for drafts, accepted in zip(num_drafts, num_accepted, strict=True):
-            one_by_one.observe("a", int(drafts), int(accepted))
-        one_by_one.plan(step_of(6))
-        at_once.observe_step(num_drafts, num_accepted)
-    learned = at_once.acceptance.by_depth
-    assert learned == pytest.approx(one_by_one.acceptance.by_depth)
-    assert learned[0] != auto_policy(CHEAP, 4).acceptance.by_depth[0]
-
-
 def test_unsure_drafts_are_stopped_and_sure_ones_go_on() -> None:
     policy = auto_policy(MEDIUM, 8)
     for i in range(400):
-        confidence = np.array([0.02 if i % 4 == 0 else 0.98] + [np.nan] * 7)
-        policy._made["r0"] = confidence
-        policy.observe("r0", 1, int(i % 4 > 0))
+        confidence = np.array([0.02 if i % 4 == 0 else 0.98])
+        policy.acceptance.observe(confidence, 1, i % 4 > 0)
+        policy.acceptance.update()
     policy.plan(step_of(16, most=8))
     confidence = np.where(np.arange(16) < 8, 0.98, 0.02)
     goes_on = policy.continue_drafting(np.arange(16), confidence, 0)
@@ -450,9 +435,8 @@ def test_left_out_request_is_still_observed_by_its_own_drafts() -> None:
     policy.continue_drafting(np.array([0, 1]), np.array([0.3, 0.4]), 0)
     policy.trim(np.array([1, 1]))
     policy.observe("r0", 1, 1)
-    [(made, num_verified, num_accepted)] = policy._verified
-    assert made[:1].tolist() == [0.9]
-    assert np.isnan(made[1:]).all()
+    [(made, num_verified, num_accepted)] = policy.acceptance._observed
+    assert made.tolist() == [0.9]
     assert (num_verified, num_accepted) == (1, 1)
 
 

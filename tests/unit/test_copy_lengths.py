@@ -75,11 +75,11 @@ def test_copies_that_turn_right_are_believed_again() -> None:
 def test_copies_that_were_not_used_teach_nothing_and_are_forgotten() -> None:
     lengths = CopyLengths(COSTS)
     lengths.choose(step_of(2, 7), np.full((2, 7), 0.97))
-    before = lengths._calibration.counts.copy()
+    before = lengths._calibration._counts.copy()
     lengths.observe("r0", 0, 0)
     lengths.release("r1")
     assert lengths._verified == {}
-    assert (lengths._calibration.counts == before).all()
+    assert (lengths._calibration._counts == before).all()
 
 
 def test_each_decision_is_shown_before_it_is_acted_on() -> None:

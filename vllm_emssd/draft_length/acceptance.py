@@ -22,40 +22,31 @@ _DOUBTED_TESTS = 8.0  # drafts that an estimate counts as after a long time with
 
 
 class Calibration:
-    """Share of the drafts that were accepted, by bins of their confidence, or of
-    something else with its own edges."""
+    """Share of the drafts of about a confidence that were accepted."""
 
-    def __init__(self, edges: np.ndarray = _EDGES) -> None:
-        self._edges = edges
-        self.counts = np.zeros((2, len(edges) + 1))  # [accepted | tested, bin]
+    def __init__(self) -> None:
+        self._counts = np.zeros((2, len(_EDGES) + 1))  # [accepted | tested, bin]
 
     def acceptance(
         self, confidence: np.ndarray, prior: float | np.ndarray
     ) -> np.ndarray:
         """Chance that drafts are accepted once all before them are, `prior` where none
         of their confidence was verified. Shape kept."""
-        bins = np.searchsorted(self._edges, confidence, "right")
-        accepted, tested = self.counts[:, bins]
+        accepted, tested = self._counts[:, np.searchsorted(_EDGES, confidence, "right")]
         calibrated = (accepted + _PRIOR_TESTS * prior) / (tested + _PRIOR_TESTS)
         return np.minimum(calibrated, _MOST_ACCEPTANCE)
 
-    def observe(
-        self,
-        confidence: np.ndarray,
-        is_accepted: np.ndarray,
-        keep: float | None = None,
-    ) -> None:
-        """Both [num_drafts]: those accepted, and a request's first that was not.
-        `keep`: the weight of what was seen before."""
-        bins = np.searchsorted(self._edges, confidence, "right")
-        size = self.counts.shape[1]
-        self.counts *= _CONFIDENCE_KEEP**bins.size if keep is None else keep
-        self.counts[0] += np.bincount(bins, weights=is_accepted, minlength=size)
-        self.counts[1] += np.bincount(bins, minlength=size)
+    def observe(self, confidence: np.ndarray, is_accepted: np.ndarray) -> None:
+        """Both [num_drafts]: those accepted, and a request's first that was not."""
+        bins = np.searchsorted(_EDGES, confidence, "right")
+        size = self._counts.shape[1]
+        self._counts *= _CONFIDENCE_KEEP**bins.size
+        self._counts[0] += np.bincount(bins, weights=is_accepted, minlength=size)
+        self._counts[1] += np.bincount(bins, minlength=size)
 
     def doubt(self) -> None:
         """Make the next observations count for more."""
-        self.counts *= np.minimum(1, _DOUBTED_TESTS / np.maximum(self.counts[1], 1))
+        self._counts *= np.minimum(1, _DOUBTED_TESTS / np.maximum(self._counts[1], 1))
 
 
 class AcceptanceEstimator:
@@ -67,9 +58,10 @@ class AcceptanceEstimator:
 
     def __init__(self, num_speculative_tokens: int) -> None:
         self.num_speculative_tokens = num_speculative_tokens
-        self._by_confidence = Calibration()
-        self._by_depth = Calibration(np.arange(1, num_speculative_tokens))
-        self._by_depth.counts[:, 0] = _FIRST_GUESS * _PRIOR_TESTS, _PRIOR_TESTS
+        self._calibration = Calibration()
+        self._depth_counts = np.zeros((2, num_speculative_tokens))
+        self._depth_counts[:, 0] = _FIRST_GUESS * _PRIOR_TESTS, _PRIOR_TESTS
+        self._observed: list[tuple[np.ndarray, int, int]] = []
         self._update_estimates()
 
     def survival(
@@ -77,49 +69,78 @@ class AcceptanceEstimator:
     ) -> np.ndarray:
         """Chance that drafts made with this confidence and all before them are
         accepted. All [num_drafts]."""
-        return survival_before * self._by_confidence.acceptance(confidence, self._mean)
+        return survival_before * self._calibration.acceptance(confidence, self._mean)
 
     def hoped_for(self) -> np.ndarray:
         """Acceptance by depth, a standard error above the estimate. [K]"""
         variance = self.by_depth * (1 - self.by_depth)
-        error = np.sqrt(variance / (self._by_depth.counts[1] + _PRIOR_TESTS))
+        error = np.sqrt(variance / (self._depth_counts[1] + _PRIOR_TESTS))
         return np.minimum(self.by_depth + error, _MOST_ACCEPTANCE)
 
     def observe(
-        self, confidence: np.ndarray, num_verified: np.ndarray, num_accepted: np.ndarray
+        self, confidence: np.ndarray | None, num_verified: int, num_accepted: int
     ) -> None:
-        """The target verified the first of each request's drafts, accepting a prefix.
+        """The target verified the first of a request's drafts and accepted a prefix.
+        Estimates change with the next `update`.
 
         Args:
-            confidence: [num_reqs, K] of all drafts made, NaN where nobody asked for it.
-            num_verified, num_accepted: [num_reqs]
+            confidence: [num_made] of all its drafts; None where none was asked for.
         """
-        depth = np.broadcast_to(np.arange(confidence.shape[1]), confidence.shape)
-        is_verified = depth < num_verified[:, None]
+        if confidence is None:
+            confidence = np.full(num_verified, np.nan)
+        if confidence.size:
+            self._observed.append((confidence, num_verified, num_accepted))
+
+    def observe_step(self, num_verified: np.ndarray, num_accepted: np.ndarray) -> None:
+        """The same of many requests, of whose drafts no confidence was asked for, and
+        counted at once. Both [num_reqs] int64."""
+        depth = np.arange(self.num_speculative_tokens)
         is_accepted = depth < num_accepted[:, None]
-        is_known = ~np.isnan(confidence)
-        on = (is_verified | is_known) & (depth <= num_accepted[:, None])
+        is_tested = depth < np.minimum(num_verified, num_accepted + 1)[:, None]
+        self._depth_counts *= _DEPTH_KEEP ** int(is_tested[:, 0].sum())
+        self._depth_counts[0] += (is_accepted & is_tested).sum(axis=0)
+        self._depth_counts[1] += is_tested.sum(axis=0)
+        self._update_estimates()
+
+    def update(self) -> None:
+        """Count all that was observed since the last call."""
+        if not self._observed:
+            return
+        made, *verified = zip(*self._observed, strict=True)
+        self._observed = []
+        num_verified, num_accepted = np.array(verified)[:, :, None]
+        counts = np.array([confidence.size for confidence in made])[:, None]
+        depth = np.arange(counts.max())
+        is_made = depth < counts
+        confidence = np.full(is_made.shape, np.nan)
+        confidence[is_made] = np.concatenate(made)
+        is_verified, is_accepted = depth < num_verified, depth < num_accepted
+        is_tested = is_made & (depth <= num_accepted)
         # A draft that was made, would have been reached and was not verified: as its
         # confidence says. Else what is always trimmed would be drafted for ever.
-        guess = self._by_confidence.acceptance(confidence, self._mean)
+        guess = self._calibration.acceptance(confidence, self._mean)
         outcome = np.where(is_verified, is_accepted, guess)
-        keep = _DEPTH_KEEP ** int(on[:, 0].sum())
-        self._by_depth.observe(depth[on], outcome[on], keep)
-        on &= is_verified & is_known
-        self._by_confidence.observe(confidence[on], is_accepted[on])
+        self._depth_counts *= _DEPTH_KEEP ** int(is_tested[:, :1].sum())
+        self._depth_counts[0, : depth.size] += (outcome * is_tested).sum(axis=0)
+        self._depth_counts[1, : depth.size] += is_tested.sum(axis=0)
+        on = is_tested & is_verified & ~np.isnan(confidence)
+        self._calibration.observe(confidence[on], is_accepted[on])
         self._update_estimates()
 
     def doubt(self) -> None:
-        """Nothing was drafted for long."""
-        self._by_depth.doubt()
-        self._by_confidence.doubt()
+        """Nothing was drafted for long: make the next observations count for more."""
+        tested = self._depth_counts[1, 0]
+        self._depth_counts *= min(1.0, _DOUBTED_TESTS / max(tested, 1.0))
+        self._calibration.doubt()
         self._update_estimates()
 
     def _update_estimates(self) -> None:
         """A depth that little is known of is taken to be like the one before."""
-        accepted, tested = self._by_depth.counts.tolist()
-        by_depth = [accepted[0] / tested[0]]
-        for a, t in zip(accepted[1:], tested[1:], strict=True):
-            by_depth.append((a + _PRIOR_TESTS * by_depth[-1]) / (t + _PRIOR_TESTS))
-        self.by_depth = np.array(by_depth)  # [K]
-        self._mean = sum(accepted) / sum(tested)
+        estimates: list[float] = []
+        for accepted, tested in self._depth_counts.T.tolist():
+            prior = _PRIOR_TESTS if estimates else 0.0
+            like = estimates[-1] if estimates else 0.0
+            estimates.append((accepted + prior * like) / (tested + prior))
+        self.by_depth = np.array(estimates)  # [K]
+        accepted, tested = self._depth_counts.sum(axis=1)
+        self._mean = float(accepted / tested)

@@ -38,58 +38,48 @@ class AutoDraftLength(DraftLengthPolicy):
     ) -> None:
         self.costs = costs
         self.acceptance = AcceptanceEstimator(num_speculative_tokens)
-        self.needs_confidence = uses_confidence
         self._may_trim = may_trim
         self._uses_confidence = uses_confidence
         self._probing = Probing()
-        self._unknown = np.full(num_speculative_tokens, np.nan)
-        # Confidences of drafts, [K], that wait to be verified; and of those that were,
-        # with how many were verified and accepted.
-        self._made: dict[str, np.ndarray] = {}
-        self._verified: list[tuple[np.ndarray, int, int]] = []
+        self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
+        self._is_probe = False
+        self.needs_confidence = uses_confidence
 
     def skips_step(self, num_sampling: int) -> bool:
         return self._probing.skips_step(num_sampling)
 
     def plan(self, step: StepInfo) -> np.ndarray:
-        most = step.max_draft_tokens
+        most = self._most = step.max_draft_tokens
         if not most.any():
             return most  # which says nothing about whether drafts pay
-        if self._verified:
-            confidence, *verified = zip(*self._verified, strict=True)
-            self._verified = []
-            self.acceptance.observe(np.stack(confidence), *map(np.array, verified))
+        self._req_ids = step.req_ids
+        self._has_prompts = step.num_prefill_rows > 0
+        self.acceptance.update()
         plan = best_plan(step, self.acceptance.by_depth, self.costs)
         by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
-        is_enough = self._probing.is_enough(plan.gain + by_stopping)
-        if not is_enough and not self._probing.is_idle:
+        if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
-            plan = best_plan(step, self.acceptance.hoped_for(), self.costs)
-        self._step, self._plan = step, plan
-        gain = plan.gain + by_stopping
-        self.feeds_prompts = self._probing.pays(gain, step.num_sampling)
-        if self.feeds_prompts:
-            lens = np.where(plan.may_draft, most, 0)
-            self.needs_confidence = self._asks()
-            if not self.needs_confidence:
-                lens = np.minimum(lens, plan.depth)
-        else:
-            lens = self._probe(step, plan)
-            self.needs_confidence = self._uses_confidence
+            hoped_for = self.acceptance.hoped_for()
+            plan = best_plan(step, hoped_for, self.costs)
+        self._plan = plan
+        pays = self.feeds_prompts = self._probing.pays(
+            plan.gain + by_stopping, step.num_sampling
+        )
+        if not pays:
+            return self._maybe_probe(step, plan)
+        self._num_plans += 1
+        is_survey = self._num_plans % _SURVEY_STEPS == 0
+        self._is_probe = False
+        is_control = self._num_plans % _CONTROL_STEPS == _SURVEY_STEPS // 2  # no survey
+        asks = is_survey or (self._stopping_gain >= 0 and not is_control)
+        self.needs_confidence = self._uses_confidence and asks
         if self.needs_confidence:
             self._set_thresholds(plan, len(most))
-        return lens
-
-    def _asks(self) -> bool:
-        """Whether to stop by confidence: as what it gains says, but now and then the
-        other way, to learn it."""
-        self._num_plans += 1
-        pays = self._stopping_gain >= 0
-        is_trial = self._num_plans % (_CONTROL_STEPS if pays else _SURVEY_STEPS) == 0
-        return self._uses_confidence and pays != is_trial
+            return np.where(plan.may_draft, most, 0)
+        return np.where(plan.may_draft, np.minimum(most, plan.depth), 0)
 
     def _set_thresholds(self, plan: Plan, num_reqs: int) -> None:
         """In tokens at the plan's rate: what it costs to verify a draft, to make and
@@ -98,21 +88,23 @@ class AutoDraftLength(DraftLengthPolicy):
         self._verify_cost = rate * plan.verify_ms
         self._draft_cost = rate * (plan.verify_ms + plan.draft_ms)
         self._forward_cost = rate * (plan.forward_ms + self.costs.confidence_ms)
-        self._confidence = np.tile(self._unknown, (num_reqs, 1))
-        self._survival = np.zeros_like(self._confidence)
+        shape = (num_reqs, self.acceptance.num_speculative_tokens)
+        self._survival, self._confidence = np.zeros((2, *shape))
 
-    def _probe(self, step: StepInfo, plan: Plan) -> np.ndarray:
+    def _maybe_probe(self, step: StepInfo, plan: Plan) -> np.ndarray:
         """A few drafts of the request that is cheapest to try, if it is time."""
-        most, draft = step.max_draft_tokens, self.costs.draft
-        missing = np.where(most > 0, step.missing_rows, np.iinfo(np.int64).max)
-        request = int(missing.argmin())
+        lens = np.zeros_like(self._most)
+        missing = np.where(self._most > 0, step.missing_rows, np.iinfo(np.int64).max)
+        request, draft = int(missing.argmin()), self.costs.draft
         probe_ms = draft.at(int(missing[request])) + draft.at(1)
         probe_ms += self.costs.speculation_ms + _PROBE_LENGTH * plan.verify_ms
         step_ms = step.num_sampling / max(plan.tokens_per_ms, _LEAST_MS)
-        lens = np.zeros_like(most)
         if self._probing.is_due(probe_ms, step_ms):
             self.acceptance.doubt()
-            lens[request] = min(_PROBE_LENGTH, int(most[request]))
+            self._is_probe = True
+            self.needs_confidence = self._uses_confidence
+            self._set_thresholds(plan, len(lens))
+            lens[request] = min(_PROBE_LENGTH, int(self._most[request]))
         return lens
 
     def continue_drafting(
@@ -125,8 +117,8 @@ class AutoDraftLength(DraftLengthPolicy):
         survival = self.acceptance.survival(confidence, before)
         self._survival[req_indices, position] = survival
         self._confidence[req_indices, position] = confidence
-        may = self._step.max_draft_tokens[req_indices] > position + 1
-        if self._probing.is_idle or not may.any():
+        may = self._most[req_indices] > position + 1
+        if self._is_probe or not may.any():
             return np.asarray(may)
         gain = survival * self.acceptance.by_depth[position + 1] - self._draft_cost
         pays = may & (gain > 0)
@@ -136,15 +128,16 @@ class AutoDraftLength(DraftLengthPolicy):
         if not self.needs_confidence or not draft_lens.any():
             return draft_lens
         kept = draft_lens
-        if not self._probing.is_idle:
-            kept = self._kept() if self._may_trim else kept
-            if self._num_plans % _GAIN_STEPS == 0:
-                self._measure_gain(draft_lens, kept)
+        if self._may_trim and not self._is_probe:
+            kept = self._kept()
+        if self._num_plans % _GAIN_STEPS == 0 and not self._is_probe:
+            self._measure_gain(draft_lens, kept)
         for i in np.flatnonzero(draft_lens):
+            confidence = self._confidence[i, : draft_lens[i]]
             if kept[i]:
-                self._made[self._step.req_ids[i]] = self._confidence[i]
+                self._made[self._req_ids[i]] = confidence
             else:
-                self._verified.append((self._confidence[i], 0, 0))
+                self.acceptance.observe(confidence, 0, 0)
         return kept
 
     def _kept(self) -> np.ndarray:
@@ -153,8 +146,7 @@ class AutoDraftLength(DraftLengthPolicy):
         pays = self._survival > self._verify_cost
         rows = self._plan.rows + int(pays.sum())
         room = self.costs.computed_rows(rows) - rows
-        # The next step may not have the rows of this one's prompts.
-        if room > 0 and not self._step.num_prefill_rows:
+        if room > 0 and not self._has_prompts:  # whose rows the next step may not have
             left = np.where(pays, 0.0, self._survival)
             likeliest = np.argsort(-left, axis=None, kind="stable")
             room = min(room, int(np.count_nonzero(left)))
@@ -164,35 +156,34 @@ class AutoDraftLength(DraftLengthPolicy):
     def _measure_gain(self, made: np.ndarray, kept: np.ndarray) -> None:
         """What stopping and trimming gained in this step over the plan's depth for all;
         drafts that were not made are taken to do as those of their depth do."""
-        plan, costs = self._plan, self.costs
-        survival, acceptance = self._survival.copy(), self.acceptance.by_depth
-        for depth in range(1, plan.depth):
-            guess = survival[:, depth - 1] * acceptance[depth]
-            survival[:, depth] = np.where(depth < made, survival[:, depth], guess)
+        plan, acceptance = self._plan, self.acceptance.by_depth
         position = np.arange(len(acceptance))
-        by_plan = (made > 0)[:, None] & (position < plan.depth)
-        worth = survival - self._verify_cost
-        gain = worth[position < kept[:, None]].sum() - worth[by_plan].sum()
-        num_more = int(made.sum()) - int(by_plan.sum())
-        gain -= num_more * (self._draft_cost - self._verify_cost)
-        num_forwards = int(made.max())
-        ms = (num_forwards - plan.depth) * plan.forward_ms
-        ms += num_forwards * costs.confidence_ms + costs.deciding_ms
+        is_made = position < made[:, None]
+        last = np.take_along_axis(self._survival, np.maximum(made[:, None] - 1, 0), 1)
+        beyond = last * np.where(is_made, 1.0, acceptance).cumprod(axis=1)
+        survival = np.where(is_made, self._survival, beyond)
+        drafts = made > 0
+        by_plan = (survival[drafts, : plan.depth] - self._draft_cost).sum()
+        by_plan -= plan.tokens_per_ms * plan.forward_ms * plan.depth
+        is_kept = position < kept[:, None]
+        by_confidence = (survival[is_kept] - self._verify_cost).sum()
+        by_confidence -= made.sum() * (self._draft_cost - self._verify_cost)
+        by_confidence -= self._forward_cost * made.max(initial=0)
+        besides_ms = self.costs.deciding_ms
         if not plan.depth:  # else the plan has paid for it
-            ms += costs.speculation_ms
-        gain = float(gain - plan.tokens_per_ms * ms) / int(np.count_nonzero(made))
+            besides_ms += self.costs.speculation_ms
+        by_confidence -= plan.tokens_per_ms * besides_ms
+        gain = float(by_confidence - by_plan) / max(int(drafts.sum()), 1)
         self._stopping_gain += _GAIN_RATE * (gain - self._stopping_gain)
 
     def observe(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
-        confidence = self._made.pop(req_id, self._unknown)
-        if num_drafts:
-            self._verified.append((confidence, num_drafts, num_accepted))
-            if num_drafts == num_accepted:
-                self._probing.drafts_accepted()
+        confidence = self._made.pop(req_id, None)
+        self.acceptance.observe(confidence, num_drafts, num_accepted)
+        if 0 < num_drafts == num_accepted:
+            self._probing.drafts_accepted()
 
     def observe_step(self, num_drafts: np.ndarray, num_accepted: np.ndarray) -> None:
-        confidence = np.tile(self._unknown, (len(num_drafts), 1))
-        self.acceptance.observe(confidence, num_drafts, num_accepted)
+        self.acceptance.observe_step(num_drafts, num_accepted)
         if ((num_drafts > 0) & (num_drafts == num_accepted)).any():
             self._probing.drafts_accepted()
 

@@ -92,9 +92,9 @@ class CostTable:
             most = len(self._computed_list) - 1
             computed = self._computed[np.clip(rows, 0, most).astype(np.int64)]
             rows = np.where(np.less_equal(rows, most), computed, rows)
-        at = np.maximum(np.searchsorted(self._rows, rows, "right") - 1, 0)
-        more = np.maximum(rows - self._rows[at], 0) * self._slopes[at]
-        return np.where(np.less(rows, 1), 0.0, self._ms[at] + more)
+        beyond = np.maximum(rows - self._rows[-1], 0) * self._slope_beyond
+        cost = np.interp(rows, self._rows, self._ms) + beyond
+        return np.where(np.less(rows, 1), 0.0, cost)
 
     def at(self, rows: int) -> float:
         """Cost of one row count; as `ms`, without its arrays."""
@@ -102,9 +102,16 @@ class CostTable:
             return 0.0
         if rows < len(self._computed_list):
             rows = self._computed_list[rows]
-        points, ms, slopes = self._lists
-        at = max(bisect_right(points, rows) - 1, 0)
-        return ms[at] + max(rows - points[at], 0.0) * slopes[at]
+        if rows >= self._rows_list[-1]:
+            beyond = (rows - self._rows_list[-1]) * self._slope_beyond
+            return self._ms_list[-1] + beyond
+        right = bisect_right(self._rows_list, rows)
+        if right == 0:
+            return self._ms_list[0]
+        start, end = self._rows_list[right - 1 : right + 1]
+        share = (rows - start) / (end - start)
+        low, high = self._ms_list[right - 1 : right + 1]
+        return low + share * (high - low)
 
     def cover(self, rows: int) -> None:
         """Live forwards have as many rows: add points up to there, each at twice the
@@ -159,13 +166,12 @@ class CostTable:
     def _update(self) -> None:
         """The points moved. Beyond the last the slope is that of the table's upper
         half: two neighbors alone may be noise."""
-        rows = self._rows
-        self._ms = ms = np.minimum.accumulate(self._measured[::-1])[::-1].copy()
-        middle = max(rows[-1] / 2, rows[0])
-        rise, run = ms[-1] - np.interp(middle, rows, ms), rows[-1] - middle
-        beyond = rise / run if run else 0.0
-        self._slopes = np.append(np.diff(ms) / np.diff(rows), beyond)
-        self._lists = rows.tolist(), ms.tolist(), self._slopes.tolist()
+        self._ms = np.minimum.accumulate(self._measured[::-1])[::-1].copy()
+        self._rows_list, self._ms_list = self._rows.tolist(), self._ms.tolist()
+        first, last = self._rows[0], self._rows[-1]
+        middle = max(last / 2, first)
+        rise = self._ms[-1] - np.interp(middle, self._rows, self._ms)
+        self._slope_beyond = float(rise / (last - middle)) if last > middle else 0.0
 
 
 def quickest_times(samples: Iterable[tuple[int, float]]) -> dict[int, float]:

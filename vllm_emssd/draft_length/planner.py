@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_emssd.draft_length.cost import StepCosts
-from vllm_emssd.draft_length.policy import Copies, StepInfo
+from vllm_emssd.draft_length.policy import StepInfo
 
 _BACKFILL_STEPS = 32  # over which feeding text that the drafter missed is charged
 _LEAST_MS = 1e-6
@@ -38,49 +38,51 @@ def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
         acceptance: [K] by depth, K >= 1.
     """
     target, draft = costs.target, costs.draft
-    copies = step.copies or Copies(*np.zeros((2, len(step.req_ids)), np.int64))
-    all_rows = step.base_rows + int(copies.rows.sum())
-    all_tokens = step.num_sampling + float(copies.gains.sum())
-    # Prompts must be computed whatever the lengths: they move the target along its
-    # curve, but a slow step with a prompt in it does not make drafts cheap.
-    base_ms = costs.fixed_ms + target.at(all_rows - step.num_prefill_rows)
-    base_ms = max(base_ms, _LEAST_MS)
-    all_rows_ms = target.at(all_rows)
-    without_drafts = all_tokens / base_ms
-
     k = np.arange(len(acceptance) + 1)
     gains = np.zeros(len(k))
     acceptance.cumprod().cumsum(out=gains[1:])
-    may_draft = step.max_draft_tokens > 0
-    num_reqs = max(int(np.count_nonzero(may_draft)), 1)
-    # A request that gains more by its copy keeps it.
-    row_ms = (target.at(all_rows + num_reqs) - all_rows_ms) / num_reqs
-    drafts_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
-    by_copy = copies.gains - without_drafts * row_ms * copies.rows
-    may_draft &= by_copy <= (gains - without_drafts * drafts_ms).max()
+    copies = step.copies
+    num_copied = int(copies.rows.sum()) if copies else 0
+    tokens = step.num_sampling + (float(copies.gains.sum()) if copies else 0.0)
+    # Prompts must be computed whatever the lengths: they move the target along its
+    # curve, but a slow step with a prompt in it does not make drafts cheap.
+    base_ms = max(costs.fixed_ms + target.at(step.num_sampling + num_copied), _LEAST_MS)
+    without_drafts = tokens / base_ms
+    base_rows = step.base_rows + num_copied
+    without_ms = target.at(base_rows)
 
+    may_draft = step.max_draft_tokens > 0
+    if copies and num_copied:  # a request that gains more by its copy keeps it
+        num_reqs = max(int(np.count_nonzero(may_draft)), 1)
+        row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
+        drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
+        drafted = (gains - without_drafts * drafted_ms).max()
+        may_draft &= copies.gains - without_drafts * row_ms * copies.rows <= drafted
     num_reqs = int(np.count_nonzero(may_draft))
-    kept_rows = all_rows - int(copies.rows[may_draft].sum())
-    rows, tokens = kept_rows + num_reqs * k, num_reqs * gains
-    tokens += all_tokens - copies.gains[may_draft].sum()
-    rows[0], tokens[0] = all_rows, all_tokens
+    rows, num_more, tokens_by_k = base_rows, num_reqs * k, tokens + num_reqs * gains
+    if copies and num_copied:  # drafts take the place of copies
+        rows -= int(copies.rows[may_draft].sum())
+        num_more[1:] -= base_rows - rows
+        tokens_by_k[1:] -= copies.gains[may_draft].sum()
     missing = max(int(step.missing_rows[may_draft].sum()), num_reqs)
     backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
-    ms = base_ms + target.ms(rows) - all_rows_ms + k * draft.at(num_reqs)
+    ms = base_ms + target.ms(base_rows + num_more) - without_ms
+    ms += k * draft.at(num_reqs)
     ms[1:] += costs.speculation_ms + backfill_ms
-    rate = tokens / np.maximum(ms, _LEAST_MS)
+    rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
     depth = int(rate.argmax()) if num_reqs else 0
 
     num_reqs, num_drafts = max(num_reqs, 1), max(num_reqs * depth, num_reqs, 1)
     draft_ms = draft.at(num_reqs) - draft.at(num_reqs // 2)
     draft_ms /= num_reqs - num_reqs // 2
+    verify_ms = (target.at(rows + num_drafts) - target.at(rows)) / num_drafts
     return Plan(
         may_draft,
         depth,
         rate[depth] / without_drafts - 1 if without_drafts else 0.0,
         float(rate[depth]),
-        kept_rows,
-        (target.at(kept_rows + num_drafts) - target.at(kept_rows)) / num_drafts,
+        rows,
+        verify_ms,
         draft_ms,
         draft.at(num_reqs) - num_reqs * draft_ms,
     )

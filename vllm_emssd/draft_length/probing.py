@@ -21,8 +21,10 @@ class Probing:
 
     def _stop_idling(self) -> None:
         self.is_idle = False
-        self._num_steps = self._next_plan = self._last_probe = 0  # of the idle ones
+        self._num_steps = 0  # idle ones
+        self._last_probe = 0
         self._interval, self._share = _SHORTEST, _PROBE_SHARE
+        self._next_plan = 0
         self._num_sampling = 0  # when last planned
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -56,7 +58,8 @@ class Probing:
         if self._num_steps - self._last_probe < min(between, _LONGEST):
             return False
         self._last_probe = self._num_steps
-        self._interval, self._share = min(2 * self._interval, _LONGEST), _PROBE_SHARE
+        self._interval = min(2 * self._interval, _LONGEST)
+        self._share = _PROBE_SHARE
         return True
 
     def drafts_accepted(self) -> None:

@@ -38,7 +38,7 @@ class CountedDraftLength(AutoDraftLength):
     def _count(self, draft_lens: np.ndarray) -> None:
         survival, depth = self._survival, np.arange(self._survival.shape[1])
         is_made = depth < draft_lens[:, None]
-        accepted = np.array(list(map(self._num_accepted, self._step.req_ids)))
+        accepted = np.array(list(map(self._num_accepted, self._req_ids)))
         is_accepted = depth < accepted[:, None]
         decile = np.minimum((survival * 10).astype(np.int64), 9)
         cost = self._verify_cost
