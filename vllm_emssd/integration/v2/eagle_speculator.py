@@ -131,14 +131,17 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
         self._cursor.vacate(slot)
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # type: ignore[override]
         self,
         input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor],
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        attn_metadata, slot_mappings, _, aux_hidden_states, *others = args
         states = self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
         self._num_rows, self._depth = input_batch.num_tokens, self.num_speculative_steps
         self._attn_metadata = attn_metadata
@@ -146,10 +149,9 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
             self._kv_slots_now = slot_mappings[self._layer][: self._num_rows]
         inputs = slot_mappings, states, None
         sync = kwargs.get("dp_sync_state")
-        self._inputs = *inputs, *others[:4], self.temperature, self.seeds, sync
-        args = attn_metadata, *inputs, *others
+        self._inputs = *inputs, *args[:4], self.temperature, self.seeds, sync
         kwargs |= {"dummy_run": dummy_run}
-        drafts = super().propose(input_batch, *args, **kwargs)
+        drafts = super().propose(input_batch, attn_metadata, *inputs, *args, **kwargs)
         if not dummy_run:
             self._keep(input_batch, states)
         return drafts
