@@ -126,7 +126,7 @@ class Loop:
         acceptance = self._draw()
         is_accepted = self._rng.random(acceptance.shape) < acceptance
         runs = np.logical_and.accumulate(is_accepted, axis=1).sum(axis=1)
-        self.num_foreseen = dict(zip(self._req_ids, runs.tolist(), strict=True))
+        self.num_acceptable = dict(zip(self._req_ids, runs.tolist(), strict=True))
         step, made, kept = self._draft(acceptance**self._power)
         accepted = np.minimum(runs, kept)
         step.made, step.verified = made.tolist(), kept.tolist()

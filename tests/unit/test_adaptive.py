@@ -46,7 +46,7 @@ def admitted(costs: StepCosts | None, confidences: np.ndarray, made: list[int]) 
     )
     meter = None if costs is None else SimpleNamespace(costs=costs)
     runner: Any = SimpleNamespace(adaptive_verification=manager, step_costs=meter)
-    UnpadGPUModelRunnerV2._price_verification(runner, output)
+    UnpadGPUModelRunnerV2._set_verification_costs(runner, output)
     assert (manager.cost_tables is free) == (costs is None or not drafts)
     return manager.get_num_tokens(num_rows, drafts) - len(made)
 

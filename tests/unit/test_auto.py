@@ -401,7 +401,7 @@ def test_whether_a_draft_is_kept_does_not_depend_on_later_ones(
 def test_marginal_drafts_are_accepted_about_as_often_as_they_cost(line: int) -> None:
     """Those barely worth verifying, and those barely worth making."""
     policy = CountedDraftLength(
-        CHEAP, 8, may_trim=True, num_accepted=lambda r: loop.num_foreseen[r]
+        CHEAP, 8, may_trim=True, num_accepted=lambda r: loop.num_acceptable[r]
     )
     loop = Loop(policy, CHEAP, 32, lambda _, i: 0.3 + 0.02 * i, lifetime=400)
     loop.run(400)

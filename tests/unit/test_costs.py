@@ -185,7 +185,7 @@ def test_a_targets_time_has_its_logits_in_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("device", "most"), [("cpu", 256), ("cuda", 1536)])
-def test_steps_of_a_gpu_are_priced_as_far_as_graphs_are_recorded(
+def test_steps_of_a_gpu_are_timed_as_far_as_graphs_are_recorded(
     monkeypatch: pytest.MonkeyPatch, device: str, most: int
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)

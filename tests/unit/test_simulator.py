@@ -289,9 +289,9 @@ def test_no_place_is_left_empty() -> None:
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_foresight_makes_just_the_drafts_that_are_accepted(copies: bool) -> None:
+def test_an_oracle_makes_just_the_drafts_that_are_accepted(copies: bool) -> None:
     found = repeating_trace() if copies else random_trace(1, k=4)
-    counters = run_once(found, Decoding("foresight", 4, copies=copies)).counters
+    counters = run_once(found, Decoding("oracle", 4, copies=copies)).counters
     assert counters.num_draft_tokens == counters.num_accepted_tokens > 0
     fixed = run_once(found, Decoding("fixed", 4, copies=copies)).counters
     assert fixed.num_draft_tokens > fixed.num_accepted_tokens

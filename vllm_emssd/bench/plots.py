@@ -24,8 +24,9 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
     """Writes a PNG, with a panel for each result where there are several."""
     num_columns = min(len(results), PANELS_A_ROW)
     num_rows = -(-len(results) // num_columns)
-    size = (PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows)
-    figure = Figure(figsize=size if len(results) > 1 else SIZE, layout="constrained")
+    width, height = PANEL_SIZE if len(results) > 1 else SIZE
+    size = width * num_columns, height * num_rows
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for panel in panels[len(results) :]:
         panel.remove()

@@ -244,15 +244,15 @@ def _print_bounds(
 
     table = Table(
         title="over the best fixed length",
-        caption="threshold: the best on perfectly calibrated survival; foresight: just "
+        caption="threshold: the best on perfectly calibrated survival; oracle: just "
         "the drafts that will be accepted",
     )
     names = "at once", "best K", "x plain", "auto", "threshold", "and trimming"
-    for column in (*names, "foresight"):
+    for column in (*names, "oracle"):
         table.add_column(column, justify="right")
     for batch, bound in bounds.items():
         *_, auto = results[batch].values()
-        others = auto.tokens_per_s, bound.threshold, bound.trimming, bound.foresight
+        others = auto.tokens_per_s, bound.threshold, bound.trimming, bound.oracle
         plain = results[batch][Decoding("plain")].tokens_per_s
         best = bound.best_fixed
         table.add_row(

@@ -23,8 +23,8 @@ logger = init_logger("vllm.emssd.step_costs")
 
 TIMED_ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 _ROWS_OF_GPUS = (*TIMED_ROWS, 384, 512, 768, 1024, 1536, 2048)  # as far as graphs go
-_PASSES = 4  # over the row counts, the first as warm-up,
-_MANY_ROWS, _PASSES_OF_MANY = 64, 3  # whose times are long and vary less
+_PASSES = 4  # over the row counts; the first is warm-up
+_MANY_ROWS, _PASSES_OF_MANY = 64, 3  # more rows than that: their times vary less
 CONTEXT = 256  # tokens each row attends to
 # What a step costs besides its forwards (scheduling, sampling, Python), until one of
 # its kind was seen: low, so that each kind is tried where it may gain little.
@@ -102,11 +102,8 @@ class StepCostMeter:
         tells_confidence = drafter is not None and drafter.tells_confidence
         if learns_costs:
             _learn(costs.target, target, self._known_to_target)
-            one = draft[self._num_steps % max(len(draft), 1) :][:1]  # all take 0.2 ms
-            if not tells_confidence:
-                _learn(costs.draft, one, self._known_to_draft)
-            elif one:
-                self._learn_confidence(*one[0])
+            if draft:
+                self._learn_draft(draft[self._num_steps % len(draft)], tells_confidence)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
         if is_due and self._step_ended is not None and len(target) == 1:
@@ -119,9 +116,13 @@ class StepCostMeter:
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
-    def _learn_confidence(self, rows: int, ms: float) -> None:
-        """From a draft forward that told confidences."""
+    def _learn_draft(self, timing: tuple[int, float], tells_confidence: bool) -> None:
+        """From one forward of a step: all of them would take 0.2 ms."""
         costs = self.measured
+        if not tells_confidence:
+            _learn(costs.draft, [timing], self._known_to_draft)
+            return
+        rows, ms = timing
         bare = costs.draft.at(rows)
         more = min(max(ms - bare, 0.0), bare)
         costs.confidence_ms += _RATE * (more - costs.confidence_ms)

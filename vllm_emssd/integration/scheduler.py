@@ -20,9 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 
-class _RaggedScheduler(Scheduler):
-    """In front of either of vLLM's schedulers."""
-
+class UnpadScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         # No answer is longer than the model's context, and model runners keep the limit
         # in integers of fixed width, which a larger one would overflow.
@@ -33,19 +31,21 @@ class _RaggedScheduler(Scheduler):
         super().add_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        new = None
-        if isinstance(self, AsyncScheduler):  # of others drafts of -1 are to be made
-            new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
-        drop_placeholder_drafts(scheduler_output, new)
+        drop_placeholder_drafts(
+            scheduler_output, self._without_drafts(scheduler_output)
+        )
         super()._update_after_schedule(scheduler_output)
 
+    def _without_drafts(self, scheduler_output: SchedulerOutput) -> set[str] | None:
+        """Requests whose drafts of -1 are placeholders; None: all."""
+        return None
 
-class UnpadScheduler(_RaggedScheduler):
-    pass
 
-
-class UnpadAsyncScheduler(_RaggedScheduler, AsyncScheduler):
+class UnpadAsyncScheduler(UnpadScheduler, AsyncScheduler):
     """For vLLM's V2 runner, where resumed requests are scheduled as new ones."""
+
+    def _without_drafts(self, scheduler_output: SchedulerOutput) -> set[str] | None:
+        return {request.req_id for request in scheduler_output.scheduled_new_reqs}
 
 
 def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:

@@ -20,7 +20,7 @@ class Bounds:
     k: int  # of that length; 0: plain decoding
     threshold: float  # the best,
     trimming: float  # or the best two, with one to trim by; copies: 0
-    foresight: float
+    oracle: float
 
 
 def find_bounds(
@@ -43,5 +43,5 @@ def find_bounds(
         best_k,
         max(by_stop, default=0.0),
         max(trimmed, default=0.0),
-        speed("foresight", most),
+        speed("oracle", most),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vllm_emssd.bench.methods import CHECK_LENGTH
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
@@ -16,8 +17,6 @@ from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.simulate.replay_drafter import ReplayDrafter
 from vllm_emssd.simulate.request import SimulatedRequest
-
-_CHECK_LENGTH = 2  # of copies, as by default
 
 
 def draft_batch(
@@ -117,13 +116,13 @@ class ModelDrafting:
         self._free_blocks += [self._blocks.pop(req_id) for req_id in req_ids]
 
 
-class ForesightDrafting(ModelDrafting):
+class OracleDrafting(ModelDrafting):
     """Just the drafts that will be accepted."""
 
     def _batch(self, requests: Sequence[SimulatedRequest]) -> DraftBatch:
         batch = super()._batch(requests)
-        foreseen = [r.num_foreseen for r in requests]
-        most = np.minimum(batch.max_draft_tokens, foreseen)
+        acceptable = [r.num_acceptable for r in requests]
+        most = np.minimum(batch.max_draft_tokens, acceptable)
         return replace(batch, max_draft_tokens=most)
 
 
@@ -132,12 +131,12 @@ class CopyDrafting:
 
     Args:
         costs: to choose lengths by; None to verify every copy in full.
-        foresees: copies end where they will be rejected.
+        is_oracle: copies end where they would be rejected.
     """
 
-    def __init__(self, costs: StepCosts | None, k: int, foresees: bool) -> None:
-        self._k, self._foresees = k, foresees
-        self._proposer = LlmaProposer(_CHECK_LENGTH, k, CopyLengths(costs))
+    def __init__(self, costs: StepCosts | None, k: int, is_oracle: bool) -> None:
+        self._k, self._is_oracle = k, is_oracle
+        self._proposer = LlmaProposer(CHECK_LENGTH, k, CopyLengths(costs))
         self.record_verified = self._proposer.record_verified
         self.release = self._proposer.release
 
@@ -149,7 +148,7 @@ class CopyDrafting:
         drafts = self._proposer.propose(batch)
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
-            if self._foresees:
+            if self._is_oracle:
                 del tokens[request.num_accepted() :]
         return 0.0, 0.0
 

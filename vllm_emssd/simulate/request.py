@@ -34,7 +34,7 @@ class SimulatedRequest:
         return self.num_tokens - self.num_prompt
 
     @property
-    def num_foreseen(self) -> int:
+    def num_acceptable(self) -> int:
         """Of drafts made now, how many will be accepted."""
         accepted = self.trace.accepted
         return accepted[self.num_output] if self.num_output < len(accepted) else 0

@@ -28,8 +28,8 @@ from vllm_emssd.simulate.costs import CostFile
 from vllm_emssd.simulate.drafters import (
     CopyDrafting,
     DrafterSetting,
-    ForesightDrafting,
     ModelDrafting,
+    OracleDrafting,
     PaddedDrafting,
 )
 from vllm_emssd.simulate.reliability import CountedDraftLength
@@ -43,11 +43,11 @@ class Decoding:
     """How a batch is decoded, with at most `k` drafts a request and step.
 
     plain: no speculation. fixed, auto: emssd with that `draft_length`. padded: vLLM's
-    own `draft_model`. threshold: by a perfectly calibrated one. foresight: just the
-    drafts that will be accepted.
+    own `draft_model`. threshold: drafts go on while perfectly calibrated confidence
+    is above one. oracle: just the drafts that will be accepted.
     """
 
-    name: Literal["plain", "fixed", "padded", "auto", "threshold", "foresight"]
+    name: Literal["plain", "fixed", "padded", "auto", "threshold", "oracle"]
     k: int = 0
     stop: float = 0.0  # of threshold
     trim: float = 0.0
@@ -164,7 +164,7 @@ class SimulatedEngine:
             self._drafting = self._make_drafting(method, trace)
         # vLLM leaves room for a row more of each request with a draft model.
         self._draft_slots = int(method.speculates and not method.copies)
-        self._requests: dict[str, SimulatedRequest] = {}  # all
+        self._requests: dict[str, SimulatedRequest] = {}  # that ever arrived
         self._waiting: deque[SimulatedRequest] = deque()
         self._running: list[SimulatedRequest] = []
         self._ended: list[str] = []  # released in the next step
@@ -195,14 +195,14 @@ class SimulatedEngine:
         setting, is_auto = self._setting, method.name == "auto"
         if method.copies:
             costs = self._step_costs if is_auto else None
-            return CopyDrafting(costs, method.k, method.name == "foresight")
+            return CopyDrafting(costs, method.k, method.name == "oracle")
         policy: DraftLengthPolicy = FixedDraftLength()
         if is_auto:
             policy = CountedDraftLength(
                 self._step_costs,
                 method.k,
                 may_trim=True,
-                num_accepted=lambda req_id: self._requests[req_id].num_foreseen,
+                num_accepted=lambda req_id: self._requests[req_id].num_acceptable,
             )
             self.outcome.reliability = policy.reliability
         elif method.name == "threshold":
@@ -217,7 +217,7 @@ class SimulatedEngine:
             self._max_model_len,
             self._costs.draft.launches,
         )
-        drafting = {"padded": PaddedDrafting, "foresight": ForesightDrafting}
+        drafting = {"padded": PaddedDrafting, "oracle": OracleDrafting}
         return drafting.get(method.name, ModelDrafting)(
             self._policy,  # type: ignore[arg-type]
             self.outcome.counters,

@@ -13,8 +13,6 @@ from vllm_emssd.simulate.traces import Trace
 _EDGES = np.array(
     [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999]
 )
-STOPS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-TRIMS = (0.1, 0.2, 0.3, 0.4)
 
 
 class PerfectCalibration:

@@ -23,8 +23,8 @@ import torch
 
 from vllm_emssd.draft_length.cost import quickest_times
 
-# Rows, and which counts there are up to so many: the multiples of a number, so that one
-# row in sixteen or so is added, on average half.
+# A forward of up to so many rows computes a multiple of this number: about one row in
+# sixteen more at most, half of that on average.
 _MULTIPLES = {16: 1, 64: 4, 256: 8, 512: 16}
 _MULTIPLE_BEYOND = 32
 _FROM_ROWS = 16  # fewer are not computed as more
@@ -68,7 +68,9 @@ def next_row_count(num_rows: int) -> int:
     return -(-num_rows // number) * number
 
 
-ROW_COUNTS = sorted(set(map(next_row_count, range(1, 513))))  # kernels are made at once
+ROW_COUNTS = sorted(
+    set(map(next_row_count, range(1, 513)))
+)  # have kernels from the start
 
 
 def _quickest(rows: int, times: dict[int, float]) -> int:

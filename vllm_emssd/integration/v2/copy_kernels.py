@@ -166,8 +166,21 @@ def find_copies_kernel(
 
     ref = tl.load(reference_addresses + req).to(tl.pointer_type(tl.int32))
     edits += req * (EDIT_FIELDS * MAX_EDITS)
-    ref_tokens, num_ref, run = _copy_of_reference(
-        text, text_len, ref, row, edits, length, K_PADDED, CHECK_LENGTH, BLOCK_SIZE
+    position, departure, just_edited, run, held_edits = _follow(
+        text, text_len, ref, row, edits, length, CHECK_LENGTH, BLOCK_SIZE
+    )
+    ref_len = tl.load(row + REFERENCE_LEN)
+    ref_tokens, num_ref = _copy_of_reference(
+        text,
+        text_len,
+        ref,
+        ref_len,
+        position,
+        departure,
+        just_edited,
+        held_edits,
+        length,
+        K_PADDED,
     )
     last = text_len - 1
     num_ends = tl.where(length > 0, text_len - CHECK_LENGTH, 0)
@@ -219,11 +232,10 @@ def find_copies_kernel(
 
 
 @triton.jit
-def _copy_of_reference(
-    text, text_len, ref, row, edits, length, K_PADDED, CHECK_LENGTH, BLOCK_SIZE
-):
-    """Follow the text to its end; what may be copied behind: tokens [K_PADDED], how
-    many of them are meant, at most `length`, and how many agreed before."""
+def _follow(text, text_len, ref, row, edits, length, CHECK_LENGTH, BLOCK_SIZE):
+    """Follow the text along the reference to its end, if anything may be copied. Where
+    that is in the reference, where in the text a departure began, whether an edit ended
+    there, how many tokens agreed before; and the edits."""
     followed = tl.load(row + NUM_FOLLOWED)
     ref_len = tl.load(row + REFERENCE_LEN)
     position = tl.load(row + POSITION)
@@ -234,8 +246,7 @@ def _copy_of_reference(
     fields = tl.arange(0, EDIT_FIELDS)[:, None]
     edit_rows = edits + fields * MAX_EDITS + tl.arange(0, MAX_EDITS)[None, :]
     edits = tl.load(edit_rows)
-    length = tl.where(ref_len > 0, length, 0)
-    end = tl.where(length > 0, text_len, followed)
+    end = tl.where((ref_len > 0) & (length > 0), text_len, followed)
     for at in range(followed, end):
         edit = _edit_at(edits, position, just_edited, ref, ref_len)
         if departure < 0:
@@ -291,7 +302,25 @@ def _copy_of_reference(
     tl.store(row + RUN, run)
     tl.store(row + NUM_EDITS, num_edits)
     tl.store(edit_rows, edits)
+    return position, departure, just_edited, run, edits
 
+
+@triton.jit
+def _copy_of_reference(
+    text,
+    text_len,
+    ref,
+    ref_len,
+    position,
+    departure,
+    just_edited,
+    edits,
+    length,
+    K_PADDED,
+):
+    """What may be copied behind the text that was followed: tokens [K_PADDED], and how
+    many of them are meant, at most `length`."""
+    length = tl.where(ref_len > 0, length, 0)
     offsets = tl.arange(0, K_PADDED)
     tokens = tl.zeros([K_PADDED], dtype=tl.int32)
     count = 0
@@ -320,7 +349,7 @@ def _copy_of_reference(
         count += num_new
         position += tl.where(is_edited, _of(edits, edit, OLD_LEN), 1)
         just_edited = is_edited.to(tl.int32)
-    return tokens, tl.minimum(count, length), run
+    return tokens, tl.minimum(count, length)
 
 
 @triton.jit

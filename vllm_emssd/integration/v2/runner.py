@@ -222,14 +222,14 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         self._record_acceptance()
         if self._is_async:
             scheduler_output = self.speculator.with_drafts_made(scheduler_output)
-        self._price_verification(scheduler_output)
+        self._set_verification_costs(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._target_timing.model_executed()
         if scheduler_output.total_num_scheduled_tokens == 0:
             self._outputs.append(None)
         return output
 
-    def _price_verification(self, scheduler_output: SchedulerOutput) -> None:
+    def _set_verification_costs(self, scheduler_output: SchedulerOutput) -> None:
         """Adaptive verification decides by the costs that automatic lengths go by."""
         adaptive, meter = self.adaptive_verification, self.step_costs
         drafts = scheduler_output.scheduled_spec_decode_tokens
