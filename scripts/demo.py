@@ -104,14 +104,15 @@ def list_methods(draft_model: str | None, is_quick: bool = False) -> list[Method
     best = BEST_STOCK_LENGTH[name]
     lengths = [best] if is_quick else sorted({best, STOCK_LENGTH})
     auto = {"method": "emssd", "model": draft_model, "draft_length": "auto"}
+    alone = Method("emssd auto, no copies", auto | {"proposer": "draft_model"})
     return [
         *copying,
         *(
             Method(f"stock {name} K={k}", stock | {"num_speculative_tokens": k})
             for k in lengths
         ),
-        Method("emssd auto", auto),
-        Method("emssd mixed", auto | {"proposer": "mixed"}),
+        *([] if is_quick else [alone]),
+        Method("emssd auto", auto | {"proposer": "mixed"}),
     ]
 
 

@@ -25,10 +25,11 @@ STOCK = {
     "model": DRAFT,
     "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
 }
-DRAFT_MODEL = STOCK | {"method": "emssd", "draft_length": "fixed"}
+FIXED = {"method": "emssd", "draft_length": "fixed"}
+DRAFT_MODEL = STOCK | FIXED | {"proposer": "draft_model"}
 STOCK_EAGLE3 = STOCK | {"method": "eagle3", "model": EAGLE3_HEAD}
 EAGLE3 = DRAFT_MODEL | {"model": EAGLE3_HEAD}
-LLMA = {"method": "emssd", "draft_length": "fixed"}
+LLMA = FIXED
 MIXED = DRAFT_MODEL | {"proposer": "mixed"}
 
 

@@ -106,13 +106,14 @@ _LONGEST_SHOWN = 100  # characters
 
 
 def parse_speculative_config(
-    asked: Mapping[str, Any], stock_keys: Iterable[str]
+    asked: Mapping[str, Any], stock_keys: Iterable[str], may_mix: bool = False
 ) -> tuple[EmssdConfig, dict[str, Any]]:
     """Split a user's `--speculative-config` into our options and vLLM's.
 
     Args:
         asked: the user's dictionary, `"method": "emssd"` in it.
         stock_keys: all keys vLLM's own SpeculativeConfig knows.
+        may_mix: by default a draft model with automatic lengths copies too.
 
     Returns: our options, and the user's keys for vLLM without `method`.
 
@@ -128,8 +129,7 @@ def parse_speculative_config(
         raise _error("rejection_sample_method", LOSSY_VERIFICATION)
 
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
-    model = asked.get("model")
-    ours.setdefault("proposer", "draft_model" if model else "llma")
+    ours.setdefault("proposer", _default_proposer(asked, may_mix))
     _check_pairs(ours, asked)
     try:
         config = EmssdConfig(**ours)
@@ -140,10 +140,22 @@ def parse_speculative_config(
         most = min(most or config.copy_length, config.copy_length)
     elif config.uses_draft_model and config.draft_length == "auto":
         most = most or MAX_AUTO_DRAFTS
+    if config.proposer == "mixed" and "copy_length" not in ours:
+        copy_length = min(config.copy_length, most or MAX_FIXED_DRAFTS)
+        config = config.model_copy(update={"copy_length": copy_length})
     if most is not None:
         config = config.model_copy(update={"num_speculative_tokens": most})
     stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
     return config, stock
+
+
+def _default_proposer(asked: Mapping[str, Any], may_mix: bool) -> ProposerName:
+    if not asked.get("model"):
+        return "llma"
+    is_fixed = asked.get("draft_length") == "fixed"
+    return (
+        "mixed" if may_mix and not (is_fixed or asked.get(ADAPTIVE)) else "draft_model"
+    )
 
 
 def _check_pairs(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

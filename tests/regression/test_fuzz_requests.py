@@ -36,7 +36,8 @@ METHODS = {
     "mixed": MIXED,
     "draft_model": DRAFT_MODEL,
     "llma": LLMA,
-    "auto": {"method": "emssd", "model": DRAFT, "num_speculative_tokens": 5},
+    "auto": DRAFT_MODEL | {"draft_length": "auto"},
+    "by default": {"method": "emssd", "model": DRAFT},
 }
 TEXTS = [text[-300:] for text in prompts()[:6]]
 SEEDS = st.integers(0, 3)

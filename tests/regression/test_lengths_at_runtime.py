@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine import (
     DRAFT_MODEL,
-    LLMA,
+    MIXED,
     EngineConfig,
     counting,
     greedy,
@@ -74,10 +74,12 @@ def test_lengths_change_and_tokens_do_not() -> None:
 
 def test_a_proposer_is_left_out_and_comes_back() -> None:
     """Drafts of a model cost rows of it, copies do not; tokens stay the same."""
-    mixed = DRAFT_MODEL | LLMA | {"proposer": "mixed"}
     text = prompts()[0]
     seen = {}
-    with running(EngineConfig(mixed)) as llm:
+    with running(EngineConfig(MIXED | AUTO)) as llm:
+        three, no_copies = drafts_a_step(llm, 3)
+        assert 2.5 < three <= 3
+        assert drafts_a_step(llm, 0) == (0, no_copies)
         for proposer in ("draft_model", "llma", None):
             llm.collective_rpc("emssd_use_proposer", args=(proposer,))
             with counting(llm) as counts:
@@ -93,10 +95,10 @@ def test_a_proposer_is_left_out_and_comes_back() -> None:
 
 @pytest.mark.parametrize(
     ("proposer", "automatic"),
-    [("draft_model", None), ("llma", object()), ("mixed", object())],
+    [("draft_model", None), ("llma", object()), ("mixed", None)],
 )
 def test_says_what_it_needs(proposer: str, automatic: object) -> None:
-    """On either runner: automatic lengths of a draft model alone; and to mix."""
+    """On either runner: automatic lengths of a draft model; and to mix."""
     runner = DraftingRunner()
     runner.emssd_config = EmssdConfig(proposer=proposer)
     runner._automatic = automatic  # type: ignore[assignment]

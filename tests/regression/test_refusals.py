@@ -202,7 +202,7 @@ def test_spec_flags_are_merged() -> None:
         spec_model=DRAFT,
         spec_tokens=3,
     ).create_engine_config()
-    assert config.additional_config["emssd"]["proposer"] == "draft_model"
+    assert config.additional_config["emssd"]["proposer"] == "mixed"
     assert config.speculative_config.num_speculative_tokens == 3
 
 

@@ -144,13 +144,14 @@ def test_lengths_are_told_to_the_engine_of_auto() -> None:
 
 
 def test_proposers_are_told_to_the_engine_of_mixed() -> None:
-    asked = [Method(name, {}) for name in ("llma-auto", "mixed-auto", "auto")]
+    asked = [Method(name, {}) for name in ("llma-auto", "mixed-auto", "auto", "k3")]
     host, found = in_one_engine(asked)
     assert host == asked[1]
     assert {m.name: m.setting for m in found} == {
         "llma-auto": ("emssd_use_proposer", "llma"),
         "mixed-auto": ("emssd_use_proposer", None),
         "auto": ("emssd_use_proposer", "draft_model"),
+        "k3": ("emssd_fix_draft_length", 3),
     }
 
 
@@ -159,8 +160,9 @@ def test_proposers_are_told_to_the_engine_of_mixed() -> None:
     [
         (["auto", "stock"], "cannot run 'stock'"),
         (["k1", "k2"], "add one of them to --methods"),
-        (["mixed-auto", "auto", "k2"], "cannot run 'k2'"),
+        (["auto", "llma-auto"], "cannot run 'llma-auto'"),
         (["auto", "k17"], "kN up to 16"),
+        (["mixed-auto", "k17"], "cannot run 'k17'"),
     ],
 )
 def test_what_one_engine_cannot_run_is_refused(names: list[str], says: str) -> None:

@@ -61,6 +61,20 @@ def test_defaults_with_model() -> None:
     assert stock == {"model": "draft"}
 
 
+def test_drafts_and_copies_are_mixed_by_default_where_that_was_measured() -> None:
+    def proposer(**more: Any) -> EmssdConfig:
+        asked = {"method": "emssd", "model": "draft", **more}
+        return parse_speculative_config(asked, STOCK_KEYS, may_mix=True)[0]
+
+    assert proposer().proposer == "mixed"
+    assert proposer(draft_length="auto", copy_length=9).copy_length == 9
+    for alone in ({"draft_length": "fixed"}, {ADAPTIVE: True}):
+        assert proposer(**alone).proposer == "draft_model"
+    assert proposer(proposer="draft_model").proposer == "draft_model"
+    assert proposer(model=None).proposer == "llma"
+    assert proposer(num_speculative_tokens=3).max_draft_tokens == 3
+
+
 def test_all_of_ours_are_taken() -> None:
     asked = {
         "proposer": "llma",

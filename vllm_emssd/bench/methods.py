@@ -21,13 +21,13 @@ DESCRIPTIONS: dict[str, str] = {
     "ngram-longest": "vLLM's ngram, which prefers matches of up to 32 tokens, as llma",
     "suffix": "vLLM's suffix (arctic-inference), 7 drafts, no old answers",
     "emssd": "emssd draft model or head, K drafts; kN: N drafts",
-    "auto": "emssd draft model, automatic lengths",
+    "auto": "emssd draft model or head alone, automatic lengths",
     "padded": "emssd draft model, K drafts, padded inputs (the paper's vanilla)",
     "llma": "emssd copy, 7 drafts",
     "llma-auto": "emssd copy, automatic lengths",
     "llma-padded": "emssd copy, 7 drafts, padded inputs (the paper's vanilla)",
     "mixed": "emssd copy or draft model per request, 7 or K drafts",
-    "mixed-auto": "the same, automatic lengths",
+    "mixed-auto": "the same, automatic lengths: the default on CPUs",
     "NAME={...}": "any --speculative-config, under a name",
 }
 VLLM_OWN = re.compile(r"(stock|ngram|suffix)(-.*)?")
@@ -88,6 +88,7 @@ def _known(
     draft_model: str | None, num_drafts: int
 ) -> dict[str, dict[str, Any] | None]:
     drafts = {"model": draft_model, "num_speculative_tokens": num_drafts}
+    alone = drafts | {"proposer": "draft_model"}
     stock = drafts | {"method": stock_method(draft_model or "")}
     fewer = [(1, 16, num_drafts), (17, 64, 3), (65, 512, 1)]  # no more than K
     fixed = {"method": "emssd", "draft_length": "fixed"}
@@ -116,9 +117,9 @@ def _known(
         "ngram": ngram,
         "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
-        "emssd": drafts | fixed,
-        "auto": drafts | fixed | auto | most,
-        "padded": drafts | fixed | padded,
+        "emssd": alone | fixed,
+        "auto": alone | fixed | auto | most,
+        "padded": alone | fixed | padded,
         "llma": llma,
         "llma-auto": llma | auto,
         "llma-padded": llma | padded,
@@ -154,12 +155,12 @@ def _setting(method: Method, host: Method) -> Setting:
     if host.name == MIXED and method.name in PROPOSERS_OF_MIXED:
         return "emssd_use_proposer", PROPOSERS_OF_MIXED[method.name]
     length = FIXED_LENGTH.fullmatch(method.name)
-    if host.name == AUTOMATIC and method.name == AUTOMATIC:
+    if method.name == AUTOMATIC:
         return "emssd_fix_draft_length", None
-    if host.name == AUTOMATIC and length and int(length[1]) <= MAX_AUTO_DRAFTS:
+    if length and int(length[1]) <= MAX_AUTO_DRAFTS:
         return "emssd_fix_draft_length", int(length[1])
     raise ValueError(
         f"the engine of {host.name!r} cannot run {method.name!r}: 'lengths' compares "
-        f"'auto' with kN up to {MAX_AUTO_DRAFTS}, or 'mixed-auto' with 'auto' and "
-        "'llma-auto'"
+        f"'auto' with kN up to {MAX_AUTO_DRAFTS}, and in an engine of 'mixed-auto' "
+        "with that and 'llma-auto'"
     )

@@ -53,27 +53,36 @@ class DraftingRunner:
     def fix_draft_length(self, num_draft_tokens: int | None) -> None:
         """See the worker's `emssd_fix_draft_length`."""
         config, automatic = self.emssd_config, self._automatic
-        if automatic is None or config.proposer != "draft_model":
+        if automatic is None or not config.uses_draft_model:
             raise ValueError(
                 'draft lengths can be fixed while the engine runs with "draft_length": '
-                '"auto" and "proposer": "draft_model"'
+                '"auto" and a draft model'
             )
-        if num_draft_tokens is None:
-            automatic.forget_drafts()  # what became of them was not observed
-            self._proposer.policy = automatic
-        elif 0 <= num_draft_tokens <= config.max_draft_tokens:
-            self._proposer.policy = FixedDraftLength(num_draft_tokens)
-        else:
+        most = config.num_speculative_tokens
+        if num_draft_tokens is not None and not 0 <= num_draft_tokens <= most:
             raise ValueError(
-                f"{num_draft_tokens} drafts: give 0 to {config.max_draft_tokens}, the "
-                "engine's num_speculative_tokens, or None for automatic lengths"
+                f"{num_draft_tokens} drafts: give 0 to {most}, the engine's "
+                "num_speculative_tokens, or None for automatic lengths"
             )
+        if config.copies:
+            self._proposer.use(None if num_draft_tokens is None else "draft_model")
+        if num_draft_tokens is None:
+            self._draft_automatically()
+        else:
+            self._proposer.policy = FixedDraftLength(num_draft_tokens)
 
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
         if self.emssd_config.proposer != "mixed":
             raise ValueError(ONLY_MIXED_CHOOSES)
         self._proposer.use(proposer)
+        if self._automatic is not None:
+            self._draft_automatically()
+
+    def _draft_automatically(self) -> None:
+        assert self._automatic is not None
+        self._automatic.forget_drafts()  # what became of them was not observed
+        self._proposer.policy = self._automatic
 
 
 def block_updates(

@@ -54,14 +54,15 @@ class EmssdWorkerMixin(Worker):
         off, None makes lengths automatic again. On all ranks, between two steps:
         `llm.collective_rpc("emssd_fix_draft_length", args=(3,))`.
 
-        Raises ValueError unless lengths are automatic, with a draft model alone, and
-        for more than `num_speculative_tokens`.
+        Nothing is copied meanwhile. Raises ValueError unless lengths are automatic,
+        with a draft model, and for more than `num_speculative_tokens`.
         """
         self.model_runner.fix_draft_length(num_draft_tokens)
 
     def emssd_use_proposer(self, proposer: str | None) -> None:
         """From now on only "draft_model" or "llma" of the mixed proposer makes drafts;
-        None: both again. On all ranks, between two steps:
+        None: both again. Automatic lengths are so from then on, if they were fixed. On
+        all ranks, between two steps:
         `llm.collective_rpc("emssd_use_proposer", args=("llma",))`.
 
         Raises ValueError with another proposer than "mixed", and for other names.

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vllm_emssd.draft_length import Copies
+from vllm_emssd.draft_length import Copies, DraftLengthPolicy
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import (
@@ -104,6 +104,15 @@ class MixedProposer:
         self._has_faded = False  # that record, in this step
         self._only: str | None = None
         self._copied: set[str] = set()  # requests whose drafts to verify are copies
+
+    @property
+    def policy(self) -> DraftLengthPolicy:
+        """Of the model's drafts."""
+        return self._drafting.policy
+
+    @policy.setter
+    def policy(self, policy: DraftLengthPolicy) -> None:
+        self._drafting.policy = policy
 
     def use(self, only: str | None) -> None:
         """From now on one of the two alone makes drafts, or, with None, both.

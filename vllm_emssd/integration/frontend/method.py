@@ -146,7 +146,9 @@ def _create_ours(
     parallel_config: ParallelConfig,
 ) -> SpeculativeConfig:
     stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
-    config, stock_part = parse_speculative_config(asked, stock_keys)
+    config, stock_part = parse_speculative_config(
+        asked, stock_keys, _gain_was_measured()
+    )
     _refuse_unsupported(args, stock_part, model_config, parallel_config)
     if stock_part.get(ADAPTIVE) and not may_run_on_v2(config):
         raise ValueError(ADAPTIVE_NEEDS_V2)
@@ -263,13 +265,15 @@ def _refuse_unsupported(
     refuse_target(model_config)
 
 
+def _gain_was_measured() -> bool:
+    """Of automatic lengths, and of copies beside a draft model's drafts."""
+    return current_platform.is_cpu() and not prefers_v2()
+
+
 def _settle_draft_length(config: EmssdConfig, asked: dict[str, Any]) -> EmssdConfig:
-    """Automatic lengths by default where times were taken, on CPUs with vLLM's V1
-    runner. Elsewhere only if asked for; raises ValueError where costs are not measured.
-    """
-    if config.draft_length != "auto":
-        return config
-    if current_platform.is_cpu() and not prefers_v2():
+    """Automatic lengths by default where their gain was measured. Elsewhere only if
+    asked for; raises ValueError where costs are not measured."""
+    if config.draft_length != "auto" or _gain_was_measured():
         return config
     if asked.get("draft_length") != "auto":
         logger.warning(
