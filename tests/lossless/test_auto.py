@@ -56,7 +56,7 @@ def random_costs(llm: Any) -> Iterator[None]:
     meter = model_runner(llm).step_costs
     rng = np.random.default_rng(0)
 
-    def step_done(num_reqs: int, learns_costs: bool = True) -> None:
+    def step_done(num_reqs: int, *args: bool) -> None:
         if meter._drafter is not None:
             meter._drafter.take_timings()
         first, row = rng.choice([0.0, 0.2, 1.0]), rng.choice([0.0, 0.05, 0.5])

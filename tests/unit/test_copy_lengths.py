@@ -38,6 +38,7 @@ def test_no_other_lengths_earn_more(
     def rate(lens: tuple[int, ...]) -> float:
         tokens = len(lens) + sum(reached[i, :n].sum() for i, n in enumerate(lens))
         ms = costs.fixed_ms + costs.target.at(len(lens) + sum(lens))
+        ms += costs.copying_ms if any(lens) else 0.0
         return float(tokens / max(ms, 1e-6))
 
     lens = CopyLengths(costs).choose(step_of(len(made), made), confidence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm_emssd.integration.costs import (
     _ROWS_OF_GPUS,
     BY_CONFIDENCE,
     BY_DEPTH,
+    COPYING,
     PLAIN,
     StepCostMeter,
     _learn,
@@ -39,7 +41,7 @@ def learned(meter: StepCostMeter, *steps: tuple[float, int]) -> tuple[float, ...
         for ms, kind in steps:
             meter._learn_rest(ms, 8, kind)
     costs = meter.costs
-    return costs.fixed_ms, costs.speculation_ms, costs.deciding_ms
+    return costs.fixed_ms, costs.speculation_ms, costs.deciding_ms, costs.copying_ms
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,7 @@ def learned(meter: StepCostMeter, *steps: tuple[float, int]) -> tuple[float, ...
     [
         ([(3.0, PLAIN), (8.0, BY_DEPTH)], (3.0, 5.0)),
         ([(3.0, PLAIN), (8.0, BY_DEPTH), (9.0, BY_CONFIDENCE)], (3.0, 5.0, 1.0)),
+        ([(3.0, PLAIN), (4.5, COPYING), (8.0, BY_DEPTH)], (3.0, 5.0, 0.0, 1.5)),
         # Those without drafts cost no more than quick ones with.
         ([(1.0, BY_DEPTH)], (1.0, 0.0)),
         # Until drafts were made without confidences, these are thought to be free.
@@ -71,6 +74,16 @@ def test_the_first_forward_of_a_row_count_is_no_cost_unless_it_is_quick() -> Non
     _learn(table, [(39, 30.0), (64, 30.0)], known)
     assert table.at(1) > before[0]
     assert table.at(64) > before[1]
+
+
+def test_steps_that_verify_copies_are_not_those_without_drafts() -> None:
+    meter = meter_of()
+    for step in range(400):
+        verifies = step % 2 == 0
+        meter._step_ended = time.perf_counter() - (0.009 if verifies else 0.003)
+        meter.step_done(8, verifies=verifies)
+    assert meter.costs.fixed_ms == pytest.approx(3.0, rel=0.05)
+    assert meter.costs.copying_ms == pytest.approx(6.0, rel=0.05)
 
 
 @pytest.mark.parametrize("learns", [False, True])

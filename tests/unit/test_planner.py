@@ -29,8 +29,9 @@ def tables(draw: st.DrawFn) -> CostTable:
 
 @st.composite
 def step_costs(draw: st.DrawFn) -> StepCosts:
-    rest = [draw(st.sampled_from([0.0, 0.3, 4.0])) for _ in range(2)]
-    return StepCosts(draw(tables()), draw(tables()), *rest)
+    rest = [draw(st.sampled_from([0.0, 0.3, 4.0])) for _ in range(3)]
+    costs = StepCosts(draw(tables()), draw(tables()), *rest[:2])
+    return dataclasses.replace(costs, copying_ms=rest[2])
 
 
 ACCEPTANCE = st.lists(

@@ -34,6 +34,7 @@ class StepCosts:
     speculation_ms: float = 0.0  # more in a step with drafts, besides their forwards
     deciding_ms: float = 0.0  # more again where confidences decide
     confidence_ms: float = 0.0  # more of each draft forward that tells confidences
+    copying_ms: float = 0.0  # more in a step that verifies drafts but makes none
     computed_rows: Callable[[int], int] = int  # of the target, for as many as it needs
 
     def by_rows_verified(

@@ -46,7 +46,8 @@ def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
     tokens = step.num_sampling + (float(copies.gains.sum()) if copies else 0.0)
     # Prompts must be computed whatever the lengths: they move the target along its
     # curve, but a slow step with a prompt in it does not make drafts cheap.
-    base_ms = max(costs.fixed_ms + target.at(step.num_sampling + num_copied), _LEAST_MS)
+    besides_ms = costs.fixed_ms + (costs.copying_ms if num_copied else 0.0)
+    base_ms = max(besides_ms + target.at(step.num_sampling + num_copied), _LEAST_MS)
     without_drafts = tokens / base_ms
     base_rows = step.base_rows + num_copied
     without_ms = target.at(base_rows)
@@ -68,7 +69,7 @@ def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
     backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
     ms = base_ms + target.ms(base_rows + num_more) - without_ms
     ms += k * draft.at(num_reqs)
-    ms[1:] += costs.speculation_ms + backfill_ms
+    ms[1:] += costs.fixed_ms + costs.speculation_ms - besides_ms + backfill_ms
     rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
     depth = int(rate.argmax()) if num_reqs else 0
 

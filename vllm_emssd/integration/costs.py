@@ -34,8 +34,9 @@ _NUM_REQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _RATE = 0.05  # weight of a forward in what its confidences cost more
 _IDLE_STEPS = 4  # from one that is learned from to the next
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
-PLAIN, BY_DEPTH, BY_CONFIDENCE = range(3)  # steps: without drafts, or how they stop
-_BESIDES = ("fixed_ms", "speculation_ms", "deciding_ms", "confidence_ms")
+# Steps: without drafts, that verify some but make none, and how those made stop.
+PLAIN, COPYING, BY_DEPTH, BY_CONFIDENCE = range(4)
+_BESIDES = ("fixed_ms", "copying_ms", "speculation_ms", "deciding_ms", "confidence_ms")
 _SHARED = ("target", "draft", *_BESIDES)
 
 NO_DRAFT_MODEL = CostTable([1], [0.0])
@@ -79,7 +80,7 @@ class StepCostMeter:
         self._step_ended: float | None = None
         # By kind of step: what it takes besides its forwards, by its requests.
         guess = measured.fixed_ms * (1 + np.array(_NUM_REQS) / _REQUESTS_AS_A_STEP)
-        more = 0.0, measured.speculation_ms, measured.speculation_ms
+        more = 0.0, 0.0, measured.speculation_ms, measured.speculation_ms
         self._rest_ms = [CostTable(_NUM_REQS, guess + ms) for ms in more]
         self._kinds_seen: set[int] = set()
         self._known_to_target = {rows for rows, _ in measured.target.points}
@@ -91,10 +92,13 @@ class StepCostMeter:
             "Measured costs in ms, those of forwards as (rows, ms): %s", self.as_dict()
         )
 
-    def step_done(self, num_reqs: int, learns_costs: bool = True) -> None:
+    def step_done(
+        self, num_reqs: int, learns_costs: bool = True, verifies: bool = False
+    ) -> None:
         """Called when a step's drafts are made: learn from the step, of `num_reqs`
-        requests. Without `learns_costs` only what it costs besides its forwards, and
-        that of one step in four: idle steps must take no time."""
+        requests, which verified drafts or none. Without `learns_costs` only what it
+        costs besides its forwards, and that of one step in four: idle steps must take
+        no time."""
         now = time.perf_counter()
         costs, drafter = self.measured, self._drafter
         target = self._target.take_timings()
@@ -109,8 +113,10 @@ class StepCostMeter:
         if is_due and self._step_ended is not None and len(target) == 1:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
-            self._learn_rest(ms, max(num_reqs, 1), kind if draft else PLAIN)
+            kind = COPYING if verifies else PLAIN
+            if draft:
+                kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
+            self._learn_rest(ms, max(num_reqs, 1), kind)
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
@@ -133,7 +139,9 @@ class StepCostMeter:
         # A GPU's time may be counted in another step: only what is slow is unusual.
         learned.observe(num_reqs, max(ms, learned.at(num_reqs) / 2))
         self._kinds_seen.add(kind)
-        plain, by_depth, by_confidence = (t.at(num_reqs) for t in self._rest_ms)
+        plain, copying, by_depth, by_confidence = (
+            table.at(num_reqs) for table in self._rest_ms
+        )
         if BY_DEPTH in self._kinds_seen:
             drafting = by_depth
         elif BY_CONFIDENCE in self._kinds_seen:
@@ -143,6 +151,7 @@ class StepCostMeter:
         costs = self.measured
         # A step without drafts costs no more: it was slower when last seen.
         costs.fixed_ms = min(plain, drafting)
+        costs.copying_ms = max(copying - costs.fixed_ms, 0.0)
         costs.speculation_ms = drafting - costs.fixed_ms
         costs.deciding_ms = max(by_confidence - drafting, 0.0)
 

@@ -75,6 +75,7 @@ class CopyLengths:
         target_ms = costs.target.ms(rows)
         ms = costs.fixed_ms + costs.target.at(step.num_sampling)
         ms += target_ms - target_ms[0]
+        ms[1:] += costs.copying_ms
         tokens = np.concatenate([[0.0], flat[order].cumsum()]) + step.num_sampling
         num_rows = int((tokens / np.maximum(ms, _LEAST_MS)).argmax())
         requests = order[:num_rows] // gains.shape[1]

@@ -78,6 +78,7 @@ class CostFile(BaseModel):
             self.speculation_ms,
             self.deciding_ms,
             self.confidence_ms,
+            copying_ms=self.speculation_ms,
         )
 
 

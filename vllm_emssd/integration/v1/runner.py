@@ -86,7 +86,9 @@ class UnpadRunnerMixin(StartUpMixin):
         self._publisher.step_done()
         if self.step_costs is not None:
             is_idle = batch is None and not self._has_drafts
-            self.step_costs.step_done(int(step.is_sampling.sum()), not is_idle)
+            verifies = bool(step.num_draft_tokens.any())
+            num_reqs = int(step.is_sampling.sum())
+            self.step_costs.step_done(num_reqs, not is_idle, verifies)
         return drafts
 
     def _record_verified(
