@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,18 @@ def test_no_other_lengths_earn_more(
     best = max(map(rate, itertools.product(*(range(n + 1) for n in made))))
     assert (lens <= made).all()
     assert rate(tuple(lens.tolist())) == pytest.approx(best)
+
+
+def test_rows_that_would_be_padding_are_used() -> None:
+    """Of 2 requests whose likeliest copied token alone is worth its row."""
+    costs = replace(COSTS, target=CostTable([1, 2, 512], [20.0, 20.0, 5120.0]))
+    confidence = np.array([[0.95, 0.4, 0.4], [0.3, 0.3, 0.3]])
+    bare = CopyLengths(costs).choose(step_of(2, [3, 3]), confidence)
+    costs = replace(costs, computed_rows=lambda rows: -(-rows // 5) * 5)
+    full = CopyLengths(costs).choose(step_of(2, [3, 3]), confidence)
+    assert (bare.tolist(), full.tolist()) == ([1, 0], [2, 1])
+    nothing = CopyLengths(costs).choose(step_of(2, [3, 3]), confidence * 0)
+    assert nothing.tolist() == [0, 0]
 
 
 def test_without_costs_all_is_verified() -> None:

@@ -68,7 +68,8 @@ class CopyLengths:
 
     def _best(self, step: StepInfo, gains: np.ndarray, costs: StepCosts) -> np.ndarray:
         """Of each number of rows the best use is that on the highest gains, which gives
-        every request a prefix; all numbers are compared. [num_reqs] int64"""
+        every request a prefix; all numbers are compared. Rows that would be padding
+        are used too. [num_reqs] int64"""
         flat = gains.ravel()
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
         rows = step.base_rows + np.arange(order.size + 1)
@@ -78,6 +79,8 @@ class CopyLengths:
         ms[1:] += costs.copying_ms
         tokens = np.concatenate([[0.0], flat[order].cumsum()]) + step.num_sampling
         num_rows = int((tokens / np.maximum(ms, _LEAST_MS)).argmax())
+        if num_rows and not step.num_prefill_rows:  # which the next step may not have
+            num_rows = costs.computed_rows(step.base_rows + num_rows) - step.base_rows
         requests = order[:num_rows] // gains.shape[1]
         return np.bincount(requests, minlength=len(gains))
 
