@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from typing import Any
 
 import pytest
@@ -14,11 +12,8 @@ from tests.engine import (
     STOCK_EAGLE3,
     EngineConfig,
     model_runner,
-    running,
-    stop_counting_others,
 )
 from tests.planted_failures import break_parts
-from tests.v2 import interpreter
 from tests.v2.runs import (
     AUTO,
     CACHED,
@@ -29,12 +24,12 @@ from tests.v2.runs import (
     K,
     PausedLengths,
     RaggedLengths,
-    Trimming,
     asynchronous,
     automatic,
     mixing,
     one_pass,
     pass_with,
+    run_engines,
     structured,
 )
 from vllm_emssd.draft_length import FixedDraftLength
@@ -153,7 +148,7 @@ def not_fed_before(llm: Any, steady: Any) -> dict[str, Any]:
         with SpiedSlots(llm) as are_own:
             seen["lost"] = pass_with(llm, LateLengths(20), max_tokens=LONGER)
         seen["lost"] |= {"are_own": are_own}
-        seen["lost before"] = pass_with(llm, FixedDraftLength(), max_tokens=LONGER)
+        seen["before, lost"] = pass_with(llm, FixedDraftLength(), max_tokens=LONGER)
     cursor.num_rows = num_rows
     return seen
 
@@ -219,18 +214,4 @@ def run_all(*only: str) -> dict[str, Any]:
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
         "async trimmed": EngineConfig(HEAD | TRIM, **asynchronous(SMALL)),
     }
-    seen: dict[str, Any] = {}
-    for name in only or engines:
-        config = engines[name]
-        is_async = bool(config.options.get("async_scheduling"))
-        interpreter.schedule_asynchronously(is_async)
-        stop_counting_others()
-        started = time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            if "trimmed" in name:
-                stack.enter_context(Trimming())
-            llm = stack.enter_context(running(config))
-            seen[name] = passes(llm, name)
-            seen[name]["speculator"] = type(model_runner(llm).speculator).__name__
-        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    return seen
+    return run_engines(engines, passes, only)

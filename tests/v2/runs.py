@@ -8,8 +8,8 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -68,15 +68,7 @@ AUTO = {"draft_length": "auto"}
 TRIM = {"enable_adaptive_verification": True}
 COPY = 6  # most tokens copied: more than are drafted
 BOTH = MIXED | {"num_speculative_tokens": K, "copy_length": COPY}
-BOTH_ITSELF = BOTH | {"model": TARGET, "draft_sample_method": "probabilistic"}
-# Runs that need no engine of their own, on that of another.
-GUESTS = {
-    "fixed": ("padded", "failing"),
-    "itself": ("padded itself",),
-    "async": ("failing async",),
-    "auto": ("padded auto",),
-}
-SLOW = ("mixed auto", "mixed tight", "async auto tight")  # run if they are asked for
+BOTH_SAMPLED = BOTH | {"draft_sample_method": "probabilistic"}
 
 
 class RaggedLengths(FixedDraftLength):
@@ -163,13 +155,13 @@ def edited(answers: list[list[int]]) -> dict[str, Any]:
 
 def copying(llm: Any, name: str) -> dict[str, Any]:
     seen = {"greedy": one_pass(llm)}
-    seen["edited"] = one_pass(llm, **edited(seen["greedy"]["token_ids"]))
+    reference = edited(seen["greedy"]["token_ids"])
+    seen["edited"] = one_pass(llm, **reference)
     if "tight" in name:
         return seen
     seen["structured"] = one_pass(llm, **structured())
+    seen["limited"] = one_pass(llm, LIMITS, **reference)
     if name == "async copying":
-        reference = edited(seen["greedy"]["token_ids"])
-        seen["limited"] = one_pass(llm, LIMITS, **reference)
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
     return seen
@@ -220,23 +212,22 @@ class SpiedSources:
 
 def mixing(llm: Any, name: str) -> dict[str, Any]:
     """Copies and drafts."""
-    with SpiedSources(llm) as sources:
-        sampled = {"temperature": 1.0} if "itself" in name else {}
-        if "auto" in name:
-            with SteeredCosts(llm) as steered:
-                seen = {"free": one_pass(llm)}
-                steered.draw()
-                seen["edited"] = one_pass(llm, **edited(seen["free"]["token_ids"]))
-            return seen | sources
-        seen = {"greedy": one_pass(llm, **sampled)}
+    with SpiedSources(llm) as sources, contextlib.ExitStack() as stack:
+        steered = stack.enter_context(SteeredCosts(llm)) if "auto" in name else None
+        seen = {"greedy": one_pass(llm)}
+        if steered:
+            steered.draw()
         reference = edited(seen["greedy"]["token_ids"])
-        seen["edited"] = one_pass(llm, **reference, **sampled)
-        if name in ("mixed", "async mixed"):
-            seen["seeded"] = one_pass(llm, **reference, seed=7, temperature=1.0)
-            seen["structured"] = one_pass(llm, **structured())
-            for only in ("draft_model", "llma") if name == "mixed" else ():
-                llm.collective_rpc("emssd_use_proposer", args=(only,))
-                seen[only] = one_pass(llm, **reference)
+        seen["edited"] = one_pass(llm, **reference)
+        if "tight" in name:
+            return seen | sources
+        seen["seeded"] = one_pass(llm, **reference, seed=7, temperature=1.0)
+        seen["structured"] = one_pass(llm, **structured())
+        if model_runner(llm).speculator.draft_logits is not None:
+            seen["sampled"] = one_pass(llm, **reference, temperature=1.0)
+        for only in ("draft_model", "llma") if name == "mixed" else ():
+            llm.collective_rpc("emssd_use_proposer", args=(only,))
+            seen[only] = one_pass(llm, **reference)
     return seen | sources
 
 
@@ -312,21 +303,18 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
 class Trimming:
     """vLLM's adaptive verification where it asks for CUDA graphs, by other costs."""
 
-    def __init__(self) -> None:
-        self.budgets: list[tuple[int, int]] = []  # verified, of so many drafts
+    budgets: ClassVar[list[tuple[int, int]]] = []  # verified, of so many
 
-    def __enter__(self) -> list[tuple[int, int]]:
+    def __enter__(self) -> None:
         from vllm.config.vllm import VllmConfig
         from vllm.v1.worker.gpu import model_runner as runner
         from vllm.v1.worker.gpu.spec_decode import adaptive_verification as adaptive
-
-        budgets = self.budgets
 
         class Manager(adaptive.AdaptiveVerificationManager):
             def reallocate_drafts(self, *args: Any) -> Any:
                 num_drafts = sum(self._batch_budget[0].values())
                 reallocated = super().reallocate_drafts(*args)
-                budgets.append((reallocated[2], num_drafts))
+                Trimming.budgets.append((reallocated[2], num_drafts))
                 return reallocated
 
         def make(enable_adaptive_verification: bool, **options: Any) -> Manager:
@@ -350,13 +338,12 @@ class Trimming:
             "_assign_draft_token_budget_compiled",
             adaptive._assign_draft_token_budget,
         )
-        return self.budgets
 
     def __exit__(self, *error: Any) -> None:
         self._patch.undo()
 
 
-def trimming(llm: Any, name: str, budgets: list[tuple[int, int]]) -> dict[str, Any]:
+def trimming(llm: Any, name: str) -> dict[str, Any]:
     """Drafts of which the device verifies the likeliest."""
     if "itself" in name:
         return {"sampled": one_pass(llm, temperature=1.0)}
@@ -369,9 +356,9 @@ def trimming(llm: Any, name: str, budgets: list[tuple[int, int]]) -> dict[str, A
         ):
             llm.collective_rpc("emssd_fix_draft_length", args=(length,))
             steered.set(*costs)
-            budgets.clear()
+            Trimming.budgets.clear()
             seen[what] = one_pass(llm)
-            verified, made = zip(*budgets, strict=True)
+            verified, made = zip(*Trimming.budgets, strict=True)
             seen[what] |= {"num_verified": sum(verified), "num_made": sum(made)}
         steered.set(0.1, 2.0)
         llm.collective_rpc("emssd_fix_draft_length", args=(K,))
@@ -414,21 +401,13 @@ def aborted(llm: Any) -> dict[str, Any]:
     return {"token_ids": [tokens.get(req_id) for req_id in ids]}
 
 
-def padded(llm: Any, name: str) -> dict[str, Any]:
+def padded(llm: Any, **runs: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """As with recorded draft forwards, whose batch is padded."""
     speculator = model_runner(llm).speculator
     graphs = pad_forwards(speculator)
-    if name == "padded auto":
-        with SteeredCosts(llm) as steered:
-            steered.draw()
-            seen = {"drawn": one_pass(llm)}
-    elif name == "padded itself":
-        seen = {"sampled": one_pass(llm, temperature=1.0)}
-    else:
-        seen = {"greedy": one_pass(llm), "structured": one_pass(llm, **structured())}
-        seen["ragged"] = pass_with(llm, RaggedLengths())
+    seen: dict[str, Any] = {f"padded, {what}": run() for what, run in runs.items()}
     speculator.first_graphs = speculator.next_graphs = None
-    return seen | {"num_replays": [g.num_replays for g in graphs]}
+    return seen | {"num_replays": [graph.num_replays for graph in graphs]}
 
 
 class LoggedStats:
@@ -477,53 +456,88 @@ def endless(llm: Any) -> dict[str, int]:
     return {"num_tokens": num_tokens}
 
 
-def passes(llm: Any, name: str) -> dict[str, dict[str, Any]]:
-    if name.startswith("failing"):
-        return failing(llm)
+def sampling(llm: Any) -> dict[str, Any]:
+    """With drafts of the target itself."""
+
+    def run(**parameters: Any) -> dict[str, Any]:
+        return one_pass(llm, temperature=1.0, **parameters)
+
+    seen = {"sampled": run(), "structured": run(**structured())}
+    for what, lengths in (("ragged", RaggedLengths()), ("paused", PausedLengths())):
+        seen[what] = pass_with(llm, lengths, temperature=1.0)
+    return seen | padded(llm, sampled=run)
+
+
+def passes(llm: Any, name: str) -> dict[str, Any]:
+    def ragged() -> dict[str, Any]:
+        return pass_with(llm, RaggedLengths())
+
+    if "trimmed" in name:
+        return trimming(llm, name)
     if "copying" in name:
         return copying(llm, name)
     if "mixed" in name:
         return mixing(llm, name)
-    if name.startswith("padded"):
-        return padded(llm, name)
+    if name == "auto itself":
+        return automatic(llm, temperature=1.0)
+    if "itself" in name:
+        return sampling(llm)
     if "auto" in name:
-        sampled = {"temperature": 1.0} if "itself" in name else {}
-        return automatic(llm, **sampled)
-    if name in ("itself", "async itself"):
-        seen = {"sampled": one_pass(llm, temperature=1.0)}
-        if name == "itself":
-            seen["structured"] = one_pass(llm, **structured(temperature=1.0))
-        for what, lengths in (("ragged", RaggedLengths()), ("paused", PausedLengths())):
-            seen[what] = pass_with(llm, lengths, temperature=1.0)
-        return seen
+        seen = automatic(llm)
+        if "tight" in name:
+            return seen
+        with SteeredCosts(llm) as steered:
+            steered.draw()
+            return seen | padded(llm, drawn=lambda: one_pass(llm))
     seen = {"greedy": one_pass(llm)}
-    if name == "plain":
-        seen["seeded"] = one_pass(llm, seed=7, temperature=1.0)
+    if name == "stock":
+        return seen
+    if "tight" in name:
+        return seen | {"ragged": ragged()}
+    if "cached" in name:
+        return seen | {"again": one_pass(llm), "ragged": ragged()}
+    seen["logprobs"] = one_pass(llm, **LOGPROBS)
+    seen["structured"] = one_pass(llm, **structured())
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
-    if name in ("fixed", "async"):
-        seen["endless"] = endless(llm)
-    if name == "fixed":
-        seen["limited"] = one_pass(llm, LIMITS)
-    if name in ("cached", "async cached"):
-        seen["again"] = one_pass(llm)  # on cached prefixes
-    elif name not in ("stock", "tight", "async tight"):
-        seen["logprobs"] = one_pass(llm, **LOGPROBS)
-        seen["structured"] = one_pass(llm, **structured())
-    if name not in ("plain", "stock"):
-        seen["ragged"] = pass_with(llm, RaggedLengths())
-    return seen
+    if name == "plain":
+        return seen | {"seeded": one_pass(llm, seed=7, temperature=1.0)}
+    seen |= {"ragged": ragged(), "endless": endless(llm)} | failing(llm)
+    if name == "async":
+        return seen
+    seen["limited"] = one_pass(llm, LIMITS)
+    return seen | padded(
+        llm,
+        greedy=lambda: one_pass(llm),
+        structured=lambda: one_pass(llm, **structured()),
+        ragged=ragged,
+    )
 
 
-def all_passes(llm: Any, host: str) -> dict[str, dict[str, Any]]:
-    """Of an engine and its guests."""
-    seen, runner = {}, model_runner(llm)
-    for name in (host, *GUESTS.get(host, ())):
-        seen[name] = passes(llm, name)
-        kind = type(runner)
-        seen[name]["runner"] = f"{kind.__module__}.{kind.__qualname__}"
-        seen[name]["scheduler"] = type(scheduler_of(llm)).__name__
+def run_engines(
+    engines: dict[str, EngineConfig],
+    passes: Callable[[Any, str], dict[str, Any]],
+    only: tuple[str, ...],
+) -> dict[str, Any]:
+    """By engine; of `only` these, if there are any."""
+    seen: dict[str, Any] = {}
+    for name in only or engines:
+        config, started = engines[name], time.perf_counter()
+        is_async = bool(config.options.get("async_scheduling"))
+        interpreter.schedule_asynchronously(is_async)
+        stop_counting_others()
+        with contextlib.ExitStack() as stack:
+            if "trimmed" in name:
+                stack.enter_context(Trimming())
+            llm = stack.enter_context(running(config))
+            runner = model_runner(llm)
+            seen[name] = passes(llm, name) | {
+                "runner": f"{type(runner).__module__}.{type(runner).__qualname__}",
+                "scheduler": type(scheduler_of(llm)).__name__,
+                "speculator": type(runner.speculator).__name__,
+            }
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
     return seen
 
 
@@ -548,8 +562,7 @@ def run_all(*only: str) -> dict[str, Any]:
         "mixed auto": EngineConfig(BOTH | AUTO, **CACHED),
         "async mixed": EngineConfig(BOTH, **asynchronous(CACHED)),
         "async mixed tight": EngineConfig(BOTH, **asynchronous(TIGHT)),
-        "async mixed itself": EngineConfig(BOTH_ITSELF, **asynchronous(SMALL)),
-        "async mixed auto": EngineConfig(BOTH | AUTO, **asynchronous(CACHED)),
+        "async mixed auto": EngineConfig(BOTH_SAMPLED | AUTO, **asynchronous(CACHED)),
         "async trimmed": EngineConfig(EMSSD | AUTO | TRIM, **asynchronous(SMALL)),
         "async trimmed itself": EngineConfig(ITSELF | TRIM, **asynchronous(SMALL)),
         "auto": EngineConfig(EMSSD | AUTO, **CACHED),
@@ -558,20 +571,4 @@ def run_all(*only: str) -> dict[str, Any]:
         "async auto": EngineConfig(EMSSD | AUTO, **asynchronous(CACHED)),
         "async auto tight": EngineConfig(EMSSD | AUTO, **asynchronous(TIGHT)),
     }
-    seen: dict[str, Any] = {}
-    for name in only or (name for name in engines if name not in SLOW):
-        config = engines[name]
-        interpreter.schedule_asynchronously(
-            bool(config.options.get("async_scheduling"))
-        )
-        stop_counting_others()
-        started = time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            budgets = stack.enter_context(Trimming()) if "trimmed" in name else []
-            llm = stack.enter_context(running(config))
-            if "trimmed" in name:
-                seen[name] = trimming(llm, name, budgets)
-            else:
-                seen |= all_passes(llm, name)
-        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    return seen
+    return run_engines(engines, passes, only)

@@ -6,32 +6,22 @@ from typing import Any
 
 import pytest
 
-from tests.v2.results import results_of
+from tests.v2.results import Engines, passes
 from tests.v2.runs import K
 
-FAST = ("plain", "stock", "fixed", "async cached", "async auto", "async mixed")
-SLOW = ("cached", "tight", "async tight", "async trimmed")
+ENGINES = Engines(
+    "tests.v2.heads",
+    fast=("plain", "stock", "fixed", "async cached", "async auto", "async mixed"),
+    slow=("cached", "tight", "async tight", "async trimmed"),
+)
 ACCEPTED, DRAFTED = ("spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens")
-
-
-def cases(*names: str) -> list[Any]:
-    marks = {name: () if name in FAST else pytest.mark.slow for name in names}
-    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
-
-
-WITH_HEAD = cases(*FAST[1:], *SLOW)
-COMPARED = cases("fixed", "async cached", "cached", "tight", "async tight")
-CACHES = cases("async cached", "cached")
-
-
-def run_of(name: str) -> dict[str, Any]:
-    only = FAST if name in FAST else SLOW
-    run: dict[str, Any] = results_of("tests.v2.heads", only=only)[name]
-    return run
+WITH_HEAD = ENGINES.cases(*ENGINES.fast[1:], *ENGINES.slow)
+COMPARED = ENGINES.cases("fixed", "async cached", "cached", "tight", "async tight")
+CACHES = ENGINES.cases("async cached", "cached")
 
 
 def seen(name: str, what: str = "greedy") -> Any:
-    return run_of(name)[what]
+    return ENGINES.run(name)[what]
 
 
 @pytest.mark.parametrize("name", WITH_HEAD)
@@ -42,15 +32,11 @@ def test_heads_of_our_own_drafted(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_HEAD)
 def test_tokens_are_plain_decoding(name: str) -> None:
-    passes = {
-        what: run
-        for what, run in run_of(name).items()
-        if isinstance(run, dict) and "token_ids" in run
-    }
-    assert passes
-    for what, run in passes.items():
-        plain = run_of("plain").get(what.split(" before")[0], seen("plain"))
-        assert run["token_ids"] == plain["token_ids"], what
+    found, plain = passes(ENGINES.run(name)), ENGINES.run("plain")
+    assert found
+    for what, run in found.items():
+        wanted = plain.get(what.split(", ")[-1], plain["greedy"])
+        assert run["token_ids"] == wanted["token_ids"], what
 
 
 def test_fixed_lengths_do_what_stock_does() -> None:
@@ -84,13 +70,12 @@ def test_drafts_without_the_hidden_states_are_others() -> None:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_counted_rows_are_those_of_the_head(name: str) -> None:
-    for what, run in run_of(name).items():
-        if what in ("speculator", "failing"):
-            continue
-        assert run["counts"]["num_draft_rows"] == run["draft_rows"], what
+    for what, run in passes(ENGINES.run(name)).items():
+        if what != "failing":
+            assert run["counts"]["num_draft_rows"] == run["draft_rows"], what
 
 
-@pytest.mark.parametrize("name", cases("tight", "async tight"))
+@pytest.mark.parametrize("name", ENGINES.cases("tight", "async tight"))
 def test_requests_are_preempted(name: str) -> None:
     assert seen(name)["gained"]["num_preemptions"] > 0
 
@@ -136,7 +121,7 @@ def test_what_finds_no_room_is_fed_before_it_is_lost(name: str) -> None:
 @pytest.mark.parametrize("name", CACHES)
 def test_texts_begin_anew_behind_states_that_are_lost(name: str) -> None:
     """Of their own, and of a prefix that others were to feed."""
-    for what in ("lost", "lost before"):
+    for what in ("lost", "before, lost"):
         counts = seen(name, what)["counts"]
         assert counts["num_draft_restarts"] > 0
         assert counts["num_accepted_tokens"] > counts["num_draft_tokens"] / 4

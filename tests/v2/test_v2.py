@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from tests.engine import LLMA, EngineConfig, running
-from tests.v2.results import results_of
+from tests.v2.results import Engines, passes
 from tests.v2.runs import (
     BOTH,
     CACHED,
     MAX_TOKENS,
     REGEX,
-    SLOW,
     SMALL,
     K,
     edited,
@@ -23,27 +22,32 @@ from tests.v2.runs import (
     texts,
 )
 
-ASYNC = ("async", "async cached", "async tight")
-OURS = ("fixed", "cached", "tight", *ASYNC)
-AUTO = ("auto", "auto tight", "async auto")
+ENGINES = Engines(
+    "tests.v2.runs",
+    fast=(
+        *("plain", "stock", "fixed", "async", "async cached", "async itself"),
+        *("copying", "async auto", "async mixed auto", "async mixed tight"),
+        "async trimmed",
+    ),
+    slow=(
+        *("cached", "tight", "async tight", "itself", "copying tight"),
+        *("async copying", "async copying tight", "mixed", "mixed tight"),
+        *("mixed auto", "async mixed", "async auto tight"),
+        *("auto", "auto tight", "auto itself", "async trimmed itself"),
+    ),
+    timeout=1200,
+)
+cases = ENGINES.cases
+OURS = ("fixed", "cached", "tight", "async", "async cached", "async tight")
+CACHES = ("cached", "async cached")
+AUTO = ("auto", "auto tight", "async auto", "async auto tight")
 COPYING = ("copying", "copying tight", "async copying", "async copying tight")
-MIXED = ("mixed", "async mixed", "async mixed tight")
-FAILING = ("failing", "failing async")
-PADDED = ("padded", "padded auto")
-OTHERS = ("async mixed auto", "async trimmed")
+MIXED = ("mixed", "mixed auto", "mixed tight")
+MIXED += tuple(f"async {name}" for name in MIXED)
+TIGHT = tuple(name for name in (*OURS, *AUTO, *COPYING, *MIXED) if "tight" in name)
+GREEDY = (*OURS, *AUTO, *COPYING, *MIXED)
 ITSELF = ("itself", "async itself", "auto itself")  # drafts of the target itself
 COSTS_BY = ("free", "drawn", "measured")
-TIMEOUT = 1200  # seconds for all engines: 500 beside another test process
-
-
-def results(name: str = "plain") -> dict[str, Any]:
-    """All runs under the interpreter, from one process; or slow ones."""
-    only = ("plain", *SLOW) if name in SLOW else ()
-    return results_of("tests.v2.runs", TIMEOUT, only)
-
-
-def slow(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @cache
@@ -59,41 +63,41 @@ def v1_tokens() -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def seen(name: str, what: str = "greedy") -> dict[str, Any]:
-    return results(name)[name][what]
+def seen(name: str, what: str = "greedy") -> Any:
+    return ENGINES.run(name)[what]
 
 
-def test_the_v2_runner_ran() -> None:
-    assert results()["stock"]["runner"].startswith("vllm.v1.worker.cpu.model_runner.")
-    for name in (*OURS, *AUTO, *COPYING, *MIXED):
-        assert results()[name]["runner"].endswith("v2.runner.UnpadCPUModelRunnerV2")
-        is_async = name.startswith("async")
-        wanted = "UnpadAsyncScheduler" if is_async else "UnpadScheduler"
-        assert results()[name]["scheduler"] == wanted
+@pytest.mark.parametrize("name", cases("stock", *GREEDY))
+def test_the_v2_runner_ran(name: str) -> None:
+    if name == "stock":
+        assert seen(name, "runner").startswith("vllm.v1.worker.cpu.model_runner.")
+        return
+    assert seen(name, "runner").endswith("v2.runner.UnpadCPUModelRunnerV2")
+    is_async = name.startswith("async")
+    wanted = "UnpadAsyncScheduler" if is_async else "UnpadScheduler"
+    assert seen(name, "scheduler") == wanted
 
 
 def test_plain_tokens_are_those_of_v1() -> None:
     assert seen("plain")["token_ids"] == v1_tokens()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["stock", *OURS, *AUTO, *COPYING, *MIXED, *FAILING, *PADDED, *OTHERS, *slow(*SLOW)],
-)
+@pytest.mark.parametrize("name", cases("stock", *GREEDY, "async trimmed"))
 def test_tokens_are_plain_decoding(name: str) -> None:
     """In each pass, of greedy requests but for those that plain was asked for too."""
-    passes = {k: v for k, v in results(name)[name].items() if "token_ids" in v}
-    assert passes
-    plain_passes = results(name)["plain"]
-    for what, run in passes.items():
-        plain = plain_passes.get(what, plain_passes["greedy"])
-        assert run["token_ids"] == plain["token_ids"], what
+    found, plain = passes(ENGINES.run(name)), ENGINES.run("plain")
+    assert found
+    for what, run in found.items():
+        kind = what.split(", ")[-1]
+        if kind == "sampled":
+            continue
+        assert run["token_ids"] == plain.get(kind, plain["greedy"])["token_ids"], what
         counts = run.get("counts")
-        if counts and what not in ("measured", "structured"):
+        if counts and kind not in ("measured", "structured"):
             assert counts["num_accepted_tokens"] > 0, what
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", cases(*OURS))
 def test_ragged_lengths_are_other_lengths(name: str) -> None:
     drafts_a_step = [
         s["counts"]["num_draft_tokens"] / s["counts"]["num_request_steps"]
@@ -102,14 +106,14 @@ def test_ragged_lengths_are_other_lengths(name: str) -> None:
     assert 0 < drafts_a_step[0] < drafts_a_step[1]
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", cases("fixed", "auto", "async auto", *ITSELF[:2]))
 def test_padding_of_recorded_draft_forwards_changes_nothing(name: str) -> None:
-    assert min(results()[name]["num_replays"]) > 0
-    if name == "padded":
-        assert seen(name)["gained"] == seen("stock")["gained"]
+    assert min(seen(name, "num_replays")) > 0
+    if name == "fixed":
+        assert seen(name, "padded, greedy")["gained"] == seen("stock")["gained"]
 
 
-@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("name", ["fixed", "async"])
 def test_failing_proposer_costs_drafts_only(name: str) -> None:
     failing, healthy, healed = (
         seen(name, what) for what in ("failing", "healthy", "healed")
@@ -121,7 +125,7 @@ def test_failing_proposer_costs_drafts_only(name: str) -> None:
     assert healed["gained"] == healthy["gained"]
 
 
-@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("name", ["fixed", "async"])
 def test_the_log_tells_what_was_counted(name: str) -> None:
     healthy = seen(name, "healthy")
     drafted = [re.search(r"Drafted: (\d+) tokens", line) for line in healthy["lines"]]
@@ -136,7 +140,7 @@ def test_any_max_tokens_is_served(name: str) -> None:
     assert seen(name, "endless")["num_tokens"] == SMALL["max_model_len"]
 
 
-@pytest.mark.parametrize("name", ["cached", "async cached"])
+@pytest.mark.parametrize("name", cases(*CACHES))
 def test_cached_prefixes(name: str) -> None:
     first, again = seen(name), seen(name, "again")
     assert again["gained"]["prefix_cache_hits"] > 0
@@ -144,17 +148,14 @@ def test_cached_prefixes(name: str) -> None:
     assert again["gained"][accepted] == first["gained"][accepted]
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("tight", "greedy"),
-        ("auto tight", "free"),
-        ("async tight", "greedy"),
-        pytest.param("async auto tight", "free", marks=pytest.mark.slow),
-    ],
-)
-def test_a_small_cache_preempts(name: str, what: str) -> None:
-    assert seen(name, what)["gained"]["num_preemptions"] > 0
+@pytest.mark.parametrize("name", cases(*TIGHT))
+def test_a_small_cache_preempts(name: str) -> None:
+    runs = [
+        seen(name, what)
+        for what in ("greedy", "free", "edited")
+        if what in ENGINES.run(name)
+    ]
+    assert sum(run["gained"]["num_preemptions"] for run in runs) > 0
 
 
 @pytest.mark.parametrize("name", ["fixed", "async"])
@@ -164,20 +165,18 @@ def test_forced_length_accepts_exactly_what_stock_accepts(name: str) -> None:
     assert ours == stock
 
 
-@pytest.mark.parametrize("name", [*OURS, *ITSELF, *AUTO, *slow("async auto tight")])
+@pytest.mark.parametrize("name", cases(*OURS, *ITSELF, *AUTO, *MIXED))
 def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
-    passes = ("greedy", "again", "logprobs", "sampled", "structured")
-    passes += ("ragged", "paused")
-    for what in (*passes, *COSTS_BY):
-        if what not in results(name)[name]:
+    for what, run in passes(ENGINES.run(name)).items():
+        if what in ("stopped", "aborted", "failing") or "padded" in what:
             continue
-        run = seen(name, what)
         counts, gained = run["counts"], run["gained"]
         assert counts["num_draft_rows"] == run["draft_rows"]
-        assert counts["num_draft_rows"] > 0 or what == "measured"
+        assert counts["num_draft_rows"] > 0 or what in ("measured", "llma")
         drafts = gained["spec_decode_num_draft_tokens"]
-        is_ragged = what in ("ragged", "paused")
-        if name.startswith("async auto") or (is_ragged and name.startswith("async")):
+        is_ragged = what.endswith(("ragged", "paused"))
+        is_unknown = name.startswith("async auto") or name in MIXED
+        if is_unknown or (is_ragged and name.startswith("async")):
             # vLLM counts the drafts it scheduled before it could know how many.
             assert counts["num_draft_tokens"] <= drafts
             assert not is_ragged or counts["num_draft_tokens"] < drafts
@@ -191,7 +190,7 @@ def test_counters_agree_with_vllm_and_with_the_draft_model(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if "tight" not in name])
+@pytest.mark.parametrize("name", cases(*(n for n in OURS if n not in TIGHT)))
 @pytest.mark.parametrize("what", ["greedy", "ragged"])
 def test_decoding_request_costs_at_most_k_plus_one_rows_a_step(
     name: str, what: str
@@ -215,15 +214,7 @@ def v1_counts(name: str) -> tuple[dict[str, int], dict[str, int]]:
         return first["counts"], one_pass(llm, **edited(first["token_ids"]))["counts"]
 
 
-@pytest.mark.parametrize(
-    "name", [*(n for n in (*COPYING, *MIXED) if "tight" in n), *slow("mixed tight")]
-)
-def test_requests_that_copy_are_preempted(name: str) -> None:
-    runs = [seen(name, what) for what in ("greedy", "edited")]
-    assert sum(run["gained"]["num_preemptions"] for run in runs) > 0
-
-
-@pytest.mark.parametrize("name", ["copying", "mixed"])
+@pytest.mark.parametrize("name", cases("copying", "mixed"))
 def test_as_much_is_made_and_accepted_as_on_v1(name: str) -> None:
     """Nearly so of drafts beside copies: V1 knows how they fared a step earlier."""
     for v1, what in zip(v1_counts(name), ("greedy", "edited"), strict=True):
@@ -235,7 +226,7 @@ def test_as_much_is_made_and_accepted_as_on_v1(name: str) -> None:
         assert counts["num_draft_rows"] >= v1["num_draft_rows"]
 
 
-@pytest.mark.parametrize("name", ["fixed", "async copying"])
+@pytest.mark.parametrize("name", cases("fixed", "copying", "async copying"))
 def test_requests_may_limit_their_drafts(name: str) -> None:
     """The first to none, the others to one."""
     counts = seen(name, "limited")["counts"]
@@ -243,33 +234,24 @@ def test_requests_may_limit_their_drafts(name: str) -> None:
     assert 0 < counts["num_draft_tokens"] <= num_free_steps
 
 
+@pytest.mark.slow
 def test_asynchronous_copies_begin_a_step_later() -> None:
     late, ahead = (seen(name)["counts"] for name in ("copying", "async copying"))
     assert ahead["num_request_steps"] > late["num_request_steps"]
     assert 0 < ahead["num_accepted_tokens"] <= late["num_accepted_tokens"]
 
 
-@pytest.mark.parametrize("name", [*MIXED, *slow("mixed tight")])
-@pytest.mark.parametrize("what", ["greedy", "edited"])
-def test_counters_of_copies_beside_drafts(name: str, what: str) -> None:
-    run = seen(name, what)
-    assert run["counts"]["num_draft_rows"] == run["draft_rows"] > 0
-    accepted = "spec_decode_num_accepted_tokens"
-    assert run["counts"]["num_accepted_tokens"] == run["gained"][accepted]
-
-
-@pytest.mark.parametrize(
-    "name", [*MIXED, "async mixed auto", *slow("mixed tight", "mixed auto")]
-)
+@pytest.mark.parametrize("name", cases(*MIXED))
 def test_both_copies_and_drafts_are_accepted(name: str) -> None:
-    assert min(results(name)[name]["accepted"].values()) > 20
+    assert min(seen(name, "accepted").values()) > 20
 
 
-@pytest.mark.parametrize("name", ["mixed", "async mixed", *AUTO])
+@pytest.mark.parametrize("name", cases("mixed", "async mixed", *AUTO))
 def test_drafts_are_accepted_under_a_grammar(name: str) -> None:
     assert seen(name, "structured")["counts"]["num_accepted_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_one_of_the_two_may_be_left_out() -> None:
     drafts, copies = (seen("mixed", what) for what in ("draft_model", "llma"))
     assert copies["draft_rows"] == 0 < drafts["draft_rows"]
@@ -279,7 +261,7 @@ def test_one_of_the_two_may_be_left_out() -> None:
 
 def test_copies_of_sampled_requests_are_certain() -> None:
     """Or they would be judged by a distribution that they did not come from."""
-    certain = results()["async mixed itself"]["certain"]
+    certain = seen("async mixed auto", "certain")
     assert certain["yes"] > 0
     assert certain.get("no", 0) == 0
 
@@ -315,7 +297,7 @@ def test_asynchronous_scheduling_costs_a_step_in_vain_at_the_end_and_no_row_else
     assert 0 < in_vain <= (K + 1) * len(MAX_TOKENS)
 
 
-@pytest.mark.parametrize("name", ["async", "async copying"])
+@pytest.mark.parametrize("name", cases("async", "async copying"))
 @pytest.mark.parametrize("what", ["stopped", "aborted"])
 def test_what_ends_a_request_ends_it_as_without_speculation(
     name: str, what: str
@@ -357,10 +339,9 @@ def test_sampling_parameters_do_what_they_do_without_speculation(
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        *((n, w) for n in ITSELF[:2] for w in ("sampled", "ragged", "paused")),
-        *(("auto itself", cost) for cost in COSTS_BY),
-        ("padded itself", "sampled"),
-        ("async trimmed itself", "sampled"),
+        *cases(*ITSELF[:2], args=("sampled", "ragged", "paused", "padded, sampled")),
+        *cases("auto itself", args=COSTS_BY),
+        *cases("async trimmed itself", args=("sampled",)),
     ],
 )
 def test_samples_of_the_target_itself_are_accepted(name: str, what: str) -> None:
@@ -372,12 +353,13 @@ def test_samples_of_the_target_itself_are_accepted(name: str, what: str) -> None
 
 
 def test_sampling_under_a_grammar_obeys_it() -> None:
-    run = seen("itself", "structured")
+    run = seen("async itself", "structured")
     assert run["gained"]["spec_decode_num_draft_tokens"] > 0
     for text, most in zip(run["texts"], MAX_TOKENS, strict=True):
         assert re.fullmatch(REGEX, text) or most < 12, text
 
 
+@pytest.mark.slow
 def test_free_drafts_are_made_and_none_beyond_the_end() -> None:
     free, fixed = (seen(*run)["counts"] for run in (("auto", "free"), ("cached",)))
     assert free["num_accepted_tokens"] > 0
@@ -386,7 +368,7 @@ def test_free_drafts_are_made_and_none_beyond_the_end() -> None:
     assert free["num_draft_rows_decode"] <= (K + 1) * free["num_request_steps"]
 
 
-@pytest.mark.parametrize("name", [*AUTO, "auto itself"])
+@pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
 def test_automatic_lengths_follow_the_costs(name: str) -> None:
     """A step has one, but for requests near their end or still lacking text."""
     run = seen(name, "drawn")
@@ -394,7 +376,7 @@ def test_automatic_lengths_follow_the_costs(name: str) -> None:
     assert run["counts"]["num_accepted_tokens"] > 0
 
 
-@pytest.mark.parametrize("name", [*AUTO, "auto itself"])
+@pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
 def test_steps_without_drafts_run_no_draft_forward(name: str) -> None:
     """But to feed prompts while drafts pay, in a pass of their own."""
     run = seen(name, "drawn")
@@ -405,7 +387,7 @@ def test_steps_without_drafts_run_no_draft_forward(name: str) -> None:
     assert all(n >= max(lengths) for lengths, n in steps)
 
 
-@pytest.mark.parametrize("name", [*AUTO, "auto itself"])
+@pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
 def test_live_steps_move_the_costs(name: str) -> None:
     at_start, after = seen(name, "measured")["costs"]
     for costs in (at_start, after):
@@ -417,6 +399,7 @@ def test_live_steps_move_the_costs(name: str) -> None:
     assert after["target"] != at_start["target"]
 
 
+@pytest.mark.slow
 def test_live_drafts_move_the_costs() -> None:
     """Few are made by measured costs: in one engine or another."""
     moved = [
