@@ -129,6 +129,7 @@ def parse_speculative_config(
         raise _error("rejection_sample_method", LOSSY_VERIFICATION)
 
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
+    given = set(ours)
     ours.setdefault("proposer", _default_proposer(asked, may_mix))
     _check_pairs(ours, asked)
     try:
@@ -140,9 +141,10 @@ def parse_speculative_config(
         most = min(most or config.copy_length, config.copy_length)
     elif config.uses_draft_model and config.draft_length == "auto":
         most = most or MAX_AUTO_DRAFTS
-    if config.proposer == "mixed" and "copy_length" not in ours:
-        copy_length = min(config.copy_length, most or MAX_FIXED_DRAFTS)
-        config = config.model_copy(update={"copy_length": copy_length})
+    if most and config.proposer == "mixed" and not {"proposer", "copy_length"} & given:
+        # Who asks for 3 drafts gets no more.
+        fewer = {"copy_length": min(config.copy_length, most)}
+        config = config.model_copy(update=fewer)
     if most is not None:
         config = config.model_copy(update={"num_speculative_tokens": most})
     stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
