@@ -104,6 +104,8 @@ def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:
     plan = best_plan(step, alpha, PER_ROW)
     assert plan.may_draft.tolist() == [False, True, False, True]
     assert plan.depth > 0
+    plan = best_plan(step, alpha, PER_ROW, stopping_gain=4.0)
+    assert plan.may_draft.all(), "stopping makes drafts better than their depth says"
     expensive = dataclasses.replace(PER_ROW, draft=CostTable([1], [60.0]))
     assert best_plan(step, alpha, expensive).depth == 0
 

@@ -31,11 +31,18 @@ class Plan:
     forward_ms: float  # of a draft forward, however few requests are in it
 
 
-def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
+def best_plan(
+    step: StepInfo,
+    acceptance: np.ndarray,
+    costs: StepCosts,
+    stopping_gain: float = 0.0,
+) -> Plan:
     """The depth of most tokens a millisecond, 0 included.
 
     Args:
         acceptance: [K] by depth, K >= 1.
+        stopping_gain: tokens that a request which drafts gains by not always going to
+            that depth, costs off.
     """
     target, draft = costs.target, costs.draft
     k = np.arange(len(acceptance) + 1)
@@ -57,7 +64,7 @@ def best_plan(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> Plan:
         num_reqs = max(int(np.count_nonzero(may_draft)), 1)
         row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
         drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
-        drafted = (gains - without_drafts * drafted_ms).max()
+        drafted = (gains - without_drafts * drafted_ms).max() + stopping_gain
         may_draft &= copies.gains - without_drafts * row_ms * copies.rows <= drafted
     num_reqs = int(np.count_nonzero(may_draft))
     rows, num_more, tokens_by_k = base_rows, num_reqs * k, tokens + num_reqs * gains
