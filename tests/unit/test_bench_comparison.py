@@ -54,8 +54,10 @@ def test_automatic_lengths_are_measured_by_the_best_of_vllm_and_of_our_fixed() -
 
 
 def test_in_one_engine_the_base_is_no_drafts() -> None:
-    found = ratios({"auto": [1.0], "k0": [4.0], "k5": [2.0], "k12": [3.0]})
+    lengths = {"k0": [4.0], "k5": [2.0], "k12": [3.0]}
+    found = ratios(lengths | {"auto": [1.0], "mixed-auto": [0.5]})
     assert found["auto/best(k0, k5, k12)"]["ratio"] == 2.0
+    assert found["mixed-auto/best(k0, k5, k12)"]["ratio"] == 4.0
     assert found["k5/k0"]["ratio"] == 2.0
 
 

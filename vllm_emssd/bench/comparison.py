@@ -94,7 +94,7 @@ def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]
     for others in (vllm_own, plain + vllm_own):
         compared += [(name, others) for name in ours if others]
     if len(lengths) > 1:
-        compared.append((AUTOMATIC, plain + lengths))
+        compared += [(name, plain + lengths) for name in (AUTOMATIC, MIXED)]
     compared.append((MIXED, [AUTOMATIC, "llma-auto"]))
     return {
         _title(name, against): asdict(
