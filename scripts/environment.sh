@@ -13,13 +13,11 @@ say() { printf '\033[1m[vllm-emssd]\033[0m %s\n' "$*" >&2; }
 
 has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
 
-# -qq: errors only. An environment made by uv has no pip of its own. Python compiles
-# what it imports, so pip need not compile all there is, which takes it half a minute.
+# -qq: errors only. An environment made by uv has no pip of its own.
 pip_in_venv() {
     local command=$1
     shift
     if "$python" -m pip --version >/dev/null 2>&1; then
-        [ "$command" = install ] && set -- --no-compile "$@"
         PIP_ROOT_USER_ACTION=ignore "$python" -m pip "$command" -qq "$@"
     elif command -v uv >/dev/null; then
         uv pip "$command" -q --python "$python" "$@"
