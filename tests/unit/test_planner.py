@@ -110,6 +110,17 @@ def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:
     assert best_plan(step, alpha, expensive).depth == 0
 
 
+def test_what_stopping_gains_is_a_share_of_all_tokens() -> None:
+    """Of one request that may draft beside three that copy."""
+    copies = Copies(np.array([7, 7, 7, 0]), np.array([6.0, 6.0, 6.0, 0.0]))
+    step = dataclasses.replace(step_of(4), copies=copies)
+    alpha = np.full(K, 0.5)
+    without = best_plan(step, alpha, FLAT)
+    plan = best_plan(step, alpha, FLAT, stopping_gain=0.44)
+    assert plan.may_draft.tolist() == [False, False, False, True]
+    assert plan.gain - without.gain == pytest.approx(0.44 / 22)
+
+
 def test_copies_make_time_worth_more() -> None:
     """What they bring must not be slowed down by drafts that bring less."""
     copies = Copies(np.array([8] * 4 + [0]), np.array([7.9] * 4 + [0.0]))

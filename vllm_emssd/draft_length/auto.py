@@ -57,17 +57,15 @@ class AutoDraftLength(DraftLengthPolicy):
         self._req_ids = step.req_ids
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
-        by_stopping = max(self._stopping_gain, 0.0)  # without drafts it is one token
+        by_stopping = max(self._stopping_gain, 0.0)
         plan = best_plan(step, self.acceptance.by_depth, self.costs, by_stopping)
-        if self.feeds_prompts and not self._probing.is_enough(plan.gain + by_stopping):
+        if self.feeds_prompts and not self._probing.is_enough(plan.gain):
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
             hoped_for = self.acceptance.hoped_for()
             plan = best_plan(step, hoped_for, self.costs, by_stopping)
         self._plan = plan
-        pays = self.feeds_prompts = self._probing.pays(
-            plan.gain + by_stopping, step.num_sampling
-        )
+        pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
         if not pays:
             return self._maybe_probe(step, plan)
         self._num_plans += 1

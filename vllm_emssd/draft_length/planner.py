@@ -23,7 +23,7 @@ class Plan:
 
     may_draft: np.ndarray  # [num_reqs] bool: the others copy, or cannot
     depth: int  # 0 if no drafts pay
-    gain: float  # tokens a millisecond more than without drafts, as a share of those
+    gain: float  # by drafts and by stopping, as a share of all tokens without drafts
     tokens_per_ms: float
     rows: int  # of the target, drafts aside
     verify_ms: float  # of the target, for a draft
@@ -79,6 +79,8 @@ def best_plan(
     ms[1:] += costs.fixed_ms + costs.speculation_ms - besides_ms + backfill_ms
     rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
     depth = int(rate.argmax()) if num_reqs else 0
+    gain = rate[depth] / without_drafts - 1 if without_drafts else 0.0
+    gain += num_reqs * stopping_gain / max(tokens, 1.0)
 
     num_reqs, num_drafts = max(num_reqs, 1), max(num_reqs * depth, num_reqs, 1)
     draft_ms = draft.at(num_reqs) - draft.at(num_reqs // 2)
@@ -87,7 +89,7 @@ def best_plan(
     return Plan(
         may_draft,
         depth,
-        rate[depth] / without_drafts - 1 if without_drafts else 0.0,
+        gain,
         float(rate[depth]),
         rows,
         verify_ms,
