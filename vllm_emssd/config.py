@@ -113,7 +113,7 @@ def parse_speculative_config(
     Args:
         asked: the user's dictionary, `"method": "emssd"` in it.
         stock_keys: all keys vLLM's own SpeculativeConfig knows.
-        may_mix: by default a draft model with automatic lengths copies too.
+        may_mix: whether `mixed` is the default with a model and automatic lengths.
 
     Returns: our options, and the user's keys for vLLM without `method`.
 
@@ -141,12 +141,11 @@ def parse_speculative_config(
         most = min(most or config.copy_length, config.copy_length)
     elif config.uses_draft_model and config.draft_length == "auto":
         most = most or MAX_AUTO_DRAFTS
-    if most and config.proposer == "mixed" and not {"proposer", "copy_length"} & given:
-        # Who asks for 3 drafts gets no more.
-        fewer = {"copy_length": min(config.copy_length, most)}
-        config = config.model_copy(update=fewer)
     if most is not None:
-        config = config.model_copy(update={"num_speculative_tokens": most})
+        lengths = {"num_speculative_tokens": most}
+        if config.proposer == "mixed" and not {"proposer", "copy_length"} & given:
+            lengths["copy_length"] = min(config.copy_length, most)
+        config = config.model_copy(update=lengths)
     stock = {k: v for k, v in asked.items() if k not in _OUR_KEYS and k != "method"}
     return config, stock
 
@@ -154,10 +153,8 @@ def parse_speculative_config(
 def _default_proposer(asked: Mapping[str, Any], may_mix: bool) -> ProposerName:
     if not asked.get("model"):
         return "llma"
-    is_fixed = asked.get("draft_length") == "fixed"
-    return (
-        "mixed" if may_mix and not (is_fixed or asked.get(ADAPTIVE)) else "draft_model"
-    )
+    only_drafts = asked.get("draft_length") == "fixed" or asked.get(ADAPTIVE)
+    return "mixed" if may_mix and not only_drafts else "draft_model"
 
 
 def _check_pairs(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

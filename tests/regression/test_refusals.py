@@ -68,6 +68,7 @@ def test_automatic_lengths_and_async_scheduling_go_by_the_runner(
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
     config = EmssdConfig(proposer=proposer)
     fixed = config.model_copy(update={"draft_length": "fixed"})
+    assert frontend._gain_was_measured() == (may_be_auto is None)
     if may_be_auto is not None:
         assert frontend._settle_draft_length(config, {}) == fixed
         assert frontend._settle_draft_length(fixed, {}) is fixed

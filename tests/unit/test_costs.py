@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,11 +75,15 @@ def test_the_first_forward_of_a_row_count_is_no_cost_unless_it_is_quick() -> Non
     assert table.at(64) > before[1]
 
 
-def test_steps_that_verify_copies_are_not_those_without_drafts() -> None:
+def test_steps_that_verify_copies_are_not_those_without_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     meter = meter_of()
     for step in range(400):
         verifies = step % 2 == 0
-        meter._step_ended = time.perf_counter() - (0.009 if verifies else 0.003)
+        now += 0.009 if verifies else 0.003
         meter.step_done(8, verifies=verifies)
     assert meter.costs.fixed_ms == pytest.approx(3.0, rel=0.05)
     assert meter.costs.copying_ms == pytest.approx(6.0, rel=0.05)

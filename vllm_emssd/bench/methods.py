@@ -161,6 +161,6 @@ def _setting(method: Method, host: Method) -> Setting:
         return "emssd_fix_draft_length", int(length[1])
     raise ValueError(
         f"the engine of {host.name!r} cannot run {method.name!r}: 'lengths' compares "
-        f"'auto' with kN up to {MAX_AUTO_DRAFTS}, and in an engine of 'mixed-auto' "
-        "with that and 'llma-auto'"
+        f"'auto' with kN up to {MAX_AUTO_DRAFTS}, and with 'llma-auto' if 'mixed-auto' "
+        "is among --methods"
     )

@@ -57,13 +57,13 @@ class AutoDraftLength(DraftLengthPolicy):
         self._req_ids = step.req_ids
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
-        by_stopping = max(self._stopping_gain, 0.0)
-        plan = best_plan(step, self.acceptance.by_depth, self.costs, by_stopping)
+        stopping_gain = max(self._stopping_gain, 0.0)
+        plan = best_plan(step, self.acceptance.by_depth, self.costs, stopping_gain)
         if self.feeds_prompts and not self._probing.is_enough(plan.gain):
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
             hoped_for = self.acceptance.hoped_for()
-            plan = best_plan(step, hoped_for, self.costs, by_stopping)
+            plan = best_plan(step, hoped_for, self.costs, stopping_gain)
         self._plan = plan
         pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
         if not pays:

@@ -23,7 +23,7 @@ class Plan:
 
     may_draft: np.ndarray  # [num_reqs] bool: the others copy, or cannot
     depth: int  # 0 if no drafts pay
-    gain: float  # by drafts and by stopping, as a share of all tokens without drafts
+    gain: float  # by drafts and by stopping, as a share of the rate without drafts
     tokens_per_ms: float
     rows: int  # of the target, drafts aside
     verify_ms: float  # of the target, for a draft
@@ -41,8 +41,8 @@ def best_plan(
 
     Args:
         acceptance: [K] by depth, K >= 1.
-        stopping_gain: tokens that a request which drafts gains by not always going to
-            that depth, costs off.
+        stopping_gain: tokens that a request gains where confidence stops it, not the
+            depth; what that costs is taken off.
     """
     target, draft = costs.target, costs.draft
     k = np.arange(len(acceptance) + 1)
@@ -53,8 +53,9 @@ def best_plan(
     tokens = step.num_sampling + (float(copies.gains.sum()) if copies else 0.0)
     # Prompts must be computed whatever the lengths: they move the target along its
     # curve, but a slow step with a prompt in it does not make drafts cheap.
-    besides_ms = costs.fixed_ms + (costs.copying_ms if num_copied else 0.0)
-    base_ms = max(besides_ms + target.at(step.num_sampling + num_copied), _LEAST_MS)
+    copying_ms = costs.copying_ms if num_copied else 0.0
+    base_ms = costs.fixed_ms + copying_ms + target.at(step.num_sampling + num_copied)
+    base_ms = max(base_ms, _LEAST_MS)
     without_drafts = tokens / base_ms
     base_rows = step.base_rows + num_copied
     without_ms = target.at(base_rows)
@@ -76,7 +77,7 @@ def best_plan(
     backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
     ms = base_ms + target.ms(base_rows + num_more) - without_ms
     ms += k * draft.at(num_reqs)
-    ms[1:] += costs.fixed_ms + costs.speculation_ms - besides_ms + backfill_ms
+    ms[1:] += costs.speculation_ms - copying_ms + backfill_ms
     rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
     depth = int(rate.argmax()) if num_reqs else 0
     gain = rate[depth] / without_drafts - 1 if without_drafts else 0.0

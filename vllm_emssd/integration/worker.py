@@ -61,8 +61,8 @@ class EmssdWorkerMixin(Worker):
 
     def emssd_use_proposer(self, proposer: str | None) -> None:
         """From now on only "draft_model" or "llma" of the mixed proposer makes drafts;
-        None: both again. Automatic lengths are so from then on, if they were fixed. On
-        all ranks, between two steps:
+        None: both again. Lengths that `emssd_fix_draft_length` fixed are automatic
+        again. On all ranks, between two steps:
         `llm.collective_rpc("emssd_use_proposer", args=("llma",))`.
 
         Raises ValueError with another proposer than "mixed", and for other names.
