@@ -45,6 +45,7 @@ LOSSY_VERIFICATION = (
 ProposerName = Literal["draft_model", "llma", "mixed"]
 DraftLengthName = Literal["fixed", "auto"]
 MAX_FIXED_DRAFTS, MAX_AUTO_DRAFTS = 8, 16  # of a draft model, by default
+MAX_AUTO_COPIES = 15  # by default; for one request 16 rows of the target
 PROPOSER_GROUP = "vllm_emssd.proposers"  # entry points by which packages bring more
 
 
@@ -106,14 +107,15 @@ _LONGEST_SHOWN = 100  # characters
 
 
 def parse_speculative_config(
-    asked: Mapping[str, Any], stock_keys: Iterable[str], may_mix: bool = False
+    asked: Mapping[str, Any], stock_keys: Iterable[str], gains: bool = False
 ) -> tuple[EmssdConfig, dict[str, Any]]:
     """Split a user's `--speculative-config` into our options and vLLM's.
 
     Args:
         asked: the user's dictionary, `"method": "emssd"` in it.
         stock_keys: all keys vLLM's own SpeculativeConfig knows.
-        may_mix: whether `mixed` is the default with a model and automatic lengths.
+        gains: whether automatic lengths were measured to gain on this platform: then
+            `mixed` is their default with a model, and longer copies are.
 
     Returns: our options, and the user's keys for vLLM without `method`.
 
@@ -130,12 +132,14 @@ def parse_speculative_config(
 
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
     given = set(ours)
-    ours.setdefault("proposer", _default_proposer(asked, may_mix))
+    ours.setdefault("proposer", _default_proposer(asked, gains))
     _check_pairs(ours, asked)
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:
         raise _explained(error) from None
+    if gains and config.draft_length == "auto" and "copy_length" not in given:
+        config = config.model_copy(update={"copy_length": MAX_AUTO_COPIES})
     most = ours.get("num_speculative_tokens")
     if config.proposer == "llma":
         most = min(most or config.copy_length, config.copy_length)
@@ -150,11 +154,11 @@ def parse_speculative_config(
     return config, stock
 
 
-def _default_proposer(asked: Mapping[str, Any], may_mix: bool) -> ProposerName:
+def _default_proposer(asked: Mapping[str, Any], gains: bool) -> ProposerName:
     if not asked.get("model"):
         return "llma"
     only_drafts = asked.get("draft_length") == "fixed" or asked.get(ADAPTIVE)
-    return "mixed" if may_mix and not only_drafts else "draft_model"
+    return "mixed" if gains and not only_drafts else "draft_model"
 
 
 def _check_pairs(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

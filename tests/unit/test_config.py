@@ -64,10 +64,12 @@ def test_defaults_with_model() -> None:
 def test_drafts_and_copies_are_mixed_by_default_where_that_was_measured() -> None:
     def proposer(**more: Any) -> EmssdConfig:
         asked = {"method": "emssd", "model": "draft", **more}
-        return parse_speculative_config(asked, STOCK_KEYS, may_mix=True)[0]
+        return parse_speculative_config(asked, STOCK_KEYS, gains=True)[0]
 
     assert proposer().proposer == "mixed"
     assert proposer(draft_length="auto", copy_length=9).copy_length == 9
+    assert proposer().copy_length == proposer(model=None).max_draft_tokens == 15
+    assert proposer(model=None, draft_length="fixed").max_draft_tokens == 7
     for alone in ({"draft_length": "fixed"}, {ADAPTIVE: True}):
         assert proposer(**alone).proposer == "draft_model"
     assert proposer(proposer="draft_model").proposer == "draft_model"

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_emssd.config import MAX_AUTO_DRAFTS, names_eagle3_head
+from vllm_emssd.config import MAX_AUTO_COPIES, MAX_AUTO_DRAFTS, names_eagle3_head
 
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
@@ -94,6 +94,7 @@ def _known(
     fixed = {"method": "emssd", "draft_length": "fixed"}
     auto = {"draft_length": "auto"}
     most = {"num_speculative_tokens": MAX_AUTO_DRAFTS}
+    copies = {"copy_length": MAX_AUTO_COPIES}
     padded = {"unpad_inputs": False}
     llma = fixed | {"check_length": CHECK_LENGTH, "copy_length": COPY_LENGTH}
     mixed = drafts | llma | {"proposer": "mixed"}
@@ -121,10 +122,10 @@ def _known(
         "auto": alone | fixed | auto | most,
         "padded": alone | fixed | padded,
         "llma": llma,
-        "llma-auto": llma | auto,
+        "llma-auto": llma | auto | copies,
         "llma-padded": llma | padded,
         "mixed": mixed,
-        "mixed-auto": mixed | auto | most,
+        "mixed-auto": mixed | auto | most | copies,
     }
 
 
