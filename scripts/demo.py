@@ -48,6 +48,7 @@ from vllm_emssd.integration.cpu.settings import has_nvidia_gpu, settings_here
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
+PROMPTS_A_ROUND = {1: 3, 8: 16, 24: 24}  # by requests at once, all kinds in each
 NUM_OUTPUT_TOKENS = 48
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
@@ -94,7 +95,7 @@ def choose_pair(options: argparse.Namespace) -> tuple[str, str | None]:
 
 
 def list_methods(draft_model: str | None, is_quick: bool = False) -> list[Method]:
-    ngram = {"method": "ngram", "num_speculative_tokens": 7}  # as far as emssd copies
+    ngram = {"method": "ngram", "num_speculative_tokens": 7}  # as the paper copies
     ngram |= {"prompt_lookup_min": 2, "prompt_lookup_max": 2}
     copying = [Method("plain", None), Method("stock ngram", ngram)]
     if draft_model is None:
@@ -104,14 +105,12 @@ def list_methods(draft_model: str | None, is_quick: bool = False) -> list[Method
     best = BEST_STOCK_LENGTH[name]
     lengths = [best] if is_quick else sorted({best, STOCK_LENGTH})
     auto = {"method": "emssd", "model": draft_model, "draft_length": "auto"}
-    alone = Method("emssd auto, no copies", auto | {"proposer": "draft_model"})
     return [
         *copying,
         *(
             Method(f"stock {name} K={k}", stock | {"num_speculative_tokens": k})
             for k in lengths
         ),
-        *([] if is_quick else [alone]),
         Method("emssd auto", auto | {"proposer": "mixed"}),
     ]
 
@@ -288,13 +287,12 @@ def run(options: argparse.Namespace) -> int:
         "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
     }
     engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
-    batches, rounds = ([8, 24], 2) if options.quick else ([1, 8, 24], 3)
-    # At least one prompt of each kind, also one at a time.
+    batches, rounds = ([8, 24], 2) if options.quick else ([*PROMPTS_A_ROUND], 3)
     plan = Plan(
         methods,
         batches,
         rounds,
-        num_prompts=len(CHATS),
+        PROMPTS_A_ROUND,
         is_continuous=True,  # as in a server
         starts_together=has_nvidia_gpu(),  # a CPU's cores are all busy with one
     )

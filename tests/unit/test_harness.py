@@ -125,7 +125,7 @@ def test_requests_that_start_together_end_one_after_the_other() -> None:
 
 
 def test_whole_batches() -> None:
-    plan = Plan(METHODS, [1, 4, 24], rounds=3, num_prompts=6)
+    plan = Plan(METHODS, [1, 4, 24], rounds=3, num_prompts={1: 6, 4: 6, 24: 6})
     assert [plan.num_requests(batch) for batch in plan.batches] == [6, 8, 24]
     assert plan.max_requests() == 24
 

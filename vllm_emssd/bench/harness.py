@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -36,12 +36,12 @@ Keep = Callable[[int, dict[str, list[T]]], None]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to run. A round at `batch` requests at once is at least `num_prompts`
-    requests, a multiple of `batch`."""
+    requests, those of that batch if there are several, and a multiple of `batch`."""
 
     methods: Sequence[Method]
     batches: Sequence[int]
     rounds: int
-    num_prompts: int = 1
+    num_prompts: int | Mapping[int, int] = 1
     warm_up: int = 1  # rounds of each batch size that are not kept, after each start
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
@@ -51,8 +51,9 @@ class Plan:
     def num_requests(self, batch: int) -> int:
         """Of one round. A continuous one ends when none is left to start, so it has
         `batch` more."""
-        num_batches = max(1, -(-self.num_prompts // batch)) + self.is_continuous
-        return batch * num_batches
+        least = self.num_prompts
+        least = least if isinstance(least, int) else least[batch]
+        return batch * (max(1, -(-least // batch)) + self.is_continuous)
 
     def max_requests(self) -> int:
         return max(self.num_requests(batch) for batch in self.batches)
