@@ -388,6 +388,16 @@ def test_steps_without_drafts_run_no_draft_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
+def test_costs_are_told_which_steps_verify_drafts(name: str) -> None:
+    """Those after a step that made some, unless their requests ended with it."""
+    run = seen(name, "drawn")
+    made = map(any, run["lengths"][:-1])
+    after = list(zip(made, run["verifies"][1:], strict=True))
+    assert {(False, False), (True, True)} <= set(after)
+    assert (False, True) not in after
+
+
+@pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
 def test_live_steps_move_the_costs(name: str) -> None:
     at_start, after = seen(name, "measured")["costs"]
     for costs in (at_start, after):

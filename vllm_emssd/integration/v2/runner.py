@@ -222,6 +222,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         self._record_acceptance()
         if self._is_async:
             scheduler_output = self.speculator.with_drafts_made(scheduler_output)
+        self._verifies = bool(scheduler_output.scheduled_spec_decode_tokens)
         self._set_verification_costs(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._target_timing.model_executed()
@@ -267,7 +268,8 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         if isinstance(output, AsyncOutput):
             self._outputs.append(output)
             if self.step_costs is not None:
-                self.step_costs.step_done(len(output.num_sampled_tokens_np))
+                num_reqs = len(output.num_sampled_tokens_np)
+                self.step_costs.step_done(num_reqs, verifies=self._verifies)
         return output
 
     def _record_acceptance(self, num_late: int | None = None) -> None:
