@@ -89,11 +89,32 @@ def test_steps_that_verify_copies_are_not_those_without_drafts(
     assert meter.costs.copying_ms == pytest.approx(6.0, rel=0.05)
 
 
+def test_a_guess_that_is_wrong_by_much_is_soon_replaced() -> None:
+    """By the quickest of a few steps, as the first ones may be slow."""
+    meter = meter_of(0.25)
+    for ms in (90.0, 8.0, 6.0, 7.0, 30.0):
+        meter._learn_rest(ms, 24, PLAIN)
+    assert meter.costs.fixed_ms == pytest.approx(6.0)
+    assert meter._rest_ms[PLAIN].at(8) == pytest.approx(6.0 * 1.25 / 1.75)
+
+
+def test_a_step_of_prompts_alone_says_nothing_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    meter = meter_of()
+    for num_reqs in (8, 0) * 100:
+        now += 0.003 if num_reqs else 0.009
+        meter.step_done(num_reqs)
+    assert meter.costs.fixed_ms == pytest.approx(3.0, rel=0.05)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_an_idle_step_tells_what_a_step_costs_but_not_a_forward(learns: bool) -> None:
     meter = meter_of()
-    for _ in range(8):
-        meter.step_done(0, learns_costs=learns)
+    for _ in range(40):
+        meter.step_done(1, learns_costs=learns)
     assert meter.costs.fixed_ms < 4.0
     assert (meter.costs.target.at(8) < 10.0) == learns
 
@@ -198,6 +219,9 @@ def test_a_targets_time_has_its_logits_in_it(monkeypatch: pytest.MonkeyPatch) ->
         assert (rows, ms) == (num_rows, pytest.approx(50.0))
     model.run(7)
     assert timer.take_timings() == [(7, pytest.approx(20.0))]
+    clock[0] += 0.015
+    timer.tokens_known()
+    assert timer.take_timings() == [(7, pytest.approx(35.0))]
 
 
 @pytest.mark.parametrize(("device", "most"), [("cpu", 256), ("cuda", 1536)])

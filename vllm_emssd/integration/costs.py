@@ -31,6 +31,7 @@ CONTEXT = 256  # tokens each row attends to
 FIXED_MS = 0.25
 _REQUESTS_AS_A_STEP = 32  # this many requests are thought to add as much to that again
 _NUM_REQS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_FIRST_STEPS = 5  # of a kind: the quickest replaces the guess
 _RATE = 0.05  # weight of a forward in what its confidences cost more
 _IDLE_STEPS = 4  # from one that is learned from to the next
 _STEPS_BETWEEN_SHARING = 64  # of the first worker's costs
@@ -82,7 +83,8 @@ class StepCostMeter:
         guess = measured.fixed_ms * (1 + np.array(_NUM_REQS) / _REQUESTS_AS_A_STEP)
         more = 0.0, 0.0, measured.speculation_ms, measured.speculation_ms
         self._rest_ms = [CostTable(_NUM_REQS, guess + ms) for ms in more]
-        self._kinds_seen: set[int] = set()
+        # Of the first steps of each kind: times, over what they were thought to take.
+        self._first: list[list[float]] = [[] for _ in more]
         self._known_to_target = {rows for rows, _ in measured.target.points}
         self._known_to_draft = {rows for rows, _ in measured.draft.points}
         self.measured = measured
@@ -95,10 +97,13 @@ class StepCostMeter:
     def step_done(
         self, num_reqs: int, learns_costs: bool = True, verifies: bool = False
     ) -> None:
-        """Called when a step's drafts are made: learn from the step, of `num_reqs`
-        requests, which verified drafts or none. Without `learns_costs` only what it
-        costs besides its forwards, and that of one step in four: idle steps must take
-        no time."""
+        """Called when a step's drafts are made: learn from the step, which verified
+        drafts or none. Without `learns_costs` only what it costs besides its forwards,
+        and that of one step in four: idle steps must take no time.
+
+        Args:
+            num_reqs: past their prompt; a step of prompts alone says nothing of others.
+        """
         now = time.perf_counter()
         costs, drafter = self.measured, self._drafter
         target = self._target.take_timings()
@@ -110,13 +115,14 @@ class StepCostMeter:
                 self._learn_draft(draft[self._num_steps % len(draft)], tells_confidence)
         # Times of a GPU may come a step late: then none is of this step, or two are.
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
-        if is_due and self._step_ended is not None and len(target) == 1:
+        is_due = is_due and num_reqs > 0 and len(target) == 1
+        if is_due and self._step_ended is not None:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
             kind = COPYING if verifies else PLAIN
             if draft:
                 kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
-            self._learn_rest(ms, max(num_reqs, 1), kind)
+            self._learn_rest(ms, num_reqs, kind)
         self._step_ended = now
         self._num_steps += 1
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
@@ -135,16 +141,21 @@ class StepCostMeter:
 
     def _learn_rest(self, ms: float, num_reqs: int, kind: int) -> None:
         """A step of that kind took `ms` besides its forwards."""
-        learned = self._rest_ms[kind]
-        # A GPU's time may be counted in another step: only what is slow is unusual.
-        learned.observe(num_reqs, max(ms, learned.at(num_reqs) / 2))
-        self._kinds_seen.add(kind)
+        learned, first = self._rest_ms[kind], self._first[kind]
+        if len(first) < _FIRST_STEPS:
+            first.append(ms / learned.at(num_reqs))
+            if len(first) == _FIRST_STEPS:  # the guess may be far too low
+                scaled = max(min(first), 1.0) * np.array(learned.points)[:, 1]
+                self._rest_ms[kind] = CostTable(_NUM_REQS, scaled)
+        else:
+            # A GPU's time may be counted in another step: only what is slow is unusual.
+            learned.observe(num_reqs, max(ms, learned.at(num_reqs) / 2))
         plain, copying, by_depth, by_confidence = (
             table.at(num_reqs) for table in self._rest_ms
         )
-        if BY_DEPTH in self._kinds_seen:
+        if self._first[BY_DEPTH]:
             drafting = by_depth
-        elif BY_CONFIDENCE in self._kinds_seen:
+        elif self._first[BY_CONFIDENCE]:
             drafting = by_confidence
         else:
             drafting = max(by_depth, plain)

@@ -75,6 +75,8 @@ class UnpadRunnerMixin(StartUpMixin):
         **kwargs: Any,
     ) -> list[list[int]]:
         """What the target accepted is recorded, drafts are planned, and made."""
+        if self._target_timer is not None:
+            self._target_timer.tokens_known()
         if self._hidden_states is not None:
             table = self.input_batch.block_table[self.drafter.kv_cache_gid]
             num_rows = scheduler_output.total_num_scheduled_tokens
@@ -87,7 +89,7 @@ class UnpadRunnerMixin(StartUpMixin):
         if self.step_costs is not None:
             is_idle = batch is None and not self._has_drafts
             verifies = bool(step.num_draft_tokens.any())
-            num_reqs = int(step.is_sampling.sum())
+            num_reqs = int(step.is_decode.sum())
             self.step_costs.step_done(num_reqs, not is_idle, verifies)
         return drafts
 
