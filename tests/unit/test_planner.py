@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.draft_batches import step_of
 from vllm_emssd.draft_length import Copies, CostTable, StepCosts, StepInfo, planner
+from vllm_emssd.draft_length.pace import Pace
 from vllm_emssd.draft_length.planner import best_plan
 
 property_test = settings(max_examples=200, deadline=None, derandomize=True)
@@ -39,17 +40,25 @@ ACCEPTANCE = st.lists(
 )
 
 
-def rate(step: StepInfo, acceptance: np.ndarray, costs: StepCosts, depth: int) -> float:
-    """Tokens a millisecond, drafts and all, by the book."""
+def by_the_book(
+    step: StepInfo, acceptance: np.ndarray, costs: StepCosts, depth: int
+) -> tuple[float, float]:
+    """Tokens and milliseconds, drafts and all."""
     num_reqs, base = len(step.req_ids), step.base_rows
     tokens = num_reqs * (1 + np.cumprod(acceptance)[:depth].sum())
-    ms = max(costs.fixed_ms + costs.target.at(num_reqs), 1e-6)
+    ms = costs.fixed_ms + costs.target.at(num_reqs)
     ms += costs.target.at(base + num_reqs * depth) - costs.target.at(base)
     ms += depth * costs.draft.at(num_reqs)
     if depth:  # and text that the drafter missed, as over many steps
         missed = costs.draft.at(int(step.missing_rows.sum())) - costs.draft.at(num_reqs)
         ms += costs.speculation_ms + missed / planner._BACKFILL_STEPS
-    return float(tokens / max(ms, 1e-6))
+    return float(tokens), float(ms)
+
+
+def worth(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> float:
+    """What time is worth where all steps are like this one, copies left out."""
+    books = [by_the_book(step, acceptance, costs, d) for d in range(K + 1)]
+    return max(tokens / ms for tokens, ms in books)
 
 
 @property_test
@@ -71,12 +80,19 @@ def test_no_other_depth_earns_more(
     step = step_of(num_reqs, missing=missing)
     step = dataclasses.replace(step, num_prefill_rows=prefill_rows)
     alpha = np.array(acceptance)
-    plan = best_plan(step, alpha, costs)
-    rates = [rate(step, alpha, costs, d) for d in range(K + 1)]
-    assert rates[plan.depth] == pytest.approx(max(rates))
-    assert plan.tokens_per_ms == pytest.approx(max(rates))
-    assert plan.gain == pytest.approx(max(rates) / rates[0] - 1, abs=1e-6)
-    assert min(plan.verify_ms, plan.draft_ms) >= -1e-9
+    books = [by_the_book(step, alpha, costs, d) for d in range(K + 1)]
+    best = max(tokens / ms for tokens, ms in books)
+    for worth in (best, best / 2):
+        plan = best_plan(step, alpha, costs, worth)
+        tokens, ms = books[plan.depth]
+        assert (plan.tokens[plan.depth], plan.ms[plan.depth]) == pytest.approx(
+            (tokens, ms)
+        )
+        value = max(tokens - worth * ms for tokens, ms in books)
+        assert tokens - worth * ms == pytest.approx(value, rel=1e-6, abs=1e-6)
+        assert plan.gain >= 0
+        assert (plan.gain > 1e-9) <= (plan.depth > 0)
+        assert min(plan.verify_ms, plan.draft_ms) >= -1e-9
 
 
 FLAT = StepCosts(CostTable([1], [20.0]), CostTable([1], [1.0]), 4.0)
@@ -92,8 +108,9 @@ def test_rows_that_would_be_padding_cost_nothing() -> None:
     recorded = dataclasses.replace(
         per_row, target=CostTable(rows, [2.0, 128.0], BY_EIGHT)
     )
-    assert best_plan(step_of(2), alpha, per_row).depth < 3
-    assert best_plan(step_of(2), alpha, recorded).depth == 3
+    for costs, pays in ((per_row, False), (recorded, True)):
+        rate = worth(step_of(2), alpha, costs)
+        assert (best_plan(step_of(2), alpha, costs, rate).depth == 3) == pays
 
 
 def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:
@@ -101,13 +118,14 @@ def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:
     copies = Copies(rows, np.array([3.9, 0.3, 3.9, 0.3]))
     step = dataclasses.replace(step_of(4), copies=copies)
     alpha = np.full(K, 0.7)
-    plan = best_plan(step, alpha, PER_ROW)
+    rate = 12.4 / PER_ROW.target.at(20)  # of the copies
+    plan = best_plan(step, alpha, PER_ROW, rate)
     assert plan.may_draft.tolist() == [False, True, False, True]
     assert plan.depth > 0
-    plan = best_plan(step, alpha, PER_ROW, stopping_gain=4.0)
+    plan = best_plan(step, alpha, PER_ROW, rate, stopping_gain=4.0)
     assert plan.may_draft.all(), "stopping makes drafts better than their depth says"
     expensive = dataclasses.replace(PER_ROW, draft=CostTable([1], [60.0]))
-    assert best_plan(step, alpha, expensive).depth == 0
+    assert best_plan(step, alpha, expensive, rate).depth == 0
 
 
 def test_what_stopping_gains_is_a_share_of_all_tokens() -> None:
@@ -115,33 +133,47 @@ def test_what_stopping_gains_is_a_share_of_all_tokens() -> None:
     copies = Copies(np.array([7, 7, 7, 0]), np.array([6.0, 6.0, 6.0, 0.0]))
     step = dataclasses.replace(step_of(4), copies=copies)
     alpha = np.full(K, 0.5)
-    without = best_plan(step, alpha, FLAT)
-    plan = best_plan(step, alpha, FLAT, stopping_gain=0.44)
+    without = best_plan(step, alpha, FLAT, 22 / 24)
+    plan = best_plan(step, alpha, FLAT, 22 / 24, stopping_gain=0.44)
     assert plan.may_draft.tolist() == [False, False, False, True]
     assert plan.gain - without.gain == pytest.approx(0.44 / 22)
 
 
 def test_copies_make_time_worth_more() -> None:
-    """What they bring must not be slowed down by drafts that bring less."""
-    copies = Copies(np.array([8] * 4 + [0]), np.array([7.9] * 4 + [0.0]))
-    step = dataclasses.replace(step_of(5), copies=copies)
-    alpha = np.array([0.3, 0.3, 0.3, 0.3])
+    """In a step without any too: what they bring in others must not be slowed down."""
+    alpha, step = np.full(K, 0.3), step_of(5)
     costs = dataclasses.replace(FLAT, draft=CostTable([1], [2.0]))
-    assert best_plan(step_of(5), alpha, costs).depth > 0
-    assert best_plan(step, alpha, costs).depth == 0
+    alone = worth(step, alpha, costs)
+    assert best_plan(step, alpha, costs, alone).depth > 0
+    assert best_plan(step, alpha, costs, 3 * alone).depth == 0
+
+
+def test_pace_is_that_of_all_steps_not_the_best_ones() -> None:
+    """It holds for other numbers of requests: as a multiple of steps without drafts."""
+    pace = Pace(PER_ROW)
+    plain_ms = PER_ROW.fixed_ms + PER_ROW.target.at(8)
+    assert pace.tokens_per_ms(8) == pytest.approx(8 / plain_ms)
+    for _ in range(200):
+        pace.step_planned(8, 32.0, 2 * plain_ms)
+        pace.step_planned(8, 8.0, plain_ms)
+    assert pace.tokens_per_ms(8) == pytest.approx(40 / 3 / plain_ms, rel=0.05)
+    more = PER_ROW.fixed_ms + PER_ROW.target.at(24)
+    assert pace.tokens_per_ms(24) == pytest.approx(40 / more, rel=0.05)
 
 
 @pytest.mark.parametrize("num_reqs", [0, 3])
 def test_no_request_may_draft(num_reqs: int) -> None:
     step = step_of(num_reqs)
     step = dataclasses.replace(step, max_draft_tokens=np.zeros(num_reqs, np.int64))
-    plan = best_plan(step, np.full(K, 0.95), FLAT)
+    plan = best_plan(step, np.full(K, 0.95), FLAT, 1.0)
     assert plan.depth == 0
     assert not plan.may_draft.any()
 
 
 def test_where_all_is_free() -> None:
     free = CostTable([1], [0.0])
-    plan = best_plan(step_of(2), np.full(K, 0.95), StepCosts(free, free, 0.0))
+    costs = StepCosts(free, free, 0.0)
+    worth = Pace(costs).tokens_per_ms(2)
+    plan = best_plan(step_of(2), np.full(K, 0.95), costs, worth)
     assert plan.depth == K
     assert np.isfinite(plan.tokens_per_ms)

@@ -6,6 +6,7 @@ import numpy as np
 
 from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
 from vllm_emssd.draft_length.cost import StepCosts
+from vllm_emssd.draft_length.pace import Pace
 from vllm_emssd.draft_length.planner import Plan, best_plan
 from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
@@ -15,7 +16,6 @@ _SURVEY_STEPS = 16  # from one step that asks for confidences in any case to the
 _CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
 _GAIN_RATE = 0.05  # weight of one
-_LEAST_MS = 1e-6
 
 
 class AutoDraftLength(DraftLengthPolicy):
@@ -41,6 +41,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._may_trim = may_trim
         self._uses_confidence = uses_confidence
         self._probing = Probing()
+        self._pace = Pace(costs)
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
@@ -58,14 +59,17 @@ class AutoDraftLength(DraftLengthPolicy):
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
         stopping_gain = max(self._stopping_gain, 0.0)
-        plan = best_plan(step, self.acceptance.by_depth, self.costs, stopping_gain)
+        worth = self.costs, self._pace.tokens_per_ms(step.num_sampling), stopping_gain
+        plan = best_plan(step, self.acceptance.by_depth, *worth)
         if self.feeds_prompts and not self._probing.is_enough(plan.gain):
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
             hoped_for = self.acceptance.hoped_for()
-            plan = best_plan(step, hoped_for, self.costs, stopping_gain)
+            plan = best_plan(step, hoped_for, *worth)
         self._plan = plan
         pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
+        depth = plan.depth if pays else 0
+        self._pace.step_planned(step.num_sampling, plan.tokens[depth], plan.ms[depth])
         if not pays:
             return self._maybe_probe(step, plan)
         self._num_plans += 1
@@ -96,8 +100,7 @@ class AutoDraftLength(DraftLengthPolicy):
         request, draft = int(missing.argmin()), self.costs.draft
         probe_ms = draft.at(int(missing[request])) + draft.at(1)
         probe_ms += self.costs.speculation_ms + _PROBE_LENGTH * plan.verify_ms
-        step_ms = step.num_sampling / max(plan.tokens_per_ms, _LEAST_MS)
-        if self._probing.is_due(probe_ms, step_ms):
+        if self._probing.is_due(probe_ms, float(plan.ms[0])):
             self.acceptance.doubt()
             self._is_probe = True
             self.needs_confidence = self._uses_confidence

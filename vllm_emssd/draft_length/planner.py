@@ -1,7 +1,7 @@
 """The plan of a step: one number of drafts, the *depth*, for all requests that draft.
 
-With tokens per millisecond as the measure of a step, a draft is worth its cost where
-more tokens are expected of it than its time would bring at that rate.
+A draft is worth its cost where more tokens are expected of it than its time brings
+otherwise, in the long run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from vllm_emssd.draft_length.cost import StepCosts
 from vllm_emssd.draft_length.policy import StepInfo
 
 _BACKFILL_STEPS = 32  # over which feeding text that the drafter missed is charged
-_LEAST_MS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +22,10 @@ class Plan:
 
     may_draft: np.ndarray  # [num_reqs] bool: the others copy, or cannot
     depth: int  # 0 if no drafts pay
-    gain: float  # by drafts and by stopping, as a share of the rate without drafts
-    tokens_per_ms: float
+    gain: float  # by drafts and by stopping, as a share of the step's tokens
+    tokens_per_ms: float  # that time is worth
+    tokens: np.ndarray  # [K + 1] float64: expected, by depth
+    ms: np.ndarray  # [K + 1] float64: of the step without its prompts, by depth
     rows: int  # of the target, drafts aside
     verify_ms: float  # of the target, for a draft
     draft_ms: float  # of the drafter, for a request more in a forward
@@ -35,12 +36,14 @@ def best_plan(
     step: StepInfo,
     acceptance: np.ndarray,
     costs: StepCosts,
+    tokens_per_ms: float,
     stopping_gain: float = 0.0,
 ) -> Plan:
-    """The depth of most tokens a millisecond, 0 included.
+    """The depth of most tokens beyond what its time is worth, 0 included.
 
     Args:
         acceptance: [K] by depth, K >= 1.
+        tokens_per_ms: what time is worth.
         stopping_gain: tokens that a request gains where confidence stops it, not the
             depth; what that costs is taken off.
     """
@@ -55,8 +58,6 @@ def best_plan(
     # curve, but a slow step with a prompt in it does not make drafts cheap.
     copying_ms = costs.copying_ms if num_copied else 0.0
     base_ms = costs.fixed_ms + copying_ms + target.at(step.num_sampling + num_copied)
-    base_ms = max(base_ms, _LEAST_MS)
-    without_drafts = tokens / base_ms
     base_rows = step.base_rows + num_copied
     without_ms = target.at(base_rows)
 
@@ -65,8 +66,8 @@ def best_plan(
         num_reqs = max(int(np.count_nonzero(may_draft)), 1)
         row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
         drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
-        drafted = (gains - without_drafts * drafted_ms).max() + stopping_gain
-        may_draft &= copies.gains - without_drafts * row_ms * copies.rows <= drafted
+        drafted = (gains - tokens_per_ms * drafted_ms).max() + stopping_gain
+        may_draft &= copies.gains - tokens_per_ms * row_ms * copies.rows <= drafted
     num_reqs = int(np.count_nonzero(may_draft))
     rows, num_more, tokens_by_k = base_rows, num_reqs * k, tokens + num_reqs * gains
     if copies and num_copied:  # drafts take the place of copies
@@ -78,9 +79,9 @@ def best_plan(
     ms = base_ms + target.ms(base_rows + num_more) - without_ms
     ms += k * draft.at(num_reqs)
     ms[1:] += costs.speculation_ms - copying_ms + backfill_ms
-    rate = tokens_by_k / np.maximum(ms, _LEAST_MS)
-    depth = int(rate.argmax()) if num_reqs else 0
-    gain = rate[depth] / without_drafts - 1 if without_drafts else 0.0
+    value = tokens_by_k - tokens_per_ms * ms
+    depth = int(value.argmax()) if num_reqs else 0
+    gain = (value[depth] - value[0]) / max(tokens, tokens_per_ms * ms[depth], 1.0)
     gain += num_reqs * stopping_gain / max(tokens, 1.0)
 
     num_reqs, num_drafts = max(num_reqs, 1), max(num_reqs * depth, num_reqs, 1)
@@ -91,7 +92,9 @@ def best_plan(
         may_draft,
         depth,
         gain,
-        float(rate[depth]),
+        tokens_per_ms,
+        tokens_by_k,
+        ms,
         rows,
         verify_ms,
         draft_ms,
