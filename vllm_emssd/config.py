@@ -107,15 +107,15 @@ _LONGEST_SHOWN = 100  # characters
 
 
 def parse_speculative_config(
-    asked: Mapping[str, Any], stock_keys: Iterable[str], gains: bool = False
+    asked: Mapping[str, Any], stock_keys: Iterable[str], gain_was_measured: bool = False
 ) -> tuple[EmssdConfig, dict[str, Any]]:
     """Split a user's `--speculative-config` into our options and vLLM's.
 
     Args:
         asked: the user's dictionary, `"method": "emssd"` in it.
         stock_keys: all keys vLLM's own SpeculativeConfig knows.
-        gains: whether automatic lengths were measured to gain on this platform: then
-            `mixed` is their default with a model, and longer copies are.
+        gain_was_measured: of automatic lengths on this platform: by default they copy
+            more tokens then, and beside a model's drafts too.
 
     Returns: our options, and the user's keys for vLLM without `method`.
 
@@ -132,13 +132,17 @@ def parse_speculative_config(
 
     ours = {k: v for k, v in asked.items() if k in _OUR_KEYS and v is not None}
     given = set(ours)
-    ours.setdefault("proposer", _default_proposer(asked, gains))
+    ours.setdefault("proposer", _default_proposer(asked, gain_was_measured))
     _check_pairs(ours, asked)
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:
         raise _explained(error) from None
-    if gains and config.draft_length == "auto" and "copy_length" not in given:
+    if (
+        gain_was_measured
+        and config.draft_length == "auto"
+        and "copy_length" not in given
+    ):
         config = config.model_copy(update={"copy_length": MAX_AUTO_COPIES})
     most = ours.get("num_speculative_tokens")
     if config.proposer == "llma":
@@ -154,11 +158,13 @@ def parse_speculative_config(
     return config, stock
 
 
-def _default_proposer(asked: Mapping[str, Any], gains: bool) -> ProposerName:
+def _default_proposer(
+    asked: Mapping[str, Any], gain_was_measured: bool
+) -> ProposerName:
     if not asked.get("model"):
         return "llma"
     only_drafts = asked.get("draft_length") == "fixed" or asked.get(ADAPTIVE)
-    return "mixed" if gains and not only_drafts else "draft_model"
+    return "mixed" if gain_was_measured and not only_drafts else "draft_model"
 
 
 def _check_pairs(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

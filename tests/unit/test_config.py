@@ -64,7 +64,7 @@ def test_defaults_with_model() -> None:
 def test_drafts_and_copies_are_mixed_by_default_where_that_was_measured() -> None:
     def proposer(**more: Any) -> EmssdConfig:
         asked = {"method": "emssd", "model": "draft", **more}
-        return parse_speculative_config(asked, STOCK_KEYS, gains=True)[0]
+        return parse_speculative_config(asked, STOCK_KEYS, gain_was_measured=True)[0]
 
     assert proposer().proposer == "mixed"
     assert proposer(draft_length="auto", copy_length=9).copy_length == 9

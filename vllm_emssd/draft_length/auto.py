@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
@@ -58,14 +60,18 @@ class AutoDraftLength(DraftLengthPolicy):
         self._req_ids = step.req_ids
         self._has_prompts = step.num_prefill_rows > 0
         self.acceptance.update()
-        stopping_gain = max(self._stopping_gain, 0.0)
-        worth = self.costs, self._pace.tokens_per_ms(step.num_sampling), stopping_gain
-        plan = best_plan(step, self.acceptance.by_depth, *worth)
+        planned = partial(
+            best_plan,
+            step,
+            costs=self.costs,
+            tokens_per_ms=self._pace.tokens_per_ms(step.num_sampling),
+            stopping_gain=max(self._stopping_gain, 0.0),
+        )
+        plan = planned(self.acceptance.by_depth)
         if self.feeds_prompts and not self._probing.is_enough(plan.gain):
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
-            hoped_for = self.acceptance.hoped_for()
-            plan = best_plan(step, hoped_for, *worth)
+            plan = planned(self.acceptance.hoped_for())
         self._plan = plan
         pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
         depth = plan.depth if pays else 0

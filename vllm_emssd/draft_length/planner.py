@@ -22,7 +22,7 @@ class Plan:
 
     may_draft: np.ndarray  # [num_reqs] bool: the others copy, or cannot
     depth: int  # 0 if no drafts pay
-    gain: float  # by drafts and by stopping, as a share of the step's tokens
+    gain: float  # by drafts and stopping, as a share of tokens or of what time is worth
     tokens_per_ms: float  # that time is worth
     tokens: np.ndarray  # [K + 1] float64: expected, by depth
     ms: np.ndarray  # [K + 1] float64: of the step without its prompts, by depth

@@ -102,7 +102,7 @@ class StepCostMeter:
         and that of one step in four: idle steps must take no time.
 
         Args:
-            num_reqs: past their prompt; a step of prompts alone says nothing of others.
+            num_reqs: of the step. 0 of prompts alone: they say nothing of other steps.
         """
         now = time.perf_counter()
         costs, drafter = self.measured, self._drafter

@@ -57,8 +57,7 @@ class WallClock(ForwardClock):
 
 
 class ForwardTimer:
-    """A model's last forward and the logits computed after it, timed on a CPU. Of a
-    step, all until its tokens are known: sampling too costs by the row."""
+    """A model's last forward and the logits computed after it, timed on a CPU."""
 
     def __init__(self, model: Any) -> None:
         self._rows = 0
@@ -67,9 +66,6 @@ class ForwardTimer:
         model.register_forward_hook(self._after)
         self._compute_logits = model.compute_logits
         model.compute_logits = self._timed_logits
-
-    def tokens_known(self) -> None:
-        self._ms = (time.perf_counter() - self._started) * 1e3
 
     def take_timings(self) -> list[tuple[int, float]]:
         return [(self._rows, self._ms)]

@@ -8,10 +8,10 @@ import numpy as np
 
 from vllm_emssd.draft_length.acceptance import Calibration
 from vllm_emssd.draft_length.cost import StepCosts
-from vllm_emssd.draft_length.pace import Pace
 from vllm_emssd.draft_length.policy import StepInfo
 
 _PROBE_STEPS = 32  # between two tries while no copy is worth its rows
+_LEAST_MS = 1e-6
 
 
 class CopyLengths:
@@ -29,7 +29,6 @@ class CopyLengths:
         check_agreement: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         self._costs = costs
-        self._pace = None if costs is None else Pace(costs)
         self._check_agreement = check_agreement
         self._calibration = Calibration()
         self._verified: dict[str, np.ndarray] = {}  # confidences that wait for it
@@ -79,10 +78,7 @@ class CopyLengths:
         ms += target_ms - target_ms[0]
         ms[1:] += costs.copying_ms
         tokens = np.concatenate([[0.0], flat[order].cumsum()]) + step.num_sampling
-        assert self._pace is not None
-        worth = self._pace.tokens_per_ms(step.num_sampling)
-        num_rows = int((tokens - worth * ms).argmax())
-        self._pace.step_planned(step.num_sampling, tokens[num_rows], ms[num_rows])
+        num_rows = int((tokens / np.maximum(ms, _LEAST_MS)).argmax())
         if num_rows and not step.num_prefill_rows:  # which the next step may not have
             num_rows = costs.computed_rows(step.base_rows + num_rows) - step.base_rows
         requests = order[:num_rows] // gains.shape[1]

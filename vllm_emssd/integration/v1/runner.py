@@ -75,8 +75,6 @@ class UnpadRunnerMixin(StartUpMixin):
         **kwargs: Any,
     ) -> list[list[int]]:
         """What the target accepted is recorded, drafts are planned, and made."""
-        if self._target_timer is not None:
-            self._target_timer.tokens_known()
         if self._hidden_states is not None:
             table = self.input_batch.block_table[self.drafter.kv_cache_gid]
             num_rows = scheduler_output.total_num_scheduled_tokens

@@ -88,9 +88,7 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
         self._hidden_states: HiddenStates | None = None  # for an EAGLE head, if any
-        # With automatic lengths:
-        self._row_padding: RowPadding | None = None
-        self._target_timer: ForwardTimer | None = None
+        self._row_padding: RowPadding | None = None  # with automatic lengths
         self._request_limits = RequestLimits()
         # Of requests that have some: proposed, filler not counted.
         self.num_real_drafts: dict[str, int] = {}
@@ -175,8 +173,7 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         """Measure costs and draft by them from now on: after warm-up, once."""
         if self.emssd_config.draft_length != "auto":
             return
-        self._target_timer = target = ForwardTimer(self.model)
-        drafter = self.paged_drafter
+        target, drafter = ForwardTimer(self.model), self.paged_drafter
         samples = self._time_target(target)
         self._row_padding = RowPadding.measured(samples)
         measured = StepCosts(
