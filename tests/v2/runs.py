@@ -215,6 +215,8 @@ def mixing(llm: Any, name: str) -> dict[str, Any]:
     with SpiedSources(llm) as sources, contextlib.ExitStack() as stack:
         steered = stack.enter_context(SteeredCosts(llm)) if "auto" in name else None
         seen = {"greedy": one_pass(llm)}
+        if "tight" not in name:
+            seen["structured"] = one_pass(llm, **structured())
         if steered:
             steered.draw()
         reference = edited(seen["greedy"]["token_ids"])
@@ -222,7 +224,6 @@ def mixing(llm: Any, name: str) -> dict[str, Any]:
         if "tight" in name:
             return seen | sources
         seen["seeded"] = one_pass(llm, **reference, seed=7, temperature=1.0)
-        seen["structured"] = one_pass(llm, **structured())
         if model_runner(llm).speculator.draft_logits is not None:
             seen["sampled"] = one_pass(llm, **reference, temperature=1.0)
         for only in ("draft_model", "llma") if name == "mixed" else ():
