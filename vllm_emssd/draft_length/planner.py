@@ -1,7 +1,9 @@
 """The plan of a step: one number of drafts, the *depth*, for all requests that draft.
 
 A draft is worth its cost where more tokens are expected of it than its time brings
-otherwise, in the long run.
+otherwise, in the long run. A request with a copy keeps it or drafts, which is decided
+together with the depth: a request more in draft forwards that are run anyway costs
+little.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_emssd.draft_length.cost import StepCosts
-from vllm_emssd.draft_length.policy import StepInfo
+from vllm_emssd.draft_length.policy import Copies, StepInfo
 
 _BACKFILL_STEPS = 32  # over which feeding text that the drafter missed is charged
 
@@ -47,56 +49,65 @@ def best_plan(
         stopping_gain: tokens that a request gains where confidence stops it, not the
             depth; what that costs is taken off.
     """
-    target, draft = costs.target, costs.draft
-    k = np.arange(len(acceptance) + 1)
+    target, draft, k = costs.target, costs.draft, np.arange(len(acceptance) + 1)
     gains = np.zeros(len(k))
     acceptance.cumprod().cumsum(out=gains[1:])
-    copies = step.copies
-    num_copied = int(copies.rows.sum()) if copies else 0
-    tokens = step.num_sampling + (float(copies.gains.sum()) if copies else 0.0)
+    may_draft = step.max_draft_tokens > 0
+    copies = step.copies or Copies.none(len(may_draft))
+    # Requests that may draft in place of their copy, those whose copies bring least
+    # first; below, 0, 1, ... of them do.
+    either = np.flatnonzero(may_draft & (copies.rows > 0))
+    worth = copies.gains - tokens_per_ms * _row_ms(step, costs) * copies.rows
+    either = either[np.argsort(worth[either], kind="stable")]
+    drafting = np.count_nonzero(may_draft) - len(either) + np.arange(len(either) + 1)
+    of_each = np.stack((copies.rows, copies.gains, step.missing_rows * may_draft))
+    given_up = np.zeros((3, len(drafting)))
+    of_each[:, either].cumsum(axis=1, out=given_up[:, 1:])
+    copied_rows, copied, missed = of_each.sum(axis=1)[:, None] - given_up
+    missed += 2 * given_up[2] - given_up[2, -1]
+
+    # [copies given up, depth]
+    tokens = drafting[:, None] * gains
+    tokens += step.num_sampling + copied[:, None]
+    rows = step.base_rows + copied_rows
     # Prompts must be computed whatever the lengths: they move the target along its
     # curve, but a slow step with a prompt in it does not make drafts cheap.
-    copying_ms = costs.copying_ms if num_copied else 0.0
-    base_ms = costs.fixed_ms + copying_ms + target.at(step.num_sampling + num_copied)
-    base_rows = step.base_rows + num_copied
-    without_ms = target.at(base_rows)
+    ms = target.ms(rows[:, None] + drafting[:, None] * k) - target.at(step.base_rows)
+    ms += costs.fixed_ms + target.at(step.num_sampling)
+    forward_ms = draft.ms(drafting)
+    ms += forward_ms[:, None] * k
+    backfill_ms = draft.ms(np.maximum(missed, drafting)) - forward_ms
+    ms[:, 1:] += costs.speculation_ms + backfill_ms[:, None] / _BACKFILL_STEPS
+    ms[:, 0] += costs.copying_ms * (copied_rows > 0)
+    value = tokens + drafting[:, None] * stopping_gain - tokens_per_ms * ms
+    num_given_up, depth = divmod(int(value.argmax()), len(k))
+    without_drafts = tokens[0, 0] - tokens_per_ms * ms[0, 0]
+    gain = value[num_given_up, depth] - without_drafts
+    gain /= max(tokens[0, 0], tokens_per_ms * ms[num_given_up, depth], 1.0)
 
-    may_draft = step.max_draft_tokens > 0
-    if copies and num_copied:  # a request that gains more by its copy keeps it
-        num_reqs = max(int(np.count_nonzero(may_draft)), 1)
-        row_ms = (target.at(base_rows + num_reqs) - without_ms) / num_reqs
-        drafted_ms = (row_ms + draft.at(num_reqs) / num_reqs) * k
-        drafted = (gains - tokens_per_ms * drafted_ms).max() + stopping_gain
-        may_draft &= copies.gains - tokens_per_ms * row_ms * copies.rows <= drafted
-    num_reqs = int(np.count_nonzero(may_draft))
-    rows, num_more, tokens_by_k = base_rows, num_reqs * k, tokens + num_reqs * gains
-    if copies and num_copied:  # drafts take the place of copies
-        rows -= int(copies.rows[may_draft].sum())
-        num_more[1:] -= base_rows - rows
-        tokens_by_k[1:] -= copies.gains[may_draft].sum()
-    missing = max(int(step.missing_rows[may_draft].sum()), num_reqs)
-    backfill_ms = (draft.at(missing) - draft.at(num_reqs)) / _BACKFILL_STEPS
-    ms = base_ms + target.ms(base_rows + num_more) - without_ms
-    ms += k * draft.at(num_reqs)
-    ms[1:] += costs.speculation_ms - copying_ms + backfill_ms
-    value = tokens_by_k - tokens_per_ms * ms
-    depth = int(value.argmax()) if num_reqs else 0
-    gain = (value[depth] - value[0]) / max(tokens, tokens_per_ms * ms[depth], 1.0)
-    gain += num_reqs * stopping_gain / max(tokens, 1.0)
-
-    num_reqs, num_drafts = max(num_reqs, 1), max(num_reqs * depth, num_reqs, 1)
+    may_draft[either[num_given_up:]] = False
+    num_reqs = max(int(drafting[num_given_up]), 1)
+    num_drafts = num_reqs * max(depth, 1)
     draft_ms = draft.at(num_reqs) - draft.at(num_reqs // 2)
     draft_ms /= num_reqs - num_reqs // 2
-    verify_ms = (target.at(rows + num_drafts) - target.at(rows)) / num_drafts
+    num_rows = int(rows[num_given_up])
+    verify_ms = (target.at(num_rows + num_drafts) - target.at(num_rows)) / num_drafts
     return Plan(
         may_draft,
         depth,
-        gain,
+        float(gain),
         tokens_per_ms,
-        tokens_by_k,
-        ms,
-        rows,
+        np.where(k, tokens[num_given_up], tokens[0, 0]),
+        np.where(k, ms[num_given_up], ms[0, 0]),
+        num_rows,
         verify_ms,
         draft_ms,
         draft.at(num_reqs) - num_reqs * draft_ms,
     )
+
+
+def _row_ms(step: StepInfo, costs: StepCosts) -> float:
+    """Of the target, for each of as many rows more as there are requests."""
+    num_reqs = max(step.num_sampling, 1)
+    rows = step.base_rows + (int(step.copies.rows.sum()) if step.copies else 0)
+    return (costs.target.at(rows + num_reqs) - costs.target.at(rows)) / num_reqs

@@ -23,6 +23,10 @@ class Copies:
     rows: np.ndarray  # [num_reqs] int64: of the target
     gains: np.ndarray  # [num_reqs] float64: how many are expected to be accepted
 
+    @classmethod
+    def none(cls, num_reqs: int) -> Copies:
+        return cls(np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
+
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
