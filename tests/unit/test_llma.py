@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.unit.draft_batches import batch_of
-from vllm_emssd.draft_length import StepInfo
+from vllm_emssd.draft_length import CostTable, StepCosts, StepInfo
 from vllm_emssd.proposers import llma
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.llma import Copy, LlmaProposer
 from vllm_emssd.proposers.ngram_index import (
     MAX_CANDIDATES,
@@ -49,7 +49,7 @@ def batch_asking(requests: list[AskedDrafts]) -> DraftBatch:
 
 
 def proposer_of(check_length: int, copy_length: int) -> LlmaProposer:
-    return LlmaProposer(check_length, copy_length, CopyLengths())
+    return LlmaProposer(check_length, copy_length, LengthsByAcceptance())
 
 
 def expected(tokens: list[int], check_length: int, length: int) -> list[int]:
@@ -88,15 +88,15 @@ def test_only_the_latest_occurrences_are_compared(num_later: int) -> None:
     assert proposer_of(2, 1).propose(batch_of({"a": tokens}, [1])) == [[found]]
 
 
-class HalvesCopies(CopyLengths):
+class HalvesCopies(LengthsByAcceptance):
     """Verifies half of each copy; keeps what it was told."""
 
     def __init__(self) -> None:
         super().__init__()
         self.told: list[tuple[StepInfo, np.ndarray]] = []
 
-    def choose(self, step: StepInfo, confidence: np.ndarray) -> np.ndarray:
-        self.told.append((step, confidence))
+    def choose(self, step: StepInfo, acceptance: np.ndarray) -> np.ndarray:
+        self.told.append((step, acceptance))
         return step.max_draft_tokens // 2
 
 
@@ -109,7 +109,7 @@ def test_lengths_are_chosen_by_length_of_the_match(
     proposer = LlmaProposer(2, 7, lengths)
     batch = batch_asking(requests)
     drafts = proposer.propose(batch)
-    [(step, confidence)] = lengths.told
+    [(step, acceptance)] = lengths.told
     assert step.req_ids == batch.req_ids
     assert step.missing_rows.tolist() == [0] * len(requests)
     assert step.num_prefill_rows == sum(
@@ -121,7 +121,7 @@ def test_lengths_are_chosen_by_length_of_the_match(
         assert step.max_draft_tokens[i] == len(copy)
         assert drafts[i] == copy[: len(copy) // 2]
         if copy:
-            assert (confidence[i] == match_len / (match_len + 1)).all()
+            assert (acceptance[i] == match_len / (match_len + 1)).all()
 
 
 class CountedTokens(np.ndarray):
@@ -206,3 +206,18 @@ def test_a_long_prompt_is_indexed_over_several_steps() -> None:
         [[9], []],
         [[9], [9]],
     ]
+
+
+def test_copies_that_are_never_right_are_given_up_until_one_is_right() -> None:
+    """By what became of them: with costs, more are made only where they pay."""
+    costs = StepCosts(CostTable([1, 512], [20.0, 532.0]), CostTable([1], [0.0]), 4.0)
+    proposer = LlmaProposer(2, 7, LengthsByAcceptance(costs))
+    batch = batch_of({"a": [1, 2, 3, 4] * 10}, [7])
+    made: list[int] = []
+    for step in range(800):
+        drafts = len(proposer.propose(batch)[0])
+        proposer.record_verified("a", drafts, drafts if step >= 400 else 0)
+        made.append(drafts)
+    assert made[0] > 3
+    assert 0 < sum(made[100:400]) <= 300 / 10
+    assert min(made[-100:]) > 3

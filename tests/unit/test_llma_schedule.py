@@ -19,19 +19,19 @@ from tests.unit.simulated_scheduler import Request, Setup
 from tests.unit.test_draft_model import setups
 from vllm_emssd.draft_length import StepInfo
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.llma import LlmaProposer
 
 
-class FailsAtTimes(CopyLengths):
+class FailsAtTimes(LengthsByAcceptance):
     def __init__(self, rng: random.Random, chance: float) -> None:
         super().__init__()
         self._rng, self._chance = rng, chance
 
-    def choose(self, step: StepInfo, confidence: np.ndarray) -> np.ndarray:
+    def choose(self, step: StepInfo, acceptance: np.ndarray) -> np.ndarray:
         if self._rng.random() < self._chance:
             raise PlannedFailureError
-        return super().choose(step, confidence)
+        return super().choose(step, acceptance)
 
 
 class CopyEngine(ProposingEngine):
@@ -61,7 +61,9 @@ class CopyEngine(ProposingEngine):
         return drafts
 
     def _alone_of(self, request: Request) -> LlmaProposer:
-        alone = LlmaProposer(self._check_length, self._copy_length, CopyLengths())
+        alone = LlmaProposer(
+            self._check_length, self._copy_length, LengthsByAcceptance()
+        )
         return self._alone.setdefault(request, alone)
 
     def _found_alone(

@@ -27,7 +27,7 @@ from vllm_emssd.draft_length import (
 )
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import NO_COPY, Copy, LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
@@ -66,7 +66,7 @@ class MixedEngine(Engine):
 
     def _make_proposer(self, policy: DraftLengthPolicy) -> MixedProposer:
         setup = self._setup
-        self._copying = SpiedCopying(2, setup.num_spec_tokens, CopyLengths())
+        self._copying = SpiedCopying(2, setup.num_spec_tokens, LengthsByAcceptance())
         self._copying.rng = random.Random(setup.seed)
         drafting = super()._make_proposer(policy)
         propose = drafting.propose
@@ -238,7 +238,7 @@ def mixed_of_one(
     cursor = DraftCursor(num_blocks=512, block_size=8)
     cursor.update_blocks([AdmittedRequest("r", range(512), 0)], [])
     drafter, fixed = OracleDrafter(), FixedDraftLength()
-    copying = LlmaProposer(2, copy_length, CopyLengths())
+    copying = LlmaProposer(2, copy_length, LengthsByAcceptance())
     if reference is not None:
         copying.add_reference("r", np.array(reference, dtype=np.int32))
     drafting = DraftModelProposer(drafter, cursor, fixed, Counters())
@@ -331,7 +331,7 @@ def test_a_step_asks_once_how_much_is_copied_and_once_what_is_drafted() -> None:
 
         return call
 
-    lengths = proposer._copying._lengths = CopyLengths(costs)
+    lengths = proposer._copying._lengths = LengthsByAcceptance(costs)
     policy = proposer._drafting.policy
     lengths.choose = counted("copies", lengths.choose)
     policy.skips_step = counted("skips", policy.skips_step)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.unit.scripted_target import Replay, replay
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.reference import ReferencePointer
 
@@ -27,7 +27,7 @@ TOKENS = st.lists(st.integers(0, 3), max_size=60)
 def proposer_of(
     reference: list[int] | None, copy_length: int = 7, check_length: int = 2
 ) -> LlmaProposer:
-    proposer = LlmaProposer(check_length, copy_length, CopyLengths())
+    proposer = LlmaProposer(check_length, copy_length, LengthsByAcceptance())
     if reference is not None:
         proposer.add_reference("r", np.array(reference, dtype=np.int32))
     return proposer

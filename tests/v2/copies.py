@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.llma import NO_COPY, Copy, LlmaProposer
 
 VOCAB = 40
@@ -108,7 +108,7 @@ class BothCopiers:
             copy_length,
             torch.device("cpu"),
         )
-        self.host = LlmaProposer(check_length, copy_length, CopyLengths())
+        self.host = LlmaProposer(check_length, copy_length, LengthsByAcceptance())
 
     def admit(self, slot: int, answer: Answer) -> None:
         self.states.prompt_len.np[slot] = answer.num_prompt

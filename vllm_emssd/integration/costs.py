@@ -99,7 +99,7 @@ class StepCostMeter:
     ) -> None:
         """Called when a step's drafts are made: learn from the step, which verified
         drafts or none. Without `learns_costs` only what it costs besides its forwards,
-        and that of one step in four: idle steps must take no time.
+        and that of one step in four once it is known: idle steps must take no time.
 
         Args:
             num_reqs: of the step. 0 of prompts alone: they say nothing of other steps.
@@ -113,15 +113,16 @@ class StepCostMeter:
             _learn(costs.target, target, self._known_to_target)
             if draft:
                 self._learn_draft(draft[self._num_steps % len(draft)], tells_confidence)
-        # Times of a GPU may come a step late: then none is of this step, or two are.
+        kind = COPYING if verifies else PLAIN
+        if draft:
+            kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
-        is_due = is_due and num_reqs > 0 and len(target) == 1
+        is_due |= len(self._first[kind]) < _FIRST_STEPS
+        # Times of a GPU may come a step late: then none is of this step, or two are.
+        is_due &= num_reqs > 0 and len(target) == 1
         if is_due and self._step_ended is not None:
             forwards_ms = sum(ms for _, ms in (*target, *draft))
             ms = (now - self._step_ended) * 1e3 - forwards_ms
-            kind = COPYING if verifies else PLAIN
-            if draft:
-                kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
             self._learn_rest(ms, num_reqs, kind)
         self._step_ended = now
         self._num_steps += 1

@@ -1,4 +1,4 @@
-"""How many tokens of each copy are verified: they cost nothing to make."""
+"""How many of the drafts that cost nothing to make are verified: of copies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vllm_emssd.draft_length.acceptance import Calibration
+from vllm_emssd.draft_length.acceptance import MOST_ACCEPTANCE, Calibration
 from vllm_emssd.draft_length.cost import StepCosts
 from vllm_emssd.draft_length.policy import StepInfo
 
@@ -14,11 +14,11 @@ _PROBE_STEPS = 32  # between two tries while no copy is worth its rows
 _LEAST_MS = 1e-6
 
 
-class CopyLengths:
-    """Spends rows of the target on the likeliest copied tokens.
+class LengthsByAcceptance:
+    """Spends rows of the target on the likeliest drafts.
 
     Args:
-        costs: refreshed by the caller; None to verify all copies in full.
+        costs: refreshed by the caller; None to verify all drafts in full.
         check_agreement: is shown each decision; raises where another rank decided
             differently.
     """
@@ -30,40 +30,35 @@ class CopyLengths:
     ) -> None:
         self._costs = costs
         self._check_agreement = check_agreement
-        self._calibration = Calibration()
-        self._verified: dict[str, np.ndarray] = {}  # confidences that wait for it
-        self._num_idle = 0  # steps in which no copy was worth its rows
+        self._num_idle = 0  # steps in which no draft was worth its row
 
-    def choose(self, step: StepInfo, confidence: np.ndarray) -> np.ndarray:
-        """How many tokens of each copy are verified. To be asked once a step.
+    def choose(self, step: StepInfo, acceptance: np.ndarray) -> np.ndarray:
+        """How many drafts of each request are verified. To be asked once a step.
 
         Args:
-            step: its `max_draft_tokens` are the lengths of the copies.
-            confidence: [num_reqs, longest] of each copied token.
+            step: its `max_draft_tokens` say how many there are.
+            acceptance: [num_reqs, longest] chance of each draft, once all before it
+                are accepted.
 
         Returns: [num_reqs] int64.
         """
         lens = step.max_draft_tokens
         if self._costs is not None and lens.any():
-            lens = self._choose(step, confidence, self._costs)
+            lens = self._choose(step, acceptance, self._costs)
         if self._check_agreement is not None:
             self._check_agreement(lens)
         return lens
 
     def _choose(
-        self, step: StepInfo, confidence: np.ndarray, costs: StepCosts
+        self, step: StepInfo, acceptance: np.ndarray, costs: StepCosts
     ) -> np.ndarray:
-        gains = self._calibration.acceptance(confidence, confidence).cumprod(axis=1)
-        gains = np.where(
-            np.arange(gains.shape[1]) < step.max_draft_tokens[:, None], gains, 0.0
-        )
+        is_draft = np.arange(acceptance.shape[1]) < step.max_draft_tokens[:, None]
+        gains = np.minimum(acceptance, MOST_ACCEPTANCE).cumprod(axis=1) * is_draft
         lens = self._best(step, gains, costs)
         self._num_idle = 0 if lens.any() else self._num_idle + 1
         if self._num_idle == _PROBE_STEPS:
             self._num_idle = 0
             lens[int(gains[:, 0].argmax())] = 1
-        for i in np.flatnonzero(lens):
-            self._verified[step.req_ids[i]] = confidence[i, : lens[i]]
         return lens
 
     def _best(self, step: StepInfo, gains: np.ndarray, costs: StepCosts) -> np.ndarray:
@@ -77,18 +72,43 @@ class CopyLengths:
         ms = costs.fixed_ms + costs.target.at(step.num_sampling)
         ms += target_ms - target_ms[0]
         ms[1:] += costs.copying_ms
-        tokens = np.concatenate([[0.0], flat[order].cumsum()]) + step.num_sampling
+        tokens = np.zeros(order.size + 1)
+        flat[order].cumsum(out=tokens[1:])
+        tokens += step.num_sampling
         num_rows = int((tokens / np.maximum(ms, _LEAST_MS)).argmax())
         if num_rows and not step.num_prefill_rows:  # which the next step may not have
             num_rows = costs.computed_rows(step.base_rows + num_rows) - step.base_rows
         requests = order[:num_rows] // gains.shape[1]
         return np.bincount(requests, minlength=len(gains))
 
+
+class CopyLengths(LengthsByAcceptance):
+    """The same by any measure of confidence, from 0 to 1: how often drafts of about
+    that confidence are accepted is learned."""
+
+    def __init__(
+        self,
+        costs: StepCosts | None = None,
+        check_agreement: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        super().__init__(costs, check_agreement)
+        self._calibration = Calibration()
+        self._verified: dict[str, np.ndarray] = {}  # confidences that wait for it
+
+    def _choose(
+        self, step: StepInfo, confidence: np.ndarray, costs: StepCosts
+    ) -> np.ndarray:
+        acceptance = self._calibration.acceptance(confidence, confidence)
+        lens = super()._choose(step, acceptance, costs)
+        for i in np.flatnonzero(lens):
+            self._verified[step.req_ids[i]] = confidence[i, : lens[i]]
+        return lens
+
     def observe(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        """The target verified the first tokens of a request's copy; 0 where it verified
-        none, or the drafts of another proposer."""
+        """The target verified the first of a request's drafts; 0 where it verified
+        none, or those of another proposer."""
         confidence = self._verified.pop(req_id, None)
         if confidence is not None and num_draft_tokens:
             tested = confidence[:num_draft_tokens][: num_accepted_tokens + 1]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.ngram_index import NgramIndex
 from vllm_emssd.proposers.reference import ReferencePointer
 
@@ -106,7 +106,7 @@ class LlmaProposer:
     """
 
     def __init__(
-        self, check_length: int, copy_length: int, lengths: CopyLengths
+        self, check_length: int, copy_length: int, lengths: LengthsByAcceptance
     ) -> None:
         self._check_length = check_length
         self._copy_length = copy_length
@@ -132,10 +132,11 @@ class LlmaProposer:
         self._num_to_index = _INDEXED_A_STEP
         copies = [NO_COPY] * batch.num_reqs
         most = np.minimum(batch.max_draft_tokens, self._copy_length)
+        num_tokens = batch.num_tokens.tolist()
         for i in np.flatnonzero(batch.is_sampling & (most > 0)).tolist():
             copies[i] = self._find(
                 batch.req_ids[i],
-                batch.token_ids[i, : batch.num_tokens[i]],
+                batch.token_ids[i, : num_tokens[i]],
                 int(batch.num_prompt_tokens[i]),
                 int(most[i]),
             )
@@ -147,11 +148,12 @@ class LlmaProposer:
 
     def choose(self, batch: DraftBatch, copies: list[Copy]) -> list[list[int]]:
         """As much of each copy as is worth its rows: the request's drafts."""
-        confidence = np.zeros((batch.num_reqs, self._copy_length))
-        confidence += np.array([copy.acceptance for copy in copies])[:, None]
+        acceptance = np.array([copy.acceptance for copy in copies])
         made = np.array([len(copy.token_ids) for copy in copies], dtype=np.int64)
-        nothing_missing = np.zeros(batch.num_reqs, dtype=np.int64)
-        lens = self._lengths.choose(batch.step_info(made, nothing_missing), confidence)
+        lens = self._lengths.choose(
+            batch.step_info(made, np.zeros_like(made)),
+            np.repeat(acceptance[:, None], self._copy_length, axis=1),
+        ).tolist()
         drafts = [copy.token_ids[:n] for copy, n in zip(copies, lens, strict=True)]
         for req_id, copy, tokens in zip(batch.req_ids, copies, drafts, strict=True):
             if tokens:
@@ -161,12 +163,11 @@ class LlmaProposer:
     def record_verified(
         self, req_id: str, num_draft_tokens: int, num_accepted_tokens: int
     ) -> None:
-        verified = (num_draft_tokens, num_accepted_tokens)
-        self._lengths.observe(req_id, *verified)
         request = self._requests.get(req_id)
         if request is None or request.pending is None:
             return
         copy, request.pending = request.pending, None
+        verified = (num_draft_tokens, num_accepted_tokens)
         if num_draft_tokens:
             record = request.records.setdefault(copy.kind, AcceptanceRecord())
             record.observe(*verified, keep=_FORGET)
@@ -178,7 +179,6 @@ class LlmaProposer:
 
     def release(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
-            self._lengths.release(req_id)
             self._requests.pop(req_id, None)
             self._references.pop(req_id, None)
 

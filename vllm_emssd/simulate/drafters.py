@@ -12,7 +12,7 @@ from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.simulate.replay_drafter import ReplayDrafter
@@ -136,7 +136,7 @@ class CopyDrafting:
 
     def __init__(self, costs: StepCosts | None, k: int, is_oracle: bool) -> None:
         self._k, self._is_oracle = k, is_oracle
-        self._proposer = LlmaProposer(CHECK_LENGTH, k, CopyLengths(costs))
+        self._proposer = LlmaProposer(CHECK_LENGTH, k, LengthsByAcceptance(costs))
         self.record_verified = self._proposer.record_verified
         self.release = self._proposer.release
 

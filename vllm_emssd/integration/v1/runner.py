@@ -85,7 +85,7 @@ class UnpadRunnerMixin(StartUpMixin):
         drafts = [[] for _ in step.req_ids] if batch is None else self._draft(batch)
         self._publisher.step_done()
         if self.step_costs is not None:
-            is_idle = batch is None and not self._has_drafts
+            is_idle = not self._has_drafts and not any(drafts)
             verifies = bool(step.num_draft_tokens.any())
             num_reqs = int(step.is_decode.sum())
             self.step_costs.step_done(num_reqs, not is_idle, verifies)

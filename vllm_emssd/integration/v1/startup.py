@@ -47,7 +47,7 @@ from vllm_emssd.integration.v1.sampling import LOGITSPROCS_HOOK, UnpadSamplingMi
 from vllm_emssd.integration.v1.thinking_budget import ThinkingBudgets
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import Proposer, plugin_proposer
-from vllm_emssd.proposers.copy_lengths import CopyLengths
+from vllm_emssd.proposers.copy_lengths import CopyLengths, LengthsByAcceptance
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.eagle import EagleProposer
 from vllm_emssd.proposers.hidden_states import HiddenStates
@@ -123,9 +123,9 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         """`policy`: of a draft model; `costs`: with automatic lengths."""
         config = self.emssd_config
         check = None if self._ranks.is_alone else self._ranks.check_agreement
-        lengths = CopyLengths(costs, check)
         if (make := plugin_proposer(config.proposer)) is not None:
-            return make(config, lengths)
+            return make(config, CopyLengths(costs, check))
+        lengths = LengthsByAcceptance(costs, check)
         copying = LlmaProposer(config.check_length, config.copy_length, lengths)
         if not config.uses_draft_model:
             return copying
