@@ -288,16 +288,17 @@ def run(options: argparse.Namespace) -> int:
     }
     engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
     batches, rounds = ([8, 24], 2) if options.quick else ([*PROMPTS_A_ROUND], 3)
+    times = 1 if is_chat else 4  # rounds of the small pair take a third of a second
     plan = Plan(
         methods,
         batches,
         rounds,
-        PROMPTS_A_ROUND,
+        {n: times * num for n, num in PROMPTS_A_ROUND.items()},
         is_continuous=True,  # as in a server
         starts_together=has_nvidia_gpu(),  # a CPU's cores are all busy with one
     )
     # Prompts come around again.
-    measured = measure(plan, engines, loaded.requests * 2)
+    measured = measure(plan, engines, loaded.requests * (1 + times))
 
     results = compare_all(measured)
     console.print(make_table(measured, results, kinds))
