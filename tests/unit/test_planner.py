@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -126,6 +127,49 @@ def test_a_request_keeps_a_copy_that_brings_more_than_drafts() -> None:
     assert plan.may_draft.all(), "stopping makes drafts better than their depth says"
     expensive = dataclasses.replace(PER_ROW, draft=CostTable([1], [60.0]))
     assert best_plan(step, alpha, expensive, rate).depth == 0
+
+
+@property_test
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.floats(0, 1)), min_size=1, max_size=5),
+    ACCEPTANCE,
+    st.sampled_from([0.0, 0.3, 3.0]),
+    st.sampled_from([0.1, 0.4, 1.2]),
+)
+def test_no_other_copies_and_depth_earn_more(
+    copies: list[tuple[int, float]],
+    acceptance: list[float],
+    draft_ms: float,
+    worth: float,
+) -> None:
+    """Each request with a copy keeps it or drafts as deep as the others do."""
+    costs = dataclasses.replace(
+        PER_ROW,
+        draft=CostTable([1, 64], [draft_ms, 4 * draft_ms]),
+        speculation_ms=1.0,
+        copying_ms=0.5,
+    )
+    rows = np.array([num_rows for num_rows, _ in copies])
+    gains = rows * np.array([share for _, share in copies])
+    step = dataclasses.replace(step_of(len(rows)), copies=Copies(rows, gains))
+    drafted = np.append(0.0, np.cumprod(acceptance).cumsum())
+
+    def value(keeps: np.ndarray, depth: int) -> float:
+        num_drafting, num_copied = np.count_nonzero(~keeps), rows[keeps].sum()
+        ms = costs.fixed_ms + depth * costs.draft.at(num_drafting)
+        ms += costs.target.at(len(rows) + num_copied + num_drafting * depth)
+        ms += costs.speculation_ms if depth else costs.copying_ms * (num_copied > 0)
+        tokens = len(rows) + gains[keeps].sum() + num_drafting * drafted[depth]
+        return float(tokens - worth * ms)
+
+    choices = itertools.product(*([False, True] if n else [False] for n in rows))
+    best = max(value(np.array(c), depth) for c in choices for depth in range(K + 1))
+    plan = best_plan(step, np.array(acceptance), costs, worth)
+    assert value(~plan.may_draft, plan.depth) == pytest.approx(best)
+    kept = rows > 0 if not plan.depth else ~plan.may_draft
+    assert plan.tokens[plan.depth] - worth * plan.ms[plan.depth] == pytest.approx(
+        value(kept, plan.depth)
+    )
 
 
 def test_what_stopping_gains_is_a_share_of_all_tokens() -> None:

@@ -60,11 +60,13 @@ def best_plan(
     worth = copies.gains - tokens_per_ms * _row_ms(step, costs) * copies.rows
     either = either[np.argsort(worth[either], kind="stable")]
     drafting = np.count_nonzero(may_draft) - len(either) + np.arange(len(either) + 1)
-    of_each = np.stack((copies.rows, copies.gains, step.missing_rows * may_draft))
-    given_up = np.zeros((3, len(drafting)))
-    of_each[:, either].cumsum(axis=1, out=given_up[:, 1:])
-    copied_rows, copied, missed = of_each.sum(axis=1)[:, None] - given_up
-    missed += 2 * given_up[2] - given_up[2, -1]
+    missing = step.missing_rows * may_draft
+    given_up = np.zeros((3, len(drafting)))  # sums over these requests
+    of_each = np.stack((copies.rows, copies.gains, missing))[:, either]
+    of_each.cumsum(axis=1, out=given_up[:, 1:])
+    copied_rows = copies.rows.sum() - given_up[0]
+    copied = copies.gains.sum() - given_up[1]
+    missed = missing.sum() - given_up[2, -1] + given_up[2]
 
     # [copies given up, depth]
     tokens = drafting[:, None] * gains
