@@ -48,7 +48,7 @@ from vllm_emssd.integration.cpu.settings import has_nvidia_gpu, settings_here
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
-PROMPTS_A_ROUND = {1: 3, 8: 16, 24: 24}  # by requests at once, all kinds in each
+PROMPTS_A_ROUND = {1: 3, 8: 12, 24: 24}  # by requests at once, all kinds in each
 NUM_OUTPUT_TOKENS = 48
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
