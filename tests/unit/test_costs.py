@@ -103,6 +103,18 @@ def test_a_guess_that_is_wrong_by_much_is_soon_replaced() -> None:
     assert meter._rest_ms[PLAIN].at(8) == pytest.approx(6.0 * 1.25 / 1.75)
 
 
+def test_idle_steps_are_timed_until_their_kind_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five of them, after the first, which tells no time."""
+    now, meter = 0.0, meter_of(0.25)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    for _ in range(6):
+        now += 0.006
+        meter.step_done(8, learns_costs=False)
+    assert meter.costs.fixed_ms == pytest.approx(6.0)
+
+
 def test_a_step_of_prompts_alone_says_nothing_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
