@@ -288,7 +288,7 @@ def run(options: argparse.Namespace) -> int:
     }
     engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
     batches, rounds = ([8, 24], 2) if options.quick else ([*PROMPTS_A_ROUND], 3)
-    times = 1 if is_chat else 4  # rounds of the small pair take a third of a second
+    times = 1 if is_chat else 4  # else the small pair has rounds of 0.3 s
     plan = Plan(
         methods,
         batches,

@@ -1,9 +1,8 @@
 """The plan of a step: one number of drafts, the *depth*, for all requests that draft.
 
 A draft is worth its cost where more tokens are expected of it than its time brings
-otherwise, in the long run. A request with a copy keeps it or drafts, which is decided
-together with the depth: a request more in draft forwards that are run anyway costs
-little.
+otherwise, in the long run. Which requests keep their copies is decided together with
+the depth: once the draft model runs for some requests, one more costs little.
 """
 
 from __future__ import annotations
@@ -34,6 +33,18 @@ class Plan:
     forward_ms: float  # of a draft forward, however few requests are in it
 
 
+@dataclass(frozen=True, slots=True)
+class _Drafting:
+    """Requests that may draft in place of their copy: what holds if the first 0, 1, ...
+    of them do, and all without a copy. Arrays are [len(with_copies) + 1]."""
+
+    with_copies: np.ndarray  # of the batch, those whose copies bring least first
+    num_reqs: np.ndarray  # that draft
+    missing_rows: np.ndarray  # that the drafter needs before
+    copied_rows: np.ndarray  # of the target
+    copied_tokens: np.ndarray  # expected to be accepted
+
+
 def best_plan(
     step: StepInfo,
     acceptance: np.ndarray,
@@ -52,64 +63,76 @@ def best_plan(
     target, draft, k = costs.target, costs.draft, np.arange(len(acceptance) + 1)
     gains = np.zeros(len(k))
     acceptance.cumprod().cumsum(out=gains[1:])
-    may_draft = step.max_draft_tokens > 0
-    copies = step.copies or Copies.none(len(may_draft))
-    # Requests that may draft in place of their copy, those whose copies bring least
-    # first; below, 0, 1, ... of them do.
-    either = np.flatnonzero(may_draft & (copies.rows > 0))
-    worth = copies.gains - tokens_per_ms * _row_ms(step, costs) * copies.rows
-    either = either[np.argsort(worth[either], kind="stable")]
-    drafting = np.count_nonzero(may_draft) - len(either) + np.arange(len(either) + 1)
-    missing = step.missing_rows * may_draft
-    given_up = np.zeros((3, len(drafting)))  # sums over these requests
-    of_each = np.stack((copies.rows, copies.gains, missing))[:, either]
-    of_each.cumsum(axis=1, out=given_up[:, 1:])
-    copied_rows = copies.rows.sum() - given_up[0]
-    copied = copies.gains.sum() - given_up[1]
-    missed = missing.sum() - given_up[2, -1] + given_up[2]
-
+    drafting = _drafting(step, costs, tokens_per_ms)
     # [copies given up, depth]
-    tokens = drafting[:, None] * gains
-    tokens += step.num_sampling + copied[:, None]
-    rows = step.base_rows + copied_rows
-    # Prompts must be computed whatever the lengths: they move the target along its
-    # curve, but a slow step with a prompt in it does not make drafts cheap.
-    ms = target.ms(rows[:, None] + drafting[:, None] * k) - target.at(step.base_rows)
-    ms += costs.fixed_ms + target.at(step.num_sampling)
-    forward_ms = draft.ms(drafting)
-    ms += forward_ms[:, None] * k
-    backfill_ms = draft.ms(np.maximum(missed, drafting)) - forward_ms
-    ms[:, 1:] += costs.speculation_ms + backfill_ms[:, None] / _BACKFILL_STEPS
-    ms[:, 0] += costs.copying_ms * (copied_rows > 0)
-    value = tokens + drafting[:, None] * stopping_gain - tokens_per_ms * ms
-    num_given_up, depth = divmod(int(value.argmax()), len(k))
+    tokens = drafting.num_reqs[:, None] * gains
+    tokens += step.num_sampling + drafting.copied_tokens[:, None]
+    ms = _step_ms(step, drafting, costs, k)
+    value = tokens + drafting.num_reqs[:, None] * stopping_gain - tokens_per_ms * ms
+    given_up, depth = divmod(int(value.argmax()), len(k))
     without_drafts = tokens[0, 0] - tokens_per_ms * ms[0, 0]
-    gain = value[num_given_up, depth] - without_drafts
-    gain /= max(tokens[0, 0], tokens_per_ms * ms[num_given_up, depth], 1.0)
+    gain = value[given_up, depth] - without_drafts
+    gain /= max(tokens[0, 0], tokens_per_ms * ms[given_up, depth], 1.0)
 
-    may_draft[either[num_given_up:]] = False
-    num_reqs = max(int(drafting[num_given_up]), 1)
+    may_draft = step.max_draft_tokens > 0
+    may_draft[drafting.with_copies[given_up:]] = False
+    num_reqs = max(int(drafting.num_reqs[given_up]), 1)
     num_drafts = num_reqs * max(depth, 1)
     draft_ms = draft.at(num_reqs) - draft.at(num_reqs // 2)
     draft_ms /= num_reqs - num_reqs // 2
-    num_rows = int(rows[num_given_up])
-    verify_ms = (target.at(num_rows + num_drafts) - target.at(num_rows)) / num_drafts
+    rows = step.base_rows + int(drafting.copied_rows[given_up])
     return Plan(
         may_draft,
         depth,
         float(gain),
         tokens_per_ms,
-        np.where(k, tokens[num_given_up], tokens[0, 0]),
-        np.where(k, ms[num_given_up], ms[0, 0]),
-        num_rows,
-        verify_ms,
+        np.where(k, tokens[given_up], tokens[0, 0]),
+        np.where(k, ms[given_up], ms[0, 0]),
+        rows,
+        (target.at(rows + num_drafts) - target.at(rows)) / num_drafts,
         draft_ms,
         draft.at(num_reqs) - num_reqs * draft_ms,
     )
 
 
-def _row_ms(step: StepInfo, costs: StepCosts) -> float:
-    """Of the target, for each of as many rows more as there are requests."""
+def _drafting(step: StepInfo, costs: StepCosts, tokens_per_ms: float) -> _Drafting:
+    may_draft = step.max_draft_tokens > 0
+    copies = step.copies or Copies.none(len(may_draft))
+    missing = step.missing_rows * may_draft
+    # What each copy brings, where a row costs what a row more for each request does.
     num_reqs = max(step.num_sampling, 1)
-    rows = step.base_rows + (int(step.copies.rows.sum()) if step.copies else 0)
-    return (costs.target.at(rows + num_reqs) - costs.target.at(rows)) / num_reqs
+    rows = step.base_rows + int(copies.rows.sum())
+    row_ms = (costs.target.at(rows + num_reqs) - costs.target.at(rows)) / num_reqs
+    worth = copies.gains - tokens_per_ms * row_ms * copies.rows
+    with_copies = np.flatnonzero(may_draft & (copies.rows > 0))
+    with_copies = with_copies[np.argsort(worth[with_copies], kind="stable")]
+
+    first = np.zeros((3, len(with_copies) + 1))  # sums over the first of them
+    of_each = np.stack((missing, copies.rows, copies.gains))[:, with_copies]
+    of_each.cumsum(axis=1, out=first[:, 1:])
+    without_copies = np.count_nonzero(may_draft) - len(with_copies)
+    return _Drafting(
+        with_copies,
+        without_copies + np.arange(len(with_copies) + 1),
+        missing.sum() - first[0, -1] + first[0],
+        copies.rows.sum() - first[1],
+        copies.gains.sum() - first[2],
+    )
+
+
+def _step_ms(
+    step: StepInfo, drafting: _Drafting, costs: StepCosts, k: np.ndarray
+) -> np.ndarray:
+    """Of the step without its prompts. [copies given up, depth]"""
+    target, draft, num_reqs = costs.target, costs.draft, drafting.num_reqs
+    rows = step.base_rows + drafting.copied_rows
+    # Prompts must be computed whatever the lengths: they move the target along its
+    # curve, but a slow step with a prompt in it does not make drafts cheap.
+    ms = target.ms(rows[:, None] + num_reqs[:, None] * k) - target.at(step.base_rows)
+    ms += costs.fixed_ms + target.at(step.num_sampling)
+    forward_ms = draft.ms(num_reqs)
+    ms += forward_ms[:, None] * k
+    backfill_ms = draft.ms(np.maximum(drafting.missing_rows, num_reqs)) - forward_ms
+    ms[:, 1:] += costs.speculation_ms + backfill_ms[:, None] / _BACKFILL_STEPS
+    ms[:, 0] += costs.copying_ms * (drafting.copied_rows > 0)
+    return ms

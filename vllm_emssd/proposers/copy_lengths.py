@@ -1,4 +1,4 @@
-"""How many of the drafts that cost nothing to make are verified: of copies."""
+"""How many drafts are verified where making them costs nothing, as with copies."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ class LengthsByAcceptance:
         ms = costs.fixed_ms + costs.target.at(step.num_sampling)
         ms += target_ms - target_ms[0]
         ms[1:] += costs.copying_ms
-        tokens = np.zeros(order.size + 1)
-        flat[order].cumsum(out=tokens[1:])
-        tokens += step.num_sampling
+        tokens = np.concatenate([[0.0], flat[order].cumsum()]) + step.num_sampling
         num_rows = int((tokens / np.maximum(ms, _LEAST_MS)).argmax())
         if num_rows and not step.num_prefill_rows:  # which the next step may not have
             num_rows = costs.computed_rows(step.base_rows + num_rows) - step.base_rows
@@ -83,8 +81,9 @@ class LengthsByAcceptance:
 
 
 class CopyLengths(LengthsByAcceptance):
-    """The same by any measure of confidence, from 0 to 1: how often drafts of about
-    that confidence are accepted is learned."""
+    """The same for proposers that do not know the acceptance of their drafts. They give
+    a confidence from 0 to 1; how often drafts of about that confidence are accepted is
+    learned."""
 
     def __init__(
         self,

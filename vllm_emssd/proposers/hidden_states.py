@@ -85,5 +85,5 @@ class HiddenStates:
         some = states[0]
         affordable = self._most_bytes // (width * some.element_size())
         num_rows = max(affordable, self._max_num_tokens)
-        self._buffer = some.new_zeros(num_rows, width)
+        self._buffer = some.new_zeros(num_rows, width)  # which touches its pages
         self._number_of = self._number_of.to(some.device)

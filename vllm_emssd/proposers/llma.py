@@ -132,11 +132,10 @@ class LlmaProposer:
         self._num_to_index = _INDEXED_A_STEP
         copies = [NO_COPY] * batch.num_reqs
         most = np.minimum(batch.max_draft_tokens, self._copy_length)
-        num_tokens = batch.num_tokens.tolist()
         for i in np.flatnonzero(batch.is_sampling & (most > 0)).tolist():
             copies[i] = self._find(
                 batch.req_ids[i],
-                batch.token_ids[i, : num_tokens[i]],
+                batch.token_ids[i, : batch.num_tokens[i]],
                 int(batch.num_prompt_tokens[i]),
                 int(most[i]),
             )
