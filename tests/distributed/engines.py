@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.job import Job, Report
-from tests.distributed.processes import Tree, listening_ports, wait_for
+from tests.distributed.processes import Tree, listeners, wait_for
 from tests.distributed.ray_on_cpu.emssd_test_platform import SWITCH
 from tests.engine import DRAFT_MODEL, EAGLE3, LLMA, MAX_MODEL_LEN, MIXED, TARGET
 
@@ -90,7 +90,7 @@ class Outcome:
     log: str
     processes: list[str]
     segments: set[str]
-    ports: set[int]
+    listeners: set[tuple[int, int]]
 
     def check(self) -> Outcome:
         assert self.exit_code == 0, self.log[-6000:]
@@ -99,7 +99,7 @@ class Outcome:
     def left_nothing(self) -> None:
         assert self.processes == []
         assert self.segments == set()
-        assert self.ports == set()
+        assert self.listeners == set()
 
 
 def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outcome:
@@ -123,7 +123,8 @@ def run_job(setting: Setting, folder: Path, cluster: RayCluster | None) -> Outco
         tree.text,
         processes,
         segments=tree.segments(),
-        ports=listening_ports() & set(report.ports),
+        # A port alone may be another engine's by now.
+        listeners=listeners() & {(pid, port) for pid, port in report.listeners},
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from tests.distributed.processes import listening_ports
+from tests.distributed.processes import listeners
 
 ENOUGH_TOKENS = 5  # of one request, before anything happens to the engine
 LONG = 400  # tokens, not reached then
@@ -47,7 +47,7 @@ class Report:
     costs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by rank
     errors: list[str] = dataclasses.field(default_factory=list)  # by request
     seconds_to_error: float = 0.0
-    ports: list[int] = dataclasses.field(default_factory=list)  # listened on
+    listeners: list[Sequence[int]] = dataclasses.field(default_factory=list)
 
 
 async def serve(job: Job) -> Report:
@@ -60,12 +60,13 @@ async def serve(job: Job) -> Report:
     texts = prompts()[: job.num_prompts]
     try:
         this = psutil.Process()
-        ports = sorted(listening_ports(this, *this.children(recursive=True)))
+        own = {this.pid, *(child.pid for child in this.children(recursive=True))}
+        own_listeners = [entry for entry in listeners() if entry[0] in own]
         if job.engine["speculative_config"].get("draft_length") == "auto":
             await engine.collective_rpc("measure_otherwise")
         requests = _Requests(engine, texts, job.max_tokens)
         report = await _report(engine, job, await asyncio.gather(*requests.tasks))
-        report.ports = ports
+        report.listeners = own_listeners
         if job.incident:
             await _have_incident(engine, job.incident, texts, report)
         return report

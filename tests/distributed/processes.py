@@ -121,8 +121,9 @@ def used_shared_memory() -> set[str]:
     return names
 
 
-def listening_ports(*processes: psutil.Process) -> set[int]:
-    """TCP ports that these processes, or all of the machine, listen on."""
-    sources = processes or (psutil,)
-    connections = [c for source in sources for c in source.net_connections("tcp")]
-    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+def listeners() -> set[tuple[int | None, int]]:
+    """Who on the machine listens on which TCP port: process IDs and ports."""
+    connections = psutil.net_connections("tcp")
+    return {
+        (c.pid, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN
+    }
