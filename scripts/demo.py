@@ -48,8 +48,8 @@ from vllm_emssd.integration.cpu.settings import has_nvidia_gpu, settings_here
 
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
-PROMPTS_A_ROUND = {1: 3, 8: 12, 24: 24}  # by requests at once, all kinds in each
-NUM_OUTPUT_TOKENS = 48
+PROMPTS_A_ROUND = {1: 3, 8: 24, 24: 24}  # by requests at once, all kinds in each
+NUM_OUTPUT_TOKENS = 40
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
 BLOCK_SIZE = 32  # of a cached prompt less than a block is computed again
