@@ -66,6 +66,17 @@ def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
         spec_config.disable_padded_drafter_batch = spec_config.uses_draft_kv_cache()
 
 
+@contextmanager
+def _one_dummy_draft(drafter: Any) -> Iterator[None]:
+    """vLLM's dummy runs take K draft forwards, of which one makes the kernels too."""
+    num_drafts = getattr(drafter, "num_speculative_tokens", 0)
+    drafter.num_speculative_tokens = 1
+    try:
+        yield
+    finally:
+        drafter.num_speculative_tokens = num_drafts
+
+
 class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
     """Owns the proposer, the draft cursor and the counters of one rank."""
 
@@ -209,7 +220,8 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
             with self.maybe_select_dummy_loras(self.lora_config, one_each):
                 self.model.compute_logits(hidden_states[:num_rows])
 
-        for num_rows in sorted({*ROW_COUNTS} - {*TIMED_ROWS}):
-            if num_rows <= max_rows:
-                run(num_rows)
-        return time_forwards(run, target, max_rows, self.device)
+        with _one_dummy_draft(self.drafter):
+            for num_rows in sorted({*ROW_COUNTS} - {*TIMED_ROWS}):
+                if num_rows <= max_rows:
+                    run(num_rows)
+            return time_forwards(run, target, max_rows, self.device)
