@@ -49,7 +49,8 @@ from vllm_emssd.integration.cpu.settings import has_nvidia_gpu, settings_here
 MODELS = Path(__file__).parents[1] / "models"
 NUM_PROMPTS = 24
 PROMPTS_A_ROUND = {1: 3, 8: 24, 24: 24}  # by requests at once, all kinds in each
-NUM_OUTPUT_TOKENS = 40
+NUM_OUTPUT_TOKENS = 48
+NUM_ROUNDS = 2
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN = 320, 512
 KV_CACHE_MIB = 512
 BLOCK_SIZE = 32  # of a cached prompt less than a block is computed again
@@ -287,15 +288,15 @@ def run(options: argparse.Namespace) -> int:
         "enforce_eager": not has_nvidia_gpu(),  # compiling takes a minute each
     }
     engines = EngineOptions(engine_args | shared_gpu(len(methods)), logs=logs)
-    batches, rounds = ([8, 24], 2) if options.quick else ([*PROMPTS_A_ROUND], 3)
+    batches = [8, 24] if options.quick else [*PROMPTS_A_ROUND]
     times = 1 if is_chat else 4  # else the small pair has rounds of 0.3 s
     plan = Plan(
         methods,
         batches,
-        rounds,
+        NUM_ROUNDS,
         {n: times * num for n, num in PROMPTS_A_ROUND.items()},
         is_continuous=True,  # as in a server
-        starts_together=has_nvidia_gpu(),  # a CPU's cores are all busy with one
+        starts_together=True,
     )
     # Prompts come around again.
     measured = measure(plan, engines, loaded.requests * (1 + times))

@@ -42,9 +42,12 @@ class NotedEngine:
         self.method, self.num_runs, self.is_closed = method, 0, False
         NotedEngine.starts.append(f"start {method.name}")
         NotedEngine.made.append(self)
+        self.is_ready = False
 
     def wait_until_ready(self) -> None:
-        NotedEngine.starts.append(f"wait for {self.method.name}")
+        if not self.is_ready:
+            NotedEngine.starts.append(f"wait for {self.method.name}")
+        self.is_ready = True
 
     def run(
         self,
@@ -95,6 +98,22 @@ def test_engines_start_one_by_one_or_together() -> None:
     NotedEngine.starts.clear()
     measure(replace(plan, starts_together=True), OPTIONS, requests(4))
     assert NotedEngine.starts == [start_plain, start_other, wait_plain, wait_other]
+
+
+def test_an_engine_that_measures_costs_starts_alone() -> None:
+    auto = Method("auto", {"method": "emssd", "draft_length": "auto"})
+    plan = Plan([*METHODS, auto, Method("last", None)], [1], 1, starts_together=True)
+    measure(plan, OPTIONS, requests(4))
+    assert NotedEngine.starts == [
+        "start plain",
+        "start other",
+        "wait for plain",
+        "wait for other",
+        "start auto",
+        "wait for auto",
+        "start last",
+        "wait for last",
+    ]
 
 
 def test_methods_take_turns_in_one_engine() -> None:

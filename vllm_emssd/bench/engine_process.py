@@ -76,7 +76,7 @@ class EngineProcess:
 
     def __init__(self, method: Method, options: EngineOptions) -> None:
         context = multiprocessing.get_context("spawn")
-        self._name = method.name
+        self._name, self._is_ready = method.name, False
         self._pipe, child = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(method, options, child), daemon=True
@@ -86,7 +86,9 @@ class EngineProcess:
 
     def wait_until_ready(self) -> None:
         """Raises EngineError where the engine does not start."""
-        self._receive()
+        if not self._is_ready:
+            self._receive()
+        self._is_ready = True
 
     def run(
         self,

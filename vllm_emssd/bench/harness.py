@@ -45,7 +45,7 @@ class Plan:
     warm_up: int = 1  # rounds of each batch size that are not kept, after each start
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
-    starts_together: bool = False  # what starts keeps several cores busy
+    starts_together: bool = False  # but for engines that measure costs meanwhile
     host: Method | None = None  # whose engine runs all methods, by their settings
 
     def num_requests(self, batch: int) -> int:
@@ -67,19 +67,24 @@ def measure(
 ) -> Rounds:
     """One engine for each method, or one for all. See `take_turns`."""
 
+    started: list[EngineProcess] = []
+
     @contextlib.contextmanager
     def start(method: Method) -> Iterator[EngineProcess]:
+        is_alone = not plan.starts_together or method.measures_costs
+        for other in started if is_alone else []:
+            other.wait_until_ready()
         engine = EngineProcess(method, options)
+        started.append(engine)
         try:
-            if not plan.starts_together:
+            if is_alone:
                 engine.wait_until_ready()
             yield engine
         finally:
             engine.close()
 
     def wait(engine: EngineProcess) -> None:
-        if plan.starts_together:
-            engine.wait_until_ready()
+        engine.wait_until_ready()
 
     def run(engine: EngineProcess, method: Method, batch: int) -> Round:
         chosen = requests[: plan.num_requests(batch)]

@@ -48,6 +48,12 @@ class Method:
     speculative_config: dict[str, Any] | None
     setting: Setting | None = None  # tells an engine that runs several methods
 
+    @property
+    def measures_costs(self) -> bool:
+        """Whether its engine may time forwards when it starts."""
+        config = self.speculative_config or {}
+        return config.get("method") == "emssd" and config.get("draft_length") != "fixed"
+
 
 def parse_method(
     text: str, draft_model: str | None, num_speculative_tokens: int = 5
