@@ -87,16 +87,15 @@ def engines(draw: st.DrawFn) -> CopyEngine:
     return CopyEngine(setup, draw(st.integers(1, 4)), draw(st.integers(1, 9)))
 
 
-def own_record_only(self: Any, request: Any, kind: Any, guess: float) -> float:
-    records = request.records
-    return records[kind].acceptance(guess) if kind in records else guess
+def guess(self: Any, kind: Any, match_len: int) -> float:
+    return match_len / (match_len + 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def others_do_not_matter() -> Iterator[None]:
     """Else what is copied depends on how other requests' copies fared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlmaProposer, "_acceptance", own_record_only)
+        patch.setattr(LlmaProposer, "_acceptance", guess)
         patch.setattr("vllm_emssd.proposers.llma._WORTHLESS", 0.0)
         yield
 

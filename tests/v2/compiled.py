@@ -14,7 +14,6 @@ INTS64 += ("tokens", "last_positions", "draft_tokens", "num_real", "drafts", "ro
 TYPES = dict.fromkeys(INTS64, "*i64") | {
     "reference_addresses": "*i64",
     "records": "*fp64",
-    "pools": "*fp64",
     "out_found": "*fp64",
     "logits": "*fp32",
     "text_address": "i64",

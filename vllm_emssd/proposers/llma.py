@@ -7,14 +7,13 @@ reference: an edit of a text in it is followed like that of a reference it broug
 
 Copies of one *kind* come from the same source after a match of about the same length.
 The copy with the most tokens expected to be accepted is taken. That is estimated from
-copies of its kind in this request, else in all requests; before any was verified, from
-the length of the match.
+the length of the match, and from how copies of its kind fared in all requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,17 +22,17 @@ from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.ngram_index import NgramIndex
 from vllm_emssd.proposers.reference import ReferencePointer
 
-_PRIOR_TESTS = 3.0  # copied tokens that the guess by match length is worth
-_FORGET = 0.9  # weight kept by what was seen before, each time
-_POOL_FORGET = 0.98  # the same of all requests' copies, each step that has news
-_IDLE_FORGET = 0.98  # each time a copy is not worth it, so that it is tried again
+_PRIOR_TESTS = 8.0  # copied tokens that the guess by match length is worth
+_FORGET = 0.995  # weight kept by what was seen before, each step that has news
+_IDLE_FORGET = 0.999  # each time a copy is not worth it, so that it is tried again
 _WORTHLESS = 0.1  # acceptance below which nothing is copied
 _INDEXED_A_STEP = 32768  # tokens of all requests: more would stall a step
-_REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself
+_REFERENCE_HEAD_START = 8  # tokens of a match that a reference is worth by itself,
+_DEPARTED_MATCH = 1  # but so many in all while the answer has departed from it
 _PROMPT_STRETCH = 16  # tokens of the prompt repeated, to take it as the reference
 
 _OWN_TEXT, _REFERENCE = "own text", "reference"
-_Kind = tuple[str, int]  # source, binary logarithm of the match length
+_Kind = tuple[str, int]  # source, bit length of the match's length
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +78,19 @@ class AcceptanceRecord:
         self.accepted += num_accepted
         self.tested += min(num_accepted + 1, num_drafts)
 
-    def fade(self, keep: float = _IDLE_FORGET) -> None:
+    def fade(self, keep: float) -> None:
         self.accepted *= keep
         self.tested *= keep
 
 
 @dataclass(slots=True)
 class _RequestCopies:
-    """The sources of one request and its record."""
+    """The sources of one request."""
 
     index: NgramIndex
     num_prompt_tokens: int
     pointer: ReferencePointer | None
     num_followed: int  # tokens of the text that the pointer has seen
-    records: dict[_Kind, AcceptanceRecord] = field(default_factory=dict)
     pending: Copy | None = None  # not yet verified
 
 
@@ -113,9 +111,9 @@ class LlmaProposer:
         self._lengths = lengths
         self._references: dict[str, np.ndarray] = {}
         self._requests: dict[str, _RequestCopies] = {}
-        self._pools: dict[_Kind, AcceptanceRecord] = {}  # of all requests
-        self._faded: set[_Kind] = set()  # pools that have faded in this step
-        self._idle: list[_Kind] = []  # pools of copies not worth it in this step
+        self._records: dict[_Kind, AcceptanceRecord] = {}  # of all requests
+        self._faded: set[_Kind] = set()  # records that have faded in this step
+        self._idle: list[_Kind] = []  # of copies not worth it in this step
         self._num_to_index = _INDEXED_A_STEP  # tokens, in this step
 
     def add_reference(self, req_id: str, token_ids: np.ndarray) -> None:
@@ -141,7 +139,7 @@ class LlmaProposer:
             )
         # After all requests, so that their order in the batch makes no difference.
         for kind in self._idle:
-            self._pools[kind].fade()
+            self._records[kind].fade(_IDLE_FORGET)
         self._idle.clear()
         return copies
 
@@ -168,11 +166,9 @@ class LlmaProposer:
         copy, request.pending = request.pending, None
         verified = (num_draft_tokens, num_accepted_tokens)
         if num_draft_tokens:
-            record = request.records.setdefault(copy.kind, AcceptanceRecord())
-            record.observe(*verified, keep=_FORGET)
-            pool = self._pools.setdefault(copy.kind, AcceptanceRecord())
+            record = self._records.setdefault(copy.kind, AcceptanceRecord())
             # It fades once a step, so that all requests of the step count alike.
-            pool.observe(*verified, 1.0 if copy.kind in self._faded else _POOL_FORGET)
+            record.observe(*verified, 1.0 if copy.kind in self._faded else _FORGET)
             self._faded.add(copy.kind)
             self._maybe_follow_prompt(request, copy, num_accepted_tokens)
 
@@ -198,10 +194,7 @@ class LlmaProposer:
         )
         best = max(copies, key=lambda copy: copy.gain)
         if best.token_ids and best.acceptance < _WORTHLESS:
-            if best.kind in request.records:
-                request.records[best.kind].fade()
-            else:
-                self._idle.append(best.kind)
+            self._idle.append(best.kind)
             return NO_COPY
         return best
 
@@ -234,9 +227,11 @@ class LlmaProposer:
         pointer = request.pointer
         if pointer is None:
             return NO_COPY
-        match_len = pointer.run + _REFERENCE_HEAD_START
         kind = (_REFERENCE, pointer.run.bit_length())
-        acceptance = self._acceptance(request, kind, match_len / (match_len + 1))
+        match_len = pointer.run + _REFERENCE_HEAD_START
+        if pointer.has_departed:
+            kind, match_len = (_REFERENCE, 0), _DEPARTED_MATCH
+        acceptance = self._acceptance(kind, match_len)
         return Copy(pointer.continuation(length), acceptance, kind)
 
     def _copy_of_own_text(self, request: _RequestCopies, length: int) -> Copy:
@@ -249,15 +244,13 @@ class LlmaProposer:
         period = len(tokens) - source
         copied = [tokens[source + j % period] for j in range(length)]
         kind = (_OWN_TEXT, match_len.bit_length())
-        acceptance = self._acceptance(request, kind, match_len / (match_len + 1))
+        acceptance = self._acceptance(kind, match_len)
         return Copy(copied, acceptance, kind, source, match_len)
 
-    def _acceptance(self, request: _RequestCopies, kind: _Kind, guess: float) -> float:
-        """`guess`: before any copy of the kind was verified."""
-        for records in (self._pools, request.records):
-            if kind in records:
-                guess = records[kind].acceptance(guess)
-        return guess
+    def _acceptance(self, kind: _Kind, match_len: int) -> float:
+        guess = match_len / (match_len + 1)
+        record = self._records.get(kind)
+        return guess if record is None else record.acceptance(guess)
 
     def _maybe_follow_prompt(
         self, request: _RequestCopies, copy: Copy, num_accepted_tokens: int

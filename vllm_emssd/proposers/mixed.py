@@ -27,7 +27,8 @@ from vllm_emssd.proposers.llma import (
 
 DRAFT_MODEL, LLMA = "draft_model", "llma"  # as the options call them
 _PRIOR_ACCEPTANCE = 0.7  # of a model's drafts, until some were verified
-_FORGET = 0.99  # weight that older drafts keep, each step that has news
+_FORGET = 0.99  # weight that older drafts keep, each step that has news,
+_IDLE_FORGET = 0.98  # or in which copies promised more
 _DRAFT_COST = 0.02  # in accepted tokens: a draft costs little, but not nothing;
 _MISSING_ROW_COST = 0.001  # missed text is charged over the steps to come
 
@@ -46,7 +47,7 @@ class ModelDrafts:
         gains = self.gains(num_drafts, missing_rows)
         loses = (copies.rows > 0) & (copies.gains >= gains)
         if (loses & (num_drafts > 0)).any():
-            self.record.fade()  # so that drafts that did badly are tried again
+            self.record.fade(_IDLE_FORGET)  # so that drafts that did badly are tried again
         return loses
 
     def gains(self, num_drafts: np.ndarray, missing_rows: np.ndarray) -> np.ndarray:

@@ -77,6 +77,11 @@ class ReferencePointer:
         guess = self._guess_behind_departure()
         return [] if guess is None else self._walk(guess, length, True)
 
+    @property
+    def has_departed(self) -> bool:
+        """Whether the answer wrote something else, and was not found again since."""
+        return self._departure is not None
+
     # ------------------------------------------------------------ following
 
     def _follow(self, token: int) -> None:

@@ -49,8 +49,7 @@ class DeviceCopier:
         self._state = ints(most, kernels.STATE_SIZE.value)
         fields, most_edits = kernels.EDIT_FIELDS.value, kernels.MAX_EDITS.value
         self._edits = ints(most, fields, most_edits)
-        self._records = floats(most, num_kinds, 2)
-        self._pools = floats(num_kinds, 2)
+        self._records = floats(num_kinds, 2)
         self._num_idle = ints(num_kinds)
         self._references: dict[int, torch.Tensor] = {}  # by slot
         self._addresses = torch.zeros(most, dtype=torch.int64, device=device)
@@ -81,15 +80,14 @@ class DeviceCopier:
             self._addresses[slot] = tokens.data_ptr()
         self._state[slot] = async_tensor_h2d(row, device=self._device)
         self._edits[slot] = kernels.NO_KEY
-        self._records[slot] = 0
 
     def release(self, slot: int) -> None:
         """The request in the slot, if any, has gone."""
         self._references.pop(slot, None)
 
     def forget(self) -> None:
-        """How copies of all requests fared."""
-        self._pools.zero_()
+        """How copies fared."""
+        self._records.zero_()
         self._num_idle.zero_()
 
     def forget_copies(self) -> None:
@@ -128,7 +126,6 @@ class DeviceCopier:
             self._addresses,
             self._state,
             self._records,
-            self._pools,
             self._num_idle,
             num_reqs,
             BLOCK_SIZE=_REQUESTS_A_BLOCK,
@@ -144,7 +141,6 @@ class DeviceCopier:
             self._state,
             self._edits,
             self._records,
-            self._pools,
             self._num_idle,
             self.drafts,
             self._found,

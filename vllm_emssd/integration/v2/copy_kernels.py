@@ -40,7 +40,8 @@ EDIT_FIELDS = tl.constexpr(8)  # a power of two
 MAX_EDITS = tl.constexpr(64)  # the oldest are forgotten
 NO_KEY = -1
 
-# Of copies, by the bit length of the match: first those of the own text, then others.
+# Of copies, by the bit length of the match: first those of the own text, then those of
+# a reference, 0 while the answer has departed from it.
 NUM_KINDS = tl.constexpr(32)
 _FIRST_OF_REFERENCE = tl.constexpr(8)
 
@@ -54,10 +55,10 @@ _MAX_GUESSES = tl.constexpr(reference._MAX_GUESSES)
 _LONGEST_DEPARTURE = tl.constexpr(reference._LONGEST_DEPARTURE)
 _PRIOR_TESTS = tl.constexpr(llma._PRIOR_TESTS)
 _FORGET = tl.constexpr(llma._FORGET)
-_POOL_FORGET = tl.constexpr(llma._POOL_FORGET)
 _IDLE_FORGET = tl.constexpr(llma._IDLE_FORGET)
 _WORTHLESS = tl.constexpr(llma._WORTHLESS)
 _HEAD_START = tl.constexpr(llma._REFERENCE_HEAD_START)
+_DEPARTED_MATCH = tl.constexpr(llma._DEPARTED_MATCH)
 _PROMPT_STRETCH = tl.constexpr(llma._PROMPT_STRETCH)
 _LAST = tl.constexpr(2**31 - 1)
 
@@ -73,17 +74,16 @@ def observe_copies_kernel(
     text_stride,
     reference_addresses,  # [max_num_reqs] int64
     state,  # [max_num_reqs, STATE_SIZE] int32
-    records,  # [max_num_reqs, NUM_KINDS, 2] float64: accepted, tested
-    pools,  # [NUM_KINDS, 2] float64
-    num_idle,  # [NUM_KINDS] int32: copies not worth it, by a pool
+    records,  # [NUM_KINDS, 2] float64: accepted, tested
+    num_idle,  # [NUM_KINDS] int32: copies not worth it
     num_reqs,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """A program a kind: how its copies fared, of each request and of all. A request
-    that repeated a stretch of its prompt has it for its reference from then on."""
+    """A program a kind: how its copies fared. A request that repeated a stretch of its
+    prompt has it for its reference from then on."""
     kind = tl.program_id(0)
-    accepted = tl.load(pools + 2 * kind)
-    tested = tl.load(pools + 2 * kind + 1)
+    accepted = tl.load(records + 2 * kind)
+    tested = tl.load(records + 2 * kind + 1)
     for _ in range(tl.load(num_idle + kind)):
         accepted *= _IDLE_FORGET
         tested *= _IDLE_FORGET
@@ -103,11 +103,6 @@ def observe_copies_kernel(
         sampled = tl.load(num_sampled + i, mask=is_req, other=1)
         kept = tl.minimum(sampled - 1, drafts)
         seen = tl.minimum(kept + 1, drafts)
-        record = records + (req * NUM_KINDS + kind) * 2
-        before = tl.load(record, mask=is_tested, other=0.0)
-        tl.store(record, before * _FORGET + kept, mask=is_tested)
-        before = tl.load(record + 1, mask=is_tested, other=0.0)
-        tl.store(record + 1, before * _FORGET + seen, mask=is_tested)
         num_tested += tl.sum(is_tested.to(tl.int32), 0)
         new_accepted += tl.sum(tl.where(is_tested, kept, 0), 0)
         new_tested += tl.sum(tl.where(is_tested, seen, 0), 0)
@@ -126,10 +121,10 @@ def observe_copies_kernel(
         address = text_address + req * text_stride * 4
         tl.store(reference_addresses + req, address, mask=repeats)
     if num_tested > 0:
-        accepted = accepted * _POOL_FORGET + new_accepted
-        tested = tested * _POOL_FORGET + new_tested
-    tl.store(pools + 2 * kind, accepted)
-    tl.store(pools + 2 * kind + 1, tested)
+        accepted = accepted * _FORGET + new_accepted
+        tested = tested * _FORGET + new_tested
+    tl.store(records + 2 * kind, accepted)
+    tl.store(records + 2 * kind + 1, tested)
 
 
 @triton.jit
@@ -142,9 +137,8 @@ def find_copies_kernel(
     reference_addresses,  # [max_num_reqs] int64
     state,  # [max_num_reqs, STATE_SIZE] int32
     edits,  # [max_num_reqs, EDIT_FIELDS, MAX_EDITS] int32
-    records,  # [max_num_reqs, NUM_KINDS, 2] float64: accepted, tested
-    pools,  # [NUM_KINDS, 2] float64
-    num_idle,  # [NUM_KINDS] int32: copies not worth it, by a pool
+    records,  # [NUM_KINDS, 2] float64: accepted, tested
+    num_idle,  # [NUM_KINDS] int32: copies not worth it
     drafts,  # [num_reqs, K] int64
     out_found,  # [num_reqs, 2] float64: tokens copied, how many are to be accepted
     max_model_len,
@@ -190,27 +184,21 @@ def find_copies_kernel(
     source = last - steps
     num_own = tl.where(match_len > 0, length, 0)
 
-    record = records + req * (NUM_KINDS * 2)
     own_kind = tl.minimum(_bit_length(match_len), NUM_KINDS - 1)
-    own = _acceptance(own_kind, match_len, pools, record)
-    ref_kind = tl.minimum(_bit_length(run) + _FIRST_OF_REFERENCE, NUM_KINDS - 1)
-    by_ref = _acceptance(ref_kind, run + _HEAD_START, pools, record)
+    own = _acceptance(own_kind, match_len, records)
+    ref_kind = tl.where(departure < 0, _bit_length(run), 0) + _FIRST_OF_REFERENCE
+    ref_kind = tl.minimum(ref_kind, NUM_KINDS - 1)
+    ref_match = tl.where(departure < 0, run + _HEAD_START, _DEPARTED_MATCH)
+    by_ref = _acceptance(ref_kind, ref_match, records)
     own_gain = _gain(own, num_own, K)
     ref_gain = _gain(by_ref, num_ref, K)
     is_own = own_gain > ref_gain
     kind = tl.where(is_own, own_kind, ref_kind)
     num_copied = tl.where(is_own, num_own, num_ref)
     gain = tl.where(is_own, own_gain, ref_gain)
-    tl.debug_barrier()  # all have read the record before one changes it
     if (num_copied > 0) & (tl.where(is_own, own, by_ref) < _WORTHLESS):
         num_copied = 0
-        tested = tl.load(record + 2 * kind + 1)
-        if tested > 0:
-            faded = tl.load(record + 2 * kind) * _IDLE_FORGET
-            tl.store(record + 2 * kind, faded)
-            tl.store(record + 2 * kind + 1, tested * _IDLE_FORGET)
-        else:
-            tl.atomic_add(num_idle + kind, 1)
+        tl.atomic_add(num_idle + kind, 1)
 
     # A copy that reaches the end goes on with what it just copied.
     offsets = tl.arange(0, K_PADDED)
@@ -546,16 +534,10 @@ def _gain(acceptance, num_copied, K: tl.constexpr):
 
 
 @triton.jit
-def _acceptance(kind, match_len, pools, record):
-    """By the length of the match; then as it was seen, in all requests and in this."""
+def _acceptance(kind, match_len, records):
+    """By the length of the match, and as it was seen; the guess where none were."""
     guess = match_len.to(tl.float64) / (match_len + 1).to(tl.float64)
-    return _share(record, kind, _share(pools, kind, guess))
-
-
-@triton.jit
-def _share(counts, kind, guess):
-    """Accepted of those tested, and of some guessed; the guess where none were."""
-    accepted = tl.load(counts + 2 * kind)
-    tested = tl.load(counts + 2 * kind + 1)
+    accepted = tl.load(records + 2 * kind)
+    tested = tl.load(records + 2 * kind + 1)
     seen = (accepted + guess * _PRIOR_TESTS) / (tested + _PRIOR_TESTS)
     return tl.where(tested > 0, seen, guess)
