@@ -112,24 +112,3 @@ def copied(
     for i in range(num_drafts):
         text.append(text[source + i])
     return text[num_tokens:], longest
-
-
-# ---------------------------------------------------------------- verification
-
-
-def verified_rows(
-    num_scheduled: Sequence[int], num_real: Sequence[int]
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Drafts compared, their indices, the rows that judge them, the bonus rows."""
-    num_drafts, draft_indices, target_rows, bonus_rows = [], [], [], []
-    first_row = first_draft = 0
-    for scheduled, real in zip(num_scheduled, num_real, strict=True):
-        count = min(scheduled, real)
-        num_drafts.append(count)
-        for j in range(count):
-            draft_indices.append(first_draft + j)
-            target_rows.append(first_row + j)
-        bonus_rows.append(first_row + count)
-        first_row += scheduled + 1
-        first_draft += scheduled
-    return num_drafts, draft_indices, target_rows, bonus_rows

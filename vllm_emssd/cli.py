@@ -7,7 +7,6 @@ no vLLM and the server no plotting library.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -41,7 +40,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     code: int = command.run(parser.parse_args(chosen.args))
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StrictBool,
     ValidationError,
 )
 
@@ -78,7 +77,7 @@ class EmssdConfig(BaseModel):
     draft_length: DraftLengthName = "auto"
     check_length: int = Field(default=2, ge=1, le=64)
     copy_length: int = Field(default=7, ge=1, le=128)
-    unpad_inputs: StrictBool = True
+    unpad_inputs: bool = True
 
     @classmethod
     def carried_by(cls, additional_config: Mapping[str, Any]) -> EmssdConfig:
@@ -134,16 +133,12 @@ def parse_speculative_config(
     given = set(ours)
     ours.setdefault("proposer", _default_proposer(asked, gain_was_measured))
     _check_pairs(ours, asked)
+    if gain_was_measured and ours.get("draft_length", "auto") == "auto":
+        ours.setdefault("copy_length", MAX_AUTO_COPIES)
     try:
         config = EmssdConfig(**ours)
     except ValidationError as error:
         raise _explained(error) from None
-    if (
-        gain_was_measured
-        and config.draft_length == "auto"
-        and "copy_length" not in given
-    ):
-        config = config.model_copy(update={"copy_length": MAX_AUTO_COPIES})
     most = ours.get("num_speculative_tokens")
     if config.proposer == "llma":
         most = min(most or config.copy_length, config.copy_length)

@@ -127,10 +127,7 @@ class DraftCursor:
     def advance(self, req_id: str, draft_len: int) -> None:
         """The drafter was fed the known tokens up to, not including, `draft_len`."""
         state = self._requests[req_id]
-        if draft_len < state.draft_len:
-            raise ValueError(
-                f"cursor of {req_id} cannot go from {state.draft_len} to {draft_len}"
-            )
+        assert draft_len >= state.draft_len
         first, end = state.draft_len // self._block_size, draft_len // self._block_size
         state.draft_len = draft_len
         if first < end:
@@ -140,9 +137,8 @@ class DraftCursor:
         """Go on at a block's first position: what lies between the cursor and there
         cannot be fed, so the drafter's text begins there."""
         state = self._requests[req_id]
-        if position % self._block_size or position < state.draft_len:
-            where = f"from {state.draft_len} at {position}"
-            raise ValueError(f"cursor of {req_id} cannot restart {where}")
+        assert position % self._block_size == 0
+        assert position >= state.draft_len
         state.draft_len = state.first = position
 
     def first(self, req_id: str) -> int:

@@ -34,37 +34,6 @@ def pad_to_longest(
 
 
 @dataclass(frozen=True, slots=True)
-class VerifiedRows:
-    """Where the compared rows lie among all rows the target sampled from.
-
-    The target samples `1 + num_scheduled[r]` rows of each request, of which the
-    first `1 + num_draft_tokens[r]` count.
-    """
-
-    num_draft_tokens: np.ndarray  # [num_reqs] int32: real drafts
-    draft_indices: np.ndarray  # [total drafts] int64: into the scheduled drafts
-    target_rows: np.ndarray  # [total drafts] int64: row that judges each draft
-    bonus_rows: np.ndarray  # [num_reqs] int64: row after each request's last draft
-
-    @classmethod
-    def without_filler(
-        cls, num_scheduled: np.ndarray, num_real: np.ndarray
-    ) -> VerifiedRows:
-        """Shapes: [num_reqs] integers; at most `num_scheduled` drafts are real."""
-        num_draft_tokens = np.minimum(num_scheduled, num_real).astype(np.int32)
-        first_row = np.cumsum(num_scheduled + 1) - (num_scheduled + 1)
-        first_draft = np.cumsum(num_scheduled) - num_scheduled
-        starts = np.cumsum(num_draft_tokens) - num_draft_tokens
-        within = np.arange(num_draft_tokens.sum()) - np.repeat(starts, num_draft_tokens)
-        return cls(
-            num_draft_tokens,
-            np.repeat(first_draft, num_draft_tokens) + within,
-            np.repeat(first_row, num_draft_tokens) + within,
-            (first_row + num_draft_tokens).astype(np.int64),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class ScheduledStep:
     """What one target forward verifies. Arrays are [num_reqs], in batch order."""
 

@@ -26,7 +26,7 @@ def admit(cursor: DraftCursor, *block_ids: int, num_hit_blocks: int) -> int:
 
 def test_cannot_go_back() -> None:
     cursor = cursor_of(0, 1, num_fed=5)
-    with pytest.raises(ValueError, match="cursor of a cannot go from 5 to 4"):
+    with pytest.raises(AssertionError):
         cursor.advance("a", 4)
     assert cursor.draft_len("a") == 5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -288,23 +287,6 @@ def run_all_seeds(
         setup = Setup(seed, failure_chance=failure_chance)
         seen += Engine(setup, make_cursor, seen_by_proposer).run()
     return seen
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "num_tokens",
-        "num_prompt_tokens",
-        "num_scheduled_tokens",
-        "num_prefilled_tokens",
-        "is_sampling",
-        "max_draft_tokens",
-    ],
-)
-def test_batch_refuses_a_field_of_another_length(name: str) -> None:
-    batch = batch_of({"a": [0], "b": [0]}, [0, 0])
-    with pytest.raises(ValueError, match=f"{name} has 3 entries for 2 requests"):
-        dataclasses.replace(batch, **{name: np.ones(3, dtype=np.int64)})
 
 
 class UnusableDrafter:

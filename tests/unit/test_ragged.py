@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,30 +85,3 @@ def test_forward_of_no_request_has_no_rows() -> None:
     assert (rows.num_reqs, rows.num_rows) == (0, 0)
     assert rows.query_start_loc.tolist() == [0]
     assert rows.seq_lens.tolist() == rows.last_rows.tolist() == []
-
-
-@pytest.mark.parametrize(
-    ("req_indices", "query_start_loc", "num_rows", "message"),
-    [
-        ([0, 1], [0, 1], 1, "2 entries for 2 requests"),
-        ([0], [0, 1, 2], 2, "3 entries for 1 requests"),
-        ([0, 1], [0, 1, 3], 2, "ends at 3, but there are 2 rows"),
-        ([0, 1], [0, 2, 2], 2, "at least one row"),
-        ([0, 1], [0, 3, 2], 2, "at least one row"),
-    ],
-)
-def test_refuses_inconsistent_rows(
-    req_indices: list[int], query_start_loc: list[int], num_rows: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        RaggedRows(
-            np.array(req_indices),
-            np.array(query_start_loc, dtype=np.int32),
-            np.arange(num_rows),
-        )
-
-
-@pytest.mark.parametrize(("end", "message"), [(4, "at least one row"), (3, "negative")])
-def test_from_spans_refuses_an_empty_span(end: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rows_of([(0, 0, 2), (1, 4, end), (2, 0, 5)])

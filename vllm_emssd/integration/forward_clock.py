@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,13 +85,9 @@ class ForwardTimer:
 
 
 class EventClock(ForwardClock):
-    """By events in the current stream, CUDA's or what `make_event` gives."""
+    """By events in the current stream."""
 
-    def __init__(
-        self,
-        make_event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
-    ) -> None:
-        self._make_event = make_event
+    def __init__(self) -> None:
         self._started: Any = None
         self._pending: deque[tuple[int, int, Any, Any]] = deque(maxlen=_MAX_KEPT)
         self._spare: list[Any] = []  # events that were read
@@ -113,7 +108,10 @@ class EventClock(ForwardClock):
         return timings
 
     def _recorded(self) -> Any:
-        event = self._spare.pop() if self._spare else self._make_event()
+        if self._spare:
+            event = self._spare.pop()
+        else:
+            event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol, cast
 
@@ -33,12 +33,6 @@ class DraftBatch:
     max_draft_tokens: np.ndarray  # [num_reqs] int64: most drafts it may get, >= 0
     copies: Copies | None = None  # of requests that make no drafts
 
-    def __post_init__(self) -> None:
-        for name in _OF_REQUESTS:
-            if (num := len(getattr(self, name))) != self.num_reqs:
-                what = f"{name} has {num} entries for {self.num_reqs} requests"
-                raise ValueError(what)
-
     @property
     def num_reqs(self) -> int:
         return len(self.req_ids)
@@ -61,13 +55,6 @@ class DraftBatch:
             int(self.num_scheduled_tokens[~self.is_sampling].sum()),
             self.copies,
         )
-
-
-_OF_REQUESTS = [
-    f.name
-    for f in fields(DraftBatch)
-    if f.type == "np.ndarray" and f.name != "token_ids"
-]
 
 
 class Proposer(Protocol):

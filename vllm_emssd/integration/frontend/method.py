@@ -172,8 +172,6 @@ def _create_ours(
     assert spec_config is not None
     if model:
         refuse_drafter(spec_config)
-        # An unpadded batch of stock's own would turn async scheduling off.
-        spec_config.disable_padded_drafter_batch = not may_be_async
         if not has_head:  # which has none
             check_draft_tokenizer(model, stock_part.get("revision"), model_config)
     attach_tag(spec_config)

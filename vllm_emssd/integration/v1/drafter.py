@@ -24,12 +24,12 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm_emssd.draft_length import CostTable
 from vllm_emssd.draft_length.cost import quickest_times
 from vllm_emssd.integration.costs import CONTEXT, time_forwards
-from vllm_emssd.integration.forward_clock import WallClock
+from vllm_emssd.integration.forward_clock import TimedByClock, WallClock
 from vllm_emssd.integration.v1.greedy import likeliest
 from vllm_emssd.ragged import RaggedRows
 
 
-class PagedDrafter:
+class PagedDrafter(TimedByClock):
     """Implements `proposers.draft_model.Drafter`.
 
     Args:
@@ -50,7 +50,6 @@ class PagedDrafter:
         self.max_num_rows: int = stock.max_num_tokens
         self.max_num_reqs: int = input_batch.max_num_reqs
         self.max_model_len = max_model_len
-        self.tells_confidence = False
         self._stock = stock
         self._vllm_config = vllm_config
         self._input_batch = input_batch
@@ -59,15 +58,11 @@ class PagedDrafter:
         # Request id -> distribution of each of its drafts, [vocab_size] float32 each.
         # Only of requests drafted by sampling; greedy drafts are one-hot.
         self.draft_probs: dict[str, list[torch.Tensor]] = {}
-        self._clock = WallClock()  # its times are asked for on CPUs only
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        """(rows, ms) of the forwards since the last call."""
-        return self._clock.take_timings()
 
     def measured_costs(self) -> tuple[CostTable, float]:
         """Of forwards without confidences; and the milliseconds that telling them takes
         more, in the median."""
+        self.clock = WallClock()  # automatic lengths run on V1 with CPUs only
         context = min(CONTEXT, self.max_model_len)
         most = min(self.max_num_rows, self.max_num_reqs * context)
         run = partial(self._rehearse, context)
@@ -97,9 +92,9 @@ class PagedDrafter:
         sampled_rows: np.ndarray,
         draft_position: int,
     ) -> tuple[torch.Tensor, np.ndarray | None]:
-        self._clock.start()
+        self.clock.start()
         drafted = self._forward(rows, token_ids, sampled_rows, draft_position)
-        self._clock.stop(rows.num_rows)
+        self.clock.stop(rows.num_rows)
         return drafted
 
     def _forward(

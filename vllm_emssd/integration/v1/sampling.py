@@ -30,7 +30,6 @@ from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.hooks.hook import Hook
 from vllm_emssd.integration.v1.drafter import PagedDrafter
 from vllm_emssd.integration.v1.greedy import is_all_greedy, verify_greedily
-from vllm_emssd.verification import VerifiedRows
 
 logger = init_logger("vllm.emssd.sampling")
 
@@ -123,28 +122,33 @@ class UnpadSamplingMixin(GPUModelRunner):
         """The same metadata, comparing real drafts only. The sampling metadata lists
         drafts too, for penalties and bad words: it is replaced alike."""
         real = [self.num_real_drafts.get(r, 0) for r in self.input_batch.req_ids]
-        rows = VerifiedRows.without_filler(
-            np.asarray(metadata.num_draft_tokens), np.asarray(real)
-        )
-        num_draft_tokens = rows.num_draft_tokens.tolist()
+        scheduled = np.asarray(metadata.num_draft_tokens)
+        num_real = np.minimum(scheduled, real)
+        starts = np.repeat(scheduled.cumsum() - scheduled, scheduled)
+        is_real = np.arange(len(starts)) - starts < np.repeat(num_real, scheduled)
+        num_draft_tokens = num_real.tolist()
         sampling_metadata = self.input_batch.sampling_metadata
         if listed := sampling_metadata.spec_token_ids:
             real_drafts = zip(listed, num_draft_tokens, strict=False)
             self.input_batch.sampling_metadata = dataclasses.replace(
                 sampling_metadata, spec_token_ids=[t[:n] for t, n in real_drafts]
             )
-        total = np.cumsum(rows.num_draft_tokens, dtype=np.int32)
-        ends, drafts, targets, bonuses = (
+        kept, ends, num_filler = (
             torch.from_numpy(values).to(metadata.draft_token_ids.device)
-            for values in (total, rows.draft_indices, rows.target_rows, rows.bonus_rows)
+            for values in (
+                is_real,
+                num_real.cumsum(dtype=np.int32),
+                scheduled - num_real,
+            )
         )
         return dataclasses.replace(
             metadata,
-            draft_token_ids=metadata.draft_token_ids[drafts],
+            draft_token_ids=metadata.draft_token_ids[kept],
             num_draft_tokens=num_draft_tokens,
             cu_num_draft_tokens=ends,
-            target_logits_indices=targets,
-            bonus_logits_indices=bonuses,
+            target_logits_indices=metadata.target_logits_indices[kept],
+            # The row behind the last real draft, which filler follows.
+            bonus_logits_indices=metadata.bonus_logits_indices - num_filler,
         )
 
     def _get_spec_decode_draft_probs(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_emssd.config import EmssdConfig
@@ -56,17 +56,6 @@ from vllm_emssd.proposers.mixed import MixedProposer
 
 
 @contextmanager
-def _stock_drafter_allowed(spec_config: SpeculativeConfig) -> Iterator[None]:
-    """vLLM's draft-model object refuses to be made for an unpadded batch, which it
-    cannot run. We make it for its weights and buffers and run the batch ourselves."""
-    spec_config.disable_padded_drafter_batch = False
-    try:
-        yield
-    finally:
-        spec_config.disable_padded_drafter_batch = spec_config.uses_draft_kv_cache()
-
-
-@contextmanager
 def _one_dummy_draft(drafter: Any) -> Iterator[None]:
     """vLLM's dummy runs take K draft forwards, of which one makes the kernels too."""
     num_drafts = getattr(drafter, "num_speculative_tokens", 0)
@@ -84,8 +73,11 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         refuse_unprepared_v1(vllm_config, device)
         advise_v2(vllm_config, device)
         spec_config = vllm_config.speculative_config
-        with _stock_drafter_allowed(spec_config), installed([LOGITSPROCS_HOOK]):
+        with installed([LOGITSPROCS_HOOK]):
             super().__init__(vllm_config, device)
+        # Only now: vLLM's draft-model object refuses to be made for an unpadded batch,
+        # which it cannot run. It has the weights and buffers; we run the batch.
+        spec_config.disable_padded_drafter_batch = spec_config.uses_draft_kv_cache()
         self.sampler = UnpadSampler(
             self.model_config.logprobs_mode, self.model_config.use_fp64_gumbel
         )

@@ -109,10 +109,6 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         makes some, where the drafter depends on the target."""
         raise NotImplementedError
 
-    def computed_rows(self, num_reqs: int) -> int:
-        """Of a draft forward with a row of each request, padding included."""
-        return num_reqs
-
     def forget_warm_up(self) -> None:
         super().forget_warm_up()
         self._model_drafts = ModelDrafts()

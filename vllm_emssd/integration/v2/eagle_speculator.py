@@ -30,7 +30,7 @@ from vllm_emssd.async_draft_cursor import Turn
 from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
-from vllm_emssd.integration.drafting import leave_out_adapters, without_first_blocks
+from vllm_emssd.integration.drafting import without_first_blocks
 from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.proposers.hidden_states import MOST_BYTES
@@ -74,7 +74,6 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         super().load_model(target_model)
-        leave_out_adapters(self.model)
         states = self.hidden_states
         row_bytes = states.shape[1] * states.element_size()
         # Four steps' tokens find room in any case.
@@ -109,6 +108,10 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
         super().capture()
 
     # ------------------------------------------------------------ what forwards cost
+
+    def computed_rows(self, num_reqs: int) -> int:
+        """Of a draft forward with a row of each request."""
+        return num_reqs
 
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         dummy_run(num_reqs, context_len=CONTEXT)

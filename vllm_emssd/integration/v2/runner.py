@@ -189,7 +189,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         target.take_timings()  # of dummy runs that made drafts
         num_reqs = range(drafter.max_num_reqs + 1)
         draft_costs = CostTable.from_samples(
-            drafted, map(speculator.computed_rows, num_reqs)
+            drafted, map(drafter.computed_rows, num_reqs)
         )
         return StepCosts(target_costs, draft_costs, FIXED_MS)
 

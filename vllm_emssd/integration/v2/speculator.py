@@ -89,9 +89,6 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
     def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         self.drafter.rehearse(num_reqs, min(CONTEXT, self.drafter.max_model_len))
 
-    def computed_rows(self, num_reqs: int) -> int:
-        return self.drafter.computed_rows(num_reqs)
-
     # ------------------------------------------------------------ a step
 
     def propose(
