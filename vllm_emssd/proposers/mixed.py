@@ -47,9 +47,8 @@ class ModelDrafts:
         gains = self.gains(num_drafts, missing_rows)
         loses = (copies.rows > 0) & (copies.gains >= gains)
         if (loses & (num_drafts > 0)).any():
-            self.record.fade(
-                _IDLE_FORGET
-            )  # so that drafts that did badly are tried again
+            # So that drafts that did badly are tried again.
+            self.record.fade(_IDLE_FORGET)
         return loses
 
     def gains(self, num_drafts: np.ndarray, missing_rows: np.ndarray) -> np.ndarray:
