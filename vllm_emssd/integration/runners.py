@@ -1,8 +1,8 @@
 """Which of vLLM's model runners an engine of ours has, and what each of them lacks.
 
 On GPUs that is V2, on CPUs V1, where V2 is interpreted. On a GPU V1 is for what V2 does
-not do: vLLM takes it by itself for proposers of other packages and where there is no
-Triton, users by VLLM_USE_V2_MODEL_RUNNER=0. All refusals raise ValueError.
+not do: vLLM takes it by itself for proposers of other packages, users take it by
+VLLM_USE_V2_MODEL_RUNNER=0. All refusals raise ValueError.
 """
 
 from __future__ import annotations
