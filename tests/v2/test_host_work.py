@@ -93,9 +93,10 @@ def test_a_step_that_waits_is_noticed(fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("requests", BATCHES)
 def test_automatic_lengths_are_as_many_replays(requests: int) -> None:
-    """None in a step without drafts."""
+    """None in a step without drafts. How many there are depends on measured costs."""
     found = steady(AUTO, requests)
-    assert {0, K} <= {n for step in found for n in step["made"]}
+    made = {n for step in found for n in step["made"]}
+    assert min(made) == 0 < max(made)
     for step in found:
         assert step["calls"].get(REPLAY, 0) == max(step["made"])
     for step in steps(AUTO, requests):
@@ -135,7 +136,7 @@ def test_copies_are_found_by_two_kernels(requests: int) -> None:
 @pytest.mark.parametrize("requests", BATCHES)
 def test_drafts_after_a_copy_stay_within_a_budget(requests: int) -> None:
     backfills = [step for step in steps("mixed", requests) if step["backfills"]]
-    assert len(backfills) >= 2
+    assert backfills
     for step in backfills:
         assert step["total"] <= BUDGET_WITH_BACKFILL, step["calls"]
 
