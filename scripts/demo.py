@@ -69,7 +69,7 @@ def parse_options() -> argparse.Namespace:
         prog="scripts/demo", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer rounds, loads and methods")
+    add("--quick", action="store_true", help="fewer loads and methods")
     add("--shipped", action="store_true", help="the shipped pair, no chat model")
     add("--model", help="a chat model of your own; needs --draft-model")
     add("--draft-model", help="with the same tokenizer")

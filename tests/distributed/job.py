@@ -47,6 +47,7 @@ class Report:
     costs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # by rank
     errors: list[str] = dataclasses.field(default_factory=list)  # by request
     seconds_to_error: float = 0.0
+    # Process ID and TCP port of each.
     listeners: list[Sequence[int]] = dataclasses.field(default_factory=list)
 
 

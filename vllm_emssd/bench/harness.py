@@ -45,7 +45,7 @@ class Plan:
     warm_up: int = 1  # rounds of each batch size that are not kept, after each start
     starts: int = 1  # of all engines: one process may be slow for as long as it lives
     is_continuous: bool = False  # a request takes the place of the first that ends
-    starts_together: bool = False  # but for engines that measure costs meanwhile
+    starts_together: bool = False  # but those that measure costs start alone
     host: Method | None = None  # whose engine runs all methods, by their settings
 
     def num_requests(self, batch: int) -> int:
@@ -72,8 +72,9 @@ def measure(
     @contextlib.contextmanager
     def start(method: Method) -> Iterator[EngineProcess]:
         is_alone = not plan.starts_together or method.measures_costs
-        for other in started if is_alone else []:
-            other.wait_until_ready()
+        if is_alone:
+            for other in started:
+                other.wait_until_ready()
         engine = EngineProcess(method, options)
         started.append(engine)
         try:
@@ -82,9 +83,6 @@ def measure(
             yield engine
         finally:
             engine.close()
-
-    def wait(engine: EngineProcess) -> None:
-        engine.wait_until_ready()
 
     def run(engine: EngineProcess, method: Method, batch: int) -> Round:
         chosen = requests[: plan.num_requests(batch)]
@@ -98,7 +96,7 @@ def measure(
         done.unfinished |= set(range(batch))  # the shortened ones
         return done
 
-    return take_turns(plan, start, run, wait, keep)
+    return take_turns(plan, start, run, EngineProcess.wait_until_ready, keep)
 
 
 def stagger_ends(requests: Sequence[Request], batch: int) -> list[Request]:

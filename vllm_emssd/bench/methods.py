@@ -10,7 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_emssd.config import MAX_AUTO_COPIES, MAX_AUTO_DRAFTS, names_eagle3_head
+from vllm_emssd.config import (
+    MAX_AUTO_COPIES,
+    MAX_AUTO_DRAFTS,
+    METHOD,
+    names_eagle3_head,
+)
 
 DESCRIPTIONS: dict[str, str] = {
     "plain": "no speculation",
@@ -52,7 +57,7 @@ class Method:
     def measures_costs(self) -> bool:
         """Whether its engine may time forwards when it starts."""
         config = self.speculative_config or {}
-        return config.get("method") == "emssd" and config.get("draft_length") != "fixed"
+        return config.get("method") == METHOD and config.get("draft_length") != "fixed"
 
 
 def parse_method(

@@ -41,7 +41,7 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
     figure.supxlabel(_caption(results), x=0.01, ha="left", fontsize=6, color="grey")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    # A fourth of the size with a palette: lines need few colors.
+    # Lines need few colors: with a palette the file is a third or less.
     Image.open(path).quantize(NUM_COLORS).save(path, optimize=True)
 
 

@@ -163,7 +163,7 @@ def _add_rounds(parser: argparse.ArgumentParser, has_engines: bool) -> None:
         group.add_argument(
             "--start-together",
             action="store_true",
-            help="start all engines at once: for several cores an engine",
+            help="for several cores an engine; those that measure costs start alone",
         )
     said = "for medians and intervals, with command, commit, versions and machine"
     add("--output-json", Path, None, said)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -132,15 +131,6 @@ def max_draft_tokens(
     if max_num_tokens is not None:
         room = np.minimum(room, max_num_tokens - num_tokens - 1)
     return np.clip(room, 0, num_speculative_tokens)
-
-
-def leave_out_adapters(head: torch.nn.Module) -> None:
-    """A head shares layers with the target, whose LoRA adapters go by the rows of the
-    target's batch."""
-    for module in head.modules():
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, BaseLayerWithLoRA):
-                setattr(module, name, layer.base_layer)
 
 
 def without_first_blocks(

@@ -126,17 +126,18 @@ class UnpadSamplingMixin(GPUModelRunner):
         num_real = np.minimum(scheduled, real)
         starts = np.repeat(scheduled.cumsum() - scheduled, scheduled)
         is_real = np.arange(len(starts)) - starts < np.repeat(num_real, scheduled)
+        real_drafts = np.flatnonzero(is_real)  # a mask would make a GPU's host wait
         num_draft_tokens = num_real.tolist()
         sampling_metadata = self.input_batch.sampling_metadata
         if listed := sampling_metadata.spec_token_ids:
-            real_drafts = zip(listed, num_draft_tokens, strict=False)
+            each = zip(listed, num_draft_tokens, strict=False)
             self.input_batch.sampling_metadata = dataclasses.replace(
-                sampling_metadata, spec_token_ids=[t[:n] for t, n in real_drafts]
+                sampling_metadata, spec_token_ids=[t[:n] for t, n in each]
             )
         kept, ends, num_filler = (
             torch.from_numpy(values).to(metadata.draft_token_ids.device)
             for values in (
-                is_real,
+                real_drafts,
                 num_real.cumsum(dtype=np.int32),
                 scheduled - num_real,
             )

@@ -535,9 +535,8 @@ def _gain(acceptance, num_copied, K: tl.constexpr):
 
 @triton.jit
 def _acceptance(kind, match_len, records):
-    """By the length of the match, and as it was seen; the guess where none were."""
+    """By the length of the match, and as it was seen."""
     guess = match_len.to(tl.float64) / (match_len + 1).to(tl.float64)
     accepted = tl.load(records + 2 * kind)
     tested = tl.load(records + 2 * kind + 1)
-    seen = (accepted + guess * _PRIOR_TESTS) / (tested + _PRIOR_TESTS)
-    return tl.where(tested > 0, seen, guess)
+    return (accepted + guess * _PRIOR_TESTS) / (tested + _PRIOR_TESTS)
