@@ -29,7 +29,7 @@ class Inspection:
         """The first rank finds drafts nearly free, the others far too expensive; and
         all take over the first one's costs, as they do every 64th step."""
         meter = self.model_runner.step_costs
-        draft_ms = 0.1 if self.model_runner._ranks.is_first else 1000.0
+        draft_ms = 0.1 if self.model_runner._ranks._group.is_first_rank else 1000.0
         meter.measured.target = CostTable([1, 512], [20.0, 20.0])
         if meter._drafter is not None:
             meter.measured.draft = CostTable([1, 512], [draft_ms, draft_ms])
@@ -37,7 +37,7 @@ class Inspection:
 
     def disagree(self) -> None:
         """From now on the last rank decides on one draft more than the first."""
-        if self.model_runner._ranks.is_first:
+        if self.model_runner._ranks._group.is_first_rank:
             return
         proposer = self.model_runner._proposer
         if isinstance(proposer, LlmaProposer):

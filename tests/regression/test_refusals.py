@@ -125,7 +125,6 @@ def test_vllm_chooses_v2_where_it_can(
     ("method", "error"),
     [
         ("draft_model", "VLLM_USE_V2_MODEL_RUNNER=0, or --no-async"),
-        ("adaptive", "'enable_adaptive_verification' works on .* V2"),
         ("ngram_gpu", 'was prepared for.*"?VLLM_USE_V2_MODEL_RUNNER=0'),
     ],
 )
@@ -135,9 +134,7 @@ def test_v1_refuses_what_was_prepared_for_v2(method: str, error: str) -> None:
     vllm_config = SimpleNamespace(
         additional_config={ADDITIONAL_CONFIG_KEY: options},
         scheduler_config=SimpleNamespace(async_scheduling=True),
-        speculative_config=SimpleNamespace(
-            method=method, enable_adaptive_verification=method == "adaptive"
-        ),
+        speculative_config=SimpleNamespace(method=method),
     )
     with pytest.raises(ValueError, match=error):
         UnpadGPUModelRunner(vllm_config, torch.device("cuda"))
@@ -158,10 +155,7 @@ def test_v1_on_a_gpu_refuses_automatic_lengths() -> None:
         ("lora_config", "one LoRA adapter a request.*remove --enable-lora"),
     ],
 )
-def test_heads_on_the_v2_runner_are_refused_with(
-    option: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runners, "HAS_TRITON", True)
+def test_heads_on_the_v2_runner_are_refused_with(option: str, words: str) -> None:
     vllm_config = SimpleNamespace(
         speculative_config=SimpleNamespace(method="eagle3"),
         kv_transfer_config=None,

@@ -53,7 +53,6 @@ def test_v2_is_advised_where_it_does_what_v1_was_chosen_for(
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(runners, "logger", SimpleNamespace(warning=lines.append))
-    monkeypatch.setattr(runners, "HAS_TRITON", True)
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     if use_v2 is not None:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)

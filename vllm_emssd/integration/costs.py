@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import copy
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
 from vllm_emssd.draft_length import CostTable, StepCosts
+from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.ranks import Ranks
 
 logger = init_logger("vllm.emssd.step_costs")
@@ -43,19 +44,6 @@ _SHARED = ("target", "draft", *_BESIDES)
 NO_DRAFT_MODEL = CostTable([1], [0.0])
 
 
-class TimedForwards(Protocol):
-    """Forwards of one model."""
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        """(rows, ms) of those whose time has become known since the last call."""
-        ...
-
-
-class TimedDraftForwards(TimedForwards, Protocol):
-    @property
-    def tells_confidence(self) -> bool: ...
-
-
 class StepCostMeter:
     """Owns the costs of one worker and keeps them fresh.
 
@@ -70,8 +58,8 @@ class StepCostMeter:
     def __init__(
         self,
         measured: StepCosts,
-        target: TimedForwards,
-        drafter: TimedDraftForwards | None,
+        target: TimedByClock,
+        drafter: TimedByClock | None,
         ranks: Ranks,
     ) -> None:
         self._target = target
@@ -198,7 +186,7 @@ def _learn(table: CostTable, timings: list[tuple[int, float]], known: set[int]) 
 
 def time_forwards(
     run: Callable[[int], object],
-    timed: TimedForwards,
+    timed: TimedByClock,
     max_rows: int,
     device: torch.device,
 ) -> list[tuple[int, float]]:

@@ -12,11 +12,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import AdmittedRequest
 from vllm_emssd.draft_length import AutoDraftLength, FixedDraftLength, StepCosts
-from vllm_emssd.integration.costs import (
-    StepCostMeter,
-    TimedDraftForwards,
-    TimedForwards,
-)
+from vllm_emssd.integration.costs import StepCostMeter
+from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.kv_cache import specs_for_drafting
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.unsupported import ONLY_MIXED_CHOOSES
@@ -28,7 +25,7 @@ class DraftingRunner:
 
     emssd_config: EmssdConfig
     _ranks: Ranks
-    _proposer: Any
+    _proposer: Any  # made with the KV cache
     step_costs: StepCostMeter | None = None  # with automatic lengths
     _automatic: AutoDraftLength | None = None  # likewise
 
@@ -39,8 +36,8 @@ class DraftingRunner:
     def _automatic_lengths(
         self,
         measured: StepCosts,
-        target: TimedForwards,
-        drafter: TimedDraftForwards | None,
+        target: TimedByClock,
+        drafter: TimedByClock | None,
         **options: bool,
     ) -> AutoDraftLength:
         """Lengths by these costs, which live forwards keep fresh from now on."""

@@ -55,35 +55,6 @@ class WallClock(ForwardClock):
         return timings
 
 
-class ForwardTimer:
-    """A model's last forward and the logits computed after it, timed on a CPU."""
-
-    def __init__(self, model: Any) -> None:
-        self._rows = 0
-        self._ms = 0.0
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after)
-        self._compute_logits = model.compute_logits
-        model.compute_logits = self._timed_logits
-
-    def take_timings(self) -> list[tuple[int, float]]:
-        return [(self._rows, self._ms)]
-
-    def _timed_logits(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        logits = self._compute_logits(*args, **kwargs)
-        self._ms += (time.perf_counter() - start) * 1e3
-        return logits
-
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        token_ids = kwargs.get("input_ids")
-        self._rows = 0 if token_ids is None else int(token_ids.shape[0])
-        self._started = time.perf_counter()
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._ms = (time.perf_counter() - self._started) * 1e3
-
-
 class EventClock(ForwardClock):
     """By events in the current stream."""
 
@@ -121,11 +92,40 @@ def clock_of(device: torch.device) -> ForwardClock:
 
 
 class TimedByClock:
-    """Forwards that are timed once they are given a clock. See
-    `costs.TimedDraftForwards`."""
+    """Forwards of one model, timed once they are given a clock."""
 
-    tells_confidence = False
+    tells_confidence = False  # of a drafter: in a step's forwards
     clock = ForwardClock()
 
     def take_timings(self) -> list[tuple[int, float]]:
+        """(rows, ms) of those whose time has become known since the last call."""
         return self.clock.take_timings()
+
+
+class ForwardTimer(TimedByClock):
+    """A model's last forward and the logits computed after it, timed on a CPU."""
+
+    def __init__(self, model: Any) -> None:
+        self._rows = 0
+        self._ms = 0.0
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after)
+        self._compute_logits = model.compute_logits
+        model.compute_logits = self._timed_logits
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        return [(self._rows, self._ms)]
+
+    def _timed_logits(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        logits = self._compute_logits(*args, **kwargs)
+        self._ms += (time.perf_counter() - start) * 1e3
+        return logits
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        token_ids = kwargs.get("input_ids")
+        self._rows = 0 if token_ids is None else int(token_ids.shape[0])
+        self._started = time.perf_counter()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._ms = (time.perf_counter() - self._started) * 1e3

@@ -21,7 +21,6 @@ class Ranks:
         self._group = group = get_tp_group()
         self._device = device
         self.is_alone: bool = group.world_size == 1
-        self.is_first: bool = group.is_first_rank
         self._first: int = group.ranks[0]
         self._fingerprint = 0  # of all decisions so far
 

@@ -12,7 +12,6 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.triton_utils import HAS_TRITON
 
 from vllm_emssd.config import ADAPTIVE, EmssdConfig
 from vllm_emssd.integration.unsupported import METHOD_NAME
@@ -43,12 +42,6 @@ def may_run_on_v2(config: EmssdConfig) -> bool:
     return prefers_v2() and (config.uses_draft_model or copies)
 
 
-def refuse_early(config: EmssdConfig) -> None:
-    """What is sure to be refused later: if the user asks for the V2 runner."""
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        refuse_options(config)
-
-
 def refuse_options(config: EmssdConfig) -> None:
     """On the V2 runner, options that the V1 runner alone has."""
     if not (config.uses_draft_model or config.copies):
@@ -68,8 +61,6 @@ def refuse_unprepared_v1(vllm_config: VllmConfig, device: torch.device) -> None:
     config = EmssdConfig.carried_by(vllm_config.additional_config)
     if config.draft_length == "auto" and device.type != "cpu":
         raise ValueError(AUTO_NEEDS_V2)  # it goes by the wall clock
-    if vllm_config.speculative_config.enable_adaptive_verification:
-        raise ValueError(ADAPTIVE_NEEDS_V2)
     if vllm_config.speculative_config.method == "ngram_gpu":
         raise ValueError(
             '"proposer": "llma" was prepared for vLLM\'s V2 model runner, but vLLM '
@@ -85,10 +76,6 @@ def refuse_unprepared_v1(vllm_config: VllmConfig, device: torch.device) -> None:
 def refuse_deployment(vllm_config: VllmConfig) -> None:
     """What vLLM's V2 runner offers and emssd does not."""
     spec_config = vllm_config.speculative_config
-    if not HAS_TRITON:
-        raise ValueError(
-            f"vLLM's V2 model runner needs Triton, which this machine lacks. {USE_V1}."
-        )
     if vllm_config.watermark_config is not None:
         raise ValueError(
             f"{METHOD_NAME} does not support watermarking; remove --watermark-config."

@@ -59,7 +59,7 @@ class DraftModelProposer:
         check_agreement: is shown each decision before it is acted on; raises where
             another rank decided differently.
         feeds_every_prompt: feed each prompt in the step that computes it, even of
-            requests that want no drafts: where others take its K/V from the cache.
+            requests that want no drafts: a KV connector looks for that K/V.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -41,7 +42,7 @@ from vllm_emssd.integration.runners import (
     AUTO_NEEDS_V2,
     may_run_on_v2,
     prefers_v2,
-    refuse_early,
+    refuse_options,
 )
 from vllm_emssd.integration.unsupported import (
     METHOD_NAME,
@@ -154,7 +155,8 @@ def _create_ours(
         raise ValueError(ADAPTIVE_NEEDS_V2)
     config = _settle_draft_length(config, asked)
     may_be_async = _settle_async_scheduling(args, config)
-    refuse_early(config)
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        refuse_options(config)
     model = stock_part.get("model")
     has_head = False
     if model:

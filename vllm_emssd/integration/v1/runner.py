@@ -31,8 +31,7 @@ class UnpadRunnerMixin(StartUpMixin):
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
         finished = scheduler_output.finished_req_ids
-        if self._proposer is not None:
-            self._proposer.release(finished)
+        self._proposer.release(finished)
         for req_id in finished:
             self._forget_drafts(req_id)
         self._request_limits.release(finished)
@@ -136,9 +135,8 @@ class UnpadRunnerMixin(StartUpMixin):
         )
 
     def _draft(self, batch: DraftBatch) -> list[list[int]]:
-        assert self._proposer is not None
         try:
-            drafts = self._proposer.propose(batch)
+            drafts: list[list[int]] = self._proposer.propose(batch)
         except Exception as error:
             self._failures.take(error)
             drafts = [[] for _ in batch.req_ids]
@@ -177,7 +175,6 @@ class UnpadRunnerMixin(StartUpMixin):
         )
 
     def _tell_proposer(self, req_id: str, num_drafts: int, num_accepted: int) -> None:
-        assert self._proposer is not None
         try:
             self._proposer.record_verified(req_id, num_drafts, num_accepted)
         except Exception as error:

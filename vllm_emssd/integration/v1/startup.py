@@ -97,7 +97,6 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         self.emssd_config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.counters = Counters()
         self._ranks = Ranks(self.device)
-        self._proposer: Proposer | None = None  # made with the KV cache
         self._cursor: DraftCursor | None = None  # of the draft model, if any
         self.paged_drafter: PagedDrafter | None = None
         self._hidden_states: HiddenStates | None = None  # for an EAGLE head, if any

@@ -57,7 +57,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     """Owns the draft cursor and the policy of one rank."""
 
     num_first_rows: int  # of those a request lacks, that its first draft feeds
-    drafter: Any  # its forwards, made with the KV cache: `costs.TimedDraftForwards`
+    drafter: Any  # its forwards, made with the KV cache: `TimedByClock`
     sits_out_dummy_runs = False  # while costs of the target are measured
     _new_cursor: Callable[..., AsyncDraftCursor] = AsyncDraftCursor
 
