@@ -247,6 +247,7 @@ class SteeredCosts:
         self.speculator = model_runner(llm).speculator
         self.rng: np.random.Generator | None = None
         self.lengths: list[list[int]] = []
+        self.num_reqs: list[int] = []
         self.verifies: list[bool] = []
         self.num_forwards: list[int] = []  # of the drafter in each of these steps
         self.num_forwards_before = 0
@@ -267,9 +268,11 @@ class SteeredCosts:
     def draw(self) -> None:
         """New costs after each step from now on: drafts from free to too expensive."""
         self.rng = np.random.default_rng(0)
-        self.lengths, self.num_forwards, self.verifies = [], [], []
+        self.lengths, self.num_forwards = [], []
+        self.num_reqs, self.verifies = [], []
 
     def step_done(self, num_reqs: int, verifies: bool) -> None:
+        self.num_reqs.append(num_reqs)
         self.verifies.append(verifies)
         self.lengths.append(list(self.speculator.draft_lens.values()))
         num_forwards = self.speculator.counters.num_draft_forwards
@@ -296,7 +299,7 @@ def automatic(llm: Any, **parameters: Any) -> dict[str, Any]:
         steered.draw()
         drawn = one_pass(llm, **parameters)
         steps = {"lengths": steered.lengths, "num_forwards": steered.num_forwards}
-        steps["verifies"] = steered.verifies
+        steps |= {"num_reqs": steered.num_reqs, "verifies": steered.verifies}
         seen["drawn"] = drawn | steps
     measured = one_pass(llm, **parameters)
     costs = costs_at_start + llm.collective_rpc("emssd_costs")

@@ -398,6 +398,13 @@ def test_costs_are_told_which_steps_verify_drafts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
+def test_steps_of_prompts_alone_are_told_apart(name: str) -> None:
+    """They say nothing of what other steps cost."""
+    num_reqs = seen(name, "drawn")["num_reqs"]
+    assert num_reqs[0] == 0 < max(num_reqs) <= len(MAX_TOKENS)
+
+
+@pytest.mark.parametrize("name", cases(*AUTO, "auto itself"))
 def test_live_steps_move_the_costs(name: str) -> None:
     at_start, after = seen(name, "measured")["costs"]
     for costs in (at_start, after):

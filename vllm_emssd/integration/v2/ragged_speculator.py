@@ -163,6 +163,11 @@ class RaggedSpeculator(BaseSpeculator):
         return pending.step
 
     @property
+    def num_decoding(self) -> int:
+        """Requests of the last step whose prompts had been computed before it."""
+        return int(self._pending_steps[-1].step.is_decode.sum())
+
+    @property
     def draft_lens(self) -> dict[str, int]:
         """Drafts of each request of the last batch."""
         req_ids, num_made = self._last_made

@@ -268,8 +268,9 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         if isinstance(output, AsyncOutput):
             self._outputs.append(output)
             if self.step_costs is not None:
-                num_reqs = len(output.num_sampled_tokens_np)
-                self.step_costs.step_done(num_reqs, verifies=self._verifies)
+                self.step_costs.step_done(
+                    self.speculator.num_decoding, verifies=self._verifies
+                )
         return output
 
     def _record_acceptance(self, num_late: int | None = None) -> None:
