@@ -29,6 +29,7 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "emssd": DRAFT_MODEL,
     "ragged": DRAFT_MODEL,
     "auto": DRAFT_MODEL | {"draft_length": "auto"},
+    "trimmed": DRAFT_MODEL | {"enable_adaptive_verification": True},
     "stock, eagle3": STOCK_EAGLE3,
     "emssd, eagle3": EAGLE3,
     "ragged, eagle3": EAGLE3,
@@ -56,15 +57,16 @@ def main(side: str, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     dtype = options.pop("dtype")
     config = speculative_config(side, options)
     regex = options.get("regex")
-    ours = ("draft", "sampled", "regex")  # the rest is vLLM's
+    max_tokens = options.get("max_tokens", 128 if regex else 64)
+    ours = ("draft", "sampled", "regex", "max_tokens")  # the rest is vLLM's
     options = {k: v for k, v in options.items() if k not in ours}
-    if side.startswith(("emssd", "ragged", "auto")):
+    if side.startswith(("emssd", "ragged", "auto", "trimmed")):
         options["async_scheduling"] = variant == "async"
     texts = [prompts()[i % len(prompts())] for i in range(BATCH)]
     params = SamplingParams(
         temperature=float(is_sampled),
         seed=0,
-        max_tokens=128 if regex else 64,
+        max_tokens=max_tokens,
         ignore_eos=regex is None,
         structured_outputs=StructuredOutputsParams(regex=regex) if regex else None,
     )

@@ -21,6 +21,7 @@ from vllm_emssd.bench.methods import (
 from vllm_emssd.config import DraftLengthName, EmssdConfig, parse_speculative_config
 
 STOCK_KEYS = {"method", "model", "num_speculative_tokens"}
+STOCK_KEYS |= {"enable_adaptive_verification"}
 NAMES = [name for name in DESCRIPTIONS if "=" not in name]
 
 
@@ -75,6 +76,7 @@ def test_lengths_by_name() -> None:
 def test_what_vllm_itself_can_leave_out() -> None:
     asked = {"enable_adaptive_verification": True}
     assert config("stock-adaptive") == config("stock") | asked
+    assert config("auto-adaptive") == config("auto") | asked
     by_batch = config("stock-by-batch")
     schedule = by_batch.pop("num_speculative_tokens_per_batch_size")
     assert by_batch == config("stock")

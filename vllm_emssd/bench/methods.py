@@ -27,6 +27,7 @@ DESCRIPTIONS: dict[str, str] = {
     "suffix": "vLLM's suffix (arctic-inference), 7 drafts, no old answers",
     "emssd": "emssd draft model or head, K drafts; kN: N drafts",
     "auto": "emssd draft model or head alone, automatic lengths",
+    "auto-adaptive": "the same, of whose drafts the likeliest are verified: on GPUs",
     "padded": "emssd draft model, K drafts, padded inputs (the paper's vanilla)",
     "llma": "emssd copy, 7 drafts",
     "llma-auto": "emssd copy, automatic lengths",
@@ -102,6 +103,7 @@ def _known(
     alone = drafts | {"proposer": "draft_model"}
     stock = drafts | {"method": stock_method(draft_model or "")}
     fewer = [(1, 16, num_drafts), (17, 64, 3), (65, 512, 1)]  # no more than K
+    adaptive = {"enable_adaptive_verification": True}
     fixed = {"method": "emssd", "draft_length": "fixed"}
     auto = {"draft_length": "auto"}
     most = {"num_speculative_tokens": MAX_AUTO_DRAFTS}
@@ -124,13 +126,14 @@ def _known(
     return {
         "plain": None,
         "stock": stock,
-        "stock-adaptive": stock | {"enable_adaptive_verification": True},
+        "stock-adaptive": stock | adaptive,
         "stock-by-batch": stock | {"num_speculative_tokens_per_batch_size": fewer},
         "ngram": ngram,
         "suffix": suffix,
         "ngram-longest": ngram | {"prompt_lookup_max": LONGEST_MATCH},
         "emssd": alone | fixed,
         "auto": alone | fixed | auto | most,
+        "auto-adaptive": alone | fixed | auto | most | adaptive,
         "padded": alone | fixed | padded,
         "llma": llma,
         "llma-auto": llma | auto | copies,
