@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from tests.unit.made_traces import (
@@ -11,6 +14,7 @@ from tests.unit.made_traces import (
     straight_costs,
     trace,
 )
+from vllm_emssd.simulate import simulator
 from vllm_emssd.simulate.simulator import (
     Decoding,
     Outcome,
@@ -150,6 +154,26 @@ def test_device_is_waited_for_where_it_takes_longer() -> None:
     device = 12 + 1 + 1
     assert ms_a_step(0.5, 0.1, True) == pytest.approx(device, rel=0.02)
     assert ms_a_step(0.5, 0.1, False) == pytest.approx(2.5 + device, rel=0.02)
+
+
+def waits_for_each_step(clocks: Any, is_async: bool) -> None:
+    clocks.host = max(clocks.host, clocks.device)
+
+
+def hides_nothing(clocks: Any, ms: float, host_ms: float) -> None:
+    clocks.host += ms + host_ms
+    clocks.device = clocks.host
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("end_step", waits_for_each_step), ("launch", hides_nothing)]
+)
+def test_wrong_clocks_are_noticed(
+    name: str, wrong: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulator._Clocks, name, wrong)
+    with pytest.raises(AssertionError):
+        test_device_is_waited_for_where_it_takes_longer()
 
 
 # ---------------------------------------------------------------- what must hold

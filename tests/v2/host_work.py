@@ -30,7 +30,8 @@ class HostWork(TorchDispatchMode):
     `waits` are the calls for which a host with a device would wait, or which move data
     between the two: values and shapes that depend on a tensor's content, copies to the
     host, tensors made on it, events and streams waited for. Not seen are copies into
-    tensors that are there already.
+    tensors that are there already, and indices made on the host. Fake tensors on a
+    device that is not there would tell of these, but the kernels need real ones.
     """
 
     def __init__(self) -> None:
