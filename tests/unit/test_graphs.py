@@ -140,29 +140,16 @@ def desc_of_step(
 
 
 @pytest.mark.parametrize("draft_length", ["fixed", "auto"])
-def test_a_cached_prompt_that_joins_leaves_the_step_its_full_graph(
+def test_steps_of_any_lengths_have_a_full_graph(
     monkeypatch: pytest.MonkeyPatch, draft_length: str
 ) -> None:
-    """It lacks a token, which is a row as any other."""
-    runner = started(monkeypatch, AttentionCGSupport.ALWAYS, draft_length=draft_length)
-    last, joined = NUM_REQS - 1, {NUM_REQS - 1: 63}
-    assert mode_of_step(runner, [K + 1] * last + [1], joined) == FULL
-    assert mode_of_step(runner, [1] * NUM_REQS, joined) == FULL
+    """But those with a prompt, as in vLLM."""
+    runner = started(monkeypatch, ALWAYS, draft_length=draft_length)
+    last = NUM_REQS - 1
     assert mode_of_step(runner, [K + 1] * NUM_REQS) == FULL
+    assert mode_of_step(runner, [K + 1] * last + [1]) == FULL
     assert mode_of_step(runner, [1] * NUM_REQS) == FULL
-    # Two tokens are a prefill, and so is the first of a text.
-    assert mode_of_step(runner, [K + 1] * last + [2], {last: 62}) == PIECEWISE
-    assert mode_of_step(runner, [1] * NUM_REQS, {last: 0}) == PIECEWISE
-    assert mode_of_step(runner, [1] * NUM_REQS) == FULL
-
-
-def test_steps_of_a_data_parallel_rank_are_as_in_vllm(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where another rank may have a prompt in its step, which all agree on."""
-    runner = started(monkeypatch, AttentionCGSupport.ALWAYS)
-    runner.vllm_config.parallel_config.data_parallel_size = 2
-    assert mode_of_step(runner, [1] * NUM_REQS, {0: 63}) == PIECEWISE
+    assert mode_of_step(runner, [1] * NUM_REQS, {last: 63}) == PIECEWISE
     assert mode_of_step(runner, [1] * NUM_REQS) == FULL
 
 

@@ -20,12 +20,9 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, StepTimingCollector
 from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
-from vllm.v1.worker.gpu.cudagraph_utils import (
-    BatchExecutionDescriptor,
-    ModelCudaGraphManager,
-)
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_emssd.config import EmssdConfig
@@ -67,21 +64,6 @@ class TargetTiming(TimedByClock, StepTimingCollector):
         if self._num_rows:
             self.clock.stop(self._num_rows)
         self._num_rows = 0
-
-
-class RaggedDecodeGraphs(ModelCudaGraphManager):
-    """Of the target in steps in which requests have 1 to K + 1 rows each. vLLM keeps
-    steps with any prompt out of such graphs; one that lacks a single token, as after a
-    prefix-cache hit, has a row as any other."""
-
-    most_rows: int | None = None  # of a request in the step at hand, if all are such
-
-    def dispatch(
-        self, *args: Any, max_query_len: int | None = None, **kwargs: Any
-    ) -> BatchExecutionDescriptor:
-        if max_query_len is None and self.dp_size == 1:  # else ranks have to agree
-            max_query_len = self.most_rows
-        return super().dispatch(*args, max_query_len=max_query_len, **kwargs)
 
 
 class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
@@ -139,7 +121,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
                 unsupported[0],
             )
             return
-        self.cudagraph_manager = RaggedDecodeGraphs(
+        self.cudagraph_manager = ModelCudaGraphManager(
             self.vllm_config,
             self.device,
             mode,
@@ -240,18 +222,6 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
                 scheduler_output.total_num_scheduled_tokens,
                 max(map(len, drafts.values())),
             )
-
-    def gather_batch_req_state(
-        self, scheduler_output: SchedulerOutput, dummy_run: bool
-    ) -> tuple[BatchReqState | None, int | None]:
-        gathered = super().gather_batch_req_state(scheduler_output, dummy_run)
-        state, graphs = gathered[0], self.cudagraph_manager
-        if isinstance(graphs, RaggedDecodeGraphs):
-            scheduled = scheduler_output.num_scheduled_tokens.values()
-            most_rows = max(scheduled, default=0)
-            are_decodes = state is not None and state.decode_graph_eligible
-            graphs.most_rows = most_rows if are_decodes else None
-        return gathered
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.speculator.release(scheduler_output.finished_req_ids)
