@@ -130,13 +130,19 @@ class LlmaProposer:
         self._num_to_index = _INDEXED_A_STEP
         copies = [NO_COPY] * batch.num_reqs
         most = np.minimum(batch.max_draft_tokens, self._copy_length)
-        for i in np.flatnonzero(batch.is_sampling & (most > 0)).tolist():
-            copies[i] = self._find(
-                batch.req_ids[i],
-                batch.token_ids[i, : batch.num_tokens[i]],
-                int(batch.num_prompt_tokens[i]),
-                int(most[i]),
-            )
+        most[~batch.is_sampling] = 0
+        each = zip(
+            batch.req_ids,
+            batch.token_ids,
+            batch.num_tokens.tolist(),
+            batch.num_prompt_tokens.tolist(),
+            most.tolist(),
+            strict=False,  # there are more rows of token ids
+        )
+        for i, (req_id, token_ids, num_tokens, num_prompt, length) in enumerate(each):
+            if length:
+                known = token_ids[:num_tokens]
+                copies[i] = self._find(req_id, known, num_prompt, length)
         # After all requests, so that their order in the batch makes no difference.
         for kind in self._idle:
             self._records[kind].fade(_IDLE_FORGET)
@@ -187,12 +193,10 @@ class LlmaProposer:
         request = self._up_to_date(req_id, token_ids, num_prompt_tokens)
         if request is None:
             return NO_COPY
-        # The reference comes first: of equals it is taken.
-        copies = (
-            self._copy_of_reference(request, length),
-            self._copy_of_own_text(request, length),
-        )
-        best = max(copies, key=lambda copy: copy.gain)
+        best = self._copy_of_own_text(request, length)
+        if request.pointer is not None:
+            reference = self._copy_of_reference(request.pointer, length)
+            best = reference if reference.gain >= best.gain else best
         if best.token_ids and best.acceptance < _WORTHLESS:
             self._idle.append(best.kind)
             return NO_COPY
@@ -212,21 +216,19 @@ class LlmaProposer:
                 index, num_prompt_tokens, pointer, num_prompt_tokens
             )
             self._requests[req_id] = request
-        num_indexed = request.index.num_indexed
-        end = min(len(token_ids), num_indexed + self._num_to_index)
-        self._num_to_index -= end - num_indexed
-        request.index.extend(token_ids[:end])
-        if end < len(token_ids):
+        num_new = len(token_ids) - request.index.num_indexed
+        self._num_to_index -= num_new
+        if self._num_to_index < 0:
+            request.index.extend(token_ids[: self._num_to_index])
+            self._num_to_index = 0
             return None
+        request.index.extend(token_ids)
         if request.pointer is not None:
             request.pointer.advance(request.index.tokens, request.num_followed)
             request.num_followed = len(token_ids)
         return request
 
-    def _copy_of_reference(self, request: _RequestCopies, length: int) -> Copy:
-        pointer = request.pointer
-        if pointer is None:
-            return NO_COPY
+    def _copy_of_reference(self, pointer: ReferencePointer, length: int) -> Copy:
         kind = (_REFERENCE, pointer.run.bit_length())
         match_len = pointer.run + _REFERENCE_HEAD_START
         if pointer.has_departed:

@@ -26,13 +26,12 @@ class NgramIndex:
 
     def extend(self, token_ids: np.ndarray) -> None:
         """Take in the tokens added since the last call. `token_ids`: [num_tokens]."""
-        length = self._check_length
-        first = max(len(self.tokens) - length + 1, 0)
-        self.tokens += token_ids[len(self.tokens) :].tolist()
-        tail = self.tokens[first:]
-        runs = zip(*(tail[i:] for i in range(length)), strict=False)
-        for end, run in enumerate(runs, first + length):
-            self._ends.setdefault(run, []).append(end)
+        length, tokens = self._check_length, self.tokens
+        first = max(len(tokens) - length + 1, 0)
+        tokens += token_ids[len(tokens) :].tolist()
+        for start in range(first, len(tokens) - length + 1):
+            end = start + length
+            self._ends.setdefault(tuple(tokens[start:end]), []).append(end)
 
     @property
     def num_indexed(self) -> int:
