@@ -8,9 +8,12 @@ does, but keeps its own time, so that later observations can tell the two apart.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
+import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -65,14 +68,16 @@ class CostTable:
     ) -> None:
         self._computed = np.array(list(computed), dtype=np.int64)
         self._computed_list = self._computed.tolist()
-        self._rows = np.array(list(rows), dtype=np.float64)
-        self._measured = np.array(list(ms), dtype=np.float64)
-        if self._rows.size == 0 or self._rows.size != self._measured.size:
+        # Lists: for so few points quicker than arrays, a few times in each step.
+        self._rows = list(map(float, rows))
+        self._measured = list(map(float, ms))
+        if not self._rows or len(self._rows) != len(self._measured):
             raise ValueError("a cost table needs as many times as row counts, >= 1")
-        if (np.diff(self._rows) <= 0).any() or not np.isfinite(self._measured).all():
+        rise = all(map(operator.lt, self._rows, self._rows[1:]))
+        if not rise or not all(map(math.isfinite, self._measured)):
             raise ValueError("row counts must rise and times be finite")
         self._outliers = 0  # in a row
-        self._seen = [0] * self._rows.size  # observations beside each point
+        self._seen = [0] * len(self._rows)  # observations beside each point
         self._update()
 
     @classmethod
@@ -85,7 +90,7 @@ class CostTable:
 
     @property
     def points(self) -> list[tuple[int, float]]:
-        return [(int(r), float(m)) for r, m in zip(self._rows, self._ms, strict=True)]
+        return list(zip(map(int, self._rows), self._ms, strict=True))
 
     def ms(self, rows: np.ndarray) -> np.ndarray:
         """Cost of each row count; 0 rows cost nothing. Shape kept, float64."""
@@ -103,31 +108,31 @@ class CostTable:
             return 0.0
         if rows < len(self._computed_list):
             rows = self._computed_list[rows]
-        if rows >= self._rows_list[-1]:
-            beyond = (rows - self._rows_list[-1]) * self._slope_beyond
-            return self._ms_list[-1] + beyond
-        right = bisect_right(self._rows_list, rows)
-        if right == 0:
-            return self._ms_list[0]
-        start, end = self._rows_list[right - 1 : right + 1]
-        share = (rows - start) / (end - start)
-        low, high = self._ms_list[right - 1 : right + 1]
-        return low + share * (high - low)
+        beyond = max(rows - self._rows[-1], 0) * self._slope_beyond
+        return self._between_points(rows) + beyond
+
+    def _between_points(self, rows: float) -> float:
+        right = bisect_right(self._rows, rows)
+        if right == 0 or right == len(self._rows):
+            return self._ms[right - (right > 0)]
+        start, end = self._rows[right - 1 : right + 1]
+        low, high = self._ms[right - 1 : right + 1]
+        return low + (rows - start) / (end - start) * (high - low)
 
     def cover(self, rows: int) -> None:
         """Live forwards have as many rows: add points up to there, each at twice the
         rows of the one before, at the extrapolated cost until they are observed."""
         while _BEYOND * self._rows[-1] < rows:
             next_rows = 2 * int(self._rows[-1])
-            self._measured = np.append(self._measured, self.at(next_rows))
-            self._rows = np.append(self._rows, float(next_rows))
+            self._measured.append(self.at(next_rows))
+            self._rows.append(float(next_rows))
             self._seen.append(0)
             self._update()
 
     def observe(self, rows: int, ms: float) -> None:
         """A forward of `rows` took `ms`: move the points beside it a little."""
         is_near = 1 <= rows <= _BEYOND * self._rows[-1]
-        if not is_near or not np.isfinite(ms) or ms < 0:
+        if not is_near or not math.isfinite(ms) or ms < 0:
             return
         cost = max(self.at(rows), _LEAST_MS)
         self._outliers = self._outliers + 1 if ms > _OUTLIER * cost else 0
@@ -135,44 +140,48 @@ class CostTable:
             return
         if ms < cost / _MOST_CHANGE:
             # Noise makes no forward this quick: what was measured before was slowed.
-            quicker = self._measured * (1 + ms / cost) / 2
-            self._measured = np.maximum(quicker, _LEAST_MS)
+            change = (1 + ms / cost) / 2
+            self._measured = [max(m * change, _LEAST_MS) for m in self._measured]
         else:
             self._move_points(rows, min(ms, _MOST_CHANGE * cost) / cost)
         self._update()
 
     def _move_points(self, rows: int, ratio: float) -> None:
         """An observation is `ratio` times the cost of its rows."""
-        measured, last = self._measured, len(self._rows) - 1
-        right = min(int(np.searchsorted(self._rows, rows)), last)
-        left = right if rows == self._rows[right] else max(right - 1, 0)
-        beside = slice(left, right + 1)
-        rate = _weight(min(self._seen[beside]))
-        own = np.interp(rows, self._rows[beside], measured[beside])
-        ms = ratio * np.interp(rows, self._rows, self._ms)
-        moved = measured[beside] * (1 + rate * (ms / max(own, _LEAST_MS) - 1))
+        points, seen = self._rows, self._seen
+        right = min(bisect_left(points, rows), len(points) - 1)
+        left = right if rows == points[right] else max(right - 1, 0)
+        start, end = points[left], points[right]
+        share = min((rows - start) / (end - start), 1.0) if left < right else 0.0
+        own, ms = (
+            of_points[left] + share * (of_points[right] - of_points[left])
+            for of_points in (self._measured, self._ms)
+        )
+        rate = _weight(min(seen[left : right + 1]))
+        change = 1 + rate * (ratio * ms / max(own, _LEAST_MS) - 1)
+        moved = [m * change for m in self._measured[left : right + 1]]
         # Points that were measured at the start, at their quickest, and not seen since
         # must not look cheap beside live times: another row costs their difference.
-        measured *= 1 + _SHARED * _weight(sum(self._seen) // 2) * (ratio - 1)
+        change = 1 + _SHARED * _weight(sum(seen) // 2) * (ratio - 1)
+        measured = [m * change for m in self._measured]
         # More rows cannot be quicker: if they were when they were measured, they rise.
-        later = measured[right + 1 :]
         if ratio > 1:
-            later[:] = np.maximum(
-                later, np.minimum(later * (1 + rate * (ratio - 1)), moved[-1])
-            )
-        measured[beside] = moved
-        for point in range(left, right + 1):
-            self._seen[point] += 1
+            change = 1 + rate * (ratio - 1)
+            for i in range(right + 1, len(points)):
+                measured[i] = max(measured[i], min(measured[i] * change, moved[-1]))
+        measured[left : right + 1] = moved
+        self._measured = measured
+        for i in range(left, right + 1):
+            seen[i] += 1
 
     def _update(self) -> None:
         """The points moved. Beyond the last the slope is that of the table's upper
         half: two neighbors alone may be noise."""
-        self._ms = np.minimum.accumulate(self._measured[::-1])[::-1].copy()
-        self._rows_list, self._ms_list = self._rows.tolist(), self._ms.tolist()
+        self._ms = list(accumulate(reversed(self._measured), min))[::-1]
         first, last = self._rows[0], self._rows[-1]
         middle = max(last / 2, first)
-        rise = self._ms[-1] - np.interp(middle, self._rows, self._ms)
-        self._slope_beyond = float(rise / (last - middle)) if last > middle else 0.0
+        rise = self._ms[-1] - self._between_points(middle)
+        self._slope_beyond = rise / (last - middle) if last > middle else 0.0
 
 
 def quickest_times(samples: Iterable[tuple[int, float]]) -> dict[int, float]:
