@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DOCUMENT = Path(__file__).parent.parent / "CONTRIBUTING.md"
-MOST_LINES = 40
+MAX_LINES = 40
 
 
 def block_of(filename: str) -> str:

@@ -67,7 +67,7 @@ class AsyncDraftCursor:
             self._draft_len,  # leading tokens with valid draft K/V
             self._num_tokens,  # known by the steps that are settled
             self._num_pending,  # steps to be settled,
-            self._most_pending,  # and what they add to the tokens known at most
+            self._max_pending,  # and what they add to the tokens known at most
             self._num_lacking,  # known tokens, pending ones included, without draft K/V
             self._num_fed_drafts,  # of the drafts made last
         ) = np.zeros((8, num_slots), dtype=np.int64)
@@ -96,7 +96,7 @@ class AsyncDraftCursor:
                 self._num_blocks,
                 self._draft_len,
                 self._num_pending,
-                self._most_pending,
+                self._max_pending,
                 self._num_fed_drafts,
             ):
                 state[slot] = 0
@@ -125,7 +125,7 @@ class AsyncDraftCursor:
         self._num_fed_drafts[slots] = 0
         is_late = (num_drafts > 0) | (self._num_pending[slots] > 0)
         self._num_pending[slots] += is_late
-        self._most_pending[slots] += is_late * (1 + num_drafts)
+        self._max_pending[slots] += is_late * (1 + num_drafts)
         # Nothing is uncertain of the others, which may count on what it feeds now.
         self._num_tokens[slots] += is_sampling & ~is_late
         return Turn(slots, is_late, num_drafts, num_fed, num_fed)
@@ -160,7 +160,7 @@ class AsyncDraftCursor:
     def awaits_drafts(self, turn: Turn) -> np.ndarray:
         """Which requests verified drafts in an earlier step that is not settled, so
         that they may lack less than is known. [num_reqs] bool"""
-        most, steps = self._most_pending[turn.slots], self._num_pending[turn.slots]
+        most, steps = self._max_pending[turn.slots], self._num_pending[turn.slots]
         return most - steps > turn.num_drafts
 
     def waits_for_another(self, slots: np.ndarray, feeds: np.ndarray) -> np.ndarray:
@@ -204,12 +204,12 @@ class AsyncDraftCursor:
         on = turn.is_late & is_running
         slots, accepted = turn.slots[on], num_accepted[on]
         self._num_pending[slots] -= 1
-        self._most_pending[slots] -= 1 + turn.num_drafts[on]
+        self._max_pending[slots] -= 1 + turn.num_drafts[on]
         self._num_tokens[slots] += 1 + accepted
         fed = self._draft_len[slots] + np.minimum(accepted, turn.num_fed_drafts[on])
         known = self._num_tokens[slots] - turn.num_lacking[on]
         self._advance(slots, np.maximum(fed, known))
-        longest = self._num_tokens[slots] + self._most_pending[slots]
+        longest = self._num_tokens[slots] + self._max_pending[slots]
         self._num_lacking[slots] = np.minimum(
             self._num_lacking[slots], longest - self._draft_len[slots]
         )

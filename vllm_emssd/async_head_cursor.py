@@ -143,5 +143,5 @@ class AsyncHeadCursor(AsyncDraftCursor):
 
     def _next(self, slots: np.ndarray) -> np.ndarray:
         """The first row that each request lacks. [num_reqs] int64"""
-        longest = self._num_tokens[slots] + self._most_pending[slots]
+        longest = self._num_tokens[slots] + self._max_pending[slots]
         return longest - self._num_lacking[slots]

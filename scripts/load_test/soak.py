@@ -51,7 +51,7 @@ PLAIN = ["--kv-cache-memory-bytes", str(256 << 20)]
 PLAIN += ["--logprobs-mode", "processed_logprobs"]
 # A cache for one request of full length, and little more.
 EMSSD = ["--kv-cache-memory-bytes", str(9 << 20), "--enable-prefix-caching"]
-MOST_GROWTH = 2.0  # MiB a minute, over the later two thirds
+MAX_GROWTH = 2.0  # MiB a minute, over the later two thirds
 LEAST_MINUTES_TO_JUDGE_MEMORY = 10
 
 
@@ -171,12 +171,12 @@ def check_counters(
     counted = metrics["vllm:spec_decode_num_accepted_tokens_total"]
     # vLLM leaves out what a step accepted for a request that was aborted meanwhile, as
     # it is where its front end finds a stop string.
-    most_left_out = cut_short * NUM_DRAFTS
+    max_left_out = cut_short * NUM_DRAFTS
     holds = {
         "tokens are not the accepted and one a step": emitted
         == accepted + ours["request_steps"],
         f"accepted {accepted}, vLLM counts {counted}": counted
-        in range(accepted - most_left_out, accepted + 1),
+        in range(accepted - max_left_out, accepted + 1),
         "more drafts accepted than verified": accepted <= ours["draft_tokens"],
         "fewer tokens emitted than clients got": emitted >= completion_tokens,
         "proposals failed, see the log": not ours["failed_proposals"],
@@ -228,7 +228,7 @@ async def soak(
         else:
             wrong.append(f"the server died with status {server.process.returncode}")
     judges_memory = arguments.minutes >= LEAST_MINUTES_TO_JUDGE_MEMORY
-    if judges_memory and growth(samples) > MOST_GROWTH:
+    if judges_memory and growth(samples) > MAX_GROWTH:
         wrong.append(f"memory grows by {growth(samples):.1f} MiB a minute")
     return {
         "is_clean": not wrong,

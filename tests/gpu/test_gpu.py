@@ -47,7 +47,7 @@ COMPILED: dict[str, dict[str, Any]] = {  # the first with no padding
         "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
     },
 }
-MOST_ROWS = {  # a request and step
+MAX_ROWS = {  # a request and step
     "": NUM_SPECULATIVE_TOKENS + 1,
     ", eagle3": 2 * NUM_SPECULATIVE_TOKENS,
 }
@@ -102,7 +102,7 @@ def check_rows(
 ) -> None:
     """Scheduled asynchronously, a request may be in one step in vain."""
     num_request_steps = counts["num_request_steps"] + BATCH * (variant == "async")
-    most = MOST_ROWS[drafter] * num_request_steps
+    most = MAX_ROWS[drafter] * num_request_steps
     assert 0 < counts["num_draft_rows_decode"] <= most
     assert counts["num_accepted_tokens"] > 0
 
@@ -123,7 +123,7 @@ def check_tokens(ours: dict[str, Any], plain: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("how", COMPILED)
-@pytest.mark.parametrize("drafter", MOST_ROWS)
+@pytest.mark.parametrize("drafter", MAX_ROWS)
 def test_v2_float32_tokens_and_acceptance(
     run: Run, drafter: str, variant: str, how: str
 ) -> None:
@@ -182,7 +182,7 @@ def test_flash_attention_varlen(run: Run, variant: str) -> None:
     assert ours["accepted_share"] == pytest.approx(stock["accepted_share"], rel=0.05)
 
 
-@pytest.mark.parametrize("drafter", MOST_ROWS)
+@pytest.mark.parametrize("drafter", MAX_ROWS)
 def test_v2_ragged_lengths(run: Run, drafter: str) -> None:
     ragged = run(f"ragged{drafter}", **EXACT)
     check_tokens(ragged, run("plain", **EXACT))

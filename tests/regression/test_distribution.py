@@ -16,7 +16,7 @@ import pytest
 from vllm_emssd.bench import smollm2
 
 ROOT = Path(__file__).parents[2]
-MOST_BYTES = 3_000_000  # of the source distribution
+MAX_BYTES = 3_000_000  # of the source distribution
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -65,7 +65,7 @@ def test_metadata(distributions: tuple[Path, Path]) -> None:
 
 def test_source_distribution_is_small(distributions: tuple[Path, Path]) -> None:
     source, _ = distributions
-    assert source.stat().st_size < MOST_BYTES
+    assert source.stat().st_size < MAX_BYTES
     with tarfile.open(source) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "mkdocs.yml", "vllm_emssd/__init__.py"} <= names

@@ -62,8 +62,8 @@ def test_rows_are_stocks_less_those_of_rejected_drafts() -> None:
     saved = stock.draft_rows - counts["num_draft_rows"]
     # And what stock drafts for nothing: in a request's last step, and before it beyond
     # the end of its output.
-    most_at_the_end = (3 * NUM_SPECULATIVE_TOKENS - 1) * sum(BATCHES)
-    assert num_rejected <= saved <= num_rejected + most_at_the_end
+    max_at_the_end = (3 * NUM_SPECULATIVE_TOKENS - 1) * sum(BATCHES)
+    assert num_rejected <= saved <= num_rejected + max_at_the_end
     assert counts["num_padded_draft_rows"] == pytest.approx(stock.draft_rows, rel=0.02)
 
 

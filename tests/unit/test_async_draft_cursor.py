@@ -39,7 +39,7 @@ class Pair:
         self.num_copied = 0  # of them, by another proposer
         self.pending: list[tuple[Turn, int]] = []  # and accepted; oldest first
         self.copies_pending: list[int] = []  # verified in these steps
-        self.most_behind = 0  # where it was fed from before the text on
+        self.max_behind = 0  # where it was fed from before the text on
         self.seen: Counter[str] = Counter()
 
     def step(
@@ -58,11 +58,11 @@ class Pair:
         lacking = int(self.late.num_lacking(SLOT)[0])
         start = self.num_tokens - lacking
         assert start <= valid, "skips a token"
-        most_in_vain = 1 + not_known + self.most_behind
-        assert valid <= start + most_in_vain, "feeds a token in vain"
+        max_in_vain = 1 + not_known + self.max_behind
+        assert valid <= start + max_in_vain, "feeds a token in vain"
         if had_drafted and not not_known:
             assert lacking <= 2
-        self.most_behind = max(self.most_behind, -start)
+        self.max_behind = max(self.max_behind, -start)
         start = max(start, 0)
         drafts = num_next or 0
         if num_next is not None:
@@ -103,7 +103,7 @@ class Pair:
         assert not (valid & ~all_valid).any(), "vouches for what it did not feed"
         assert behind >= 0
         if not self.pending:
-            assert behind <= self.most_behind
+            assert behind <= self.max_behind
         if not self.pending and not behind:
             assert valid.tolist() == all_valid.tolist()
 

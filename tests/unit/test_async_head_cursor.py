@@ -19,8 +19,8 @@ from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.draft_cursor import AdmittedRequest
 
 BLOCK_SIZE, MAX_BLOCKS, NUM_BLOCKS, NUM_SLOTS = 8, 10, 36, 3
-MOST_ROWS = 16  # of a step
-NUM_KEPT = 4 * MOST_ROWS
+MAX_ROWS = 16  # of a step
+NUM_KEPT = 4 * MAX_ROWS
 K = 3
 State = tuple[int, ...]  # the text up to its token
 
@@ -115,7 +115,7 @@ class World:
         lens, starts, samples, accepted = [], [], [], []
         for request in self.requests:
             left = request.prompt_len - request.num_computed
-            length = min(left, MOST_ROWS // NUM_SLOTS) if left > 0 else 1
+            length = min(left, MAX_ROWS // NUM_SLOTS) if left > 0 else 1
             length += request.num_drafts
             lens.append(length)
             starts.append(request.num_computed + sum(request.pending))
@@ -192,7 +192,7 @@ class World:
 
         is_uncertain, num_missing = cursor.awaits_drafts(turn), missing()
         if self.rng.random() < 0.3:  # else some are lost
-            is_old = cursor.loses_states(slots, 2 * MOST_ROWS)
+            is_old = cursor.loses_states(slots, 2 * MAX_ROWS)
             is_old &= ~is_uncertain & cursor.has_states(slots)
             self.feed(slots, np.where(is_old, num_missing, 0), num_missing)
             self.seen["fed before they were lost"] += int(is_old.sum())

@@ -22,7 +22,7 @@ from vllm_emssd.integration.costs import (
     time_forwards,
 )
 from vllm_emssd.integration.forward_clock import ForwardTimer
-from vllm_emssd.integration.frontend.capture_sizes import _MOST_ROWS
+from vllm_emssd.integration.frontend.capture_sizes import _MAX_ROWS
 
 
 def meter_of(fixed_ms: float = 4.0, speculation_ms: float = 0.0) -> StepCostMeter:
@@ -243,4 +243,4 @@ def test_steps_of_a_gpu_are_timed_as_far_as_graphs_are_recorded(
     samples = time_forwards(asked.append, target, 1536, torch.device(device))
     assert max(asked) == most
     assert {rows for rows, _ in samples} == set(asked)
-    assert _ROWS_OF_GPUS[-1] == _MOST_ROWS
+    assert _ROWS_OF_GPUS[-1] == _MAX_ROWS

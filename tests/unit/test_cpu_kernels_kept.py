@@ -6,12 +6,12 @@ import pytest
 from vllm import _custom_ops
 
 from tests.without_hooks import without
-from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK, MOST_ROW_COUNTS
+from vllm_emssd.integration.cpu.onednn_cache import KERNELS_HOOK, MAX_ROW_COUNTS
 from vllm_emssd.integration.hooks.hook import installed
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept"), [((32,), MOST_ROW_COUNTS), ((), MOST_ROW_COUNTS), ((999,), 999)]
+    ("asked", "kept"), [((32,), MAX_ROW_COUNTS), ((), MAX_ROW_COUNTS), ((999,), 999)]
 )
 def test_layers_keep_as_many_as_ragged_batches_have(
     asked: tuple[int, ...], kept: int, monkeypatch: pytest.MonkeyPatch

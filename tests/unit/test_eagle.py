@@ -123,7 +123,7 @@ class OnAndOff(DraftLengthPolicy):
 
 
 class Engine:
-    def __init__(self, setup: Setup, most_states: int) -> None:
+    def __init__(self, setup: Setup, max_states: int) -> None:
         self._setup, self._rng = setup, random.Random(setup.seed)
         self._scheduler = Scheduler(setup, self._rng)
         self.seen = self._scheduler.seen
@@ -131,7 +131,7 @@ class Engine:
             setup.num_blocks,
             setup.block_size,
             setup.token_budget,
-            most_states * STATE_BYTES,
+            max_states * STATE_BYTES,
         )
         self._cursor = DraftCursor(setup.num_blocks, setup.block_size)
         self._head = Head(setup, self._states, self._cursor)
@@ -204,11 +204,11 @@ class Engine:
         self._drafted_before = drafted
 
 
-def run_all(most_states: int = 10_000) -> Counter[str]:
+def run_all(max_states: int = 10_000) -> Counter[str]:
     seen: Counter[str] = Counter()
     for seed in range(40):
         setup = Setup(seed, num_steps=50, has_head=True, block_size=2 + seed % 4)
-        seen += Engine(setup, most_states).run()
+        seen += Engine(setup, max_states).run()
     return seen
 
 
@@ -220,7 +220,7 @@ def test_rows_and_context_are_those_of_the_text() -> None:
 
 def test_the_text_begins_anew_only_where_few_states_are_kept() -> None:
     assert run_all()["restarted"] == 0
-    assert run_all(most_states=6)["restarted"] > 20
+    assert run_all(max_states=6)["restarted"] > 20
 
 
 class TakesStatesThatAreGone(EagleProposer):
@@ -262,4 +262,4 @@ def test_planted_errors_are_caught(
 ) -> None:
     monkeypatch.setattr(eagle, "EagleProposer", planted)
     with pytest.raises((AssertionError, KeyError)):
-        run_all(most_states=6)
+        run_all(max_states=6)

@@ -132,10 +132,10 @@ def desc_of_step(
         total_num_scheduled_tokens=sum(rows),
     )
     state, uniform = runner.gather_batch_req_state(output, dummy_run=False)
-    most_rows = None if state.has_prefill else max(rows)  # as `execute_model` has it
+    max_rows = None if state.has_prefill else max(rows)  # as `execute_model` has it
     graphs = runner.cudagraph_manager
     return graphs.dispatch(
-        len(rows), sum(rows), uniform, num_active_loras=0, max_query_len=most_rows
+        len(rows), sum(rows), uniform, num_active_loras=0, max_query_len=max_rows
     )
 
 

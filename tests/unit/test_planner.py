@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.draft_batches import step_of
 from vllm_emssd.draft_length import Copies, CostTable, StepCosts, StepInfo, planner
-from vllm_emssd.draft_length.pace import Pace
+from vllm_emssd.draft_length.long_run_rate import LongRunRate
 from vllm_emssd.draft_length.planner import best_plan
 
 property_test = settings(max_examples=200, deadline=None, derandomize=True)
@@ -56,7 +56,7 @@ def by_the_book(
     return float(tokens), float(ms)
 
 
-def worth(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> float:
+def best_rate(step: StepInfo, acceptance: np.ndarray, costs: StepCosts) -> float:
     """What time is worth where all steps are like this one, copies left out."""
     books = [by_the_book(step, acceptance, costs, d) for d in range(K + 1)]
     return max(tokens / ms for tokens, ms in books)
@@ -83,14 +83,14 @@ def test_no_other_depth_earns_more(
     alpha = np.array(acceptance)
     books = [by_the_book(step, alpha, costs, d) for d in range(K + 1)]
     best = max(tokens / ms for tokens, ms in books)
-    for worth in (best, best / 2):
-        plan = best_plan(step, alpha, costs, worth)
+    for rate in (best, best / 2):
+        plan = best_plan(step, alpha, costs, rate)
         tokens, ms = books[plan.depth]
         assert (plan.tokens[plan.depth], plan.ms[plan.depth]) == pytest.approx(
             (tokens, ms)
         )
-        value = max(tokens - worth * ms for tokens, ms in books)
-        assert tokens - worth * ms == pytest.approx(value, rel=1e-6, abs=1e-6)
+        value = max(tokens - rate * ms for tokens, ms in books)
+        assert tokens - rate * ms == pytest.approx(value, rel=1e-6, abs=1e-6)
         assert plan.gain >= 0
         assert (plan.gain > 1e-9) <= (plan.depth > 0)
         assert min(plan.verify_ms, plan.draft_ms) >= -1e-9
@@ -110,7 +110,7 @@ def test_rows_that_would_be_padding_cost_nothing() -> None:
         per_row, target=CostTable(rows, [2.0, 128.0], BY_EIGHT)
     )
     for costs, pays in ((per_row, False), (recorded, True)):
-        rate = worth(step_of(2), alpha, costs)
+        rate = best_rate(step_of(2), alpha, costs)
         assert (best_plan(step_of(2), alpha, costs, rate).depth == 3) == pays
 
 
@@ -140,7 +140,7 @@ def test_no_other_copies_and_depth_earn_more(
     copies: list[tuple[int, float]],
     acceptance: list[float],
     draft_ms: float,
-    worth: float,
+    rate: float,
 ) -> None:
     """Each request with a copy keeps it or drafts as deep as the others do."""
     costs = dataclasses.replace(
@@ -160,14 +160,14 @@ def test_no_other_copies_and_depth_earn_more(
         ms += costs.target.at(len(rows) + num_copied + num_drafting * depth)
         ms += costs.speculation_ms if depth else costs.copying_ms * (num_copied > 0)
         tokens = len(rows) + gains[keeps].sum() + num_drafting * drafted[depth]
-        return float(tokens - worth * ms)
+        return float(tokens - rate * ms)
 
     choices = itertools.product(*([False, True] if n else [False] for n in rows))
     best = max(value(np.array(c), depth) for c in choices for depth in range(K + 1))
-    plan = best_plan(step, np.array(acceptance), costs, worth)
+    plan = best_plan(step, np.array(acceptance), costs, rate)
     assert value(~plan.may_draft, plan.depth) == pytest.approx(best)
     kept = rows > 0 if not plan.depth else ~plan.may_draft
-    assert plan.tokens[plan.depth] - worth * plan.ms[plan.depth] == pytest.approx(
+    assert plan.tokens[plan.depth] - rate * plan.ms[plan.depth] == pytest.approx(
         value(kept, plan.depth)
     )
 
@@ -187,22 +187,22 @@ def test_copies_make_time_worth_more() -> None:
     """In a step without any too: what they bring in others must not be slowed down."""
     alpha, step = np.full(K, 0.3), step_of(5)
     costs = dataclasses.replace(FLAT, draft=CostTable([1], [2.0]))
-    alone = worth(step, alpha, costs)
+    alone = best_rate(step, alpha, costs)
     assert best_plan(step, alpha, costs, alone).depth > 0
     assert best_plan(step, alpha, costs, 3 * alone).depth == 0
 
 
 def test_pace_is_that_of_all_steps_not_the_best_ones() -> None:
     """It holds for other numbers of requests: as a multiple of steps without drafts."""
-    pace = Pace(PER_ROW)
+    rate = LongRunRate(PER_ROW)
     plain_ms = PER_ROW.fixed_ms + PER_ROW.target.at(8)
-    assert pace.tokens_per_ms(8) == pytest.approx(8 / plain_ms)
+    assert rate.tokens_per_ms(8) == pytest.approx(8 / plain_ms)
     for _ in range(200):
-        pace.step_planned(8, 32.0, 2 * plain_ms)
-        pace.step_planned(8, 8.0, plain_ms)
-    assert pace.tokens_per_ms(8) == pytest.approx(40 / 3 / plain_ms, rel=0.05)
+        rate.step_planned(8, 32.0, 2 * plain_ms)
+        rate.step_planned(8, 8.0, plain_ms)
+    assert rate.tokens_per_ms(8) == pytest.approx(40 / 3 / plain_ms, rel=0.05)
     more = PER_ROW.fixed_ms + PER_ROW.target.at(24)
-    assert pace.tokens_per_ms(24) == pytest.approx(40 / more, rel=0.05)
+    assert rate.tokens_per_ms(24) == pytest.approx(40 / more, rel=0.05)
 
 
 @pytest.mark.parametrize("num_reqs", [0, 3])
@@ -217,7 +217,7 @@ def test_no_request_may_draft(num_reqs: int) -> None:
 def test_where_all_is_free() -> None:
     free = CostTable([1], [0.0])
     costs = StepCosts(free, free, 0.0)
-    worth = Pace(costs).tokens_per_ms(2)
-    plan = best_plan(step_of(2), np.full(K, 0.95), costs, worth)
+    rate = LongRunRate(costs).tokens_per_ms(2)
+    plan = best_plan(step_of(2), np.full(K, 0.95), costs, rate)
     assert plan.depth == K
     assert np.isfinite(plan.tokens_per_ms)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.proposer_example import (
-    MOST_LINES,
+    MAX_LINES,
     block_of,
     example_name,
     installed_example,
@@ -122,7 +122,7 @@ def test_a_released_request_is_forgotten(name: str) -> None:
 
 
 def test_example_is_short() -> None:
-    assert len(block_of("follower_proposer.py").splitlines()) <= MOST_LINES
+    assert len(block_of("follower_proposer.py").splitlines()) <= MAX_LINES
 
 
 def test_example_is_found_by_its_entry_point() -> None:

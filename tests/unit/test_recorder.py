@@ -51,7 +51,7 @@ def greedy(
 def test_every_position_is_what_drafting_there_gives(
     pair: dict[str, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "MOST_AT_ONCE", 4)  # more positions than go at once
+    monkeypatch.setattr(recorder, "MAX_AT_ONCE", 4)  # more positions than go at once
     made = TraceRecorder("target", "draft", K, "float32", "a test")
     all_accepted = []
     for prompt_ids in PROMPTS:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.forward_context import BatchDescriptor
 
-from vllm_emssd.integration.cpu.onednn_cache import MOST_ROW_COUNTS
+from vllm_emssd.integration.cpu.onednn_cache import MAX_ROW_COUNTS
 from vllm_emssd.integration.cpu.row_padding import (
     ROW_COUNTS,
     PaddedRowsMixin,
@@ -60,7 +60,7 @@ def test_adds_few_rows_and_never_more_than_there_is_room(
 def test_layers_keep_the_kernels_of_all_of_them_and_of_prompts() -> None:
     counts = {next_row_count(rows) for rows in range(1, 4097)}
     assert counts >= set(ROW_COUNTS)
-    assert len(counts) <= MOST_ROW_COUNTS
+    assert len(counts) <= MAX_ROW_COUNTS
 
 
 @pytest.mark.parametrize("has_amx", [False, True])

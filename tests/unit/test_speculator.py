@@ -102,7 +102,7 @@ def test_a_head_has_graphs_of_each_number_of_drafts(
     speculator = object.__new__(UnpadEagleSpeculator)
     speculator.decode_cudagraph_manager = graphs
     speculator.supports_decode_metadata_update = True
-    speculator.is_automatic, speculator._most_drafts = is_automatic, 4
+    speculator.is_automatic, speculator._max_drafts = is_automatic, 4
     speculator.num_speculative_steps = num_speculative_steps
     monkeypatch.setattr(
         EagleSpeculator,

@@ -277,10 +277,10 @@ def test_drafts_that_the_device_left_out_do_not_count() -> None:
 
 def test_the_device_leaves_out_what_costs_more_by_our_costs() -> None:
     """Which are not those that vLLM started with: rows are free here."""
-    dear, free, auto = (
+    costly, free, auto = (
         seen("async trimmed", what) for what in ("greedy", "free rows", "auto")
     )
-    assert dear["num_verified"] < dear["num_made"]
+    assert costly["num_verified"] < costly["num_made"]
     assert free["num_verified"] == free["num_made"]
     assert 0 < auto["num_verified"] <= auto["num_made"]
 

@@ -17,7 +17,7 @@ _PRIOR_TESTS = 4.0  # verified drafts that a prior guess counts as
 _FIRST_GUESS = 0.9
 _DEPTH_KEEP = 0.998  # weight kept by earlier drafts at each new first draft
 _CONFIDENCE_KEEP = 0.9995  # at each new draft of any confidence
-MOST_ACCEPTANCE = 0.995
+MAX_ACCEPTANCE = 0.995
 _DOUBTED_TESTS = 8.0  # drafts that an estimate counts as after a long time without
 
 
@@ -34,7 +34,7 @@ class Calibration:
         of their confidence was verified. Shape kept."""
         accepted, tested = self._counts[:, np.searchsorted(_EDGES, confidence, "right")]
         calibrated = (accepted + _PRIOR_TESTS * prior) / (tested + _PRIOR_TESTS)
-        return np.minimum(calibrated, MOST_ACCEPTANCE)
+        return np.minimum(calibrated, MAX_ACCEPTANCE)
 
     def observe(self, confidence: np.ndarray, is_accepted: np.ndarray) -> None:
         """Both [num_drafts]: those accepted, and a request's first that was not."""
@@ -75,7 +75,7 @@ class AcceptanceEstimator:
         """Acceptance by depth, a standard error above the estimate. [K]"""
         variance = self.by_depth * (1 - self.by_depth)
         error = np.sqrt(variance / (self._depth_counts[1] + _PRIOR_TESTS))
-        return np.minimum(self.by_depth + error, MOST_ACCEPTANCE)
+        return np.minimum(self.by_depth + error, MAX_ACCEPTANCE)
 
     def observe(
         self, confidence: np.ndarray | None, num_verified: int, num_accepted: int

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
 from vllm_emssd.draft_length.cost import StepCosts
-from vllm_emssd.draft_length.pace import Pace
+from vllm_emssd.draft_length.long_run_rate import LongRunRate
 from vllm_emssd.draft_length.planner import Plan, best_plan
 from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
@@ -43,7 +43,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._may_trim = may_trim
         self._uses_confidence = uses_confidence
         self._probing = Probing()
-        self._pace = Pace(costs)
+        self._rate = LongRunRate(costs)
         self._made: dict[str, np.ndarray] = {}  # confidences of drafts to be verified
         self._num_plans = 0
         self._stopping_gain = 0.0  # tokens a request and step, confidences' cost off
@@ -64,7 +64,7 @@ class AutoDraftLength(DraftLengthPolicy):
             best_plan,
             step,
             costs=self.costs,
-            tokens_per_ms=self._pace.tokens_per_ms(step.num_sampling),
+            tokens_per_ms=self._rate.tokens_per_ms(step.num_sampling),
             stopping_gain=max(self._stopping_gain, 0.0),
         )
         plan = planned(self.acceptance.by_depth)
@@ -75,7 +75,7 @@ class AutoDraftLength(DraftLengthPolicy):
         self._plan = plan
         pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
         depth = plan.depth if pays else 0
-        self._pace.step_planned(step.num_sampling, plan.tokens[depth], plan.ms[depth])
+        self._rate.step_planned(step.num_sampling, plan.tokens[depth], plan.ms[depth])
         if not pays:
             return self._maybe_probe(step, plan)
         self._num_plans += 1

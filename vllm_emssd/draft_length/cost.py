@@ -20,9 +20,9 @@ import numpy as np
 _RATE = 0.05  # weight of an observation in the points beside it,
 _FIRST_WEIGHT = 4.0  # or more while few were seen: observations a first time counts as
 _SHARED = 0.7  # of their change that all other points make: the machine is the same
-_MOST_CHANGE = 2.0  # times its cost is the most that an observation counts as
+_MAX_CHANGE = 2.0  # times its cost is the most that an observation counts as
 _OUTLIER = 5.0  # times the cost: another process ran, not a forward,
-_MOST_OUTLIERS = 8  # in a row; what goes on for longer is the cost
+_MAX_OUTLIERS = 8  # in a row; what goes on for longer is the cost
 _LEAST_MS = 1e-6
 _BEYOND = 1.25  # times the last point: farther out, rows say nothing about the points
 
@@ -136,14 +136,14 @@ class CostTable:
             return
         cost = max(self.at(rows), _LEAST_MS)
         self._outliers = self._outliers + 1 if ms > _OUTLIER * cost else 0
-        if 0 < self._outliers <= _MOST_OUTLIERS:
+        if 0 < self._outliers <= _MAX_OUTLIERS:
             return
-        if ms < cost / _MOST_CHANGE:
+        if ms < cost / _MAX_CHANGE:
             # Noise makes no forward this quick: what was measured before was slowed.
             change = (1 + ms / cost) / 2
             self._measured = [max(m * change, _LEAST_MS) for m in self._measured]
         else:
-            self._move_points(rows, min(ms, _MOST_CHANGE * cost) / cost)
+            self._move_points(rows, min(ms, _MAX_CHANGE * cost) / cost)
         self._update()
 
     def _move_points(self, rows: int, ratio: float) -> None:

@@ -103,9 +103,9 @@ def _drafting(step: StepInfo, costs: StepCosts, tokens_per_ms: float) -> _Drafti
     num_reqs = max(step.num_sampling, 1)
     rows = step.base_rows + int(copies.rows.sum())
     row_ms = (costs.target.at(rows + num_reqs) - costs.target.at(rows)) / num_reqs
-    worth = copies.gains - tokens_per_ms * row_ms * copies.rows
+    net_gains = copies.gains - tokens_per_ms * row_ms * copies.rows
     with_copies = np.flatnonzero(may_draft & (copies.rows > 0))
-    with_copies = with_copies[np.argsort(worth[with_copies], kind="stable")]
+    with_copies = with_copies[np.argsort(net_gains[with_copies], kind="stable")]
 
     first = np.zeros((3, len(with_copies) + 1))  # sums over the first of them
     of_each = np.stack((missing, copies.rows, copies.gains))[:, with_copies]

@@ -6,7 +6,7 @@ _LEAST_GAIN = 0.02  # of a plan: less is within the error of its costs
 _SHORTEST, _LONGEST = 4, 128  # steps from one probe to the next
 _PROBE_SHARE = 0.005  # of the time that probes may take, unless they get too rare,
 _HOPEFUL_SHARE = 0.03  # or this after one whose drafts were accepted
-_MOST_STEPS_BETWEEN_PLANS = 32
+_MAX_STEPS_BETWEEN_PLANS = 32
 
 
 class Probing:
@@ -46,7 +46,7 @@ class Probing:
             return True
         self.is_idle = True
         self._num_sampling = num_sampling
-        between = min(1 + self._num_steps // 4, _MOST_STEPS_BETWEEN_PLANS)
+        between = min(1 + self._num_steps // 4, _MAX_STEPS_BETWEEN_PLANS)
         if self._share == _HOPEFUL_SHARE:
             between = _SHORTEST
         self._next_plan = self._num_steps + between

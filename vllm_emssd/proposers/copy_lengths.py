@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vllm_emssd.draft_length.acceptance import MOST_ACCEPTANCE, Calibration
+from vllm_emssd.draft_length.acceptance import MAX_ACCEPTANCE, Calibration
 from vllm_emssd.draft_length.cost import StepCosts
 from vllm_emssd.draft_length.policy import StepInfo
 
@@ -53,7 +53,7 @@ class LengthsByAcceptance:
         self, step: StepInfo, acceptance: np.ndarray, costs: StepCosts
     ) -> np.ndarray:
         is_draft = np.arange(acceptance.shape[1]) < step.max_draft_tokens[:, None]
-        gains = np.minimum(acceptance, MOST_ACCEPTANCE).cumprod(axis=1) * is_draft
+        gains = np.minimum(acceptance, MAX_ACCEPTANCE).cumprod(axis=1) * is_draft
         lens = self._best(step, gains, costs)
         self._num_idle = 0 if lens.any() else self._num_idle + 1
         if self._num_idle == _PROBE_STEPS:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-MOST_BYTES = 256 << 20  # of the buffer, unless a step's own tokens need more
+MAX_BYTES = 256 << 20  # of the buffer, unless a step's own tokens need more
 _NONE = -(1 << 62)  # older than all
 
 
@@ -22,7 +22,7 @@ class HiddenStates:
     Args:
         num_blocks, block_size: of the KV cache.
         max_num_tokens: most tokens of a step, all of which must find room.
-        most_bytes: of the buffer; made with the first states, whose width it has.
+        max_bytes: of the buffer; made with the first states, whose width it has.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class HiddenStates:
         num_blocks: int,
         block_size: int,
         max_num_tokens: int,
-        most_bytes: int = MOST_BYTES,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self._max_num_tokens = max_num_tokens
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._num_kept = 0  # ever, those left out at the buffer's end among them
         self._buffer = torch.empty(0)  # [rows, width]
         self._number_of = torch.full((num_blocks, block_size), _NONE)  # by KV slot
@@ -83,7 +83,7 @@ class HiddenStates:
     def _make_buffer(self, states: Sequence[torch.Tensor]) -> None:
         width = sum(of_layer.shape[-1] for of_layer in states)
         some = states[0]
-        affordable = self._most_bytes // (width * some.element_size())
+        affordable = self._max_bytes // (width * some.element_size())
         num_rows = max(affordable, self._max_num_tokens)
         self._buffer = some.new_zeros(num_rows, width)  # which touches its pages
         self._number_of = self._number_of.to(some.device)

@@ -21,7 +21,7 @@ import vllm_emssd
 from vllm_emssd.bench.request import Request, Tokenizer
 from vllm_emssd.simulate.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
 
-MOST_AT_ONCE = 64  # positions that draft together: each has its own K/V
+MAX_AT_ONCE = 64  # positions that draft together: each has its own K/V
 _CONFIDENCE_DIGITS = 4
 _SEED = 0
 
@@ -111,7 +111,7 @@ class TraceRecorder:
         after = torch.arange(first, len(text))
         parts = [
             self._drafts_after(part, known.logits[0, part], known.past_key_values)
-            for part in torch.split(after, MOST_AT_ONCE)
+            for part in torch.split(after, MAX_AT_ONCE)
         ]
         tokens, confidences = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(confidences)

@@ -18,13 +18,13 @@ import torch
 
 from vllm_emssd.integration.hooks.hook import Hook
 
-MOST_ROW_COUNTS = 256
+MAX_ROW_COUNTS = 256
 
 
 def _make(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def create(weight: torch.Tensor, primitive_cache_size: int = 0) -> Any:
-        return stock(weight, max(primitive_cache_size, MOST_ROW_COUNTS))
+        return stock(weight, max(primitive_cache_size, MAX_ROW_COUNTS))
 
     return create
 

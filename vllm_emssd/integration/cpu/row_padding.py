@@ -28,7 +28,7 @@ from vllm_emssd.draft_length.cost import quickest_times
 _MULTIPLES = {16: 1, 64: 4, 256: 8, 512: 16}
 _MULTIPLE_BEYOND = 32
 _FROM_ROWS = 16  # fewer are not computed as more
-_MOST_MORE = 16  # rows: no more are added, though they seemed quicker
+_MAX_MORE = 16  # rows: no more are added, though they seemed quicker
 _QUICKER = 0.95  # times as long, at most: a smaller difference may be noise
 
 
@@ -77,7 +77,7 @@ def _quickest(rows: int, times: dict[int, float]) -> int:
     """The row count to compute instead of `rows`."""
     if rows <= _FROM_ROWS:
         return rows
-    others = [n for n in times if rows <= n <= rows + _MOST_MORE]
+    others = [n for n in times if rows <= n <= rows + _MAX_MORE]
     quickest = min(others, key=lambda n: (times[n], n))
     return quickest if times[quickest] < _QUICKER * times[rows] else rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-_MOST_ROWS = 2048  # beyond, the device takes longer than the host takes to launch
+_MAX_ROWS = 2048  # beyond, the device takes longer than the host takes to launch
 _DEFAULT_REQUESTS = 1024  # the most that vLLM sets where the user does not, later
 
 
@@ -16,11 +16,11 @@ def capture_sizes(rows_a_request: int, max_num_seqs: int) -> list[int]:
     dense = min(2 * max_num_seqs * rows_a_request, dense)  # as vLLM has it
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, dense + 1, 16)}
     sizes = {n for n in sizes if n <= dense}
-    most = min(max_num_seqs, _MOST_ROWS // rows_a_request)
+    most = min(max_num_seqs, _MAX_ROWS // rows_a_request)
     requests = [n for n in (1, 2, 4, *range(8, most, 8), most) if n <= most]
     sizes |= {n * rows_a_request for n in requests}
     # A draft model's graphs take one row a request, and two in a step's first forward.
-    sizes |= {n for n in (max_num_seqs, 2 * max_num_seqs) if n <= _MOST_ROWS}
+    sizes |= {n for n in (max_num_seqs, 2 * max_num_seqs) if n <= _MAX_ROWS}
     return sorted(sizes)
 
 

@@ -21,7 +21,7 @@ from vllm_emssd.integration.v2 import copy_kernels as kernels
 # long as it has blocks.
 _LARGEST_BLOCK, _NUM_WARPS = 2048, 8
 _REQUESTS_A_BLOCK = 512
-_MOST_REPLAYED = 512  # tokens of a resumed answer that are followed in its reference
+_MAX_REPLAYED = 512  # tokens of a resumed answer that are followed in its reference
 
 
 class DeviceCopier:
@@ -47,8 +47,8 @@ class DeviceCopier:
         floats = partial(torch.zeros, dtype=torch.float64, device=device)
         num_kinds = kernels.NUM_KINDS.value
         self._state = ints(most, kernels.STATE_SIZE.value)
-        fields, most_edits = kernels.EDIT_FIELDS.value, kernels.MAX_EDITS.value
-        self._edits = ints(most, fields, most_edits)
+        fields, max_edits = kernels.EDIT_FIELDS.value, kernels.MAX_EDITS.value
+        self._edits = ints(most, fields, max_edits)
         self._records = floats(num_kinds, 2)
         self._num_idle = ints(num_kinds)
         self._references: dict[int, torch.Tensor] = {}  # by slot
@@ -57,21 +57,21 @@ class DeviceCopier:
         self._found = floats(most, 2)
 
     def admit(
-        self, slot: int, most_drafts: int, reference: np.ndarray | None = None
+        self, slot: int, max_drafts: int, reference: np.ndarray | None = None
     ) -> None:
         """A request took the slot.
 
         Args:
-            most_drafts: of it in a step, >= 0.
+            max_drafts: of it in a step, >= 0.
             reference: [num_tokens] int32 valid ids, perhaps none.
         """
         states = self._req_states
         row = np.zeros(kernels.STATE_SIZE.value, np.int32)
-        row[kernels.MOST_DRAFTS.value] = most_drafts
+        row[kernels.MAX_DRAFTS.value] = max_drafts
         row[kernels.END.value] = states.max_seq_len[slot]
         row[kernels.DEPARTURE.value] = -1
         num_known, prompt_len = states.prefill_len.np[slot], states.prompt_len.np[slot]
-        row[kernels.NUM_FOLLOWED.value] = max(prompt_len, num_known - _MOST_REPLAYED)
+        row[kernels.NUM_FOLLOWED.value] = max(prompt_len, num_known - _MAX_REPLAYED)
         self.release(slot)
         if reference is not None and len(reference):
             row[kernels.REFERENCE_LEN.value] = len(reference)

@@ -13,7 +13,7 @@ from vllm_emssd.proposers import llma, ngram_index, reference
 
 # A request's state, int32. Lengths are in tokens, places are of the request's text, but
 # `POSITION`, which is of the reference.
-MOST_DRAFTS = tl.constexpr(0)
+MAX_DRAFTS = tl.constexpr(0)
 END = tl.constexpr(1)  # the length at which the request ends
 NUM_FOLLOWED = tl.constexpr(2)  # tokens of the text, in the reference
 REFERENCE_LEN = tl.constexpr(3)  # 0: there is none
@@ -156,7 +156,7 @@ def find_copies_kernel(
     text_len = tl.load(total_len + req)
     is_over = (tl.load(num_sampled + i) == 0) | (text_len >= tl.load(row + END))
     room = tl.maximum(max_model_len - text_len - 1, 0)
-    length = tl.where(is_over, 0, tl.minimum(tl.load(row + MOST_DRAFTS), room))
+    length = tl.where(is_over, 0, tl.minimum(tl.load(row + MAX_DRAFTS), room))
 
     ref = tl.load(reference_addresses + req).to(tl.pointer_type(tl.int32))
     edits += req * (EDIT_FIELDS * MAX_EDITS)

@@ -67,15 +67,15 @@ class CopySource:
 
     def admit(self, new_reqs: Sequence[NewRequestData], most: np.ndarray) -> None:
         """New requests (resumed ones too). `most`: [num_new] drafts of each."""
-        for new, most_drafts in zip(new_reqs, most.tolist(), strict=True):
+        for new, max_drafts in zip(new_reqs, most.tolist(), strict=True):
             slot = self._req_states.req_id_to_index[new.req_id]
             reference = reference_of(new.sampling_params, self._vocab_size)
             try:
-                self._copier.admit(slot, most_drafts, reference)
+                self._copier.admit(slot, max_drafts, reference)
             except torch.OutOfMemoryError as error:  # vLLM left no room for references
                 self._failures.take(error)
-                self._copier.admit(slot, most_drafts)
-            self._most[slot], self._num_copied[slot] = most_drafts, 0
+                self._copier.admit(slot, max_drafts)
+            self._most[slot], self._num_copied[slot] = max_drafts, 0
 
     def release(self, slot: int) -> None:
         """The request in the slot, if any, has gone."""

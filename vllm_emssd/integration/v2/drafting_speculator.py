@@ -72,7 +72,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         # By slot: whether drafts are greedy whatever is asked, and whether those to be
         # verified are copies.
         self._is_greedy, self._is_copied = np.zeros((2, self.max_num_reqs), bool)
-        self._most_drafts = config.num_speculative_tokens  # of the model
+        self._max_drafts = config.num_speculative_tokens  # of the model
         self._model_drafts = ModelDrafts()
         self._only: str | None = None
         if config.copies:
@@ -309,7 +309,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         longest = np.where(is_sampling, num_prefilled + 1, prefill_len)
         most = max_draft_tokens(
             longest,
-            self._most_drafts,
+            self._max_drafts,
             self.max_model_len,
             self.drafter.max_model_len,
             self._req_states.max_seq_len[slots] if self.is_automatic else None,

@@ -33,7 +33,7 @@ from vllm_emssd.integration.costs import CONTEXT
 from vllm_emssd.integration.drafting import without_first_blocks
 from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
-from vllm_emssd.proposers.hidden_states import MOST_BYTES
+from vllm_emssd.proposers.hidden_states import MAX_BYTES
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -77,7 +77,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
         states = self.hidden_states
         row_bytes = states.shape[1] * states.element_size()
         # Four steps' tokens find room in any case.
-        num_rows = max(MOST_BYTES // row_bytes, 4 * self.max_num_tokens)
+        num_rows = max(MAX_BYTES // row_bytes, 4 * self.max_num_tokens)
         self._buffer = states.new_zeros(num_rows, states.shape[1])
         self._new_cursor = partial(AsyncHeadCursor, num_rows=num_rows)
 
@@ -93,7 +93,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
         where copies may be more."""
         graphs = self.decode_cudagraph_manager
         assert graphs is not None
-        most = self._most_drafts
+        most = self._max_drafts
         depths = range(most, 1, -1) if self.is_automatic else [most]
         is_one = list(depths) == [self.num_speculative_steps]  # as vLLM records it
         if self.supports_decode_metadata_update and not is_one:

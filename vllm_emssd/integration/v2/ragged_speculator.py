@@ -55,7 +55,7 @@ class RaggedSpeculator(BaseSpeculator):
         self._num_admitted = 0
         self._request_limits = RequestLimits()
         self._pending_steps: deque[PendingStep] = deque()  # oldest first
-        self._most_copied = min(config.copy_length, self.num_speculative_steps)
+        self._max_copied = min(config.copy_length, self.num_speculative_steps)
         self._source = None
         if config.copies:
             self._source = CopySource(
@@ -88,7 +88,7 @@ class RaggedSpeculator(BaseSpeculator):
             if params is not None and params.structured_outputs is not None:
                 self._constrained.add(new.req_id)
         if self._source is not None:
-            most = np.full(len(new_reqs), self._most_copied)
+            most = np.full(len(new_reqs), self._max_copied)
             self._request_limits.apply(most, [new.req_id for new in new_reqs])
             self._source.admit(new_reqs, most)
 

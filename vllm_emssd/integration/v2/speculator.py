@@ -104,7 +104,7 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
         is_timed = dummy_run and not is_profile and self.enable_adaptive_verification
         if is_timed and not self.sits_out_dummy_runs:
             num_reqs = min(input_batch.num_reqs, self.drafter.max_num_reqs)
-            for _ in range(self._most_drafts):
+            for _ in range(self._max_drafts):
                 self.drafter.rehearse(num_reqs, self.drafter.max_model_len // 2)
             return self.draft_tokens[: input_batch.num_reqs]
         kwargs |= {"dummy_run": dummy_run, "is_profile": is_profile}

@@ -13,7 +13,7 @@ _KEEP = 0.95  # weight of earlier steps, at each new one
 _LEAST_MS = 1e-6
 
 
-class Pace:
+class LongRunRate:
     """Tokens a millisecond in the long run, kept as a multiple of what steps without
     drafts give, so that it holds for other numbers of requests too."""
 
