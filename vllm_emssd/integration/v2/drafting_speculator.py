@@ -177,6 +177,40 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         seeds: torch.Tensor,
         *args: Any,
     ) -> torch.Tensor:
+        """What the step verifies is noted, drafts are planned, and made."""
+        step, turn, was_copied = self._note_verified(input_batch, num_rejected)
+        slots, copies = input_batch.idx_mapping_np, None
+        drafts = self.draft_tokens[: len(slots)]
+        if self._source is not None:
+            drafts, copies = self._source.find(
+                input_batch, step, num_sampled, was_copied
+            )
+            if self._only == DRAFT_MODEL:
+                copies.rows[:] = 0
+        num_made = np.zeros_like(slots)
+        try:
+            if self._only != LLMA:
+                num_made = self._plan(input_batch, step, copies)
+            if num_made.any():
+                self._set_sampling(input_batch, temperature, seeds)
+                drafts = self._drafts_beside(drafts, input_batch, num_made)
+            if copies is not None:
+                is_copied = (num_made == 0) & (copies.rows > 0)
+                self._is_copied[slots] = is_copied
+                num_made = np.where(is_copied, copies.rows, num_made)
+            self._make_certain(input_batch, drafts, num_made)
+        except Exception as error:
+            self._failures.take(error)
+            num_made = np.zeros_like(slots)
+        self._cursor.end(turn)
+        self._note_made(step.req_ids, slots, num_made)
+        return drafts
+
+    def _note_verified(
+        self, input_batch: InputBatch, num_rejected: torch.Tensor
+    ) -> tuple[ScheduledStep, Turn, np.ndarray]:
+        """What is verified, to be settled once it is known what was accepted. And of
+        which requests it was copied, [num_reqs] bool."""
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         slots = input_batch.idx_mapping_np
         verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
@@ -189,33 +223,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         self._pending_steps.append(
             PendingDrafts(step, self._numbers[slots], turn, was_copied, rejected)
         )
-        drafts = self.draft_tokens[: len(slots)]
-        copies: Copies | None = None
-        if self._source is not None:
-            drafts, copies = self._source.find(
-                input_batch, step, num_sampled, was_copied
-            )
-            if self._only == DRAFT_MODEL:
-                copies.rows[:] = 0
-        num_made = np.zeros_like(slots)
-        try:
-            if self._only != LLMA:
-                lens = self._plan(input_batch, step, copies)
-                if lens.any():
-                    self._set_sampling(input_batch, temperature, seeds)
-                    drafts = self._drafts_beside(drafts, input_batch, lens)
-                    num_made = lens
-            if copies is not None:
-                is_copied = (num_made == 0) & (copies.rows > 0)
-                self._is_copied[slots] = is_copied
-                num_made = np.where(is_copied, copies.rows, num_made)
-            self._make_certain(input_batch, drafts, num_made)
-        except Exception as error:
-            self._failures.take(error)
-            num_made = np.zeros_like(slots)
-        self._cursor.end(turn)
-        self._note_made(step.req_ids, slots, num_made)
-        return drafts
+        return step, turn, was_copied
 
     def _begin_step(
         self, input_batch: InputBatch, step: ScheduledStep, turn: Turn
