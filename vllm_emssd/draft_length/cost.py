@@ -113,8 +113,8 @@ class CostTable:
 
     def _between_points(self, rows: float) -> float:
         right = bisect_right(self._rows, rows)
-        if right == 0 or right == len(self._rows):
-            return self._ms[right - (right > 0)]
+        if right in (0, len(self._rows)):
+            return self._ms[max(right - 1, 0)]
         start, end = self._rows[right - 1 : right + 1]
         low, high = self._ms[right - 1 : right + 1]
         return low + (rows - start) / (end - start) * (high - low)
