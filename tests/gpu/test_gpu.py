@@ -140,9 +140,9 @@ def test_v2_float32_tokens_and_acceptance(
     check_rows(ours["counts"], variant, drafter)
 
 
-def test_v2_leaves_drafts_out_of_verification(run: Run) -> None:
-    """vLLM's adaptive verification, which wants full graphs. Rows are rounded as their
-    number is, so not all requests are alike."""
+def test_v2_with_adaptive_verification(run: Run) -> None:
+    """Which wants full graphs. How the target rounds depends on the number of rows, so
+    not all requests are alike."""
     options = EXACT | COMPILED["graphs"]
     plain, ours = run("plain", **options), run("trimmed", variant="async", **options)
     pairs = zip(ours["token_ids"], plain["token_ids"], strict=True)

@@ -192,7 +192,7 @@ def test_copies_make_time_worth_more() -> None:
     assert best_plan(step, alpha, costs, 3 * alone).depth == 0
 
 
-def test_pace_is_that_of_all_steps_not_the_best_ones() -> None:
+def test_long_run_rate_is_that_of_all_steps_not_the_best_ones() -> None:
     """It holds for other numbers of requests: as a multiple of steps without drafts."""
     rate = LongRunRate(PER_ROW)
     plain_ms = PER_ROW.fixed_ms + PER_ROW.target.at(8)

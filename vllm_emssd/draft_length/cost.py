@@ -148,27 +148,27 @@ class CostTable:
 
     def _move_points(self, rows: int, ratio: float) -> None:
         """An observation is `ratio` times the cost of its rows."""
-        points, seen = self._rows, self._seen
-        right = min(bisect_left(points, rows), len(points) - 1)
-        left = right if rows == points[right] else max(right - 1, 0)
-        start, end = points[left], points[right]
+        counts, seen = self._rows, self._seen
+        right = min(bisect_left(counts, rows), len(counts) - 1)
+        left = right if rows == counts[right] else max(right - 1, 0)
+        start, end = counts[left], counts[right]
         share = min((rows - start) / (end - start), 1.0) if left < right else 0.0
         own, ms = (
-            of_points[left] + share * (of_points[right] - of_points[left])
-            for of_points in (self._measured, self._ms)
+            times[left] + share * (times[right] - times[left])
+            for times in (self._measured, self._ms)
         )
         rate = _weight(min(seen[left : right + 1]))
-        change = 1 + rate * (ratio * ms / max(own, _LEAST_MS) - 1)
-        moved = [m * change for m in self._measured[left : right + 1]]
+        of_own = 1 + rate * (ratio * ms / max(own, _LEAST_MS) - 1)
+        moved = [m * of_own for m in self._measured[left : right + 1]]
         # Points that were measured at the start, at their quickest, and not seen since
         # must not look cheap beside live times: another row costs their difference.
-        change = 1 + _SHARED * _weight(sum(seen) // 2) * (ratio - 1)
-        measured = [m * change for m in self._measured]
+        of_all = 1 + _SHARED * _weight(sum(seen) // 2) * (ratio - 1)
+        measured = [m * of_all for m in self._measured]
         # More rows cannot be quicker: if they were when they were measured, they rise.
         if ratio > 1:
-            change = 1 + rate * (ratio - 1)
-            for i in range(right + 1, len(points)):
-                measured[i] = max(measured[i], min(measured[i] * change, moved[-1]))
+            of_later = 1 + rate * (ratio - 1)
+            for i in range(right + 1, len(counts)):
+                measured[i] = max(measured[i], min(measured[i] * of_later, moved[-1]))
         measured[left : right + 1] = moved
         self._measured = measured
         for i in range(left, right + 1):
