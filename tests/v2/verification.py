@@ -44,9 +44,7 @@ def make_sampler(kinds: np.ndarray, rng: np.random.Generator) -> Any:
         enable_adaptive_verification=False,
         rejection_sample_method="standard",
     )
-    sampler = UnpadRejectionSamplerV2(stock, config, torch.device("cpu"))
-    sampler._processed = []
-    return sampler
+    return UnpadRejectionSamplerV2(stock, config, torch.device("cpu"))
 
 
 def emitted(

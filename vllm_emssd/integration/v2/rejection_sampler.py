@@ -7,11 +7,9 @@ output depends on what was drafted; and it has no logprobs of named tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -25,39 +23,28 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
 
 
 class UnpadRejectionSamplerV2(RejectionSampler):
-    _processed: list[torch.Tensor]  # the step's logits, as they were sampled from
+    # Of logprobs: how many of the likeliest tokens, how many named ones.
+    _dims: tuple[int, int] | None = None
 
     def __call__(
         self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
     ) -> SamplerOutput:
-        self._processed = []
-        output = super().__call__(logits, input_batch, *args, **kwargs)
-        dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
-        if dims is not None and dims[1]:
-            if self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
-                logits = torch.cat(self._processed)
-            named = self._named_logprobs(logits, input_batch, output, *dims)
-            output = dataclasses.replace(output, logprobs_tensors=named)
-        self._processed = []
-        return output
+        self._dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        return super().__call__(logits, input_batch, *args, **kwargs)
 
-    def _named_logprobs(
-        self,
-        logits: torch.Tensor,
-        input_batch: InputBatch,
-        output: SamplerOutput,
-        num_logprobs: int,
-        max_token_ids: int,
-    ) -> LogprobsTensors:
-        """As the plain sampler reports them, of every row."""
-        sampled = output.sampled_token_ids
+    def _get_logprobs_tensors(self, *args: Any) -> LogprobsTensors | None:
+        """Of named tokens too, as the plain sampler reports them, of every row."""
+        if self._dims is None or not self._dims[1]:
+            return super()._get_logprobs_tensors(*args)
+        sampled, num_sampled, logits, cu_num_logits, cu_num_logits_np, _ = args
+        num_logprobs, max_token_ids = self._dims
         flat_sampled = sampled.new_zeros(len(logits))
         _flatten_sampled_kernel[(len(sampled),)](
             flat_sampled,
             sampled,
             sampled.stride(0),
-            output.num_sampled,
-            input_batch.cu_num_logits,
+            num_sampled,
+            cu_num_logits,
             num_warps=1,
         )
         return compute_topk_scores(
@@ -65,11 +52,11 @@ class UnpadRejectionSamplerV2(RejectionSampler):
             num_logprobs,
             flat_sampled,
             # Where drafts are trimmed, the device alone knows.
-            input_batch.cu_num_logits.clone()
+            cu_num_logits.clone()
             if self.enable_adaptive_verification
-            else input_batch.cu_num_logits_np.tolist(),
+            else cu_num_logits_np.tolist(),
             logprob_token_ids_state=self.sampler.logprob_token_ids_state,
-            expanded_idx_mapping=input_batch.expanded_idx_mapping,
+            expanded_idx_mapping=self._expanded_idx_mapping,
             max_per_req_token_ids=max_token_ids,
             logits_mode=self.sampler.logprobs_mode
             in ("raw_logits", "processed_logits"),
@@ -80,7 +67,7 @@ class UnpadRejectionSamplerV2(RejectionSampler):
         drafts that are what was sampled."""
         processed, sampled, num_sampled = super()._verify(*args)
         _, _, _, pos, cu_num_logits, _, slots, expanded_idx_mapping, *_, drafted = args
-        self._processed.append(processed)
+        self._expanded_idx_mapping = expanded_idx_mapping  # of these requests
         states = self.sampler.sampling_states
         is_seeded_np = states.seeds_set[slots]
         if not is_seeded_np.any() or self.synthetic_conditional_rates is not None:
