@@ -17,7 +17,7 @@ from tests.distributed.ray_on_cpu.emssd_test_platform import SWITCH
 from tests.engine import DRAFT_MODEL, EAGLE3, LLMA, MAX_MODEL_LEN, MIXED, TARGET
 
 REPO = Path(__file__).parents[2]
-SECONDS = 240  # for one job, on two slow cores
+SECONDS = 480  # for one job, on two slow cores
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(
         [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
