@@ -313,7 +313,7 @@ def test_the_drafting_policy_is_told_what_copies_will_bring() -> None:
 
 def test_the_model_alone_skips_steps_too() -> None:
     proposer, _ = mixed_of_one(None)
-    proposer.use("draft_model")
+    proposer.only = "draft_model"
     proposer._drafting.policy.skips_step = lambda num_sampling: True
     assert proposer.propose(batch_of({"r": [5, 6, 7, 8, 5, 6]}, [4])) == [[]]
 
@@ -348,7 +348,7 @@ class ChangesItsMind(MixedProposer):
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         self._steps = getattr(self, "_steps", 0) + 1
-        self.use((None, "llma", "draft_model")[self._steps % 3])
+        self.only = (None, "llma", "draft_model")[self._steps % 3]
         return super().propose(batch)
 
 

@@ -16,7 +16,7 @@ from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.kv_cache import specs_for_drafting
 from vllm_emssd.integration.ranks import Ranks
-from vllm_emssd.integration.unsupported import ONLY_MIXED_CHOOSES
+from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA
 
 
 class DraftingRunner:
@@ -61,7 +61,7 @@ class DraftingRunner:
                 "num_speculative_tokens, or None for automatic lengths"
             )
         if config.copies:
-            self._proposer.use(None if num_draft_tokens is None else "draft_model")
+            self._proposer.only = None if num_draft_tokens is None else DRAFT_MODEL
         if num_draft_tokens is None:
             self._draft_automatically()
         else:
@@ -70,8 +70,13 @@ class DraftingRunner:
     def use_proposer(self, proposer: str | None) -> None:
         """See the worker's `emssd_use_proposer`."""
         if self.emssd_config.proposer != "mixed":
-            raise ValueError(ONLY_MIXED_CHOOSES)
-        self._proposer.use(proposer)
+            raise ValueError('only "proposer": "mixed" has proposers to choose from')
+        if proposer not in (DRAFT_MODEL, LLMA, None):
+            raise ValueError(
+                f'{proposer!r} makes no drafts here: give "{DRAFT_MODEL}", "{LLMA}", '
+                "or None for both"
+            )
+        self._proposer.only = proposer
         if self._automatic is not None:
             self._draft_automatically()
 

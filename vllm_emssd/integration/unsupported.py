@@ -13,7 +13,6 @@ from vllm.platforms import current_platform
 from vllm_emssd.config import METHOD
 
 METHOD_NAME = f'"method": "{METHOD}"'
-ONLY_MIXED_CHOOSES = 'only "proposer": "mixed" has proposers to choose from'
 _REMOVE = "Remove --speculative-config"
 
 

@@ -68,15 +68,6 @@ class ModelDrafts:
             self.record.tested += float(np.minimum(num_accepted + 1, num_drafts).sum())
 
 
-def check_source(only: str | None) -> None:
-    """Raises ValueError for what is neither a name of the two nor None for both."""
-    if only not in (DRAFT_MODEL, LLMA, None):
-        raise ValueError(
-            f'{only!r} makes no drafts here: give "{DRAFT_MODEL}", "{LLMA}", or '
-            "None for both"
-        )
-
-
 def no_drafts(batch: DraftBatch) -> list[list[int]]:
     return [[] for _ in batch.req_ids]
 
@@ -104,7 +95,7 @@ class MixedProposer:
         self._weighs_copies = weighs_copies
         self._drafts = ModelDrafts()
         self._has_faded = False  # that record, in this step
-        self._only: str | None = None
+        self.only: str | None = None  # `DRAFT_MODEL` or `LLMA` makes drafts alone
         self._copied: set[str] = set()  # requests whose drafts to verify are copies
 
     @property
@@ -116,22 +107,14 @@ class MixedProposer:
     def policy(self, policy: DraftLengthPolicy) -> None:
         self._drafting.policy = policy
 
-    def use(self, only: str | None) -> None:
-        """From now on one of the two alone makes drafts, or, with None, both.
-
-        Raises ValueError for a name that is not `DRAFT_MODEL` or `LLMA`.
-        """
-        check_source(only)
-        self._only = only
-
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         self._has_faded = False
         copies, copied = [NO_COPY] * batch.num_reqs, no_drafts(batch)
-        if self._only != DRAFT_MODEL:
+        if self.only != DRAFT_MODEL:
             copies = self._copying.find(batch)
             copied = self._copying.choose(batch, copies)
         made = no_drafts(batch)
-        if self._only != LLMA:
+        if self.only != LLMA:
             made = self._draft_beside(batch, copies, copied)
             copied = [[] if m else c for m, c in zip(made, copied, strict=True)]
         self._note_copies(batch, copied)

@@ -42,7 +42,7 @@ from vllm_emssd.integration.v2.pending_steps import (
     scheduled_step,
 )
 from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
-from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts, check_source
+from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA, ModelDrafts
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -74,7 +74,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         self._is_greedy, self._is_copied = np.zeros((2, self.max_num_reqs), bool)
         self._max_drafts = config.num_speculative_tokens  # of the model
         self._model_drafts = ModelDrafts()
-        self._only: str | None = None
+        self.only: str | None = None  # as `MixedProposer` has it
         if config.copies:
             # vLLM has the texts in the host's memory unless its own n-grams are looked
             # up.
@@ -112,11 +112,6 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     def forget_warm_up(self) -> None:
         super().forget_warm_up()
         self._model_drafts = ModelDrafts()
-
-    def use(self, only: str | None) -> None:
-        """See `MixedProposer.use`."""
-        check_source(only)
-        self._only = only
 
     # ------------------------------------------------------------ before a step
 
@@ -185,11 +180,11 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             drafts, copies = self._source.find(
                 input_batch, step, num_sampled, was_copied
             )
-            if self._only == DRAFT_MODEL:
+            if self.only == DRAFT_MODEL:
                 copies.rows[:] = 0
         num_made = np.zeros_like(slots)
         try:
-            if self._only != LLMA:
+            if self.only != LLMA:
                 num_made = self._plan(input_batch, step, copies)
             if num_made.any():
                 self._set_sampling(input_batch, temperature, seeds)
