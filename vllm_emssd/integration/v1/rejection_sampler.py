@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -232,16 +233,8 @@ class UnpadRejectionSampler(RejectionSampler):
             )
         return logits
 
-    def _get_logprobs_tensors(
-        self,
-        max_num_logprobs: int,
-        metadata: SpecDecodeMetadata,
-        logits: torch.Tensor,
-        target_logits: torch.Tensor,
-        bonus_logits: torch.Tensor,
-        sampled_token_ids: torch.Tensor,
-        *args: object,
-    ) -> LogprobsTensors:
+    def _get_logprobs_tensors(self, *args: Any) -> LogprobsTensors:
+        _, _, _, target_logits, _, sampled_token_ids, *_ = args
         seeded = self._seeded
         if seeded is not None and seeded.rows and self.is_processed_logprobs_mode:
             assert seeded.processed_logits is not None
@@ -253,15 +246,7 @@ class UnpadRejectionSampler(RejectionSampler):
             for row in range(index * width, (index + 1) * width)
         } or None
         try:
-            return super()._get_logprobs_tensors(
-                max_num_logprobs,
-                metadata,
-                logits,
-                target_logits,
-                bonus_logits,
-                sampled_token_ids,
-                *args,
-            )
+            return super()._get_logprobs_tensors(*args)
         finally:
             self.sampler.token_ids_of_rows = None
 
