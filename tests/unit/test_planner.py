@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.draft_batches import step_of
 from vllm_emssd.draft_length import Copies, CostTable, StepCosts, StepInfo, planner
-from vllm_emssd.draft_length.long_run_rate import LongRunRate
-from vllm_emssd.draft_length.planner import best_plan
+from vllm_emssd.draft_length.planner import LongRunRate, best_plan
 
 property_test = settings(max_examples=200, deadline=None, derandomize=True)
 K = 4

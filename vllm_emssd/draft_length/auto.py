@@ -8,8 +8,7 @@ import numpy as np
 
 from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
 from vllm_emssd.draft_length.cost import StepCosts
-from vllm_emssd.draft_length.long_run_rate import LongRunRate
-from vllm_emssd.draft_length.planner import Plan, best_plan
+from vllm_emssd.draft_length.planner import LongRunRate, Plan, best_plan
 from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
 
