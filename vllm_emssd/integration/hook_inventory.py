@@ -12,7 +12,7 @@ from vllm_emssd.integration.hooks.hook import Hook, difference, is_installed
 from vllm_emssd.integration.v1.sampling import LOGITSPROCS_HOOK
 
 # After the worker, whose module must come before vLLM's V2 runner on a CPU.
-from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK  # isort: skip
+from vllm_emssd.integration.v2.runner import INIT_SPECULATOR_HOOK  # isort: skip
 
 INVENTORY: tuple[Hook, ...] = (
     FRONTEND_HOOK,

@@ -24,23 +24,47 @@ from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import CostTable, StepCosts
 from vllm_emssd.integration.costs import CONTEXT, FIXED_MS, time_forwards
 from vllm_emssd.integration.drafting import DraftingRunner
 from vllm_emssd.integration.forward_clock import TimedByClock, clock_of
-from vllm_emssd.integration.hooks.hook import installed
+from vllm_emssd.integration.hooks.hook import Hook, installed
 from vllm_emssd.integration.metrics import Publisher
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.integration.runners import refuse_deployment, refuse_options
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
+from vllm_emssd.integration.v2.eagle_speculator import UnpadEagleSpeculator
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
-from vllm_emssd.integration.v2.speculator_hook import INIT_SPECULATOR_HOOK
+from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.metrics import Counters
 
 logger = init_logger("vllm.emssd.v2")
+
+INIT_SPECULATOR_HOOK = Hook(
+    target="vllm.v1.worker.gpu.model_runner:init_speculator",
+    why="the V2 runner builds its speculator by a closed list",
+    signature="vllm_config, device, req_states",
+    remove_when="a subclass of the V2 runner can choose its speculator",
+    make=lambda stock: _make_speculator,
+    when="while an emssd worker makes its V2 runner",
+    patch="0007-speculator-registry",
+)
+
+
+def _make_speculator(
+    vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+) -> DraftingSpeculator | CopySpeculator:
+    config = EmssdConfig.carried_by(vllm_config.additional_config)
+    speculator: type[DraftingSpeculator | CopySpeculator] = UnpadSpeculator
+    if not config.uses_draft_model:
+        speculator = CopySpeculator
+    elif vllm_config.speculative_config.method == "eagle3":
+        speculator = UnpadEagleSpeculator
+    return speculator(vllm_config, device, req_states=req_states)
 
 
 class TargetTiming(TimedByClock, StepTimingCollector):
