@@ -32,7 +32,6 @@ class CopySource:
 
     Args:
         numbers: [max_num_reqs] int64 by slot, of the admissions; the caller's.
-        num_columns: of the drafts of a request, at least as many as may be copied.
     """
 
     def __init__(
@@ -40,15 +39,16 @@ class CopySource:
         vllm_config: VllmConfig,
         req_states: RequestState,
         numbers: np.ndarray,
-        num_columns: int,
-        device: torch.device,
         failures: FailurePolicy,
     ) -> None:
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._req_states = req_states
-        self._copier = DeviceCopier(
-            req_states, config.check_length, num_columns, device
+        self.copier = DeviceCopier(
+            req_states,
+            config.check_length,
+            req_states.num_speculative_steps,
+            req_states.device,
         )
         self._failures = failures
         self._waits = not vllm_config.scheduler_config.async_scheduling
@@ -63,7 +63,7 @@ class CopySource:
     def forget_warm_up(self) -> None:
         """How copies fared so far, of requests that do not count."""
         self._is_warm_up = False
-        self._copier.forget()
+        self.copier.forget()
 
     def admit(self, new_reqs: Sequence[NewRequestData], most: np.ndarray) -> None:
         """New requests (resumed ones too). `most`: [num_new] drafts of each."""
@@ -71,19 +71,11 @@ class CopySource:
             slot = self._req_states.req_id_to_index[new.req_id]
             reference = reference_of(new.sampling_params, self._vocab_size)
             try:
-                self._copier.admit(slot, max_drafts, reference)
+                self.copier.admit(slot, max_drafts, reference)
             except torch.OutOfMemoryError as error:  # vLLM left no room for references
                 self._failures.take(error)
-                self._copier.admit(slot, max_drafts)
+                self.copier.admit(slot, max_drafts)
             self._most[slot], self._num_copied[slot] = max_drafts, 0
-
-    def release(self, slot: int) -> None:
-        """The request in the slot, if any, has gone."""
-        self._copier.release(slot)
-
-    def no_copies(self, num_reqs: int) -> torch.Tensor:
-        """[num_reqs, K] int64 any tokens, on the device."""
-        return self._copier.drafts[:num_reqs]
 
     def find(
         self,
@@ -107,7 +99,7 @@ class CopySource:
         if not self._waits:
             self._learn()
         try:
-            token_ids, found = self._copier.find(
+            token_ids, found = self.copier.find(
                 input_batch.idx_mapping,
                 num_sampled,
                 self._first_rows(input_batch, step, was_copied),
@@ -115,8 +107,8 @@ class CopySource:
             self._last = slots, self._numbers[slots], LateArray(found)
         except Exception as error:
             self._failures.take(error)
-            self._copier.forget_copies()
-            token_ids = self.no_copies(len(slots))
+            self.copier.forget_copies()
+            token_ids = self.copier.drafts[: len(slots)]  # any tokens
             self._last, self._num_copied[slots] = None, 0
         if self._waits:
             self._learn()

@@ -30,7 +30,7 @@ class CopySpeculator(RaggedSpeculator):
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.num_speculative_steps = config.num_speculative_tokens
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self._begin(vllm_config, device, req_states)
+        self._begin(vllm_config, req_states)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """There is no forward to record."""
@@ -52,7 +52,7 @@ class CopySpeculator(RaggedSpeculator):
         **kwargs: Any,
     ) -> torch.Tensor:
         if dummy_run:
-            return self._source.no_copies(input_batch.num_reqs)
+            return self._source.copier.drafts[: input_batch.num_reqs]
         slots = input_batch.idx_mapping_np
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         token_ids, copies = self._source.find(input_batch, step, num_sampled)

@@ -82,7 +82,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             req_states.all_token_ids = StagedWriteTensor(
                 texts.shape, dtype=texts.dtype, device=device
             )
-        self._begin(vllm_config, device, req_states)
+        self._begin(vllm_config, req_states)
 
     # ------------------------------------------------------------ start-up
 

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Collection, Mapping
 
 import numpy as np
-import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
@@ -36,9 +35,7 @@ class RaggedSpeculator(BaseSpeculator):
     max_num_reqs: int
     _source: CopySource | None
 
-    def _begin(
-        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
-    ) -> None:
+    def _begin(self, vllm_config: VllmConfig, req_states: RequestState) -> None:
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.counters = Counters()
         self._failures = FailurePolicy(self.counters, vllm_config.parallel_config)
@@ -59,12 +56,7 @@ class RaggedSpeculator(BaseSpeculator):
         self._source = None
         if config.copies:
             self._source = CopySource(
-                vllm_config,
-                req_states,
-                self._numbers,
-                self.num_speculative_steps,
-                device,
-                self._failures,
+                vllm_config, req_states, self._numbers, self._failures
             )
 
     def forget_warm_up(self) -> None:
@@ -113,7 +105,7 @@ class RaggedSpeculator(BaseSpeculator):
     def _vacate(self, slot: int) -> None:
         """The slot's request has left."""
         if self._source is not None:
-            self._source.release(slot)
+            self._source.copier.release(slot)
 
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """An async scheduler schedules K drafts of every request before there are any.
