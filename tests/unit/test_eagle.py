@@ -142,6 +142,7 @@ class Engine:
             self._policy,
             self.counters,
             states=self._states,
+            kv_slots=self._head.kv_slots,
             block_size=setup.block_size,
         )
         self._drafted_before: set[str] = set()
@@ -231,9 +232,7 @@ class TakesStatesThatAreGone(EagleProposer):
 class CountsAcceptedDrafts(EagleProposer):
     """As if their K/V were that of the target's hidden states."""
 
-    def _record_fed(self, req_id: str, end: int, num_fed_drafts: int) -> None:
-        super()._record_fed(req_id, end, num_fed_drafts)
-        self._cursor.record_fed_drafts(req_id, num_fed_drafts)
+    _keeps_fed_drafts = True
 
 
 class GoesOnBehindGaps(EagleProposer):
@@ -244,8 +243,7 @@ class GoesOnBehindGaps(EagleProposer):
 
 
 class TakesTheTokenAtTheRow(EagleProposer):
-    def _known_ids(self, batch, rows):  # type: ignore
-        return batch.token_ids[rows.row_req_indices, rows.positions]
+    _token_offset = 0
 
 
 @pytest.mark.parametrize(

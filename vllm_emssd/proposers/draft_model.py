@@ -62,6 +62,9 @@ class DraftModelProposer:
             requests that want no drafts: a KV connector looks for that K/V.
     """
 
+    _token_offset = 0  # from a row's position to that of the token it takes
+    _keeps_fed_drafts = True  # once accepted, their K/V is that of their tokens
+
     def __init__(
         self,
         drafter: Drafter,
@@ -119,8 +122,10 @@ class DraftModelProposer:
         for requests, _ in made:
             num_made[requests] += 1
         for i in fed:
-            num_fed_drafts = max(int(num_made[i]) - 1, 0)
-            self._record_fed(batch.req_ids[i], int(ends[i]), num_fed_drafts)
+            self._cursor.advance(batch.req_ids[i], int(ends[i]))
+            if self._keeps_fed_drafts:
+                num_fed_drafts = max(int(num_made[i]) - 1, 0)
+                self._cursor.record_fed_drafts(batch.req_ids[i], num_fed_drafts)
         return _on_host(made, self.policy.trim(num_made))
 
     def record_verified(
@@ -154,27 +159,18 @@ class DraftModelProposer:
         ends = np.minimum(ends, self._drafter.max_model_len)
         return starts, np.maximum(starts, ends)
 
-    def _known_ids(self, batch: DraftBatch, rows: RaggedRows) -> np.ndarray:
-        """The tokens that known rows take. [num_rows] integers"""
-        known_ids: np.ndarray = batch.token_ids[rows.row_req_indices, rows.positions]
-        return known_ids
-
     def _start_feeding(
         self, batch: DraftBatch, fed: np.ndarray, starts: np.ndarray
     ) -> None:
         """Requests `fed`, batch rows, are about to be fed from `starts` [num_reqs]."""
-
-    def _record_fed(self, req_id: str, end: int, num_fed_drafts: int) -> None:
-        """A request was fed its known tokens up to `end`, and some of its drafts."""
-        self._cursor.advance(req_id, end)
-        self._cursor.record_fed_drafts(req_id, num_fed_drafts)
 
     def _draft(
         self, batch: DraftBatch, rows: RaggedRows, draft_lens: np.ndarray
     ) -> list[tuple[np.ndarray, torch.Tensor]]:
         """Run the forwards. Returns the batch rows and the drafts of each; no request
         makes more than its `draft_lens` [num_reqs]; those that draft are in `rows`."""
-        known_ids = self._known_ids(batch, rows)
+        at = rows.positions + self._token_offset
+        known_ids = batch.token_ids[rows.row_req_indices, at]
         drafting = rows.req_indices[draft_lens[rows.req_indices] > 0]
         sampled_rows = rows.last_rows[draft_lens[rows.req_indices] > 0]
         is_decode = rows.positions >= batch.num_prompt_tokens[rows.row_req_indices]

@@ -9,20 +9,15 @@ and no row for a rejected draft.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from vllm_emssd.proposers.base import DraftBatch
-from vllm_emssd.proposers.draft_model import Drafter, DraftModelProposer
+from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.ragged import RaggedRows
-
-
-class HeadDrafter(Drafter, Protocol):
-    def kv_slots(self, rows: RaggedRows) -> np.ndarray:
-        """Of the K/V of each row. [num_rows] int64"""
-        ...
 
 
 class EagleProposer(DraftModelProposer):
@@ -34,16 +29,24 @@ class EagleProposer(DraftModelProposer):
 
     Args:
         states: of the target, kept of each step before `propose`.
+        kv_slots: gives the slot of each row's K/V, [num_rows] int64.
         block_size: of the KV cache.
     """
 
-    _drafter: HeadDrafter
+    _token_offset = 1
+    _keeps_fed_drafts = False
 
     def __init__(
-        self, *args: Any, states: HiddenStates, block_size: int, **kwargs: Any
+        self,
+        *args: Any,
+        states: HiddenStates,
+        kv_slots: Callable[[RaggedRows], np.ndarray],
+        block_size: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._states = states
+        self._kv_slots = kv_slots
         self._block_size = block_size
 
     def _missing_spans(self, batch: DraftBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -56,18 +59,12 @@ class EagleProposer(DraftModelProposer):
         lacking = np.flatnonzero((ends > starts) & (starts < computed_before))
         if lacking.size:
             rows = RaggedRows.from_spans(lacking, starts[lacking], ends[lacking])
-            is_lost = ~self._states.are_here(self._drafter.kv_slots(rows))
+            is_lost = ~self._states.are_here(self._kv_slots(rows))
             behind = np.where(is_lost, rows.positions + 1, 0)
             behind = np.maximum.reduceat(behind, rows.query_start_loc[:-1])
             restarts = -(-behind // self._block_size) * self._block_size
             starts[lacking] = np.maximum(starts[lacking], restarts)
         return starts, np.maximum(starts, ends)
-
-    def _known_ids(self, batch: DraftBatch, rows: RaggedRows) -> np.ndarray:
-        known_ids: np.ndarray = batch.token_ids[
-            rows.row_req_indices, rows.positions + 1
-        ]
-        return known_ids
 
     def _start_feeding(
         self, batch: DraftBatch, fed: np.ndarray, starts: np.ndarray
@@ -77,6 +74,3 @@ class EagleProposer(DraftModelProposer):
             if start > self._cursor.draft_len(req_id):
                 self._cursor.restart_at(req_id, start)
                 self._counters.num_draft_restarts += 1
-
-    def _record_fed(self, req_id: str, end: int, num_fed_drafts: int) -> None:
-        self._cursor.advance(req_id, end)

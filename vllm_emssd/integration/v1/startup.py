@@ -153,8 +153,12 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         )
         drafting = DraftModelProposer(*parts)
         if (states := self._hidden_states) is not None:
-            block_size = self.drafter.block_size
-            drafting = EagleProposer(*parts, states=states, block_size=block_size)
+            drafting = EagleProposer(
+                *parts,
+                states=states,
+                kv_slots=self.paged_drafter.kv_slots,
+                block_size=self.drafter.block_size,
+            )
         if not config.copies:
             return drafting
         most = config.num_speculative_tokens
