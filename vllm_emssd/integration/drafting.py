@@ -14,7 +14,7 @@ from vllm_emssd.draft_cursor import AdmittedRequest
 from vllm_emssd.draft_length import AutoDraftLength, FixedDraftLength, StepCosts
 from vllm_emssd.integration.costs import StepCostMeter
 from vllm_emssd.integration.forward_clock import TimedByClock
-from vllm_emssd.integration.kv_cache import specs_for_drafting
+from vllm_emssd.integration.kv_cache import keep_windows_whole, refuse_states
 from vllm_emssd.integration.ranks import Ranks
 from vllm_emssd.proposers.mixed import DRAFT_MODEL, LLMA
 
@@ -30,8 +30,10 @@ class DraftingRunner:
     _automatic: AutoDraftLength | None = None  # likewise
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        specs = super().get_kv_cache_spec()  # type: ignore[misc]
-        return specs_for_drafting(specs, self.emssd_config.uses_draft_model)
+        specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        refuse_states(specs)
+        uses_draft_model = self.emssd_config.uses_draft_model
+        return keep_windows_whole(specs) if uses_draft_model else specs
 
     def _automatic_lengths(
         self,

@@ -38,14 +38,6 @@ _ROLLED_BACK = {
 }
 
 
-def specs_for_drafting(
-    specs: dict[str, KVCacheSpec], uses_draft_model: bool
-) -> dict[str, KVCacheSpec]:
-    """The specs to serve with. Raises ValueError where drafting cannot go by them."""
-    refuse_states(specs)
-    return keep_windows_whole(specs) if uses_draft_model else specs
-
-
 def refuse_states(specs: Mapping[str, KVCacheSpec]) -> None:
     """Raise ValueError where a layer has state that vLLM does not take back."""
     for name, spec in specs.items():
