@@ -207,7 +207,7 @@ class LlmaProposer:
     ) -> _RequestCopies | None:
         """None while a long prompt is still being indexed."""
         request = self._requests.get(req_id)
-        if request is None or request.index.num_indexed > len(token_ids):
+        if request is None or len(request.index.tokens) > len(token_ids):
             reference, pointer = self._references.get(req_id), None
             if reference is not None and len(reference):
                 pointer = ReferencePointer(reference, self._check_length)
@@ -216,7 +216,7 @@ class LlmaProposer:
                 index, num_prompt_tokens, pointer, num_prompt_tokens
             )
             self._requests[req_id] = request
-        num_new = len(token_ids) - request.index.num_indexed
+        num_new = len(token_ids) - len(request.index.tokens)
         self._num_to_index -= num_new
         if self._num_to_index < 0:
             request.index.extend(token_ids[: self._num_to_index])

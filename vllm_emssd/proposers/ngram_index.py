@@ -12,10 +12,7 @@ MAX_MATCH_LENGTH = 32  # longest agreement told apart
 
 
 class NgramIndex:
-    """Where each run of `check_length` tokens ended, in one growing token list.
-
-    Adding a token is O(1); nothing is ever scanned again.
-    """
+    """Of runs of `check_length` tokens, in one list of tokens."""
 
     __slots__ = ("_check_length", "_ends", "tokens")
 
@@ -32,10 +29,6 @@ class NgramIndex:
         for start in range(first, len(tokens) - length + 1):
             end = start + length
             self._ends.setdefault(tuple(tokens[start:end]), []).append(end)
-
-    @property
-    def num_indexed(self) -> int:
-        return len(self.tokens)
 
     def longest_match(self) -> tuple[int, int] | None:
         """The earlier occurrence of the text's end to copy from: where it ends, and how

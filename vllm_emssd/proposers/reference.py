@@ -54,8 +54,8 @@ class ReferencePointer:
 
     def advance(self, text: list[int], start: int) -> None:
         """The answer grew by `text[start:]`. O(1) for each token."""
-        if self._index.num_indexed < len(self._reference):
-            most = self._index.num_indexed + _INDEXED_A_STEP
+        if len(self._index.tokens) < len(self._reference):
+            most = len(self._index.tokens) + _INDEXED_A_STEP
             self._index.extend(self._reference_np[:most])
         for i in range(start, len(text)):
             if self._departure is None:
