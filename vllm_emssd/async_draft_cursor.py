@@ -70,7 +70,7 @@ class AsyncDraftCursor:
             self._max_pending,  # and what they add to the tokens known at most
             self._num_lacking,  # known tokens, pending ones included, without draft K/V
             self._num_fed_drafts,  # of the drafts made last
-        ) = np.zeros((8, num_slots), dtype=np.int64)
+        ) = self._state = np.zeros((8, num_slots), dtype=np.int64)
 
     # ------------------------------------------------------------ requests and blocks
 
@@ -91,15 +91,8 @@ class AsyncDraftCursor:
         for slot, block_ids in extended:
             self._append(slot, block_ids, num_hits=0)
         for slot, num_tokens, request in admitted:
+            self._state[:, slot] = 0
             self._num_tokens[slot] = self._num_lacking[slot] = num_tokens
-            for state in (
-                self._num_blocks,
-                self._draft_len,
-                self._num_pending,
-                self._max_pending,
-                self._num_fed_drafts,
-            ):
-                state[slot] = 0
             num_hits = request.num_computed_tokens // self._block_size
             self._num_hits[slot] = num_hits * self._block_size
             self._append(slot, request.block_ids, num_hits)
