@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol, cast
@@ -79,11 +79,9 @@ class Proposer(Protocol):
         ...
 
 
-class MakeProposer(Protocol):
-    """What an entry point of the group `vllm_emssd.proposers` names: a class or a
-    function. CONTRIBUTING.md shows one."""
-
-    def __call__(self, config: EmssdConfig, lengths: CopyLengths) -> Proposer: ...
+# What an entry point of the group `vllm_emssd.proposers` names: a class or a function.
+# CONTRIBUTING.md shows one.
+MakeProposer = Callable[[EmssdConfig, CopyLengths], Proposer]
 
 
 def plugin_proposer(name: str) -> MakeProposer | None:
