@@ -303,7 +303,7 @@ def test_no_draft_wanted_costs_no_forward(num_reqs: int) -> None:
     cursor.update_blocks([AdmittedRequest(f"r{i}", [i], 0) for i in range(3)], [])
     counters = Counters()
     proposer = DraftModelProposer(
-        UnusableDrafter(), cursor, FixedDraftLength(), counters
+        UnusableDrafter(), cursor, DraftLengthPolicy(), counters
     )
     batch = batch_of({f"r{i}": [0] * 3 for i in range(num_reqs)}, [0] * num_reqs)
     assert proposer.propose(batch) == [[] for _ in range(num_reqs)]
@@ -327,7 +327,7 @@ class RecordingDrafter:
         return torch.zeros(len(sampled_rows), dtype=torch.int64), None
 
 
-@pytest.mark.parametrize("policy", [FixedDraftLength(), FixedDraftLength(0)])
+@pytest.mark.parametrize("policy", [DraftLengthPolicy(), FixedDraftLength(0)])
 def test_every_prompt_is_fed_where_others_take_its_kv(
     policy: DraftLengthPolicy,
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
-from vllm_emssd.draft_length import FixedDraftLength, StepInfo
+from vllm_emssd.draft_length import DraftLengthPolicy, StepInfo
 from vllm_emssd.feeding import grant_rows, plan_feeding
 
 
@@ -50,7 +50,7 @@ def test_what_is_fed(
     most = np.where(IS_SAMPLING & MAY_DRAFT, 3, 0)
     rows, lens = plan_feeding(
         StepInfo(NAMES, IS_SAMPLING, most, MISSING, num_prefill_rows=11),
-        FixedDraftLength(),
+        DraftLengthPolicy(),
         MAY_DRAFT,
         lambda feeds: feeds & np.array([name == "shares" for name in NAMES]),
         max_num_rows,
@@ -62,7 +62,7 @@ def test_what_is_fed(
 
 @pytest.mark.parametrize(("kept_rows", "num_rows"), [(0, 2), (2, 0)])
 def test_a_policy_may_put_prompts_off(kept_rows: int, num_rows: int) -> None:
-    policy = FixedDraftLength()
+    policy = DraftLengthPolicy()
     policy.feeds_prompts = False
     step = StepInfo(
         ["a", "b"], np.array([True, False]), np.array([3, 0]), np.full(2, 2), 2

@@ -21,7 +21,6 @@ from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 from vllm_emssd.draft_length import (
     CostTable,
     DraftLengthPolicy,
-    FixedDraftLength,
     StepCosts,
     StepInfo,
 )
@@ -237,7 +236,7 @@ def mixed_of_one(
 ) -> tuple[MixedProposer, OracleDrafter]:
     cursor = DraftCursor(num_blocks=512, block_size=8)
     cursor.update_blocks([AdmittedRequest("r", range(512), 0)], [])
-    drafter, fixed = OracleDrafter(), FixedDraftLength()
+    drafter, fixed = OracleDrafter(), DraftLengthPolicy()
     copying = LlmaProposer(2, copy_length, LengthsByAcceptance())
     if reference is not None:
         copying.add_reference("r", np.array(reference, dtype=np.int32))

@@ -32,7 +32,7 @@ from tests.v2.runs import (
     run_engines,
     structured,
 )
-from vllm_emssd.draft_length import FixedDraftLength
+from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
 
 HEAD = EAGLE3 | {"num_speculative_tokens": K}
 STOCK_HEAD = STOCK_EAGLE3 | {"num_speculative_tokens": K}
@@ -40,11 +40,10 @@ LONGER = 50  # tokens, of each request
 BOTH = HEAD | {"proposer": "mixed", "copy_length": COPY}
 
 
-class LateLengths(FixedDraftLength):
+class LateLengths(DraftLengthPolicy):
     """No drafts in the first steps, K in the others."""
 
     def __init__(self, num_idle: int) -> None:
-        super().__init__()
         self._num_idle = num_idle
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -119,7 +118,7 @@ class SpiedSlots:
         del self._speculator._kept.keep
 
 
-def compared(llm: Any, lengths: FixedDraftLength, steady: Any) -> dict[str, Any]:
+def compared(llm: Any, lengths: DraftLengthPolicy, steady: Any) -> dict[str, Any]:
     """How many drafts are those of a head that never paused, after the same text."""
     with SpiedDrafts(llm) as drafts:
         run = pass_with(llm, lengths)
@@ -134,7 +133,7 @@ def not_fed_before(llm: Any, steady: Any) -> dict[str, Any]:
     seen = {"again": one_pass(llm)}
     assert llm.reset_prefix_cache()
     seen["not fed"] = pass_with(llm, FixedDraftLength(0))
-    seen["shared"] = compared(llm, FixedDraftLength(), steady)
+    seen["shared"] = compared(llm, DraftLengthPolicy(), steady)
     assert llm.reset_prefix_cache()
     speculator = model_runner(llm).speculator
     cursor, num_rows = speculator._cursor, speculator._cursor.num_rows
@@ -148,7 +147,7 @@ def not_fed_before(llm: Any, steady: Any) -> dict[str, Any]:
         with SpiedSlots(llm) as are_own:
             seen["lost"] = pass_with(llm, LateLengths(20), max_tokens=LONGER)
         seen["lost"] |= {"are_own": are_own}
-        seen["before, lost"] = pass_with(llm, FixedDraftLength(), max_tokens=LONGER)
+        seen["before, lost"] = pass_with(llm, DraftLengthPolicy(), max_tokens=LONGER)
     cursor.num_rows = num_rows
     return seen
 

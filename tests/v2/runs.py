@@ -32,7 +32,7 @@ from tests.engine import (
 from tests.planted_failures import break_parts
 from tests.v2 import interpreter
 from tests.v2.padded_forwards import pad_forwards
-from vllm_emssd.draft_length import CostTable, FixedDraftLength, StepInfo
+from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepInfo
 from vllm_emssd.draft_length.probing import Probing
 from vllm_emssd.metrics import COUNTER_NAMES
 
@@ -71,7 +71,7 @@ BOTH = MIXED | {"num_speculative_tokens": K, "copy_length": COPY}
 BOTH_SAMPLED = BOTH | {"draft_sample_method": "probabilistic"}
 
 
-class RaggedLengths(FixedDraftLength):
+class RaggedLengths(DraftLengthPolicy):
     """Any number of drafts, another for each request and step, 0 among them."""
 
     def plan(self, step: StepInfo) -> np.ndarray:
@@ -80,11 +80,10 @@ class RaggedLengths(FixedDraftLength):
         return np.minimum(wanted, step.max_draft_tokens)
 
 
-class PausedLengths(FixedDraftLength):
+class PausedLengths(DraftLengthPolicy):
     """No drafts in two steps, not even their prompts fed, and K in the next two."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.steps = 0
 
     def skips_step(self, num_sampling: int) -> bool:
@@ -136,7 +135,9 @@ def one_pass(
     }
 
 
-def pass_with(llm: Any, lengths: FixedDraftLength, **parameters: Any) -> dict[str, Any]:
+def pass_with(
+    llm: Any, lengths: DraftLengthPolicy, **parameters: Any
+) -> dict[str, Any]:
     """With draft lengths by another policy."""
     speculator = model_runner(llm).speculator
     policy = speculator.policy

@@ -23,10 +23,6 @@ class Copies:
     rows: np.ndarray  # [num_reqs] int64: of the target
     gains: np.ndarray  # [num_reqs] float64: how many are expected to be accepted
 
-    @classmethod
-    def none(cls, num_reqs: int) -> Copies:
-        return cls(np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
-
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
@@ -93,9 +89,9 @@ class DraftLengthPolicy:
 
 
 class FixedDraftLength(DraftLengthPolicy):
-    """Every request drafts `num_draft_tokens`, or else the most it may."""
+    """Every request makes `num_draft_tokens`, as far as it may."""
 
-    def __init__(self, num_draft_tokens: int | None = None) -> None:
+    def __init__(self, num_draft_tokens: int) -> None:
         self._num_draft_tokens = num_draft_tokens
         self.feeds_prompts = num_draft_tokens != 0
 
@@ -103,6 +99,4 @@ class FixedDraftLength(DraftLengthPolicy):
         return self._num_draft_tokens == 0
 
     def plan(self, step: StepInfo) -> np.ndarray:
-        if self._num_draft_tokens is None:
-            return step.max_draft_tokens
         return np.minimum(step.max_draft_tokens, self._num_draft_tokens)

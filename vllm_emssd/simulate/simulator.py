@@ -19,10 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllm_emssd.draft_length import (
-    DraftLengthPolicy,
-    FixedDraftLength,
-)
+from vllm_emssd.draft_length import DraftLengthPolicy
 from vllm_emssd.metrics import Counters
 from vllm_emssd.simulate.costs import CostFile
 from vllm_emssd.simulate.drafters import (
@@ -196,7 +193,7 @@ class SimulatedEngine:
         if method.copies:
             costs = self._step_costs if is_auto else None
             return CopyDrafting(costs, method.k, method.name == "oracle")
-        policy: DraftLengthPolicy = FixedDraftLength()
+        policy: DraftLengthPolicy = DraftLengthPolicy()
         if is_auto:
             policy = CountedDraftLength(
                 self._step_costs,

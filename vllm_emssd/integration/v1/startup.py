@@ -15,12 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import DraftCursor
-from vllm_emssd.draft_length import (
-    CostTable,
-    DraftLengthPolicy,
-    FixedDraftLength,
-    StepCosts,
-)
+from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
 from vllm_emssd.integration.costs import (
     CONTEXT,
     FIXED_MS,
@@ -127,7 +122,7 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
             )
         if self.emssd_config.uses_draft_model:
             self._make_drafter(kv_cache_config)
-        self._proposer = self._make_proposer(FixedDraftLength())
+        self._proposer = self._make_proposer(DraftLengthPolicy())
 
     def _make_proposer(
         self, policy: DraftLengthPolicy, costs: StepCosts | None = None

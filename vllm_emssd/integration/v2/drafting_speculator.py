@@ -30,7 +30,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
 from vllm_emssd.config import EmssdConfig
-from vllm_emssd.draft_length import Copies, DraftLengthPolicy, FixedDraftLength
+from vllm_emssd.draft_length import Copies, DraftLengthPolicy
 from vllm_emssd.draft_length.policy import StepInfo
 from vllm_emssd.feeding import plan_feeding
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
@@ -67,7 +67,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         super().__init__(vllm_config, device)
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self.is_automatic = config.draft_length == "auto"
-        self.policy: DraftLengthPolicy = FixedDraftLength()
+        self.policy = DraftLengthPolicy()
         self._feeds_every_prompt = vllm_config.kv_transfer_config is not None
         # By slot: whether drafts are greedy whatever is asked, and whether those to be
         # verified are copies.
