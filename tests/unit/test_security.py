@@ -18,6 +18,7 @@ import vllm_emssd
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration import metrics
 from vllm_emssd.integration.frontend.serving import attach_tag
+from vllm_emssd.metrics import Counters
 
 PACKAGE = Path(vllm_emssd.__file__).parent
 FILES = [
@@ -94,12 +95,14 @@ def test_counters_are_readable_by_their_user_only(
     config = SimpleNamespace(
         speculative_config=spec_config,
         parallel_config=SimpleNamespace(rank=0, data_parallel_index=0),
+        additional_config={},
     )
     owner = type("FrontEnd", (), {})()
     spec_config.emssd_tag.counters_dir = metrics.show_on_metrics(owner, "model")
     [directory] = tmp_path.iterdir()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert metrics.open_shared_counters(config) is not None
+    publisher = metrics.Publisher(Counters(), config)
+    assert publisher._shared is not None
     assert [path.name for path in directory.iterdir()] == ["0.counters"]
     del owner
     assert not directory.exists()

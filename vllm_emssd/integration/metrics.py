@@ -114,29 +114,23 @@ class Publisher:
 
     def __init__(self, counters: Counters, vllm_config: VllmConfig) -> None:
         self._counters = counters
-        self._shared = open_shared_counters(vllm_config)
+        self._shared: SharedCounters | None = None
         self._log: StatsLog | None = None
-        parallel_config = vllm_config.parallel_config
-        if parallel_config.rank == 0 and vllm_config.additional_config.get(
-            LOG_STATS_KEY
-        ):
-            self._log = StatsLog(counters, parallel_config.data_parallel_index)
+        if vllm_config.parallel_config.rank:
+            return
+        engine_index = vllm_config.parallel_config.data_parallel_index
+        # Not there if what serves the engine is elsewhere or shows no counters.
+        directory = vllm_config.speculative_config.emssd_tag.counters_dir
+        if directory is not None and Path(directory).is_dir():
+            self._shared = SharedCounters(Path(directory), engine_index)
+        if vllm_config.additional_config.get(LOG_STATS_KEY):
+            self._log = StatsLog(counters, engine_index)
 
     def step_done(self) -> None:
         if self._shared is not None:
             self._shared.publish(self._counters)
         if self._log is not None:
             self._log.step_done()
-
-
-def open_shared_counters(vllm_config: VllmConfig) -> SharedCounters | None:
-    """None where another worker of the engine publishes, or where the process that
-    serves the engine is on another machine or shows no counters."""
-    directory = vllm_config.speculative_config.emssd_tag.counters_dir
-    parallel_config = vllm_config.parallel_config
-    if directory is None or parallel_config.rank or not Path(directory).is_dir():
-        return None
-    return SharedCounters(Path(directory), parallel_config.data_parallel_index)
 
 
 class StatsLog:
