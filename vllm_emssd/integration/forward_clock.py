@@ -61,7 +61,6 @@ class EventClock(ForwardClock):
     def __init__(self) -> None:
         self._started: Any = None
         self._pending: deque[tuple[int, int, Any, Any]] = deque(maxlen=_MAX_KEPT)
-        self._spare: list[Any] = []  # events that were read
 
     def start(self) -> None:
         self._started = self._recorded()
@@ -75,14 +74,10 @@ class EventClock(ForwardClock):
             num_rows, number, started, stopped = self._pending.popleft()
             ms = started.elapsed_time(stopped)
             timings += [(num_rows, ms / number)] * number
-            self._spare += [started, stopped]
         return timings
 
     def _recorded(self) -> Any:
-        if self._spare:
-            event = self._spare.pop()
-        else:
-            event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
