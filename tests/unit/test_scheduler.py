@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_emssd.integration import scheduler
-from vllm_emssd.integration.scheduler import (
-    drop_placeholder_drafts,
-    with_drafts_made,
-)
+from vllm_emssd.integration.scheduler import UnpadAsyncScheduler, UnpadScheduler
 from vllm_emssd.integration.v2.pending_steps import PendingStep
+from vllm_emssd.integration.v2.ragged_speculator import RaggedSpeculator
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -36,28 +37,28 @@ def output_of(drafts: list[list[int] | None], num_other: list[int]) -> SimpleNam
     )
 
 
-DRAFTS = st.one_of(
-    st.none(),
-    st.lists(st.integers(0, 9), max_size=5),
-    st.integers(1, 5).map(lambda length: [-1] * length),
-)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(DRAFTS, st.integers(1, 9)), max_size=6))
+@pytest.mark.parametrize("kind", [UnpadScheduler, UnpadAsyncScheduler])
 def test_placeholders_go_and_real_drafts_stay(
-    requests: list[tuple[list[int] | None, int]],
+    monkeypatch: pytest.MonkeyPatch, kind: type[UnpadScheduler]
 ) -> None:
-    output = output_of([d for d, _ in requests], [n for _, n in requests])
-    kept = [None if d and d[0] == -1 else d for d, _ in requests]
-    drop_placeholder_drafts(output)
-    assert output == output_of(kept, [n for _, n in requests])
-
-
-def test_placeholders_of_some_requests_go() -> None:
-    output = output_of([[-1, -1], [-1, -1]], [1, 1])
-    drop_placeholder_drafts(output, {"r1"})
-    assert output == output_of([[-1, -1], None], [1, 1])
+    """New and resumed requests have placeholders; drafts of the others are -1 too
+    where scheduling is asynchronous."""
+    told: list[Any] = []
+    for stock in (Scheduler, AsyncScheduler):
+        monkeypatch.setattr(
+            stock, "_update_after_schedule", lambda self, output: told.append(output)
+        )
+    new, resumed, without, running = [-1, -1], [-1], None, [-1, -1, -1]
+    output = output_of([new, resumed, without, running], [1, 2, 3, 4])
+    admitted = {
+        "scheduled_new_reqs": [SimpleNamespace(req_id=r) for r in ("r0", "r2")],
+        "scheduled_cached_reqs": SimpleNamespace(resumed_req_ids={"r1"}),
+    }
+    vars(output).update(admitted)
+    kind._update_after_schedule(object.__new__(kind), output)  # type: ignore[arg-type]
+    expected = output_of([None, None, None, running], [1, 2, 3, 4])
+    vars(expected).update(admitted)
+    assert told == [expected]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -70,14 +71,22 @@ def test_placeholders_of_some_requests_go() -> None:
 def test_drafts_not_made_are_left_out(
     requests: list[tuple[int, int, int | None]],
 ) -> None:
-    """Of a copy: the scheduler goes by its own."""
+    """Of a copy: the scheduler goes by its own. Those under a grammar, with None, keep
+    all."""
     output = SchedulerOutput.make_empty()
     drafts = [[-1] * n or None for n, _, _ in requests]
     others = [other for _, other, _ in requests]
     vars(output).update(vars(output_of(drafts, others)))
     before = deepcopy(output)
-    num_made = {f"r{i}": n for i, (_, _, n) in enumerate(requests) if n is not None}
-    left = with_drafts_made(output, num_made)
+    speculator: Any = SimpleNamespace(
+        _req_states=SimpleNamespace(
+            req_id_to_index={f"r{i}": i for i in range(len(requests))}
+        ),
+        _num_made=np.array([made or 0 for _, _, made in requests]),
+        _constrained={f"r{i}" for i, (_, _, n) in enumerate(requests) if n is None},
+        num_speculative_steps=5,
+    )
+    left = RaggedSpeculator.with_drafts_made(speculator, output)
     kept = [
         [-1] * (n if made is None else min(n, made)) or None for n, _, made in requests
     ]

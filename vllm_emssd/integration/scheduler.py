@@ -9,8 +9,7 @@ stay.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -31,21 +30,16 @@ class UnpadScheduler(Scheduler):
         super().add_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        drop_placeholder_drafts(
-            scheduler_output, self._without_drafts(scheduler_output)
-        )
+        # Requests that were waiting have no drafts but placeholders.
+        admitted = {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        admitted |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        padded = admitted & scheduler_output.scheduled_spec_decode_tokens.keys()
+        cut_drafts(scheduler_output, dict.fromkeys(padded, 0))
         super()._update_after_schedule(scheduler_output)
-
-    def _without_drafts(self, scheduler_output: SchedulerOutput) -> set[str] | None:
-        """Requests whose drafts of -1 are placeholders; None: all."""
-        return None
 
 
 class UnpadAsyncScheduler(UnpadScheduler, AsyncScheduler):
-    """For vLLM's V2 runner, where resumed requests are scheduled as new ones."""
-
-    def _without_drafts(self, scheduler_output: SchedulerOutput) -> set[str] | None:
-        return {request.req_id for request in scheduler_output.scheduled_new_reqs}
+    pass
 
 
 def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
@@ -56,49 +50,13 @@ def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Schedu
     return scheduler_class(*args, vllm_config=vllm_config, **kwargs)
 
 
-def drop_placeholder_drafts(
-    scheduler_output: SchedulerOutput, req_ids: Collection[str] | None = None
-) -> None:
-    """Unschedule drafts of -1, in place, of all requests or of some. They are all or
-    none of a request's."""
+def cut_drafts(scheduler_output: SchedulerOutput, num_kept: Mapping[str, int]) -> None:
+    """Unschedule all but the first `num_kept` drafts of these requests, in place."""
     drafts = scheduler_output.scheduled_spec_decode_tokens
-    padded = [
-        req_id
-        for req_id, tokens in drafts.items()
-        if tokens and tokens[0] == -1 and (req_ids is None or req_id in req_ids)
-    ]
-    for req_id in padded:
-        num_placeholders = len(drafts.pop(req_id))
-        scheduler_output.num_scheduled_tokens[req_id] -= num_placeholders
-        scheduler_output.total_num_scheduled_tokens -= num_placeholders
-
-
-def with_drafts_made(
-    scheduler_output: SchedulerOutput, num_made: Mapping[str, int]
-) -> SchedulerOutput:
-    """What is scheduled, less the drafts that were not made. A copy: the scheduler
-    keeps its own, and takes what is left out for rejected.
-
-    `num_made`: drafts of requests; of those left out all are kept.
-    """
-    drafts = dict(scheduler_output.scheduled_spec_decode_tokens)
-    num_scheduled = dict(scheduler_output.num_scheduled_tokens)
-    num_cut = 0
-    for req_id, made in num_made.items():
-        if made < len(drafts.get(req_id, ())):
-            num_fewer = len(drafts[req_id]) - made
-            num_scheduled[req_id] -= num_fewer
-            num_cut += num_fewer
-            drafts[req_id] = drafts[req_id][:made]
-            if made == 0:
-                del drafts[req_id]
-    if not num_cut:
-        return scheduler_output
-    return replace(
-        scheduler_output,
-        scheduled_spec_decode_tokens=drafts,
-        num_scheduled_tokens=num_scheduled,
-        total_num_scheduled_tokens=(
-            scheduler_output.total_num_scheduled_tokens - num_cut
-        ),
-    )
+    for req_id, num in num_kept.items():
+        num_cut = max(len(drafts[req_id]) - num, 0)
+        scheduler_output.num_scheduled_tokens[req_id] -= num_cut
+        scheduler_output.total_num_scheduled_tokens -= num_cut
+        drafts[req_id] = drafts[req_id][:num]
+        if num == 0:
+            del drafts[req_id]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import numpy as np
 from vllm.config import VllmConfig
@@ -18,7 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.request_options import RequestLimits
-from vllm_emssd.integration.scheduler import with_drafts_made
+from vllm_emssd.integration.scheduler import cut_drafts
 from vllm_emssd.integration.v2.copy_source import CopySource
 from vllm_emssd.integration.v2.pending_steps import PendingStep
 from vllm_emssd.metrics import Counters
@@ -110,7 +111,8 @@ class RaggedSpeculator(BaseSpeculator):
     def with_drafts_made(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """An async scheduler schedules K drafts of every request before there are any.
         Those that were not made cost no rows; but under a grammar they stay, since its
-        bit mask has a row for each, and are forbidden."""
+        bit mask has a row for each, and are forbidden. The scheduler keeps its own
+        output, and takes what is left out for rejected."""
         req_ids = list(scheduler_output.scheduled_spec_decode_tokens)
         slot_of = self._req_states.req_id_to_index
         slots = np.fromiter(map(slot_of.__getitem__, req_ids), np.int64, len(req_ids))
@@ -120,7 +122,17 @@ class RaggedSpeculator(BaseSpeculator):
             for i in np.flatnonzero(num_made < self.num_speculative_steps)
             if req_ids[i] not in self._constrained
         }
-        return with_drafts_made(scheduler_output, fewer)
+        if not fewer:
+            return scheduler_output
+        output = replace(
+            scheduler_output,
+            scheduled_spec_decode_tokens=dict(
+                scheduler_output.scheduled_spec_decode_tokens
+            ),
+            num_scheduled_tokens=dict(scheduler_output.num_scheduled_tokens),
+        )
+        cut_drafts(output, fewer)
+        return output
 
     # ------------------------------------------------------------ after a step
 
