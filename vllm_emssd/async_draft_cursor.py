@@ -9,9 +9,9 @@ writes the same K/V. Of drafts that another proposer made none was fed: until th
 acceptance is known, all of them count as lacking.
 
 Any number of steps may run before one's acceptance is known. What each step left is
-kept in a `Turn` until then, and recorded as if it had been known at once. Requests are
-told by their *slot*, the runner's row for them, so that a step is a few array
-operations, whatever the batch.
+kept in an `UnverifiedStep` until then, and recorded as if it had been known at once.
+Requests are told by their *slot*, the runner's row for them, so that a step is a few
+array operations, whatever the batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_emssd.draft_cursor import AdmittedRequest
 
 
 @dataclass(slots=True)
-class Turn:
+class UnverifiedStep:
     """Requests in a step whose acceptance is to come. All are [num_reqs]."""
 
     slots: np.ndarray  # int64
@@ -39,7 +39,8 @@ class AsyncDraftCursor:
     """Draft K/V validity by slot and, for prefix caching, by physical block.
 
     A step goes: `begin` with its requests; `feed` and `draft` with what is fed; `end`.
-    Once its acceptance is known, in the order of the steps: `settle`.
+    Once its acceptance is known, in the order of the steps: `record_acceptance`, which
+    settles the step.
 
     Args:
         num_slots: requests at once.
@@ -108,7 +109,7 @@ class AsyncDraftCursor:
 
     def begin(
         self, slots: np.ndarray, is_sampling: np.ndarray, num_drafts: np.ndarray
-    ) -> Turn:
+    ) -> UnverifiedStep:
         """Each request that samples knows one token more, and some or all of the drafts
         that it verifies. All [num_reqs]."""
         num_fed = self._num_fed_drafts[slots]
@@ -121,7 +122,7 @@ class AsyncDraftCursor:
         self._max_pending[slots] += is_late * (1 + num_drafts)
         # Nothing is uncertain of the others, which may count on what it feeds now.
         self._num_tokens[slots] += is_sampling & ~is_late
-        return Turn(slots, is_late, num_drafts, num_fed, num_fed)
+        return UnverifiedStep(slots, is_late, num_drafts, num_fed, num_fed)
 
     def num_lacking(self, slots: np.ndarray) -> np.ndarray:
         """Tokens from the end of each request's text back to its first without draft
@@ -150,11 +151,11 @@ class AsyncDraftCursor:
         self._draft_len[slots] = num_valid * self._block_size
         self._num_lacking[slots] -= self._draft_len[slots] - starts
 
-    def awaits_drafts(self, turn: Turn) -> np.ndarray:
+    def awaits_drafts(self, step: UnverifiedStep) -> np.ndarray:
         """Which requests verified drafts in an earlier step that is not settled, so
         that they may lack less than is known. [num_reqs] bool"""
-        most, steps = self._max_pending[turn.slots], self._num_pending[turn.slots]
-        return most - steps > turn.num_drafts
+        most, steps = self._max_pending[step.slots], self._num_pending[step.slots]
+        return most - steps > step.num_drafts
 
     def waits_for_another(self, slots: np.ndarray, feeds: np.ndarray) -> np.ndarray:
         """Which requests would begin in a block in which an earlier one is about to
@@ -179,28 +180,28 @@ class AsyncDraftCursor:
         self._num_lacking[slots] = 0
         self._num_fed_drafts[slots] = num_fed_drafts
 
-    def end(self, turn: Turn) -> None:
+    def end(self, step: UnverifiedStep) -> None:
         """All that the step fed has been told."""
-        turn.num_lacking = self._num_lacking[turn.slots]
-        now = ~turn.is_late
-        slots = turn.slots[now]
-        self._advance(slots, self._num_tokens[slots] - turn.num_lacking[now])
+        step.num_lacking = self._num_lacking[step.slots]
+        now = ~step.is_late
+        slots = step.slots[now]
+        self._advance(slots, self._num_tokens[slots] - step.num_lacking[now])
 
-    def settle(
-        self, turn: Turn, num_accepted: np.ndarray, is_running: np.ndarray
+    def record_acceptance(
+        self, step: UnverifiedStep, num_accepted: np.ndarray, is_running: np.ndarray
     ) -> None:
         """What the oldest step that is not settled accepted. [num_reqs] integers
 
         `is_running`: [num_reqs] bool, False for a request that has left its slot since,
         whose blocks may be another's. Its full blocks stay valid until reallocated.
         """
-        on = turn.is_late & is_running
-        slots, accepted = turn.slots[on], num_accepted[on]
+        on = step.is_late & is_running
+        slots, accepted = step.slots[on], num_accepted[on]
         self._num_pending[slots] -= 1
-        self._max_pending[slots] -= 1 + turn.num_drafts[on]
+        self._max_pending[slots] -= 1 + step.num_drafts[on]
         self._num_tokens[slots] += 1 + accepted
-        fed = self._draft_len[slots] + np.minimum(accepted, turn.num_fed_drafts[on])
-        known = self._num_tokens[slots] - turn.num_lacking[on]
+        fed = self._draft_len[slots] + np.minimum(accepted, step.num_fed_drafts[on])
+        known = self._num_tokens[slots] - step.num_lacking[on]
         self._advance(slots, np.maximum(fed, known))
         longest = self._num_tokens[slots] + self._max_pending[slots]
         self._num_lacking[slots] = np.minimum(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
+from vllm_emssd.async_draft_cursor import AsyncDraftCursor, UnverifiedStep
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
 
 BLOCK_SIZE = 4
@@ -37,7 +37,9 @@ class Pair:
         self.num_tokens = PROMPT  # known
         self.num_drafts = 0  # being verified
         self.num_copied = 0  # of them, by another proposer
-        self.pending: list[tuple[Turn, int]] = []  # and accepted; oldest first
+        self.pending: list[
+            tuple[UnverifiedStep, int]
+        ] = []  # and accepted; oldest first
         self.copies_pending: list[int] = []  # verified in these steps
         self.max_behind = 0  # where it was fed from before the text on
         self.seen: Counter[str] = Counter()
@@ -51,7 +53,9 @@ class Pair:
         had_drafted = self.num_drafts > self.num_copied
         self.copies_pending.append(self.num_copied)
         not_known = sum(self.copies_pending)
-        turn = self.late.begin(SLOT, np.array([True]), np.array([self.num_drafts]))
+        unverified = self.late.begin(
+            SLOT, np.array([True]), np.array([self.num_drafts])
+        )
         self.num_tokens += 1 + num_accepted
         self.in_time.record_verified("a", num_accepted)
         valid = self.in_time.draft_len("a")
@@ -79,8 +83,8 @@ class Pair:
             self.late.draft(SLOT, np.array([drafts - 1]))
             self.in_time.advance("a", self.num_tokens)
             self.in_time.record_fed_drafts("a", drafts - 1)
-        self.late.end(turn)
-        self.pending.append((turn, num_accepted))
+        self.late.end(unverified)
+        self.pending.append((unverified, num_accepted))
         self.hear(self.num_late)
         self.num_copied = 0 if drafts else num_copied
         self.num_drafts = drafts or num_copied
@@ -88,9 +92,11 @@ class Pair:
     def hear(self, num_late: int, is_running: bool = True) -> None:
         """All acceptance but the last `num_late`."""
         while len(self.pending) > num_late:
-            turn, num_accepted = self.pending.pop(0)
+            unverified, num_accepted = self.pending.pop(0)
             self.copies_pending.pop(0)
-            self.late.settle(turn, np.array([num_accepted]), np.array([is_running]))
+            self.late.record_acceptance(
+                unverified, np.array([num_accepted]), np.array([is_running])
+            )
 
     def draft_len(self) -> int:
         return int(self.late._draft_len[0])
@@ -193,10 +199,10 @@ def test_a_wrong_bound_is_noticed(monkeypatch: pytest.MonkeyPatch, more: int) ->
     """The property fails for a bound that is too low, or that costs a row too many."""
     right = AsyncDraftCursor.begin
 
-    def begin(self: AsyncDraftCursor, *args: np.ndarray) -> Turn:
-        turn = right(self, *args)
-        self._num_lacking[turn.slots] += more * (args[2] > 0)
-        return turn
+    def begin(self: AsyncDraftCursor, *args: np.ndarray) -> UnverifiedStep:
+        unverified = right(self, *args)
+        self._num_lacking[unverified.slots] += more * (args[2] > 0)
+        return unverified
 
     monkeypatch.setattr(AsyncDraftCursor, "begin", begin)
     with pytest.raises((AssertionError, ValueError)):
@@ -216,9 +222,9 @@ def many(num_hits: int = 0, trust: bool = True) -> AsyncDraftCursor:
 
 def prefill(cursor: AsyncDraftCursor, slot: int, num_rows: int) -> None:
     slots = np.array([slot])
-    turn = cursor.begin(slots, np.array([False]), np.array([0]))
+    unverified = cursor.begin(slots, np.array([False]), np.array([0]))
     cursor.feed(slots, np.array([num_rows]))
-    cursor.end(turn)
+    cursor.end(unverified)
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -237,13 +243,13 @@ def test_blocks_that_another_filled_count_where_they_are_trusted(trust: bool) ->
 def test_blocks_that_two_fed_count_once() -> None:
     """One of them while its acceptance is not known."""
     cursor, slots = many(2 * BLOCK_SIZE), np.array([1])
-    turn = cursor.begin(slots, np.array([True]), np.array([K]))
+    unverified = cursor.begin(slots, np.array([True]), np.array([K]))
     cursor.feed(slots, np.array([BLOCK_SIZE]))
-    cursor.end(turn)
+    cursor.end(unverified)
     prefill(cursor, 0, 2 * BLOCK_SIZE)
     known = 3 * BLOCK_SIZE + 1 + K
     assert cursor.num_lacking(slots)[0] >= known - 2 * BLOCK_SIZE
-    cursor.settle(turn, np.array([K]), np.array([True]))
+    cursor.record_acceptance(unverified, np.array([K]), np.array([True]))
     assert cursor.num_lacking(slots).tolist() == [known - 2 * BLOCK_SIZE]
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_emssd.async_draft_cursor import Turn
+from vllm_emssd.async_draft_cursor import UnverifiedStep
 from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.draft_cursor import AdmittedRequest
 
@@ -66,7 +66,7 @@ class World:
         self.ring: list[State | None] = [None] * NUM_KEPT
         self.row_of: dict[tuple[int, int], int] = {}
         self.head: dict[tuple[int, int], State] = {}
-        self.turns: list[tuple[Turn, list[Request], np.ndarray]] = []
+        self.unverified: list[tuple[UnverifiedStep, list[Request], np.ndarray]] = []
         self.seen: Counter[str] = Counter()
 
     def block(self) -> int:
@@ -129,8 +129,8 @@ class World:
         slots = np.array([request.slot for request in self.requests])
         num_drafts = np.array([request.num_drafts for request in self.requests])
         is_sampling, own = np.array(samples), np.array(lens)
-        turn = self.cursor.begin(slots, is_sampling, num_drafts)
-        self.turns.append((turn, self.requests[:], np.array(accepted)))
+        unverified = self.cursor.begin(slots, is_sampling, num_drafts)
+        self.unverified.append((unverified, self.requests[:], np.array(accepted)))
         self.compute(lens, samples, accepted)
         later = np.array(
             [
@@ -138,8 +138,8 @@ class World:
                 for i, r in enumerate(self.requests)
             ]
         )
-        self.speculate(turn, slots, own, later, drafts, budget)
-        self.cursor.end(turn)
+        self.speculate(unverified, slots, own, later, drafts, budget)
+        self.cursor.end(unverified)
         lacks = self.cursor.num_lacking(slots) > later
         self.cursor.keep_nothing(slots[~lacks])
         if lacks.any():
@@ -176,7 +176,7 @@ class World:
 
     def speculate(
         self,
-        turn: Turn,
+        unverified: UnverifiedStep,
         slots: np.ndarray,
         own: np.ndarray,
         later: np.ndarray,
@@ -190,7 +190,7 @@ class World:
             lacking = cursor.num_lacking(slots)
             return np.maximum(lacking - later - own, 0)
 
-        is_uncertain, num_missing = cursor.awaits_drafts(turn), missing()
+        is_uncertain, num_missing = cursor.awaits_drafts(unverified), missing()
         if self.rng.random() < 0.3:  # else some are lost
             is_old = cursor.loses_states(slots, 2 * MAX_ROWS)
             is_old &= ~is_uncertain & cursor.has_states(slots)
@@ -241,10 +241,10 @@ class World:
             assert state == request.state(position), "drafts without some K/V"
 
     def settle(self, num_late: int) -> None:
-        while len(self.turns) > num_late:
-            turn, requests, accepted = self.turns.pop(0)
+        while len(self.unverified) > num_late:
+            unverified, requests, accepted = self.unverified.pop(0)
             is_running = [any(r is other for other in self.requests) for r in requests]
-            self.cursor.settle(turn, accepted, np.array(is_running))
+            self.cursor.record_acceptance(unverified, accepted, np.array(is_running))
             for request in requests:
                 request.pending.pop(0)
 
@@ -312,14 +312,14 @@ def test_a_text_begins_anew_once_it_has_come_to_the_next_block() -> None:
     restarts = []
     for position in [0, *range(5, 20)]:
         length = 1 if position else 5
-        turn = cursor.begin(slots, np.array([True]), np.array([0]))
+        unverified = cursor.begin(slots, np.array([True]), np.array([0]))
         missing = cursor.num_lacking(slots) - 1 - length
         if position:
             num_restarts = cursor.restart(slots, missing)
             restarts.append((position, num_restarts, int(cursor.firsts[0])))
         number = cursor.take_rows(NUM_KEPT if position == 6 else length)
         cursor.keep(slots, number, np.array([position]), np.array([length]))
-        cursor.end(turn)
+        cursor.end(unverified)
     assert restarts[:2] == [(5, 0, 0), (6, 0, 0)]
     # The rows of step 6 push out all before them.
     assert restarts[2] == (7, 0, 0)

@@ -27,7 +27,7 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     observed: list[Any] = []
     speculator = SimpleNamespace(
         _numbers=np.arange(3),
-        _cursor=SimpleNamespace(settle=lambda *told: None),
+        _cursor=SimpleNamespace(record_acceptance=lambda *told: None),
         _source=None,
         is_automatic=True,
         policy=SimpleNamespace(observe_step=lambda *seen: observed.extend(seen)),
@@ -41,8 +41,10 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
         num_forbidden=np.array([0, 4, 2]),
     )
     accepted = np.array([3, 0, 2])
-    turn: Any = SimpleNamespace(slots=np.arange(3))
-    pending = PendingDrafts(step, np.arange(3), turn, np.zeros(3, dtype=bool), None)
+    unverified: Any = SimpleNamespace(slots=np.arange(3))
+    pending = PendingDrafts(
+        step, np.arange(3), unverified, np.zeros(3, dtype=bool), None
+    )
     UnpadSpeculator._settle(speculator, pending, accepted)  # type: ignore[arg-type]
     num_drafts, num_accepted = observed
     assert num_drafts.tolist() == [4, 0, 2]
@@ -56,7 +58,7 @@ def test_drafts_that_the_device_left_out_bring_nothing() -> None:
     speculator: Any = object.__new__(UnpadSpeculator)
     vars(speculator).update(
         _numbers=np.arange(2),
-        _cursor=SimpleNamespace(settle=lambda *told: None),
+        _cursor=SimpleNamespace(record_acceptance=lambda *told: None),
         _source=None,
         is_automatic=True,
         policy=SimpleNamespace(observe_step=lambda *seen: learned.extend(seen)),
@@ -72,9 +74,9 @@ def test_drafts_that_the_device_left_out_bring_nothing() -> None:
         is_sampling=np.ones(2, dtype=bool),
     )
     rejected: Any = SimpleNamespace(wait=lambda: np.array([0, 1]))
-    turn: Any = SimpleNamespace(slots=np.arange(2))
+    unverified: Any = SimpleNamespace(slots=np.arange(2))
     copied = np.zeros(2, dtype=bool)
-    pending = PendingDrafts(step, np.arange(2), turn, copied, rejected)
+    pending = PendingDrafts(step, np.arange(2), unverified, copied, rejected)
     speculator._pending_steps.append(pending)
     speculator.record_acceptance(np.array([3, 4]))  # two accepted, and three
     num_made, num_accepted = learned

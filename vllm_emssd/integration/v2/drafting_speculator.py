@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_emssd.async_draft_cursor import AsyncDraftCursor, Turn
+from vllm_emssd.async_draft_cursor import AsyncDraftCursor, UnverifiedStep
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_length import Copies, DraftLengthPolicy
 from vllm_emssd.draft_length.policy import StepInfo
@@ -48,7 +48,7 @@ from vllm_emssd.verification import ScheduledStep
 
 @dataclass(slots=True)
 class PendingDrafts(PendingStep):
-    turn: Turn
+    unverified: UnverifiedStep
     is_copied: np.ndarray  # bool: its drafts are copies
     num_rejected: LateArray | None  # where the device leaves some drafts out
 
@@ -173,7 +173,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         *args: Any,
     ) -> torch.Tensor:
         """What the step verifies is noted, drafts are planned, and made."""
-        step, turn, was_copied = self._note_verified(input_batch, num_rejected)
+        step, unverified, was_copied = self._note_verified(input_batch, num_rejected)
         slots, copies = input_batch.idx_mapping_np, None
         drafts = self.draft_tokens[: len(slots)]
         if self._source is not None:
@@ -197,31 +197,31 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         except Exception as error:
             self._failures.take(error)
             num_made = np.zeros_like(slots)
-        self._cursor.end(turn)
+        self._cursor.end(unverified)
         self._note_made(step.req_ids, slots, num_made)
         return drafts
 
     def _note_verified(
         self, input_batch: InputBatch, num_rejected: torch.Tensor
-    ) -> tuple[ScheduledStep, Turn, np.ndarray]:
+    ) -> tuple[ScheduledStep, UnverifiedStep, np.ndarray]:
         """What is verified, to be settled once it is known what was accepted. And of
         which requests it was copied, [num_reqs] bool."""
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         slots = input_batch.idx_mapping_np
         verified = np.minimum(step.num_draft_tokens, self._num_made[slots])
-        turn = self._cursor.begin(slots, step.is_sampling, verified)
+        unverified = self._cursor.begin(slots, step.is_sampling, verified)
         was_copied = self._is_copied[slots]
         # Of drafts that were trimmed on the device, how many were not accepted.
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
         rejected = LateArray(num_rejected) if trims else None
-        self._begin_step(input_batch, step, turn)
+        self._begin_step(input_batch, step, unverified)
         self._pending_steps.append(
-            PendingDrafts(step, self._numbers[slots], turn, was_copied, rejected)
+            PendingDrafts(step, self._numbers[slots], unverified, was_copied, rejected)
         )
-        return step, turn, was_copied
+        return step, unverified, was_copied
 
     def _begin_step(
-        self, input_batch: InputBatch, step: ScheduledStep, turn: Turn
+        self, input_batch: InputBatch, step: ScheduledStep, unverified: UnverifiedStep
     ) -> None:
         """Note what the drafter needs to know."""
 
@@ -264,9 +264,9 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     def _settle(self, pending: PendingStep, num_accepted: np.ndarray) -> None:
         """Move the cursors, and learn what is accepted."""
         assert isinstance(pending, PendingDrafts)
-        turn, step = pending.turn, pending.step
-        is_running = self._numbers[turn.slots] == pending.numbers
-        self._cursor.settle(turn, num_accepted, is_running)
+        unverified, step = pending.unverified, pending.step
+        is_running = self._numbers[unverified.slots] == pending.numbers
+        self._cursor.record_acceptance(unverified, num_accepted, is_running)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_possible_drafts
         is_seen = step.is_sampling & pending.is_wanted & ~pending.is_copied

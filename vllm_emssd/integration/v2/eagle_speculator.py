@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorBatchDescriptor,
 )
 
-from vllm_emssd.async_draft_cursor import Turn
+from vllm_emssd.async_draft_cursor import UnverifiedStep
 from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
@@ -160,7 +160,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
         return drafts
 
     def _begin_step(
-        self, input_batch: InputBatch, step: ScheduledStep, turn: Turn
+        self, input_batch: InputBatch, step: ScheduledStep, unverified: UnverifiedStep
     ) -> None:
         num_prefilled = input_batch.num_computed_tokens_np + step.num_scheduled_tokens
         # Tokens at the end of the text that no row can take yet.
@@ -168,9 +168,9 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
             step.is_sampling, 1, input_batch.prefill_len_np - num_prefilled
         )
         self._own_rows = (
-            step.num_scheduled_tokens - step.num_draft_tokens + turn.num_drafts
+            step.num_scheduled_tokens - step.num_draft_tokens + unverified.num_drafts
         )
-        self._is_uncertain = self._cursor.awaits_drafts(turn)
+        self._is_uncertain = self._cursor.awaits_drafts(unverified)
         self._may_feed = False  # unless the policy plans the step
 
     def _num_missing(self, slots: np.ndarray) -> np.ndarray:
