@@ -53,9 +53,9 @@ REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"
 
 
 def _wait_for(tensor: Any) -> None:
-    from vllm_emssd.integration.v2.pending_steps import LateArray
+    from vllm_emssd.integration.v2.pending_steps import AsyncHostCopy
 
-    LateArray(tensor).wait()
+    AsyncHostCopy(tensor).wait()
 
 
 # What waits for a tensor of the device, by what is noticed of it.

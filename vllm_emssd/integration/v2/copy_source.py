@@ -23,7 +23,7 @@ from vllm_emssd.draft_length import Copies
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.request_options import reference_of
 from vllm_emssd.integration.v2.copier import DeviceCopier
-from vllm_emssd.integration.v2.pending_steps import LateArray
+from vllm_emssd.integration.v2.pending_steps import AsyncHostCopy
 from vllm_emssd.verification import ScheduledStep
 
 
@@ -58,7 +58,7 @@ class CopySource:
         self._most, self._num_copied = np.zeros((2, req_states.max_num_reqs), np.int64)
         self._gains = np.zeros(req_states.max_num_reqs)
         # Of the last step: slots, admissions, and what was found.
-        self._last: tuple[np.ndarray, np.ndarray, LateArray] | None = None
+        self._last: tuple[np.ndarray, np.ndarray, AsyncHostCopy] | None = None
 
     def forget_warm_up(self) -> None:
         """How copies fared so far, of requests that do not count."""
@@ -104,7 +104,7 @@ class CopySource:
                 num_sampled,
                 self._first_rows(input_batch, step, was_copied),
             )
-            self._last = slots, self._numbers[slots], LateArray(found)
+            self._last = slots, self._numbers[slots], AsyncHostCopy(found)
         except Exception as error:
             self._failures.take(error)
             self.copier.forget_copies()

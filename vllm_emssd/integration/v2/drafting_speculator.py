@@ -37,7 +37,7 @@ from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.kv_cache import draft_group
 from vllm_emssd.integration.v2.kernels import make_certain
 from vllm_emssd.integration.v2.pending_steps import (
-    LateArray,
+    AsyncHostCopy,
     PendingStep,
     scheduled_step,
 )
@@ -50,7 +50,7 @@ from vllm_emssd.verification import ScheduledStep
 class PendingDrafts(PendingStep):
     unverified: UnverifiedStep
     is_copied: np.ndarray  # bool: its drafts are copies
-    num_rejected: LateArray | None  # where the device leaves some drafts out
+    num_rejected: AsyncHostCopy | None  # where the device leaves some drafts out
 
 
 class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
@@ -213,7 +213,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         was_copied = self._is_copied[slots]
         # Of drafts that were trimmed on the device, how many were not accepted.
         trims = self.enable_adaptive_verification and step.num_draft_tokens.any()
-        rejected = LateArray(num_rejected) if trims else None
+        rejected = AsyncHostCopy(num_rejected) if trims else None
         self._begin_step(input_batch, step, unverified)
         self._pending_steps.append(
             PendingDrafts(step, self._numbers[slots], unverified, was_copied, rejected)

@@ -41,7 +41,7 @@ def scheduled_step(
     )
 
 
-class LateArray:
+class AsyncHostCopy:
     """An array of the device on its way to the host."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
