@@ -26,7 +26,7 @@ def test_placeholders_under_a_grammar_are_no_rejected_drafts() -> None:
     """All K stay scheduled there, however many were made."""
     observed: list[Any] = []
     speculator = SimpleNamespace(
-        _numbers=np.arange(3),
+        _admission_ids=np.arange(3),
         _cursor=SimpleNamespace(record_acceptance=lambda *told: None),
         _source=None,
         is_automatic=True,
@@ -57,7 +57,7 @@ def test_drafts_that_the_device_left_out_bring_nothing() -> None:
     counters = Counters()
     speculator: Any = object.__new__(UnpadSpeculator)
     vars(speculator).update(
-        _numbers=np.arange(2),
+        _admission_ids=np.arange(2),
         _cursor=SimpleNamespace(record_acceptance=lambda *told: None),
         _source=None,
         is_automatic=True,

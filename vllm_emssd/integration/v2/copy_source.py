@@ -31,14 +31,14 @@ class CopySource:
     """Has the device find copies, and says what the host knows of them.
 
     Args:
-        numbers: [max_num_reqs] int64 by slot, of the admissions; the caller's.
+        admission_ids: [max_num_reqs] int64 by slot; the caller's.
     """
 
     def __init__(
         self,
         vllm_config: VllmConfig,
         req_states: RequestState,
-        numbers: np.ndarray,
+        admission_ids: np.ndarray,
         failures: FailurePolicy,
     ) -> None:
         config = EmssdConfig.carried_by(vllm_config.additional_config)
@@ -53,7 +53,7 @@ class CopySource:
         self._failures = failures
         self._waits = not vllm_config.scheduler_config.async_scheduling
         self._is_warm_up = True  # vLLM's own: then all drafts are verified
-        self._numbers = numbers
+        self._admission_ids = admission_ids
         # By slot: most drafts, and what was found in the step last known.
         self._most, self._num_copied = np.zeros((2, req_states.max_num_reqs), np.int64)
         self._gains = np.zeros(req_states.max_num_reqs)
@@ -104,7 +104,7 @@ class CopySource:
                 num_sampled,
                 self._first_rows(input_batch, step, was_copied),
             )
-            self._last = slots, self._numbers[slots], AsyncHostCopy(found)
+            self._last = slots, self._admission_ids[slots], AsyncHostCopy(found)
         except Exception as error:
             self._failures.take(error)
             self.copier.forget_copies()
@@ -137,9 +137,9 @@ class CopySource:
         """What the last step found, of requests that are still there."""
         if self._last is None:
             return
-        slots, numbers, late = self._last
+        slots, admission_ids, late = self._last
         self._last, found = None, late.wait()
-        is_same = self._numbers[slots] == numbers
+        is_same = self._admission_ids[slots] == admission_ids
         slots = slots[is_same]
         self._num_copied[slots] = found[is_same, 0].astype(np.int64)
         self._gains[slots] = found[is_same, 1]

@@ -56,6 +56,6 @@ class CopySpeculator(RaggedSpeculator):
         slots = input_batch.idx_mapping_np
         step = scheduled_step(input_batch, self._req_states, self.num_grammar_valid)
         token_ids, copies = self._source.find(input_batch, step, num_sampled)
-        self._pending_steps.append(PendingStep(step, self._numbers[slots]))
+        self._pending_steps.append(PendingStep(step, self._admission_ids[slots]))
         self._note_made(step.req_ids, slots, copies.rows)
         return token_ids

@@ -216,7 +216,9 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         rejected = AsyncHostCopy(num_rejected) if trims else None
         self._begin_step(input_batch, step, unverified)
         self._pending_steps.append(
-            PendingDrafts(step, self._numbers[slots], unverified, was_copied, rejected)
+            PendingDrafts(
+                step, self._admission_ids[slots], unverified, was_copied, rejected
+            )
         )
         return step, unverified, was_copied
 
@@ -265,7 +267,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         """Move the cursors, and learn what is accepted."""
         assert isinstance(pending, PendingDrafts)
         unverified, step = pending.unverified, pending.step
-        is_running = self._numbers[unverified.slots] == pending.numbers
+        is_running = self._admission_ids[unverified.slots] == pending.admission_ids
         self._cursor.record_acceptance(unverified, num_accepted, is_running)
         # Under a grammar more are scheduled than were made: they say nothing.
         num_possible = step.num_possible_drafts

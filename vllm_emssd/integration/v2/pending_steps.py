@@ -64,12 +64,12 @@ class PendingStep:
     """
 
     step: ScheduledStep
-    numbers: np.ndarray  # int64: of the admissions
+    admission_ids: np.ndarray  # int64
     is_wanted: np.ndarray = field(init=False)  # bool: had not ended before
 
     def __post_init__(self) -> None:
-        self.is_wanted = np.ones(len(self.numbers), dtype=bool)
+        self.is_wanted = np.ones(len(self.admission_ids), dtype=bool)
 
-    def forget(self, number: int) -> None:
-        """The request with this number has ended."""
-        self.is_wanted &= self.numbers != number
+    def forget(self, admission_id: int) -> None:
+        """The request of this admission has ended."""
+        self.is_wanted &= self.admission_ids != admission_id

@@ -48,8 +48,8 @@ class RaggedSpeculator(BaseSpeculator):
         self._constrained: set[str] = set()  # requests under a grammar
         # Admissions are numbered from 1: by slot, 0 once its request has left; and the
         # last one of each request.
-        self._numbers = np.zeros(self.max_num_reqs, np.int64)
-        self._number_of: dict[str, int] = {}
+        self._admission_ids = np.zeros(self.max_num_reqs, np.int64)
+        self._admission_id_of: dict[str, int] = {}
         self._num_admitted = 0
         self._request_limits = RequestLimits()
         self._pending_steps: deque[PendingStep] = deque()  # oldest first
@@ -57,7 +57,7 @@ class RaggedSpeculator(BaseSpeculator):
         self._source = None
         if config.copies:
             self._source = CopySource(
-                vllm_config, req_states, self._numbers, self._failures
+                vllm_config, req_states, self._admission_ids, self._failures
             )
 
     def forget_warm_up(self) -> None:
@@ -75,7 +75,8 @@ class RaggedSpeculator(BaseSpeculator):
         for new in new_reqs:
             slot = self._req_states.req_id_to_index[new.req_id]
             self._num_admitted += 1
-            self._numbers[slot] = self._number_of[new.req_id] = self._num_admitted
+            self._admission_ids[slot] = self._num_admitted
+            self._admission_id_of[new.req_id] = self._num_admitted
             self._num_made[slot] = 0
             params = new.sampling_params
             if params is not None and params.structured_outputs is not None:
@@ -89,9 +90,9 @@ class RaggedSpeculator(BaseSpeculator):
         """Forget finished requests."""
         self.preempt(req_ids)
         for req_id in req_ids:
-            number = self._number_of.pop(req_id, 0)
+            admission_id = self._admission_id_of.pop(req_id, 0)
             for pending in self._pending_steps:
-                pending.forget(number)
+                pending.forget(admission_id)
         self._constrained.difference_update(req_ids)
         self._request_limits.release(req_ids)
 
@@ -100,7 +101,7 @@ class RaggedSpeculator(BaseSpeculator):
         for req_id in req_ids:
             slot = self._req_states.req_id_to_index.get(req_id)
             if slot is not None:
-                self._numbers[slot] = 0
+                self._admission_ids[slot] = 0
                 self._vacate(slot)
 
     def _vacate(self, slot: int) -> None:
