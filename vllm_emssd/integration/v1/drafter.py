@@ -65,7 +65,7 @@ class PagedDrafter(TimedByClock):
         self.clock = WallClock()  # automatic lengths run on V1 with CPUs only
         context = min(CONTEXT, self.max_model_len)
         most = min(self.max_num_rows, self.max_num_reqs * context)
-        run = partial(self._rehearse, context)
+        run = partial(self._dummy_forward, context)
         times = []
         for self.tells_confidence in (True, False):
             samples = time_forwards(run, self, most, self._stock.device)
@@ -75,7 +75,7 @@ class PagedDrafter(TimedByClock):
         return CostTable(bare.keys(), bare.values()), max(float(np.median(more_ms)), 0)
 
     @torch.inference_mode()
-    def _rehearse(self, context: int, num_rows: int) -> None:
+    def _dummy_forward(self, context: int, num_rows: int) -> None:
         """One row a request, as all forwards but a step's first; beyond as many rows as
         there are requests, several rows each, as when prompts are fed."""
         num_reqs = min(num_rows, self.max_num_reqs)

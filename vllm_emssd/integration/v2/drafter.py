@@ -129,7 +129,7 @@ class DeviceDrafter(TimedByClock):
             self._forward(descs[step > 0], num_reqs, longest + step)
 
     @torch.inference_mode()
-    def rehearse(self, num_reqs: int, context: int) -> None:
+    def dummy_forward(self, num_reqs: int, context: int) -> None:
         """A next forward of no request, as costly as with that context of each."""
         buffers = self._stock.input_buffers
         self._stock.block_tables.get_dummy_block_tables(self._stock.max_num_reqs)

@@ -104,7 +104,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             trust_cached_blocks=not self._feeds_every_prompt,
         )
 
-    def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
+    def dummy_forward(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         """Drafts of no request, as costly as those of so many, or a dummy run that
         makes some, where the drafter depends on the target."""
         raise NotImplementedError

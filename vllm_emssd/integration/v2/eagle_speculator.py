@@ -113,7 +113,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
         """Of a draft forward with a row of each request."""
         return num_reqs
 
-    def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
+    def dummy_forward(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
         dummy_run(num_reqs, context_len=CONTEXT)
 
     def on_prefill_begin(self, num_reqs: int) -> None:

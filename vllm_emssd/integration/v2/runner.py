@@ -187,7 +187,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         target_costs = CostTable.from_samples(samples, self._computed_rows())
         drafter.clock = clock_of(device)
         drafted = time_forwards(
-            lambda num_reqs: speculator.rehearse(num_reqs, self._dummy_run),
+            lambda num_reqs: speculator.dummy_forward(num_reqs, self._dummy_run),
             drafter,
             drafter.max_num_reqs,
             device,

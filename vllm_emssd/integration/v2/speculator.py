@@ -86,8 +86,8 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
     def capture(self) -> None:
         self.drafter.capture()
 
-    def rehearse(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
-        self.drafter.rehearse(num_reqs, min(CONTEXT, self.drafter.max_model_len))
+    def dummy_forward(self, num_reqs: int, dummy_run: Callable[..., Any]) -> None:
+        self.drafter.dummy_forward(num_reqs, min(CONTEXT, self.drafter.max_model_len))
 
     # ------------------------------------------------------------ a step
 
@@ -105,7 +105,7 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
         if is_timed and not self.sits_out_dummy_runs:
             num_reqs = min(input_batch.num_reqs, self.drafter.max_num_reqs)
             for _ in range(self._max_drafts):
-                self.drafter.rehearse(num_reqs, self.drafter.max_model_len // 2)
+                self.drafter.dummy_forward(num_reqs, self.drafter.max_model_len // 2)
             return self.draft_tokens[: input_batch.num_reqs]
         kwargs |= {"dummy_run": dummy_run, "is_profile": is_profile}
         return super().propose(input_batch, *args, **kwargs)
