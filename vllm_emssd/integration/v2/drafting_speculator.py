@@ -58,7 +58,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
 
     num_first_rows: int  # of those a request lacks, that its first draft feeds
     drafter: Any  # its forwards, made with the KV cache: `TimedByClock`
-    sits_out_dummy_runs = False  # while costs of the target are measured
+    skips_dummy_drafting = False  # while costs of the target are measured
     _new_cursor: Callable[..., AsyncDraftCursor] = AsyncDraftCursor
 
     def __init__(
@@ -150,7 +150,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
     ) -> torch.Tensor:
         if not dummy_run:
             return self._propose(input_batch, *args)
-        if self.sits_out_dummy_runs:
+        if self.skips_dummy_drafting:
             return self.draft_tokens[: input_batch.num_reqs]
         # For profiling stock's rows, the most there can be.
         kwargs |= {"dummy_run": True}

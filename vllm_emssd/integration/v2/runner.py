@@ -176,14 +176,14 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         target.clock = clock_of(device)
         most = self.max_num_reqs * self.decode_query_len
         most = min(most, self.max_num_tokens - self.max_num_reqs)  # see _dummy_run
-        speculator.sits_out_dummy_runs = True
+        speculator.skips_dummy_drafting = True
         samples = time_forwards(
             lambda num_rows: self._dummy_run(num_rows, context_len=CONTEXT),
             target,
             max(most, 1),
             device,
         )
-        speculator.sits_out_dummy_runs = False
+        speculator.skips_dummy_drafting = False
         target_costs = CostTable.from_samples(samples, self._computed_rows())
         drafter.clock = clock_of(device)
         drafted = time_forwards(

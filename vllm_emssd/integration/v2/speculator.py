@@ -102,7 +102,7 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
         """As stock's; adaptive verification times dummy runs, to know what drafts
         cost."""
         is_timed = dummy_run and not is_profile and self.enable_adaptive_verification
-        if is_timed and not self.sits_out_dummy_runs:
+        if is_timed and not self.skips_dummy_drafting:
             num_reqs = min(input_batch.num_reqs, self.drafter.max_num_reqs)
             for _ in range(self._max_drafts):
                 self.drafter.dummy_forward(num_reqs, self.drafter.max_model_len // 2)
