@@ -46,7 +46,7 @@ def run_all() -> dict[str, int]:
     )
     from vllm_emssd.integration.v2.kernels import (
         advance_kernel,
-        make_certain_kernel,
+        one_hot_draft_logits_kernel,
         place_rows_kernel,
     )
 
@@ -57,7 +57,7 @@ def run_all() -> dict[str, int]:
         "place_rows": size_of(place_rows_kernel, ROWS=2, **block),
         "place_spans": size_of(place_rows_kernel, ROWS=0, **block),
         "advance": size_of(advance_kernel, **block),
-        "make_certain": size_of(make_certain_kernel, **block),
+        "set_one_hot_draft_logits": size_of(one_hot_draft_logits_kernel, **block),
         "observe_copies": size_of(observe_copies_kernel, **block),
         "find_copies": size_of(find_copies_kernel, **copies, **block),
     }

@@ -54,7 +54,7 @@ def emitted(
     step. Requests of a kind differ in their noise, and copies in what is copied."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-    from vllm_emssd.integration.v2.kernels import make_certain
+    from vllm_emssd.integration.v2.kernels import set_one_hot_draft_logits
 
     rng, num_reqs = np.random.default_rng(seed), len(kinds)
     sampler = make_sampler(kinds, rng)
@@ -77,7 +77,7 @@ def emitted(
     copies = torch.from_numpy(np.flatnonzero(kinds == "copied"))
     tokens[copies, 1:] = torch.from_numpy(rng.integers(0, VOCAB, (len(copies), K)))
     if are_copies_certain:
-        make_certain(draft_logits, copies, slots, tokens[:, 1:], K)
+        set_one_hot_draft_logits(draft_logits, copies, slots, tokens[:, 1:], K)
     rows = tokens.flatten()
     _, sampled, num_sampled = sampler._verify(
         TARGET[rows],

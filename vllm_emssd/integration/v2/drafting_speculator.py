@@ -35,7 +35,7 @@ from vllm_emssd.draft_length.policy import StepInfo
 from vllm_emssd.feeding import plan_feeding
 from vllm_emssd.integration.drafting import block_updates, max_draft_tokens
 from vllm_emssd.integration.kv_cache import draft_group
-from vllm_emssd.integration.v2.kernels import make_certain
+from vllm_emssd.integration.v2.kernels import set_one_hot_draft_logits
 from vllm_emssd.integration.v2.pending_steps import (
     AsyncHostCopy,
     PendingStep,
@@ -193,7 +193,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
                 is_copied = (num_made == 0) & (copies.rows > 0)
                 self._is_copied[slots] = is_copied
                 num_made = np.where(is_copied, copies.rows, num_made)
-            self._make_certain(input_batch, drafts, num_made)
+            self._set_one_hot_draft_logits(input_batch, drafts, num_made)
         except Exception as error:
             self._failures.take(error)
             num_made = np.zeros_like(slots)
@@ -250,18 +250,18 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         columns[rows] = drafts
         return columns
 
-    def _make_certain(
+    def _set_one_hot_draft_logits(
         self, input_batch: InputBatch, drafts: torch.Tensor, num_made: np.ndarray
     ) -> None:
         """Copies, and what was drafted greedily, were not sampled from the drafter's
         distribution."""
         slots = input_batch.idx_mapping_np
-        is_certain = self._is_copied[slots] | self._is_greedy[slots]
-        certain = np.flatnonzero(is_certain & (num_made > 0))
-        if self.draft_logits is not None and len(certain):
-            rows = async_tensor_h2d(certain, device=self.device)
-            states, most = input_batch.idx_mapping, int(num_made[certain].max())
-            make_certain(self.draft_logits, rows, states, drafts, most)
+        is_one_hot = self._is_copied[slots] | self._is_greedy[slots]
+        one_hot = np.flatnonzero(is_one_hot & (num_made > 0))
+        if self.draft_logits is not None and len(one_hot):
+            rows = async_tensor_h2d(one_hot, device=self.device)
+            states, most = input_batch.idx_mapping, int(num_made[one_hot].max())
+            set_one_hot_draft_logits(self.draft_logits, rows, states, drafts, most)
 
     def _settle(self, pending: PendingStep, num_accepted: np.ndarray) -> None:
         """Move the cursors, and learn what is accepted."""

@@ -116,7 +116,7 @@ def advance_kernel(
     tl.store(query_start_loc + i + 1, tl.minimum(i + 1, num_reqs).to(tl.int32))
 
 
-def make_certain(
+def set_one_hot_draft_logits(
     logits: torch.Tensor,
     rows: torch.Tensor,
     idx_mapping: torch.Tensor,
@@ -126,7 +126,7 @@ def make_certain(
     """Say to the rejection sampler that the first drafts of these rows are certain, or
     it takes them for samples of the drafter's distribution. Arguments as below."""
     grid = (len(rows), depth, triton.cdiv(logits.shape[2], _VOCAB_BLOCK))
-    make_certain_kernel[grid](
+    one_hot_draft_logits_kernel[grid](
         rows,
         idx_mapping,
         drafts,
@@ -140,7 +140,7 @@ def make_certain(
 
 
 @triton.jit
-def make_certain_kernel(
+def one_hot_draft_logits_kernel(
     rows,  # [num_rows] int64: of the drafts
     idx_mapping,  # [num_reqs] int64: request states
     drafts,  # [num_reqs, K] int64
