@@ -55,7 +55,7 @@ class Setup:
     max_num_rows: int = 24  # the drafter's rows a forward
     trust_cached_blocks: bool = True
     drafts_always: bool = False  # the policy never asks for fewer than the most
-    tells_confidence: bool = True  # the drafter, of each draft
+    returns_confidence: bool = True  # the drafter, of each draft
     failure_chance: float = 0.0  # of each draft forward, and of each verification
     has_head: bool = False  # an EAGLE head drafts, not a draft model
 

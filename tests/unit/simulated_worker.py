@@ -119,7 +119,7 @@ class RandomLengths(DraftLengthPolicy):
     def __init__(self, rng: random.Random, setup: Setup) -> None:
         self._rng, self._always = rng, setup.drafts_always
         self._failure_chance = setup.failure_chance
-        self.needs_confidence = setup.tells_confidence
+        self.needs_confidence = setup.returns_confidence
         self.feeds_prompts = True
         self.observed: list[tuple[str, int, int]] = []
         self.released: list[str] = []
@@ -183,7 +183,7 @@ class CheckingDrafter:
     def __init__(self, setup: Setup, kv: PagedKv, rng: random.Random) -> None:
         self._block_size, self._kv, self._rng = setup.block_size, kv, rng
         self._failure_chance = setup.failure_chance
-        self._tells_confidence = setup.tells_confidence
+        self._returns_confidence = setup.returns_confidence
         self.max_num_rows = setup.max_num_rows
         self.max_model_len = setup.drafter_max_model_len
 
@@ -251,7 +251,7 @@ class CheckingDrafter:
         confidence = [self._kv.confidence_after(*request) for request in requests]
         return (
             torch.tensor(tokens, dtype=torch.int64),
-            np.array(confidence) if self._tells_confidence else None,
+            np.array(confidence) if self._returns_confidence else None,
         )
 
 
@@ -433,7 +433,9 @@ class Engine:
                 )
                 for tokens in (self._requests[i].tokens for i in drafting)
             ]
-            expected.append((drafting, told if self._setup.tells_confidence else None))
+            expected.append(
+                (drafting, told if self._setup.returns_confidence else None)
+            )
         assert self._policy.went_on == expected
 
     def _which_feed(self, batch: DraftBatch, num_cached: list[int]) -> list[bool]:

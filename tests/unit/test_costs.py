@@ -137,7 +137,7 @@ def test_draft_forwards_are_learned_however_rare() -> None:
     meter.costs.draft = CostTable([1], [10.0])
     timings: list[tuple[int, float]] = []
     meter._drafter = SimpleNamespace(  # type: ignore[assignment]
-        take_timings=lambda: timings, tells_confidence=False
+        take_timings=lambda: timings, returns_confidence=False
     )
     for step in range(8 * 128):
         timings[:] = [(1, 1.0)] if step % 128 == 3 else []
@@ -148,13 +148,13 @@ def test_draft_forwards_are_learned_however_rare() -> None:
 def test_confidences_cost_what_forwards_that_tell_them_take_more() -> None:
     meter = meter_of()
     meter.costs.draft = CostTable([1], [1.0])
-    drafter = SimpleNamespace(take_timings=lambda: [(1, 1.25)], tells_confidence=True)
+    drafter = SimpleNamespace(take_timings=lambda: [(1, 1.25)], returns_confidence=True)
     meter._drafter = drafter  # type: ignore[assignment]
     for _ in range(100):
         meter.step_done(0)
     assert meter.costs.confidence_ms == pytest.approx(0.25, rel=0.02)
     assert meter.costs.draft.at(1) == 1.0
-    drafter.tells_confidence = False
+    drafter.returns_confidence = False
     meter.step_done(0)
     assert meter.costs.draft.at(1) > 1.0
 

@@ -42,7 +42,7 @@ def setups(draw: st.DrawFn) -> Setup:
         max_num_rows=draw(st.integers(1, 40)),
         trust_cached_blocks=draw(st.booleans()),
         drafts_always=draw(st.booleans()),
-        tells_confidence=draw(st.booleans()),
+        returns_confidence=draw(st.booleans()),
         failure_chance=draw(st.sampled_from((0.0, 0.0, 0.1, 0.5))),
     )
 

@@ -35,7 +35,7 @@ def state_of(text: list[int]) -> float:
 class Head:
     """Checks each row it is fed, and all that its drafts attend to."""
 
-    tells_confidence = False
+    returns_confidence = False
 
     def __init__(self, setup: Setup, states: HiddenStates, cursor: DraftCursor) -> None:
         self.max_num_rows = setup.max_num_rows

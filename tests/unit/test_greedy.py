@@ -18,10 +18,10 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_emssd.integration.v1.greedy import (
+    argmax_with_confidence,
     emitted_tokens,
     greedy_tokens,
     is_all_greedy,
-    likeliest,
 )
 
 REQUEST = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=4)
@@ -76,8 +76,8 @@ def test_confidence_is_the_highest_probability(dtype: torch.dtype) -> None:
     logits[2, 7] = float("inf")
     logits[3] = float("-inf")
     tokens, wanted = greedy_tokens(logits), logits.softmax(-1, torch.float32)
-    assert likeliest(logits, False)[0].tolist() == tokens.tolist()
-    found, confidence = likeliest(logits, True)
+    assert argmax_with_confidence(logits, False)[0].tolist() == tokens.tolist()
+    found, confidence = argmax_with_confidence(logits, True)
     assert found.tolist() == tokens.tolist()
     assert confidence is not None
     expected = wanted.amax(-1).nan_to_num().tolist()

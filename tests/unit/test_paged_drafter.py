@@ -176,7 +176,7 @@ def test_confidences_are_the_logits_own(
 ) -> None:
     """Also where sampling changes the logits in place."""
     drafter = drafter_over(stock, all_greedy)
-    drafter.tells_confidence = True
+    drafter.returns_confidence = True
     logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
     _, _, confidence = drafter._sample(logits, np.arange(2))
     assert confidence.tolist() == pytest.approx([0.5, 1.0])

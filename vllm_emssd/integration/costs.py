@@ -96,14 +96,16 @@ class StepCostMeter:
         costs, drafter = self.measured, self._drafter
         target = self._target.take_timings()
         draft = [] if drafter is None else drafter.take_timings()
-        tells_confidence = drafter is not None and drafter.tells_confidence
+        returns_confidence = drafter is not None and drafter.returns_confidence
         if learns_costs:
             _learn(costs.target, target, self._known_to_target)
             if draft:
-                self._learn_draft(draft[self._num_steps % len(draft)], tells_confidence)
+                self._learn_draft(
+                    draft[self._num_steps % len(draft)], returns_confidence
+                )
         kind = COPYING if verifies else PLAIN
         if draft:
-            kind = BY_CONFIDENCE if tells_confidence else BY_DEPTH
+            kind = BY_CONFIDENCE if returns_confidence else BY_DEPTH
         is_due = learns_costs or self._num_steps % _IDLE_STEPS == 0
         is_due |= len(self._first[kind]) < _FIRST_STEPS
         # Times of a GPU may come a step late: then none is of this step, or two are.
@@ -117,10 +119,10 @@ class StepCostMeter:
         if self._num_steps % _STEPS_BETWEEN_SHARING == 0:
             self._take_over_costs()
 
-    def _learn_draft(self, timing: tuple[int, float], tells_confidence: bool) -> None:
+    def _learn_draft(self, timing: tuple[int, float], returns_confidence: bool) -> None:
         """From one forward of a step: all of them would take 0.2 ms."""
         costs = self.measured
-        if not tells_confidence:
+        if not returns_confidence:
             _learn(costs.draft, [timing], self._known_to_draft)
             return
         rows, ms = timing

@@ -89,7 +89,7 @@ def clock_of(device: torch.device) -> ForwardClock:
 class TimedByClock:
     """Forwards of one model, timed once they are given a clock."""
 
-    tells_confidence = False  # of a drafter: in a step's forwards
+    returns_confidence = False  # of a drafter: in a step's forwards
     clock = ForwardClock()
 
     def take_timings(self) -> list[tuple[int, float]]:

@@ -29,7 +29,7 @@ class Drafter(Protocol):
 
     max_num_rows: int  # most rows of one forward
     max_model_len: int  # positions the draft model can take
-    tells_confidence: bool  # set before a step's forwards
+    returns_confidence: bool  # set before a step's forwards
 
     def forward(
         self,
@@ -46,7 +46,7 @@ class Drafter(Protocol):
             draft_position: 0 for the first draft after the known tokens.
 
         Returns: [num_sampled] int64 draft token ids on the drafter's device; and, where
-            it `tells_confidence`, the highest probability at each, float.
+            it `returns_confidence`, the highest probability at each, float.
         """
         ...
 
@@ -109,7 +109,7 @@ class DraftModelProposer:
             self._drafter.max_num_rows,
             prompt_rows=prompt_rows,
         )
-        self._drafter.tells_confidence = self.policy.needs_confidence
+        self._drafter.returns_confidence = self.policy.needs_confidence
         self._agree(draft_lens, num_rows)
         fed = np.flatnonzero(num_rows)
         if fed.size == 0:

@@ -33,7 +33,7 @@ class ReplayDrafter:
     ) -> None:
         self.max_num_rows = max_num_rows
         self.max_model_len = max_model_len
-        self.tells_confidence = False
+        self.returns_confidence = False
         self._costs, self._launches = costs, launches
         self._ms = self._host_ms = 0.0
 
@@ -70,7 +70,7 @@ class ReplayDrafter:
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         self._ms += self._costs.draft.at(rows.num_rows)
         self._host_ms += self._launches.at(rows.num_rows)
-        if self.tells_confidence:
+        if self.returns_confidence:
             self._ms += self._costs.confidence_ms
             self._ms += self._costs.deciding_ms * (draft_position == 0)
         requests = rows.row_req_indices[sampled_rows]

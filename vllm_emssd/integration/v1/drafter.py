@@ -25,7 +25,7 @@ from vllm_emssd.draft_length import CostTable
 from vllm_emssd.draft_length.cost import quickest_times
 from vllm_emssd.integration.costs import CONTEXT, time_forwards
 from vllm_emssd.integration.forward_clock import TimedByClock, WallClock
-from vllm_emssd.integration.v1.greedy import likeliest
+from vllm_emssd.integration.v1.greedy import argmax_with_confidence
 from vllm_emssd.ragged import RaggedRows
 
 
@@ -67,7 +67,7 @@ class PagedDrafter(TimedByClock):
         most = min(self.max_num_rows, self.max_num_reqs * context)
         run = partial(self._dummy_forward, context)
         times = []
-        for self.tells_confidence in (True, False):
+        for self.returns_confidence in (True, False):
             samples = time_forwards(run, self, most, self._stock.device)
             times.append(quickest_times(samples))
         told, bare = times
@@ -122,19 +122,21 @@ class PagedDrafter(TimedByClock):
         self, hidden_states: torch.Tensor, req_indices: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Drafts; their distributions, if any are drawn; confidences, if asked for."""
-        stock, tells = self._stock, self.tells_confidence
+        stock, with_confidence = self._stock, self.returns_confidence
         metadata = self._input_batch.sampling_metadata
         draws = stock._enable_probabilistic_draft_probs and not metadata.all_greedy
         if draws:
             metadata = self._draft_sampling_metadata(req_indices)
-        if stock.use_local_argmax_reduction and not tells:
+        if stock.use_local_argmax_reduction and not with_confidence:
             return *stock._sample_draft_tokens(hidden_states, metadata), None
         if not draws:
             tokens, confidence = self._sample_greedily(hidden_states)
             return tokens, None, confidence
         logits, confidence = stock.model.compute_logits(hidden_states), None
-        if tells:
-            _, confidence = likeliest(logits.to(torch.float32, copy=True), tells)
+        if with_confidence:
+            _, confidence = argmax_with_confidence(
+                logits.to(torch.float32, copy=True), with_confidence
+            )
         return *stock._sample_from_logits(logits, metadata), confidence
 
     def _sample_greedily(
@@ -142,7 +144,7 @@ class PagedDrafter(TimedByClock):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Likeliest tokens; their probabilities, if asked for."""
         logits = self._stock.model.compute_logits(hidden_states)
-        return likeliest(logits, self.tells_confidence)
+        return argmax_with_confidence(logits, self.returns_confidence)
 
     def _draft_sampling_metadata(self, req_indices: np.ndarray) -> SamplingMetadata:
         """Temperatures of the requests in a forward. Under a grammar drafts are greedy:

@@ -11,7 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.integration.drafting import without_first_blocks
 from vllm_emssd.integration.v1.drafter import PagedDrafter
-from vllm_emssd.integration.v1.greedy import likeliest
+from vllm_emssd.integration.v1.greedy import argmax_with_confidence
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.ragged import RaggedRows
 
@@ -68,7 +68,7 @@ class EagleDrafter(PagedDrafter):
             return super()._sample_greedily(hidden_states)
         model = self._stock.model
         logits = model.logits_processor(model.lm_head, hidden_states)
-        tokens, confidence = likeliest(logits, self.tells_confidence)
+        tokens, confidence = argmax_with_confidence(logits, self.returns_confidence)
         return tokens + self._offsets[tokens], confidence
 
     def _call_model(self, num_rows: int) -> torch.Tensor:

@@ -29,13 +29,13 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     return Sampler.greedy_sample(logits)
 
 
-def likeliest(
-    logits: torch.Tensor, tells_confidence: bool
+def argmax_with_confidence(
+    logits: torch.Tensor, returns_confidence: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Greedy tokens; and, if asked for, how sure a drafter is of each: its probability,
     0 in a row with NaN or infinite logits. Then `logits` may be overwritten, as nothing
     of their size is to be allocated twice. [num_rows] int64 and float32"""
-    if not tells_confidence:
+    if not returns_confidence:
         return greedy_tokens(logits), None
     logits = logits.to(torch.float32)
     tokens = greedy_tokens(logits)
