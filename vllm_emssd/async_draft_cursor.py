@@ -3,10 +3,10 @@
 On a GPU the number of accepted drafts is on the device, and a host that waits for it
 leaves the device idle. How many rows the drafter lacks can be bounded without it: of
 the drafts verified, those that the drafter was fed need no row, however many are
-accepted; one at most was not. So `num_lacking` counts from the end of the text, which
-the device knows: two at most for a request that drafted before. Feeding one token again
-writes the same K/V. Of drafts that another proposer made none was fed: until their
-acceptance is known, all of them count as lacking.
+accepted; one at most was not. So `num_uncached_tokens` counts from the end of the text,
+which the device knows: two at most for a request that drafted before. Feeding one token
+again writes the same K/V. Of drafts that another proposer made none was fed: until
+their acceptance is known, all of them count as lacking.
 
 Any number of steps may run before one's acceptance is known. What each step left is
 kept in an `UnverifiedStep` until then, and recorded as if it had been known at once.
@@ -32,7 +32,7 @@ class UnverifiedStep:
     is_late: np.ndarray  # bool: what it did is recorded when its acceptance is known
     num_drafts: np.ndarray  # int64: to be verified
     num_fed_drafts: np.ndarray  # int64: of the drafts verified
-    num_lacking: np.ndarray  # int64: when the step was over
+    num_uncached_tokens: np.ndarray  # int64: when the step was over
 
 
 class AsyncDraftCursor:
@@ -69,7 +69,7 @@ class AsyncDraftCursor:
             self._num_tokens,  # known by the steps that are settled
             self._num_pending,  # steps to be settled,
             self._max_pending,  # and what they add to the tokens known at most
-            self._num_lacking,  # known tokens, pending ones included, without draft K/V
+            self._num_uncached_tokens,  # known, pending ones included, but not fed
             self._num_fed_drafts,  # of the drafts made last
         ) = self._state = np.zeros((8, num_slots), dtype=np.int64)
 
@@ -93,7 +93,7 @@ class AsyncDraftCursor:
             self._append(slot, block_ids, num_hits=0)
         for slot, num_tokens, request in admitted:
             self._state[:, slot] = 0
-            self._num_tokens[slot] = self._num_lacking[slot] = num_tokens
+            self._num_tokens[slot] = self._num_uncached_tokens[slot] = num_tokens
             num_hits = request.num_computed_tokens // self._block_size
             self._num_hits[slot] = num_hits * self._block_size
             self._append(slot, request.block_ids, num_hits)
@@ -115,7 +115,7 @@ class AsyncDraftCursor:
         num_fed = self._num_fed_drafts[slots]
         num_drafts = np.where(is_sampling, num_drafts, 0)
         unfed = np.maximum(num_drafts - num_fed, 0)
-        self._num_lacking[slots] += np.where(is_sampling, 1 + unfed, 0)
+        self._num_uncached_tokens[slots] += np.where(is_sampling, 1 + unfed, 0)
         self._num_fed_drafts[slots] = 0
         is_late = (num_drafts > 0) | (self._num_pending[slots] > 0)
         self._num_pending[slots] += is_late
@@ -124,7 +124,7 @@ class AsyncDraftCursor:
         self._num_tokens[slots] += is_sampling & ~is_late
         return UnverifiedStep(slots, is_late, num_drafts, num_fed, num_fed)
 
-    def num_lacking(self, slots: np.ndarray) -> np.ndarray:
+    def num_uncached_tokens(self, slots: np.ndarray) -> np.ndarray:
         """Tokens from the end of each request's text back to its first without draft
         K/V, or at most one more. [num_reqs] int64
 
@@ -133,7 +133,7 @@ class AsyncDraftCursor:
             # Of what is settled alone the leading tokens are known.
             is_hit = self._draft_len[slots] < self._num_hits[slots]
             self._skip_valid_blocks(slots[is_hit & (self._num_pending[slots] == 0)])
-        return self._num_lacking[slots]
+        return self._num_uncached_tokens[slots]
 
     def _skip_valid_blocks(self, slots: np.ndarray) -> None:
         """Of requests whose next block is shared."""
@@ -149,7 +149,7 @@ class AsyncDraftCursor:
         is_valid &= begins < self._num_hits[slots][:, None]
         num_valid = np.logical_and.accumulate(is_valid, axis=1).sum(axis=1)
         self._draft_len[slots] = num_valid * self._block_size
-        self._num_lacking[slots] -= self._draft_len[slots] - starts
+        self._num_uncached_tokens[slots] -= self._draft_len[slots] - starts
 
     def awaits_drafts(self, step: UnverifiedStep) -> np.ndarray:
         """Which requests verified drafts in an earlier step that is not settled, so
@@ -173,19 +173,19 @@ class AsyncDraftCursor:
 
     def feed(self, slots: np.ndarray, num_rows: np.ndarray) -> None:
         """The drafter was fed the first tokens that each request lacked."""
-        self._num_lacking[slots] -= num_rows
+        self._num_uncached_tokens[slots] -= num_rows
 
     def draft(self, slots: np.ndarray, num_fed_drafts: np.ndarray) -> None:
         """It was fed all known tokens, and the first of the drafts it made."""
-        self._num_lacking[slots] = 0
+        self._num_uncached_tokens[slots] = 0
         self._num_fed_drafts[slots] = num_fed_drafts
 
     def end(self, step: UnverifiedStep) -> None:
         """All that the step fed has been told."""
-        step.num_lacking = self._num_lacking[step.slots]
+        step.num_uncached_tokens = self._num_uncached_tokens[step.slots]
         now = ~step.is_late
         slots = step.slots[now]
-        self._advance(slots, self._num_tokens[slots] - step.num_lacking[now])
+        self._advance(slots, self._num_tokens[slots] - step.num_uncached_tokens[now])
 
     def record_acceptance(
         self, step: UnverifiedStep, num_accepted: np.ndarray, is_running: np.ndarray
@@ -201,11 +201,11 @@ class AsyncDraftCursor:
         self._max_pending[slots] -= 1 + step.num_drafts[on]
         self._num_tokens[slots] += 1 + accepted
         fed = self._draft_len[slots] + np.minimum(accepted, step.num_fed_drafts[on])
-        known = self._num_tokens[slots] - step.num_lacking[on]
+        known = self._num_tokens[slots] - step.num_uncached_tokens[on]
         self._advance(slots, np.maximum(fed, known))
         longest = self._num_tokens[slots] + self._max_pending[slots]
-        self._num_lacking[slots] = np.minimum(
-            self._num_lacking[slots], longest - self._draft_len[slots]
+        self._num_uncached_tokens[slots] = np.minimum(
+            self._num_uncached_tokens[slots], longest - self._draft_len[slots]
         )
 
     def _advance(self, slots: np.ndarray, draft_lens: np.ndarray) -> None:

@@ -137,11 +137,11 @@ class AsyncHeadCursor(AsyncDraftCursor):
         self._since[slots[on]] = numbers[on].min(axis=1)
         on &= firsts > nexts  # else another has fed what was lost
         slots, firsts = slots[on], firsts[on]
-        self._num_lacking[slots] -= firsts - nexts[on]
+        self._num_uncached_tokens[slots] -= firsts - nexts[on]
         self._draft_len[slots] = self.firsts[slots] = firsts
         return len(slots)
 
     def _next(self, slots: np.ndarray) -> np.ndarray:
         """The first row that each request lacks. [num_reqs] int64"""
         longest = self._num_tokens[slots] + self._max_pending[slots]
-        return longest - self._num_lacking[slots]
+        return longest - self._num_uncached_tokens[slots]

@@ -59,7 +59,7 @@ class Pair:
         self.num_tokens += 1 + num_accepted
         self.in_time.record_verified("a", num_accepted)
         valid = self.in_time.draft_len("a")
-        lacking = int(self.late.num_lacking(SLOT)[0])
+        lacking = int(self.late.num_uncached_tokens(SLOT)[0])
         start = self.num_tokens - lacking
         assert start <= valid, "skips a token"
         max_in_vain = 1 + not_known + self.max_behind
@@ -168,7 +168,7 @@ def test_two_rows_after_drafting_whatever_was_accepted(num_late: int) -> None:
         for _ in range(4):
             late = copy.deepcopy(pair.late)
             late.begin(SLOT, np.array([True]), np.array([K]))
-            assert late.num_lacking(SLOT).tolist() == [2]
+            assert late.num_uncached_tokens(SLOT).tolist() == [2]
             pair.step(num_accepted, K, 100)
             pair.check()
         assert pair.seen["chunked"] == 0
@@ -201,7 +201,7 @@ def test_a_wrong_bound_is_noticed(monkeypatch: pytest.MonkeyPatch, more: int) ->
 
     def begin(self: AsyncDraftCursor, *args: np.ndarray) -> UnverifiedStep:
         unverified = right(self, *args)
-        self._num_lacking[unverified.slots] += more * (args[2] > 0)
+        self._num_uncached_tokens[unverified.slots] += more * (args[2] > 0)
         return unverified
 
     monkeypatch.setattr(AsyncDraftCursor, "begin", begin)
@@ -231,11 +231,11 @@ def prefill(cursor: AsyncDraftCursor, slot: int, num_rows: int) -> None:
 def test_blocks_that_another_filled_count_where_they_are_trusted(trust: bool) -> None:
     cursor = many(2 * BLOCK_SIZE, trust)
     both = np.array([0, 1])
-    assert cursor.num_lacking(both).tolist() == [12, 12]
+    assert cursor.num_uncached_tokens(both).tolist() == [12, 12]
     prefill(cursor, 0, BLOCK_SIZE + 1)
-    assert cursor.num_lacking(both).tolist() == [7, 8 if trust else 12]
+    assert cursor.num_uncached_tokens(both).tolist() == [7, 8 if trust else 12]
     prefill(cursor, 0, 3)
-    assert cursor.num_lacking(both).tolist() == [4, 4 if trust else 12]
+    assert cursor.num_uncached_tokens(both).tolist() == [4, 4 if trust else 12]
     cursor.update_blocks([], [(2, [2])])  # its content is another's now
     assert not cursor._block_is_valid[2]
 
@@ -248,9 +248,9 @@ def test_blocks_that_two_fed_count_once() -> None:
     cursor.end(unverified)
     prefill(cursor, 0, 2 * BLOCK_SIZE)
     known = 3 * BLOCK_SIZE + 1 + K
-    assert cursor.num_lacking(slots)[0] >= known - 2 * BLOCK_SIZE
+    assert cursor.num_uncached_tokens(slots)[0] >= known - 2 * BLOCK_SIZE
     cursor.record_acceptance(unverified, np.array([K]), np.array([True]))
-    assert cursor.num_lacking(slots).tolist() == [known - 2 * BLOCK_SIZE]
+    assert cursor.num_uncached_tokens(slots).tolist() == [known - 2 * BLOCK_SIZE]
 
 
 def test_a_look_for_shared_blocks_takes_as_many_operations_for_any_number() -> None:
@@ -264,7 +264,7 @@ def test_a_look_for_shared_blocks_takes_as_many_operations_for_any_number() -> N
         cursor._block_is_valid[0] = True
         calls: list[str] = []
         sys.setprofile(lambda frame, event, arg, to=calls: to.append(event))
-        lacking = cursor.num_lacking(slots)
+        lacking = cursor.num_uncached_tokens(slots)
         sys.setprofile(None)
         assert lacking.tolist() == [2] * num_reqs
         num_calls.append(len(calls))

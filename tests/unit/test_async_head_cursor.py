@@ -140,7 +140,7 @@ class World:
         )
         self.speculate(unverified, slots, own, later, drafts, budget)
         self.cursor.end(unverified)
-        lacks = self.cursor.num_lacking(slots) > later
+        lacks = self.cursor.num_uncached_tokens(slots) > later
         self.cursor.keep_nothing(slots[~lacks])
         if lacks.any():
             number = self.cursor.take_rows(len(self.states))
@@ -187,7 +187,7 @@ class World:
         cursor = self.cursor
 
         def missing() -> np.ndarray:
-            lacking = cursor.num_lacking(slots)
+            lacking = cursor.num_uncached_tokens(slots)
             return np.maximum(lacking - later - own, 0)
 
         is_uncertain, num_missing = cursor.awaits_drafts(unverified), missing()
@@ -313,7 +313,7 @@ def test_a_text_begins_anew_once_it_has_come_to_the_next_block() -> None:
     for position in [0, *range(5, 20)]:
         length = 1 if position else 5
         unverified = cursor.begin(slots, np.array([True]), np.array([0]))
-        missing = cursor.num_lacking(slots) - 1 - length
+        missing = cursor.num_uncached_tokens(slots) - 1 - length
         if position:
             num_restarts = cursor.restart(slots, missing)
             restarts.append((position, num_restarts, int(cursor.firsts[0])))
@@ -324,4 +324,4 @@ def test_a_text_begins_anew_once_it_has_come_to_the_next_block() -> None:
     # The rows of step 6 push out all before them.
     assert restarts[2] == (7, 0, 0)
     assert [restart for restart in restarts if restart[1]] == [(8, 1, 8)]
-    assert cursor.num_lacking(slots).tolist() == [20 + 1 - 8]
+    assert cursor.num_uncached_tokens(slots).tolist() == [20 + 1 - 8]

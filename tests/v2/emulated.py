@@ -61,7 +61,7 @@ class Text:
 
     def __init__(self, rng: random.Random) -> None:
         self.tokens = [rng.randrange(VOCAB) for _ in range(rng.randint(2, 30))]
-        self.num_lacking = len(self.tokens)
+        self.num_uncached_tokens = len(self.tokens)
 
     def accept(self, rng: random.Random, drafts: list[int]) -> None:
         """Some of the drafts, and a token after them."""
@@ -69,7 +69,7 @@ class Text:
         unfed = max(len(drafts) - max(len(drafts) - 1, 0), 0)
         self.tokens += [*drafts[:num_accepted], rng.randrange(VOCAB)]
         del self.tokens[MAX_LEN:]
-        self.num_lacking += 1 + unfed
+        self.num_uncached_tokens += 1 + unfed
 
 
 def run(seed: int, recorded: bool) -> dict[str, int]:
@@ -97,7 +97,7 @@ def run(seed: int, recorded: bool) -> dict[str, int]:
             token_ids[i, : len(texts[i].tokens)] = torch.tensor(texts[i].tokens)
         idx_mapping, slots = torch.tensor(batch), np.array(batch)
         lens = np.array([len(texts[i].tokens) for i in batch])
-        lacking = np.minimum([texts[i].num_lacking for i in batch], lens)
+        lacking = np.minimum([texts[i].num_uncached_tokens for i in batch], lens)
         behind = np.flatnonzero(lacking > 2)
         if behind.size:
             drafter.backfill(
@@ -112,7 +112,7 @@ def run(seed: int, recorded: bool) -> dict[str, int]:
             drafts = stock.draft_tokens[row, :made].tolist()
             assert drafts == continuation(text.tokens, made), (seed, i)
             num_drafts += made
-            text.num_lacking = 0
+            text.num_uncached_tokens = 0
             text.accept(rng, drafts[: MAX_LEN - len(text.tokens)])
             if len(text.tokens) >= MAX_LEN - 1 and rng.random() < 0.5:
                 texts[i] = Text(rng)

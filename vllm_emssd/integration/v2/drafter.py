@@ -82,7 +82,7 @@ class DeviceDrafter(TimedByClock):
         self,
         idx_mapping: torch.Tensor,
         num_rows: np.ndarray,
-        num_lacking: np.ndarray,
+        num_uncached_tokens: np.ndarray,
         longest: np.ndarray,
     ) -> None:
         """Feed known tokens, nothing drafted after them.
@@ -90,13 +90,13 @@ class DeviceDrafter(TimedByClock):
         Args:
             idx_mapping: [num_reqs] int64 request states, on the device.
             num_rows: [num_reqs] to feed of each request, >= 1.
-            num_lacking: [num_reqs] tokens from the first of them to the text's end.
+            num_uncached_tokens: [num_reqs] from the first of them to the text's end.
             longest: [num_reqs] at most that long each text is.
         """
         stock, buffers = self._stock, self._stock.input_buffers
         starts = np.concatenate([[0], num_rows.cumsum()]).astype(np.int32)
         num_reqs, total = len(num_rows), int(starts[-1])
-        spans = np.concatenate([starts, num_lacking], dtype=np.int32)
+        spans = np.concatenate([starts, num_uncached_tokens], dtype=np.int32)
         stock.block_tables.gather_block_tables(idx_mapping, num_reqs)
         self._place(idx_mapping, async_tensor_h2d(spans, device=stock.device), 0)
         desc = BatchExecutionDescriptor(CUDAGraphMode.NONE, total, num_reqs)

@@ -320,16 +320,16 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             self._req_states.max_seq_len[slots] if self.is_automatic else None,
         )
         self._request_limits.apply(most, step.req_ids)
-        num_lacking = self._cursor.num_lacking(slots)
+        num_uncached_tokens = self._cursor.num_uncached_tokens(slots)
         not_computed = np.where(is_sampling, 0, prefill_len - num_prefilled)
-        missing = np.maximum(num_lacking - not_computed, 0)
+        missing = np.maximum(num_uncached_tokens - not_computed, 0)
         missing = self._missing_before(slots, missing, most)
         may_draft = np.where(is_sampling, most, 0)
         if copies is not None and not self.is_automatic:  # else the policy weighs them
             may_draft[self._model_drafts.lose_to(copies, may_draft, missing)] = 0
         prompt_rows = None
         if self._feeds_every_prompt:
-            room = self.drafter.max_model_len - (longest - num_lacking)
+            room = self.drafter.max_model_len - (longest - num_uncached_tokens)
             prompt_rows = np.minimum(missing - is_sampling, room)
             prompt_rows = np.where(step.is_decode, 0, prompt_rows)
         num_rows, lens = plan_feeding(
@@ -349,7 +349,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
             prompt_rows,
         )
         if num_rows.any():
-            self._backfill(input_batch, num_rows, num_lacking, longest)
+            self._backfill(input_batch, num_rows, num_uncached_tokens, longest)
         drafting = np.flatnonzero(lens)
         lens[drafting[self.drafter.max_num_reqs :]] = 0
         return lens
@@ -365,7 +365,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         self,
         input_batch: InputBatch,
         num_rows: np.ndarray,
-        num_lacking: np.ndarray,
+        num_uncached_tokens: np.ndarray,
         longest: np.ndarray,
     ) -> None:
         """Feed the first `num_rows` that each request lacks. [num_reqs] each"""

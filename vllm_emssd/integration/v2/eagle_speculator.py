@@ -175,7 +175,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
 
     def _num_missing(self, slots: np.ndarray) -> np.ndarray:
         """Rows that each request lacks before those of the step. [num_reqs]"""
-        lacking = self._cursor.num_lacking(slots) - self._num_later
+        lacking = self._cursor.num_uncached_tokens(slots) - self._num_later
         return np.maximum(lacking - self._own_rows, 0)
 
     def _cannot_be_fed(self, slots: np.ndarray, missing: np.ndarray) -> np.ndarray:
@@ -340,7 +340,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
     def _keep(self, input_batch: InputBatch, states: torch.Tensor) -> None:
         """The step's hidden states, if any request was not fed."""
         slots, num_rows = input_batch.idx_mapping_np, input_batch.num_tokens
-        lacks = self._cursor.num_lacking(slots) > self._num_later
+        lacks = self._cursor.num_uncached_tokens(slots) > self._num_later
         self._cursor.keep_nothing(slots[~lacks])
         if lacks.any():
             number = self._cursor.take_rows(num_rows)

@@ -114,16 +114,17 @@ class UnpadSpeculator(DraftingSpeculator, StandaloneARSpeculator):
         self,
         input_batch: InputBatch,
         num_rows: np.ndarray,
-        num_lacking: np.ndarray,
+        num_uncached_tokens: np.ndarray,
         longest: np.ndarray,
     ) -> None:
         fed = np.flatnonzero(num_rows)
-        num_rows, num_lacking, longest = num_rows[fed], num_lacking[fed], longest[fed]
+        num_rows, longest = num_rows[fed], longest[fed]
+        num_uncached_tokens = num_uncached_tokens[fed]
         idx_mapping = self._rows_of(input_batch.idx_mapping, fed)
-        self.drafter.backfill(idx_mapping, num_rows, num_lacking, longest)
+        self.drafter.backfill(idx_mapping, num_rows, num_uncached_tokens, longest)
         slots = input_batch.idx_mapping_np[fed]
         self._cursor.feed(slots, num_rows)
-        self._count_forward(slots, longest - num_lacking + num_rows, num_rows)
+        self._count_forward(slots, longest - num_uncached_tokens + num_rows, num_rows)
 
     def _draft(self, input_batch: InputBatch, lens: np.ndarray) -> torch.Tensor:
         drafting, depth = np.flatnonzero(lens), int(lens.max())
