@@ -69,7 +69,7 @@ class AsyncDraftCursor:
             self._num_tokens,  # known by the steps that are settled
             self._num_pending,  # steps to be settled,
             self._max_pending,  # and what they add to the tokens known at most
-            self._num_uncached_tokens,  # known, pending ones included, but not fed
+            self._num_uncached_tokens,  # known or pending, without draft K/V
             self._num_fed_drafts,  # of the drafts made last
         ) = self._state = np.zeros((8, num_slots), dtype=np.int64)
 
