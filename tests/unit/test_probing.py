@@ -71,18 +71,6 @@ def test_a_probe_that_succeeds_is_soon_followed_by_another() -> None:
     assert probes[0] <= 8
 
 
-def test_good_drafts_that_never_pay_cost_half_a_percent_in_the_end() -> None:
-    """Else an engine would try them for ever, at three percent."""
-    probing, num_probes, num_steps = Probing(), 0, 12_800
-    run(probing, 12_800, probe_ms=4.0)
-    for _ in range(num_steps // 4):
-        probes = run(probing, 4, probe_ms=4.0)[1]
-        num_probes += len(probes)
-        if probes:
-            probing.drafts_accepted()
-    assert num_probes * 4.0 <= 0.006 * num_steps * STEP_MS
-
-
 def test_drafts_accepted_while_drafts_pay_are_no_probe() -> None:
     probing, fresh = Probing(), Probing()
     probing.drafts_accepted()

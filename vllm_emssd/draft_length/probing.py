@@ -5,7 +5,7 @@ from __future__ import annotations
 _LEAST_GAIN = 0.02  # of a plan: less is within the error of its costs
 _SHORTEST, _LONGEST = 4, 128  # steps from one probe to the next
 _PROBE_SHARE = 0.005  # of the time that probes may take, unless they get too rare,
-_HOPEFUL_SHARE = 0.03  # or this divided by how many had all their drafts accepted
+_HOPEFUL_SHARE = 0.03  # or this after one whose drafts were accepted
 _MAX_STEPS_BETWEEN_PLANS = 32
 
 
@@ -14,7 +14,6 @@ class Probing:
 
     Idle steps are planned ever more rarely. A *probe* lets one request make a few
     drafts: soon again after one whose drafts were all accepted, else half as often.
-    Where good drafts do not pay, that does not go on for ever.
     """
 
     def __init__(self) -> None:
@@ -24,7 +23,6 @@ class Probing:
         self.is_idle = False
         self._num_steps = 0  # idle ones
         self._last_probe = 0
-        self._num_accepted = 0  # probes, all their drafts
         self._interval, self._share = _SHORTEST, _PROBE_SHARE
         self._next_plan = 0
         self._num_sampling = 0  # when last planned
@@ -49,7 +47,7 @@ class Probing:
         self.is_idle = True
         self._num_sampling = num_sampling
         between = min(1 + self._num_steps // 4, _MAX_STEPS_BETWEEN_PLANS)
-        if self._share > _PROBE_SHARE:
+        if self._share == _HOPEFUL_SHARE:
             between = _SHORTEST
         self._next_plan = self._num_steps + between
         return False
@@ -68,7 +66,5 @@ class Probing:
         """All drafts of a request were: while idle those of a probe, so probe again
         soon."""
         if self.is_idle:
-            self._num_accepted += 1
-            share = max(_HOPEFUL_SHARE / self._num_accepted, _PROBE_SHARE)
-            self._interval, self._share = _SHORTEST, share
+            self._interval, self._share = _SHORTEST, _HOPEFUL_SHARE
             self._next_plan = min(self._next_plan, self._num_steps + _SHORTEST)
