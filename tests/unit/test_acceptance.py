@@ -28,19 +28,6 @@ def first(estimator: AcceptanceEstimator, confidence: float) -> float:
     return float(estimator.survival(np.array([confidence]), 1.0)[0])
 
 
-def test_errors_move_the_estimate_less_the_more_was_seen() -> None:
-    seen, widths = AcceptanceEstimator(2), []
-    for _ in range(2):
-        for num_accepted in (0, 1, 2) * 20:
-            seen.observe(None, 2, num_accepted)
-        seen.update()
-        worse, better = seen.with_errors(-1), seen.with_errors(1)
-        assert (worse < seen.by_depth).all()
-        assert (seen.by_depth < better).all()
-        widths.append(better - worse)
-    assert (widths[1] < widths[0]).all()
-
-
 def test_what_was_never_tried_is_expected_to_be_good() -> None:
     """Or it would never be tried: whatever its confidence and depth."""
     estimator = AcceptanceEstimator(4)

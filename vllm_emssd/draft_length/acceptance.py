@@ -71,11 +71,11 @@ class AcceptanceEstimator:
         accepted. All [num_drafts]."""
         return survival_before * self._calibration.acceptance(confidence, self._mean)
 
-    def with_errors(self, num_errors: float) -> np.ndarray:
-        """Acceptance by depth, so many standard errors above the estimate. [K]"""
+    def hoped_for(self) -> np.ndarray:
+        """Acceptance by depth, a standard error above the estimate. [K]"""
         variance = self.by_depth * (1 - self.by_depth)
         error = np.sqrt(variance / (self._depth_counts[1] + _PRIOR_TESTS))
-        return np.clip(self.by_depth + num_errors * error, 0, MAX_ACCEPTANCE)
+        return np.minimum(self.by_depth + error, MAX_ACCEPTANCE)
 
     def observe(
         self, confidence: np.ndarray | None, num_verified: int, num_accepted: int

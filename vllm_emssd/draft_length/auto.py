@@ -14,7 +14,6 @@ from vllm_emssd.draft_length.probing import Probing
 
 _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one step that asks for confidences in any case to the next
-_HOPE, _DOUBT = 1.0, 0.5  # standard errors of acceptance
 _CONTROL_STEPS = 64  # from one step by depth, for comparison, to the next
 _GAIN_STEPS = 4  # from one measurement of what stopping gains to the next
 _GAIN_RATE = 0.05  # weight of one
@@ -68,12 +67,10 @@ class AutoDraftLength(DraftLengthPolicy):
             stopping_gain=max(self._stopping_gain, 0.0),
         )
         plan = planned(self.acceptance.by_depth)
-        pays = self._probing.is_enough(plan.gain)
-        if pays != self.feeds_prompts:
+        if self.feeds_prompts and not self._probing.is_enough(plan.gain):
             # Idle only if drafts would not pay even were acceptance better than
-            # estimated: an idle engine learns nothing. Draft again only if they would
-            # were it worse: the drafter must then be fed all that it missed.
-            plan = planned(self.acceptance.with_errors(-_DOUBT if pays else _HOPE))
+            # estimated: an idle engine learns nothing.
+            plan = planned(self.acceptance.hoped_for())
         self._plan = plan
         pays = self.feeds_prompts = self._probing.pays(plan.gain, step.num_sampling)
         depth = plan.depth if pays else 0
