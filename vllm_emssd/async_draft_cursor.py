@@ -6,7 +6,7 @@ the drafts verified, those that the drafter was fed need no row, however many ar
 accepted; one at most was not. So `num_uncached_tokens` counts from the end of the text,
 which the device knows: two at most for a request that drafted before. Feeding one token
 again writes the same K/V. Of drafts that another proposer made none was fed: until
-their acceptance is known, all of them count as lacking.
+their acceptance is known, all of them count as uncached.
 
 Any number of steps may run before one's acceptance is known. What each step left is
 kept in an `UnverifiedStep` until then, and recorded as if it had been known at once.

@@ -37,9 +37,8 @@ class Pair:
         self.num_tokens = PROMPT  # known
         self.num_drafts = 0  # being verified
         self.num_copied = 0  # of them, by another proposer
-        self.pending: list[
-            tuple[UnverifiedStep, int]
-        ] = []  # and accepted; oldest first
+        # Each step and how many drafts it accepted, oldest first.
+        self.pending: list[tuple[UnverifiedStep, int]] = []
         self.copies_pending: list[int] = []  # verified in these steps
         self.max_behind = 0  # where it was fed from before the text on
         self.seen: Counter[str] = Counter()

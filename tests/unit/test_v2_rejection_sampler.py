@@ -4,17 +4,14 @@ which one at a time may be in memory."""
 from __future__ import annotations
 
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_emssd.integration.v2.rejection_sampler import (
-    RejectionSampler,
-    UnpadRejectionSamplerV2,
-)
+from tests.v2.verification import make_sampler
+from vllm_emssd.integration.v2.rejection_sampler import RejectionSampler
 
 
 def test_the_logits_of_a_chunk_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,14 +19,7 @@ def test_the_logits_of_a_chunk_are_let_go(monkeypatch: pytest.MonkeyPatch) -> No
         return logits + 1, torch.zeros(2, 3), torch.ones(2)
 
     monkeypatch.setattr(RejectionSampler, "_verify", verify)
-    states = SimpleNamespace(seeds_set=np.zeros(2, dtype=bool))
-    config: Any = SimpleNamespace(
-        num_speculative_tokens=2,
-        enable_adaptive_verification=False,
-        rejection_sample_method="standard",
-    )
-    stock: Any = SimpleNamespace(sampling_states=states)
-    sampler = UnpadRejectionSamplerV2(stock, config, torch.device("cpu"))
+    sampler = make_sampler(np.array(["sampled"] * 2), np.random.default_rng(0))
     args: list[Any] = [None] * 10
     args[5] = np.arange(2)
     processed, _, _ = sampler._verify(torch.zeros(6, 10), *args)

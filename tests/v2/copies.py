@@ -101,12 +101,12 @@ class BothCopiers:
             prompt_len=SimpleNamespace(gpu=prompt_len, np=prompt_len.numpy()),
             prefill_len=SimpleNamespace(np=prompt_len.numpy()),  # none is resumed
             max_seq_len=np.zeros(MAX_REQS, np.int32),
+            num_speculative_steps=copy_length,
+            device=torch.device("cpu"),
         )
         self.device = DeviceCopier(
             self.states,  # type: ignore[arg-type]
             check_length,
-            copy_length,
-            torch.device("cpu"),
         )
         self.host = LlmaProposer(check_length, copy_length, LengthsByAcceptance())
 

@@ -99,8 +99,8 @@ def best_plan(
 
 def _drafting(step: StepInfo, costs: StepCosts, tokens_per_ms: float) -> _Drafting:
     may_draft = step.max_draft_tokens > 0
-    none = np.zeros(len(may_draft), dtype=np.int64)
-    copies = step.copies or Copies(none, none.astype(np.float64))
+    n = len(may_draft)
+    copies = step.copies or Copies(np.zeros(n, np.int64), np.zeros(n))
     missing = step.missing_rows * may_draft
     # What each copy brings, where a row costs what a row more for each request does.
     num_reqs = max(step.num_sampling, 1)

@@ -39,7 +39,7 @@ class UnpadScheduler(Scheduler):
 
 
 class UnpadAsyncScheduler(UnpadScheduler, AsyncScheduler):
-    pass
+    """For vLLM's V2 runner."""
 
 
 def make_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:

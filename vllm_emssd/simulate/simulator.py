@@ -193,7 +193,7 @@ class SimulatedEngine:
         if method.copies:
             costs = self._step_costs if is_auto else None
             return CopyDrafting(costs, method.k, method.name == "oracle")
-        policy: DraftLengthPolicy = DraftLengthPolicy()
+        policy = DraftLengthPolicy()
         if is_auto:
             policy = CountedDraftLength(
                 self._step_costs,

@@ -27,16 +27,10 @@ _MAX_REPLAYED = 512  # tokens of a resumed answer that are followed in its refer
 class DeviceCopier:
     """Args:
     check_length: tokens that must agree before anything is copied, >= 1.
-    num_drafts: columns of the drafts, >= 1.
     """
 
-    def __init__(
-        self,
-        req_states: RequestState,
-        check_length: int,
-        num_drafts: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, req_states: RequestState, check_length: int) -> None:
+        device, num_drafts = req_states.device, req_states.num_speculative_steps
         self._req_states = req_states
         self._check_length = check_length
         self._device = device

@@ -44,12 +44,7 @@ class CopySource:
         config = EmssdConfig.carried_by(vllm_config.additional_config)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._req_states = req_states
-        self.copier = DeviceCopier(
-            req_states,
-            config.check_length,
-            req_states.num_speculative_steps,
-            req_states.device,
-        )
+        self.copier = DeviceCopier(req_states, config.check_length)
         self._failures = failures
         self._waits = not vllm_config.scheduler_config.async_scheduling
         self._is_warm_up = True  # vLLM's own: then all drafts are verified
