@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,17 +56,6 @@ def _leave_out_adapters(head: torch.nn.Module) -> None:
         for name, layer in list(module.named_children()):
             if isinstance(layer, BaseLayerWithLoRA):
                 setattr(module, name, layer.base_layer)
-
-
-@contextmanager
-def _one_dummy_draft(drafter: Any) -> Iterator[None]:
-    """vLLM's dummy runs take K draft forwards, of which one makes the kernels too."""
-    num_drafts = getattr(drafter, "num_speculative_tokens", 0)
-    drafter.num_speculative_tokens = 1
-    try:
-        yield
-    finally:
-        drafter.num_speculative_tokens = num_drafts
 
 
 class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
@@ -215,13 +202,14 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
                 force_attention=True,
                 uniform_decode=num_rows <= most,
                 profile_seq_lens=min(CONTEXT, self.max_model_len),
+                # There are no graphs on a CPU, but the drafter runs once, not K times.
+                is_graph_capturing=True,
             )
             one_each = np.ones(num_rows, dtype=np.int32)
             with self.maybe_select_dummy_loras(self.lora_config, one_each):
                 self.model.compute_logits(hidden_states[:num_rows])
 
-        with _one_dummy_draft(self.drafter):
-            for num_rows in sorted({*ROW_COUNTS} - {*TIMED_ROWS}):
-                if num_rows <= max_rows:
-                    run(num_rows)
-            return time_forwards(run, target, max_rows, self.device)
+        for num_rows in sorted({*ROW_COUNTS} - {*TIMED_ROWS}):
+            if num_rows <= max_rows:
+                run(num_rows)
+        return time_forwards(run, target, max_rows, self.device)
