@@ -41,8 +41,6 @@ PLAIN, COPYING, BY_DEPTH, BY_CONFIDENCE = range(4)
 _BESIDES = ("fixed_ms", "copying_ms", "speculation_ms", "deciding_ms", "confidence_ms")
 _SHARED = ("target", "draft", *_BESIDES)
 
-NO_DRAFT_MODEL = CostTable([1], [0.0])
-
 
 class StepCostMeter:
     """Owns the costs of one worker and keeps them fresh.

@@ -14,13 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_emssd.config import EmssdConfig
 from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
-from vllm_emssd.integration.costs import (
-    CONTEXT,
-    FIXED_MS,
-    NO_DRAFT_MODEL,
-    TIMED_ROWS,
-    time_forwards,
-)
+from vllm_emssd.integration.costs import CONTEXT, FIXED_MS, TIMED_ROWS, time_forwards
 from vllm_emssd.integration.cpu.row_padding import ROW_COUNTS, RowPadding
 from vllm_emssd.integration.drafting import DraftingRunner
 from vllm_emssd.integration.failure_policy import FailurePolicy
@@ -176,7 +170,7 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         self._row_padding = RowPadding.measured(samples)
         measured = StepCosts(
             CostTable.from_samples(samples),
-            NO_DRAFT_MODEL,
+            CostTable([1], [0.0]),  # without a draft model
             FIXED_MS,
             computed_rows=self.computed_rows,
         )
