@@ -68,14 +68,19 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_adds_what_is_not_set(
-    given: dict[str, str], cpus: int, added: dict[str, str]
+    given: dict[str, str],
+    cpus: int,
+    added: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert cpu_settings.cpu_settings(given, cpus, has_quota=False) == added
+    monkeypatch.setattr(cpu_settings, "num_cpus", lambda: cpus)
+    monkeypatch.setattr(cpu_settings, "cpu_quota", lambda: None)
+    assert cpu_settings.settings_here(given) == added
 
 
 def test_nothing_installed_preloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_settings, "find_preloads", list)
-    assert "LD_PRELOAD" not in cpu_settings.cpu_settings({}, 2, has_quota=False)
+    assert "LD_PRELOAD" not in cpu_settings.settings_here({})
 
 
 @pytest.mark.parametrize(

@@ -91,29 +91,22 @@ def missing_preloads(environment: Mapping[str, str]) -> list[str]:
 
 
 def settings_here(environment: Mapping[str, str]) -> dict[str, str]:
-    """`cpu_settings` for the CPUs that this process may use."""
-    return cpu_settings(environment, num_cpus(), has_quota=cpu_quota() is not None)
-
-
-def cpu_settings(
-    environment: Mapping[str, str], num_cpus: int, *, has_quota: bool
-) -> dict[str, str]:
-    """Variables to add for a server on a CPU. What the user set stays.
+    """Variables to add for a server on this machine's CPU. What the user set stays.
 
     On few CPUs, or a share of the machine's, no thread is bound and no core kept; on
     more, vLLM's own "auto" binds one thread to each core.
     """
-    added = {}
+    added, cpus = {}, num_cpus()
     wanted = missing_preloads(environment)
     new = [str(p) for p in find_preloads() if any(name in p.name for name in wanted)]
     if new:
         given = environment.get("LD_PRELOAD", "")
         added["LD_PRELOAD"] = ":".join([*new, *filter(None, [given])])
     bind = environment.get("VLLM_CPU_OMP_THREADS_BIND")
-    if bind is None and (num_cpus <= FEW_CPUS or has_quota):
+    if bind is None and (cpus <= FEW_CPUS or cpu_quota() is not None):
         bind = added["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if bind == "nobind" and "OMP_NUM_THREADS" not in environment:
-        added["OMP_NUM_THREADS"] = str(num_cpus)
+        added["OMP_NUM_THREADS"] = str(cpus)
     if HUGE_PAGES not in environment:
         added[HUGE_PAGES] = "1"  # a forward reads all weights: fewer pages to look up
     return added
