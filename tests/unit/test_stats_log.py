@@ -6,19 +6,19 @@ import logging
 
 import pytest
 
-from vllm_emssd.integration.metrics import (
-    INTERVAL_SECONDS,
-    StatsLog,
-    describe,
-)
+from vllm_emssd.integration.metrics import INTERVAL_SECONDS, StatsLog, describe
 from vllm_emssd.metrics import Counters
 
 
 class Clock:
     now = 1000.0
 
-    def __call__(self) -> float:
-        return self.now
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    return clock
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def step(counters: Counters, drafted: int, accepted: int) -> None:
     counters.num_padded_verify_rows += 2 * (1 + drafted)
 
 
-def test_a_line_a_minute_of_what_was_gained(lines: list[str]) -> None:
-    counters, clock = Counters(), Clock()
-    log = StatsLog(counters, 3, clock)
+def test_a_line_a_minute_of_what_was_gained(lines: list[str], clock: Clock) -> None:
+    counters = Counters()
+    log = StatsLog(counters, 3)
     for _ in range(120):
         step(counters, drafted=4, accepted=1)
         clock.now += 1
@@ -55,9 +55,9 @@ def test_a_line_a_minute_of_what_was_gained(lines: list[str]) -> None:
     )
 
 
-def test_an_idle_server_logs_nothing(lines: list[str]) -> None:
-    counters, clock = Counters(), Clock()
-    log = StatsLog(counters, 0, clock)
+def test_an_idle_server_logs_nothing(lines: list[str], clock: Clock) -> None:
+    counters = Counters()
+    log = StatsLog(counters, 0)
     step(counters, 4, 4)
     log.step_done()
     clock.now += 100 * INTERVAL_SECONDS  # no step, no line

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,20 +136,14 @@ class Publisher:
 class StatsLog:
     """Logs what the counters gained since the last line, at most once an interval."""
 
-    def __init__(
-        self,
-        counters: Counters,
-        engine_index: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, counters: Counters, engine_index: int) -> None:
         self._counters = counters
         self._engine_index = engine_index
-        self._clock = clock
-        self._last_time = clock()
+        self._last_time = time.monotonic()
         self._last_counts = counters.as_dict()
 
     def step_done(self) -> None:
-        now = self._clock()
+        now = time.monotonic()
         if now - self._last_time < INTERVAL_SECONDS:
             return
         counts = self._counters.as_dict()
