@@ -38,7 +38,6 @@ def test_lowers_only_the_requests_that_have_one() -> None:
         SimpleNamespace(req_id=req_id, sampling_params=params_of(limit))
         for req_id, limit in given.items()
     )
-    limits.admit([SimpleNamespace(req_id="pooling", sampling_params=None)])
     limits.release(["gone", "never came"])
     most, req_ids = np.full(6, 5), ["free", "a", "b", "c", "odd", "gone"]
     limits.apply(most, req_ids)

@@ -30,8 +30,8 @@ REFERENCE_KEY = "emssd_reference"
 MAX_BYTES_PER_TOKEN = 32  # of a reference's text, before it is tokenized
 
 
-def _option(params: SamplingParams | None, key: str, default: Any = None) -> Any:
-    return ((params and params.extra_args) or {}).get(key, default)
+def _option(params: SamplingParams, key: str, default: Any = None) -> Any:
+    return (params.extra_args or {}).get(key, default)
 
 
 # ------------------------------------------------------------ limits of drafts
@@ -78,7 +78,7 @@ class RequestLimits:
 # ------------------------------------------------------------------ references
 
 
-def reference_of(params: SamplingParams | None, vocab_size: int) -> np.ndarray | None:
+def reference_of(params: SamplingParams, vocab_size: int) -> np.ndarray | None:
     """In the worker: a new request's reference, [num_tokens] int32, if it has one."""
     token_ids = _option(params, REFERENCE_KEY)
     if not isinstance(token_ids, list) or not token_ids:

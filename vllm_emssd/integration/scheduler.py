@@ -23,10 +23,8 @@ class UnpadScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         # No answer is longer than the model's context, and model runners keep the limit
         # in integers of fixed width, which a larger one would overflow.
-        params = request.sampling_params
-        if params is not None:
-            request.max_tokens = min(request.max_tokens, self.max_model_len)
-            params.max_tokens = request.max_tokens
+        request.max_tokens = min(request.max_tokens, self.max_model_len)
+        request.sampling_params.max_tokens = request.max_tokens
         super().add_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

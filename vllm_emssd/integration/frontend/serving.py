@@ -97,9 +97,8 @@ def _process_inputs(
     processor: Any, stock: Callable[..., EngineCoreRequest], *args: Any, **kwargs: Any
 ) -> EngineCoreRequest:
     request = stock(*args, **kwargs)
-    if request.sampling_params is not None:
-        check_request_limit(request.sampling_params)
-        tokenize_reference(processor, request.sampling_params)
+    check_request_limit(request.sampling_params)
+    tokenize_reference(processor, request.sampling_params)
     return request
 
 

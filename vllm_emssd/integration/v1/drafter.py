@@ -165,8 +165,7 @@ class PagedDrafter(TimedByClock):
         if req_index in self._input_batch.generators:
             return True
         request = self._requests[self._input_batch.req_ids[req_index]]
-        params = request.sampling_params
-        return params is not None and params.structured_outputs is not None
+        return request.sampling_params.structured_outputs is not None
 
     def _run_model(
         self, rows: RaggedRows, token_ids: np.ndarray | torch.Tensor
