@@ -22,8 +22,6 @@ from vllm_emssd.integration.request_options import reference_of
 from vllm_emssd.integration.v1.startup import StartUpMixin
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.draft_model import DraftModelProposer
-from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.proposers.mixed import MixedProposer
 from vllm_emssd.verification import ScheduledStep, pad_to_longest
 
 
@@ -45,7 +43,7 @@ class UnpadRunnerMixin(StartUpMixin):
         return super()._update_states(scheduler_output)
 
     def _admit_references(self, scheduler_output: SchedulerOutput) -> None:
-        if not isinstance(self._proposer, LlmaProposer | MixedProposer):
+        if not self.emssd_config.copies:
             return
         vocab_size = self.model_config.get_vocab_size()
         for new in scheduler_output.scheduled_new_reqs:
