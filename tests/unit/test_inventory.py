@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_emssd
@@ -68,9 +69,7 @@ def test_texts_and_patches_are_there(hook: Hook) -> None:
 
 @each_hook
 @pytest.mark.usefixtures("without_hooks")
-def test_install_twice_is_once_and_undo_restores_the_object(
-    hook: Hook, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_install_twice_is_once_and_undo_restores_the_object(hook: Hook) -> None:
     owner, name = hook.owner_and_name
     original = getattr(owner, name)
     install([hook])
@@ -120,17 +119,13 @@ def test_changed_front_end_switches_the_plugin_off(
     def drifted(self: EngineArgs, config: Any) -> None: ...
 
     monkeypatch.setattr(EngineArgs, "create_speculative_config", drifted)
-    monkeypatch.setattr("logging.Logger.warning", _record(warnings := []))
+    warnings: list[str] = []
+    monkeypatch.setattr(
+        "logging.Logger.warning", lambda log, text, *args: warnings.append(text % args)
+    )
     vllm_emssd.register()
     assert EngineArgs.create_speculative_config is drifted
     assert any(str(SUPPORTED_VLLM) in text for text in warnings)
-
-
-def _record(texts: list[str]) -> Any:
-    def warning(logger: Any, message: str, *args: Any, **kwargs: Any) -> None:
-        texts.append(message % args)
-
-    return warning
 
 
 @pytest.mark.usefixtures("without_hooks")
@@ -139,14 +134,8 @@ def test_copies_are_scheduled_synchronously_whatever_vllm_would_choose() -> None
     vllm_emssd.register()
     args = EngineArgs(model=TARGET, speculative_config={"method": "emssd"})
     assert args.async_scheduling is None
-    args.create_speculative_config(args.create_model_config(), _parallel_config())
+    args.create_speculative_config(args.create_model_config(), ParallelConfig())
     assert args.async_scheduling is False
-
-
-def _parallel_config() -> Any:
-    from vllm.config import ParallelConfig
-
-    return ParallelConfig()
 
 
 # ---------------------------------------------------------- what doctor prints
