@@ -76,10 +76,6 @@ _WRONG_DRAFTERS = {
     ),
 }
 
-# Filled in by vLLM itself, not by users.
-_INTERNAL_KEYS = {"target_model_config", "target_parallel_config"}
-
-
 Create = Callable[..., SpeculativeConfig | None]
 
 
@@ -146,9 +142,8 @@ def _create_ours(
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
 ) -> SpeculativeConfig:
-    stock_keys = set(SpeculativeConfig.__dataclass_fields__) - _INTERNAL_KEYS
     config, stock_part = parse_speculative_config(
-        asked, stock_keys, _gain_was_measured()
+        asked, SpeculativeConfig.__dataclass_fields__, _gain_was_measured()
     )
     _refuse_unsupported(args, stock_part, model_config, parallel_config)
     if stock_part.get(ADAPTIVE) and not may_run_on_v2(config):
