@@ -39,6 +39,14 @@ class Model:
 def make_drafter(block_table: np.ndarray) -> tuple[Any, Model]:
     model = Model()
     stock: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            parallel_config=SimpleNamespace(
+                data_parallel_size=1, use_sequence_parallel_moe=False
+            ),
+            compilation_config=SimpleNamespace(
+                fast_moe_cold_start=False, static_forward_context={}
+            ),
+        ),
         max_num_tokens=256,
         kv_cache_gid=0,
         device=torch.device("cpu"),
@@ -61,15 +69,7 @@ def make_drafter(block_table: np.ndarray) -> tuple[Any, Model]:
         block_table=[SimpleNamespace(block_table=tables)],
         sampling_metadata=SimpleNamespace(all_greedy=True),
     )
-    vllm_config: Any = SimpleNamespace(
-        parallel_config=SimpleNamespace(
-            data_parallel_size=1, use_sequence_parallel_moe=False
-        ),
-        compilation_config=SimpleNamespace(
-            fast_moe_cold_start=False, static_forward_context={}
-        ),
-    )
-    return PagedDrafter(stock, vllm_config, input_batch, {}, MAX_MODEL_LEN), model
+    return PagedDrafter(stock, input_batch, {}, MAX_MODEL_LEN), model
 
 
 SPANS = st.lists(
@@ -130,7 +130,7 @@ def drafter_over(stock: dict[str, Any], all_greedy: bool) -> Any:
         max_num_reqs=2, block_table=[None], sampling_metadata=metadata
     )
     made: Any = SimpleNamespace(**defaults | stock)
-    drafter: Any = PagedDrafter(made, None, input_batch, {}, 64)  # type: ignore[arg-type]
+    drafter: Any = PagedDrafter(made, input_batch, {}, 64)  # type: ignore[arg-type]
     drafter._draft_sampling_metadata = lambda req_indices: metadata
     return drafter
 

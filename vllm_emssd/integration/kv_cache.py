@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
@@ -108,9 +106,7 @@ def draft_group(kv_cache_config: KVCacheConfig, draft_layers: Collection[str]) -
     return next(iter(groups))
 
 
-def remake_metadata_builders(
-    drafter: Any, vllm_config: VllmConfig, device: torch.device
-) -> None:
+def remake_metadata_builders(drafter: Any) -> None:
     """Make the builders of a V1 draft model's attention metadata anew: vLLM makes each
     when it has seen one layer, whose window is then taken for that of all."""
     for group in drafter.draft_attn_groups:
@@ -118,5 +114,5 @@ def remake_metadata_builders(
         block_size = builder.kv_cache_spec.block_size
         group.metadata_builders.clear()
         group.create_metadata_builders(
-            vllm_config, device, kernel_block_size=block_size
+            drafter.vllm_config, drafter.device, kernel_block_size=block_size
         )

@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -42,7 +41,6 @@ class PagedDrafter(TimedByClock):
     def __init__(
         self,
         stock: SpecDecodeBaseProposer,
-        vllm_config: VllmConfig,
         input_batch: InputBatch,
         requests: Mapping[str, CachedRequestState],
         max_model_len: int,
@@ -51,7 +49,6 @@ class PagedDrafter(TimedByClock):
         self.max_num_reqs: int = input_batch.max_num_reqs
         self.max_model_len = max_model_len
         self._stock = stock
-        self._vllm_config = vllm_config
         self._input_batch = input_batch
         self._requests = requests
         self._block_table = input_batch.block_table[stock.kv_cache_gid]
@@ -187,7 +184,7 @@ class PagedDrafter(TimedByClock):
         slots = stock._get_slot_mapping(num_input_rows, attn_metadata.slot_mapping)
         with set_forward_context(
             per_layer,
-            self._vllm_config,
+            stock.vllm_config,
             num_tokens=num_input_rows,
             num_tokens_across_dp=across_dp,
             cudagraph_runtime_mode=mode,

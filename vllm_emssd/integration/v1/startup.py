@@ -141,14 +141,13 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
         return MixedProposer(copying, drafting, most, weighs_copies=costs is not None)
 
     def _make_drafter(self, kv_cache_config: KVCacheConfig) -> None:
-        remake_metadata_builders(self.drafter, self.vllm_config, self.device)
+        remake_metadata_builders(self.drafter)
         group = kv_cache_config.kv_cache_groups[self.drafter.kv_cache_gid]
         shape = kv_cache_config.num_blocks, group.kv_cache_spec.block_size
         trusts_cache = self.vllm_config.kv_transfer_config is None
         self._cursor = DraftCursor(*shape, trust_cached_blocks=trusts_cache)
         parts = (
             self.drafter,
-            self.vllm_config,
             self.input_batch,
             self.requests,
             min(self.effective_drafter_max_model_len, self.max_model_len),
