@@ -30,7 +30,6 @@ from vllm_emssd.integration.hooks.hook import (
     difference,
     install,
     is_installed,
-    parameter_names,
     undo,
 )
 
@@ -57,7 +56,6 @@ def test_every_hook_in_the_source_is_listed() -> None:
 @each_hook
 def test_target_exists_with_the_signature_written_down(hook: Hook) -> None:
     assert difference(hook) == ""
-    assert parameter_names(hook.original()) == hook.signature
 
 
 @each_hook

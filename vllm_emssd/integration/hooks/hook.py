@@ -47,16 +47,11 @@ class Hook:
 _originals: dict[str, Any] = {}  # target -> what was replaced
 
 
-def parameter_names(function: Any) -> str:
-    """Parameter names of a function or of a class's constructor, comma separated."""
-    return ", ".join(inspect.signature(function).parameters)
-
-
 def difference(hook: Hook) -> str:
     """What differs in this vLLM so that the hook cannot be installed, and the versions
     that fit; "" where it can."""
     try:
-        found = parameter_names(hook.original())
+        found = ", ".join(inspect.signature(hook.original()).parameters)
     except (ImportError, AttributeError) as error:
         what = f"is missing ({error})"
     else:
