@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +80,12 @@ class Outcome:
     num_tokens: int = 0
     counters: Counters = field(default_factory=Counters)
 
+    def reset(self) -> None:
+        """Count from zero again, but for the reliability."""
+        self.ms = self.draft_ms = self.policy_ms = 0.0
+        self.num_tokens = 0
+        self.counters.reset()
+
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.ms * 1e3 if self.ms else 0.0
@@ -100,11 +106,11 @@ class Outcome:
 
 
 class _Timed:
-    """Anything, and the milliseconds spent in its methods."""
+    """A policy that adds the milliseconds spent in its methods to an outcome."""
 
-    def __init__(self, timed: Any) -> None:
-        self.ms = 0.0
+    def __init__(self, timed: DraftLengthPolicy, outcome: Outcome) -> None:
         self._timed = timed
+        self._outcome = outcome
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._timed, name)
@@ -114,7 +120,7 @@ class _Timed:
         def call(*args: Any) -> Any:
             start = time.perf_counter()
             returned = value(*args)
-            self.ms += (time.perf_counter() - start) * 1e3
+            self._outcome.policy_ms += (time.perf_counter() - start) * 1e3
             return returned
 
         return call
@@ -141,7 +147,8 @@ class _Clocks:
 
 
 class SimulatedEngine:
-    """One engine. `outcome` counts from its start; what its policy learns stays."""
+    """One engine. `outcome` counts from its start, or from when it was last reset; what
+    its policy learns stays."""
 
     def __init__(
         self, trace: Trace, costs: CostFile, method: Decoding, setting: Setting
@@ -155,7 +162,6 @@ class SimulatedEngine:
         self._costs, self._setting = costs, setting
         self._step_costs = costs.step_costs(setting.max_num_seqs)
         self._clocks, self._launches = _Clocks(), costs.target.launches
-        self._policy: _Timed | None = None
         self._drafting: ModelDrafting | CopyDrafting | None = None
         if method.speculates:
             self._drafting = self._make_drafting(method, trace)
@@ -205,7 +211,6 @@ class SimulatedEngine:
         elif method.name == "threshold":
             calibration = PerfectCalibration(trace)
             policy = ThresholdLength(calibration, method.stop, method.trim)
-        self._policy = _Timed(policy)
         drafter = DrafterSetting(
             self._step_costs,
             method.k,
@@ -216,7 +221,7 @@ class SimulatedEngine:
         )
         drafting = {"padded": PaddedDrafting, "oracle": OracleDrafting}
         return drafting.get(method.name, ModelDrafting)(
-            self._policy,  # type: ignore[arg-type]
+            _Timed(policy, self.outcome),  # type: ignore[arg-type]
             self.outcome.counters,
             drafter,
             knows_the_end=method.name not in ("fixed", "padded"),
@@ -250,16 +255,14 @@ class SimulatedEngine:
         batch = [r for r in self._running if r.num_scheduled]
         self._verify(batch)
         draft = self._drafting.draft(batch) if self._drafting else (0.0, 0.0)
-        clocks = self._clocks
+        clocks, before = self._clocks, self._clocks.device
         clocks.host += self._costs.fixed_ms(len(batch), speculates=draft[0] > 0)
         target = self._step_costs.target.at(num_rows), self._launches.at(num_rows)
         clocks.launch(*target)
         clocks.launch(*draft)
         clocks.end_step(self._setting.async_scheduling)
         self.outcome.draft_ms += draft[0]
-        self.outcome.ms = clocks.device
-        if self._policy is not None:
-            self.outcome.policy_ms = self._policy.ms
+        self.outcome.ms += clocks.device - before
         self._ended = [r.req_id for r in self._running if r.has_ended]
         self._running = [r for r in self._running if not r.has_ended]
 
@@ -343,21 +346,6 @@ def simulate(
     engine = SimulatedEngine(trace, costs, method, setting)
     chosen = [trace.requests[i % num_requests] for i in range(num_started)]
     engine.run(chosen, max_tokens, is_continuous=True)
-    warm_up = replace(engine.outcome, counters=replace(engine.outcome.counters))
+    engine.outcome.reset()
     engine.run(chosen, max_tokens, is_continuous=True)
-    return difference(engine.outcome, warm_up)
-
-
-def difference(after: Outcome, before: Outcome) -> Outcome:
-    counters = {
-        name: count - before.counters.as_dict()[name]
-        for name, count in after.counters.as_dict().items()
-    }
-    return Outcome(
-        after.ms - before.ms,
-        after.draft_ms - before.draft_ms,
-        after.policy_ms - before.policy_ms,
-        after.reliability,  # of all since the start
-        after.num_tokens - before.num_tokens,
-        Counters(**counters),
-    )
+    return engine.outcome
