@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from vllm_emssd.bench.methods import CHECK_LENGTH
 from vllm_emssd.draft_cursor import AdmittedRequest, DraftCursor
-from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
+from vllm_emssd.draft_length import DraftLengthPolicy, StepCosts
 from vllm_emssd.metrics import Counters
 from vllm_emssd.proposers.base import DraftBatch
 from vllm_emssd.proposers.copy_lengths import LengthsByAcceptance
 from vllm_emssd.proposers.draft_model import DraftModelProposer
 from vllm_emssd.proposers.llma import LlmaProposer
-from vllm_emssd.simulate.replay_drafter import ReplayDrafter
+from vllm_emssd.simulate.replay_drafter import DrafterSetting, ReplayDrafter
 from vllm_emssd.simulate.request import SimulatedRequest
 
 
@@ -45,18 +45,6 @@ def draft_batch(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DrafterSetting:
-    """The replayed draft model: what its forwards cost, and its limits."""
-
-    costs: StepCosts
-    k: int
-    max_num_seqs: int
-    max_num_rows: int  # of one forward
-    max_model_len: int
-    launches: CostTable  # what a forward takes the host
-
-
 class ModelDrafting:
     """The draft-model proposer and its cursor, on a replayed drafter."""
 
@@ -67,14 +55,8 @@ class ModelDrafting:
         setting: DrafterSetting,
         knows_the_end: bool,
     ) -> None:
-        self._k, self._knows_the_end = setting.k, knows_the_end
-        self._costs, self._launches = setting.costs.draft, setting.launches
-        self._drafter = ReplayDrafter(
-            setting.costs,
-            setting.launches,
-            setting.max_num_rows,
-            setting.max_model_len,
-        )
+        self._setting, self._knows_the_end = setting, knows_the_end
+        self._drafter = ReplayDrafter(setting)
         # One block a request: nothing is shared, so nothing is found cached.
         self._cursor = DraftCursor(setting.max_num_seqs, setting.max_model_len)
         self._free_blocks = list(range(setting.max_num_seqs))
@@ -100,16 +82,14 @@ class ModelDrafting:
             for request in requests:
                 request.drafts = []
             return 0.0, 0.0
-        self._drafter.begin_step(
-            [r.trace for r in requests], [r.num_output for r in requests], self._k
-        )
+        self._drafter.begin_step(requests)
         drafts = self._proposer.propose(self._batch(requests))
         for request, tokens in zip(requests, drafts, strict=True):
             request.drafts = tokens
         return self._drafter.take_ms()
 
     def _batch(self, requests: Sequence[SimulatedRequest]) -> DraftBatch:
-        return draft_batch(requests, self._k, self._knows_the_end)
+        return draft_batch(requests, self._setting.k, self._knows_the_end)
 
     def release(self, req_ids: Sequence[str]) -> None:
         self._proposer.release(req_ids)
@@ -175,14 +155,14 @@ class PaddedDrafting(ModelDrafting):
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> tuple[float, float]:
         super().draft(requests)
-        least = [1 + self._k if r.is_decode else 0 for r in requests]
+        setting, k = self._setting, self._setting.k
+        least = [1 + k if r.is_decode else 0 for r in requests]
         scheduled = [r.num_scheduled for r in requests]
         first = sum(map(max, least, scheduled)) + len(requests)
         prompts = sum(r.num_scheduled for r in requests if not r.is_decode)
-        rows = np.array([first] + [len(requests)] * (self._k - 1))
-        self._counters.num_draft_forwards += self._k
+        rows = np.array([first] + [len(requests)] * (k - 1))
+        self._counters.num_draft_forwards += k
         self._counters.num_draft_rows += int(rows.sum())
         self._counters.num_draft_rows_decode += int(rows.sum()) - prompts
-        costs = (table.ms(rows).sum() for table in (self._costs, self._launches))
-        ms, host_ms = map(float, costs)
-        return ms, host_ms
+        ms, host_ms = setting.costs.draft.ms(rows), setting.launches.ms(rows)
+        return float(ms.sum()), float(host_ms.sum())

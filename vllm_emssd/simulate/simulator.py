@@ -24,12 +24,12 @@ from vllm_emssd.metrics import Counters
 from vllm_emssd.simulate.costs import CostFile
 from vllm_emssd.simulate.drafters import (
     CopyDrafting,
-    DrafterSetting,
     ModelDrafting,
     OracleDrafting,
     PaddedDrafting,
 )
 from vllm_emssd.simulate.reliability import CountedDraftLength
+from vllm_emssd.simulate.replay_drafter import DrafterSetting
 from vllm_emssd.simulate.request import SimulatedRequest
 from vllm_emssd.simulate.threshold import PerfectCalibration, ThresholdLength
 from vllm_emssd.simulate.traces import RequestTrace, Trace
