@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import vllm_emssd
-from vllm_emssd.bench.request import Request, Tokenizer
+from vllm_emssd.bench.request import Request
 from vllm_emssd.simulate.traces import TRACE_FORMAT, RequestTrace, Trace, TraceHeader
 
 MAX_AT_ONCE = 64  # positions that draft together: each has its own K/V
@@ -38,10 +38,10 @@ class TraceRecorder:
         self, target: str, draft: str, k: int, dtype: str, command: str
     ) -> None:
         self._k = k
-        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(target)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(target)
         self._target: Any = _load(target, dtype)
         self._draft: Any = _load(draft, dtype)
-        self._header = TraceHeader(
+        self.header = TraceHeader(
             format=TRACE_FORMAT,
             target=Path(target).name,
             draft=Path(draft).name,
@@ -55,14 +55,6 @@ class TraceRecorder:
                 "dtype": dtype,
             },
         )
-
-    @property
-    def header(self) -> TraceHeader:
-        return self._header
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
 
     @torch.inference_mode()
     def record_ids(
