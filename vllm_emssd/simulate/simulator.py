@@ -31,7 +31,7 @@ from vllm_emssd.simulate.drafters import (
 from vllm_emssd.simulate.reliability import CountedDraftLength
 from vllm_emssd.simulate.replay_drafter import DrafterSetting
 from vllm_emssd.simulate.request import SimulatedRequest
-from vllm_emssd.simulate.threshold import PerfectCalibration, ThresholdLength
+from vllm_emssd.simulate.threshold import ThresholdLength
 from vllm_emssd.simulate.traces import RequestTrace, Trace
 
 
@@ -209,8 +209,7 @@ class SimulatedEngine:
             )
             self.outcome.reliability = policy.reliability
         elif method.name == "threshold":
-            calibration = PerfectCalibration(trace)
-            policy = ThresholdLength(calibration, method.stop, method.trim)
+            policy = ThresholdLength(trace, method.stop, method.trim)
         drafter = DrafterSetting(
             self._step_costs,
             method.k,
