@@ -64,15 +64,13 @@ class ModelDrafting:
         self._proposer = DraftModelProposer(
             self._drafter, self._cursor, policy, counters
         )
+        self.record_verified = self._proposer.record_verified
 
     def admit(self, req_id: str, num_cached: int) -> None:
         """A request comes; both models have the K/V of its first tokens."""
         self._blocks[req_id] = block = self._free_blocks.pop()
         self._cursor.update_blocks([AdmittedRequest(req_id, [block], 0)], [])
         self._cursor.advance(req_id, num_cached)
-
-    def record_verified(self, req_id: str, num_drafts: int, accepted: int) -> None:
-        self._proposer.record_verified(req_id, num_drafts, accepted)
 
     def draft(self, requests: Sequence[SimulatedRequest]) -> tuple[float, float]:
         """Give every request its next drafts. Returns the milliseconds of forwards, and

@@ -171,7 +171,6 @@ class SimulatedEngine:
         self._waiting: deque[SimulatedRequest] = deque()
         self._running: list[SimulatedRequest] = []
         self._ended: list[str] = []  # released in the next step
-        self._num_arrived = 0
 
     def run(
         self,
@@ -227,7 +226,6 @@ class SimulatedEngine:
         )
 
     def _arrive(self, trace: RequestTrace, max_tokens: int) -> SimulatedRequest:
-        self._num_arrived += 1
         token_ids = np.zeros(self._max_model_len, dtype=np.int32)
         known = trace.prompt_ids + trace.output_ids
         token_ids[: len(known)] = known
@@ -235,7 +233,7 @@ class SimulatedEngine:
         num_prompt, block = len(trace.prompt_ids), self._setting.cached_block
         # As in vLLM, the last token of a prompt is always computed.
         num_cached = (num_prompt - 1) // block * block if block else 0
-        req_id = f"r{self._num_arrived}"
+        req_id = f"r{len(self._requests)}"
         self._requests[req_id] = request = SimulatedRequest(
             req_id,
             trace,
@@ -249,7 +247,8 @@ class SimulatedEngine:
     # ------------------------------------------------------------ a step
 
     def _step(self) -> None:
-        self._release_ended()
+        if self._drafting is not None:
+            self._drafting.release(self._ended)
         num_rows = self._schedule()
         batch = [r for r in self._running if r.num_scheduled]
         self._verify(batch)
@@ -264,11 +263,6 @@ class SimulatedEngine:
         self.outcome.ms += clocks.device - before
         self._ended = [r.req_id for r in self._running if r.has_ended]
         self._running = [r for r in self._running if not r.has_ended]
-
-    def _release_ended(self) -> None:
-        if self._drafting is not None:
-            self._drafting.release(self._ended)
-        self._ended = []
 
     def _schedule(self) -> int:
         """Running requests first, then waiting ones. Returns the rows used."""
