@@ -11,13 +11,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 METHOD = "emssd"
 ADDITIONAL_CONFIG_KEY = "emssd"  # where VllmConfig.additional_config carries ours
