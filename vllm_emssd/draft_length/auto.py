@@ -10,7 +10,7 @@ from vllm_emssd.draft_length.acceptance import AcceptanceEstimator
 from vllm_emssd.draft_length.cost import StepCosts
 from vllm_emssd.draft_length.planner import LongRunRate, Plan, best_plan
 from vllm_emssd.draft_length.policy import DraftLengthPolicy, StepInfo
-from vllm_emssd.draft_length.probing import Probing
+from vllm_emssd.draft_length.probing import LEAST_GAIN, Probing
 
 _PROBE_LENGTH = 2
 _SURVEY_STEPS = 16  # from one step that asks for confidences in any case to the next
@@ -67,7 +67,7 @@ class AutoDraftLength(DraftLengthPolicy):
             stopping_gain=max(self._stopping_gain, 0.0),
         )
         plan = planned(self.acceptance.by_depth)
-        if self.feeds_prompts and not self._probing.is_enough(plan.gain):
+        if self.feeds_prompts and plan.gain < LEAST_GAIN:
             # Idle only if drafts would not pay even were acceptance better than
             # estimated: an idle engine learns nothing.
             plan = planned(self.acceptance.hoped_for())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_LEAST_GAIN = 0.02  # of a plan: less is within the error of its costs
+LEAST_GAIN = 0.02  # of a plan: less is within the error of its costs
 _SHORTEST, _LONGEST = 4, 128  # steps from one probe to the next
 _PROBE_SHARE = 0.005  # of the time that probes may take, unless they get too rare,
 _HOPEFUL_SHARE = 0.03  # or this after one whose drafts were accepted
@@ -35,13 +35,9 @@ class Probing:
         changed = not self._num_sampling / 2 <= num_sampling <= 2 * self._num_sampling
         return self._num_steps < self._next_plan and not changed
 
-    def is_enough(self, gain: float) -> bool:
-        """Whether a plan gains more than its costs may be wrong by."""
-        return gain >= _LEAST_GAIN
-
     def pays(self, gain: float, num_sampling: int) -> bool:
         """Whether to draft by a plan. `gain`: as a share of what no drafts give."""
-        if self.is_enough(gain):
+        if gain >= LEAST_GAIN:
             self._stop_idling()
             return True
         self.is_idle = True
