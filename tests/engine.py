@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 MODELS = Path(
     os.environ.get("EMSSD_TEST_MODELS", Path(__file__).parent.parent / "models")
@@ -31,6 +31,8 @@ STOCK_EAGLE3 = STOCK | {"method": "eagle3", "model": EAGLE3_HEAD}
 EAGLE3 = DRAFT_MODEL | {"model": EAGLE3_HEAD}
 LLMA = FIXED
 MIXED = DRAFT_MODEL | {"proposer": "mixed"}
+# The smallest blocks that vLLM's CPU attention takes, so that prompts have several.
+OPTIONS = {"seed": 0, "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,26 @@ def running(config: EngineConfig) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        config.model,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_prefix_caching=config.prefix_caching,
-        kv_cache_memory_bytes=config.kv_cache_bytes,
-        speculative_config=config.speculative_config,
-        disable_log_stats=False,
-        **({"seed": 0, "enforce_eager": True, "max_num_seqs": 32} | config.options),
-    )
+    # vLLM collects garbage a dozen times an engine, among all objects of all modules.
+    with patch("gc.collect"):
+        llm = LLM(
+            config.model,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.prefix_caching,
+            kv_cache_memory_bytes=config.kv_cache_bytes,
+            speculative_config=config.speculative_config,
+            disable_log_stats=False,
+            **(OPTIONS | config.options),
+        )
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        with patch("gc.collect"):
+            llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # collects once
 
 
 @cache
@@ -78,6 +82,12 @@ def prompts() -> tuple[str, ...]:
     """Held-out real text, of mixed lengths."""
     lines = (MODELS / "prompts.jsonl").read_text().splitlines()
     return tuple(json.loads(line)["prompt"] for line in lines)
+
+
+def short_prompts(count: int) -> list[str]:
+    """Of 45 to 220 tokens: the ends of longer ones, whose prefill would take most of
+    the time."""
+    return [text[-600:] for text in prompts()[:count]]
 
 
 # At a temperature, yet with one outcome: the sampled path must give the greedy tokens.

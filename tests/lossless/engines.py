@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from tests.engine import (
@@ -15,8 +16,8 @@ from tests.engine import (
     STOCK,
     EngineConfig,
     counting,
-    prompts,
     running,
+    short_prompts,
 )
 
 NUM_PROMPTS = 8
@@ -72,6 +73,24 @@ def sample(llm: Any, texts: list[Any], params: Any) -> Sampled:
     """`params`: one SamplingParams, or one a prompt. All completions in order."""
     with counting(llm) as gained:
         outputs = llm.generate(texts, params, use_tqdm=False)
+    return _sampled(outputs, gained)
+
+
+def sample_together(
+    llm: Any, cases: dict[str, tuple[list[Any], list[Any]]]
+) -> dict[str, Sampled]:
+    """Texts and parameters of several cases, all at once, without drafts."""
+    texts, params = (
+        [one for case in cases.values() for one in case[part]] for part in (0, 1)
+    )
+    outputs = iter(llm.generate(texts, params, use_tqdm=False))
+    return {
+        name: _sampled(list(islice(outputs, len(texts))), {})
+        for name, (texts, _) in cases.items()
+    }
+
+
+def _sampled(outputs: list[Any], gained: dict[str, int]) -> Sampled:
     completions = [c for output in outputs for c in output.outputs]
     return Sampled(
         [list(c.token_ids) for c in completions],
@@ -92,7 +111,7 @@ def _plain(logprobs: Any) -> list[dict[int, float]]:
 
 
 def texts(count: int = NUM_PROMPTS) -> list[str]:
-    return list(prompts()[:count])
+    return short_prompts(count)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,14 @@ from vllm import SamplingParams
 from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 from tests.engine import model_runner, stop_counting_others
-from tests.lossless.engines import OURS, Sampled, engine, sample, texts
+from tests.lossless.engines import (
+    OURS,
+    Sampled,
+    engine,
+    sample,
+    sample_together,
+    texts,
+)
 from tests.lossless.test_auto import random_costs
 
 SCHEMA = {
@@ -219,36 +226,37 @@ def shortened(params: SamplingParams, max_tokens: int) -> SamplingParams:
 
 def arrangements(case: str) -> dict[str, tuple[list[str], list[SamplingParams]]]:
     """The case for all requests, for one alone, and beside requests that use none,
-    which need fewer tokens."""
+    which need fewer tokens. By "case" or "case, arrangement"."""
     params = CASES[case]
     each = params if isinstance(params, list) else [params] * len(texts())
     beside = [p if i % 2 else NONE for i, p in enumerate(each)]
     return {
-        "all": (texts(), each),
-        "alone": (texts()[3:4], [shortened(each[3], 14)]),
-        "beside": (texts(), [shortened(p, 24) for p in beside]),
+        case: (texts(), each),
+        f"{case}, alone": (texts()[3:4], [shortened(each[3], 14)]),
+        f"{case}, beside": (texts(), [shortened(p, 24) for p in beside]),
     }
 
 
 @cache
 def results(name: str) -> dict[str, Sampled]:
-    """All cases on one engine, by "case" or "case, arrangement"; of ours also one by
-    `STOPS`."""
+    """All arrangements of all cases on one engine; of ours also one by `STOPS`."""
     stops = stops_at_min_tokens() if name in OURS else None
     stop_counting_others()
     seen = {}
     with engine(name) as llm, random_costs(llm) if name in AUTO else nullcontext():
         if name == "stock":
             return {case: sample(llm, texts(), CASES[case]) for case in STOCK_CASES}
-        for case in CASES:
-            for arrangement, (prompts, params) in arrangements(case).items():
-                key = case if arrangement == "all" else f"{case}, {arrangement}"
-                if name == "plain":
-                    seen[key] = sample(llm, prompts, params)
-                    continue
-                with recorded_paths(llm) as paths:
-                    seen[key] = sample(llm, prompts, params)
-                PATHS_SEEN[name, key] = paths
+        arranged = {k: v for case in CASES for k, v in arrangements(case).items()}
+        if name == "plain":
+            # Flat logprobs are padded to what others of the step ask for.
+            alone = {k: v for k, v in arranged.items() if k.startswith("flat")}
+            return {k: sample(llm, *v) for k, v in alone.items()} | sample_together(
+                llm, {k: v for k, v in arranged.items() if k not in alone}
+            )
+        for key, (prompts, params) in arranged.items():
+            with recorded_paths(llm) as paths:
+                seen[key] = sample(llm, prompts, params)
+            PATHS_SEEN[name, key] = paths
         if stops is not None:
             seen[STOPS] = sample(llm, *stops[:2])
     return seen

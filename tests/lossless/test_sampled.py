@@ -41,7 +41,7 @@ FAST = ("0.8", "min_p")
 SAMPLED_DRAFTS = {"draft_sample_method": "probabilistic"}
 PROBABILISTIC = DRAFT_MODEL | SAMPLED_DRAFTS
 CONFIGS = {
-    "plain": EngineConfig(),
+    "plain": EngineConfig(prefix_caching=True),
     "draft_model": EngineConfig(DRAFT_MODEL, prefix_caching=True),
     "draft_model, probabilistic": EngineConfig(PROBABILISTIC, prefix_caching=True),
     "llma": EngineConfig(LLMA, prefix_caching=True),
