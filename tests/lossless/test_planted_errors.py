@@ -169,7 +169,7 @@ def test_wrong_rows_and_states_are_seen(
     if case == STOPS:
         prompts, params, expected = stops_at_min_tokens()
     else:
-        prompts, params = arrangements(case)["all"]
+        prompts, params = arrangements(case)[case]
         expected = plain_results[case].token_ids
     stop_counting_others()
     with engine("draft_model") as llm:

@@ -21,11 +21,12 @@ from tests.engine import (
     LLMA,
     MIXED,
     EngineConfig,
+    prompts,
     running,
     stop_counting_others,
 )
 from tests.lossless.distribution import FALSE_ALARM, homogeneity
-from tests.lossless.engines import Sampled, sample, texts
+from tests.lossless.engines import Sampled, sample
 
 NUM_SAMPLES = 1000
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -57,9 +58,9 @@ REPEATING = "x = first(a, b)\ny = first(a, c)\nz = first(a, d)\nw = first(a"
 def draw(llm: Any, num_samples: int = NUM_SAMPLES, **parameters: Any) -> Sampled:
     """Continuations of a repeating and of a real prompt in turn. Without seeds of their
     own: stock's CPU runner dies of those."""
-    prompts = [REPEATING, texts(1)[0]]
+    texts = [REPEATING, prompts()[0]]
     params = SamplingParams(max_tokens=4, ignore_eos=True, **parameters)
-    return sample(llm, [prompts[i % 2] for i in range(num_samples)], params)
+    return sample(llm, [texts[i % 2] for i in range(num_samples)], params)
 
 
 @cache
