@@ -31,8 +31,7 @@ STOCK_EAGLE3 = STOCK | {"method": "eagle3", "model": EAGLE3_HEAD}
 EAGLE3 = DRAFT_MODEL | {"model": EAGLE3_HEAD}
 LLMA = FIXED
 MIXED = DRAFT_MODEL | {"proposer": "mixed"}
-# The smallest blocks that vLLM's CPU attention takes, so that prompts have several.
-OPTIONS = {"seed": 0, "enforce_eager": True, "max_num_seqs": 32, "block_size": 32}
+SMALL_BLOCKS = {"block_size": 32}  # the smallest that vLLM's CPU attention takes
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def running(config: EngineConfig) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    # vLLM collects garbage a dozen times an engine, among all objects of all modules.
+    # vLLM runs the garbage collector a dozen times, over all that was ever imported.
     with patch("gc.collect"):
         llm = LLM(
             config.model,
@@ -66,7 +65,7 @@ def running(config: EngineConfig) -> Iterator[Any]:
             kv_cache_memory_bytes=config.kv_cache_bytes,
             speculative_config=config.speculative_config,
             disable_log_stats=False,
-            **(OPTIONS | config.options),
+            **({"seed": 0, "enforce_eager": True, "max_num_seqs": 32} | config.options),
         )
     try:
         yield llm
@@ -82,12 +81,6 @@ def prompts() -> tuple[str, ...]:
     """Held-out real text, of mixed lengths."""
     lines = (MODELS / "prompts.jsonl").read_text().splitlines()
     return tuple(json.loads(line)["prompt"] for line in lines)
-
-
-def short_prompts(count: int) -> list[str]:
-    """Of 45 to 220 tokens: the ends of longer ones, whose prefill would take most of
-    the time."""
-    return [text[-600:] for text in prompts()[:count]]
 
 
 # At a temperature, yet with one outcome: the sampled path must give the greedy tokens.

@@ -16,8 +16,8 @@ from tests.engine import (
     STOCK,
     EngineConfig,
     counting,
+    prompts,
     running,
-    short_prompts,
 )
 
 NUM_PROMPTS = 8
@@ -111,7 +111,7 @@ def _plain(logprobs: Any) -> list[dict[int, float]]:
 
 
 def texts(count: int = NUM_PROMPTS) -> list[str]:
-    return short_prompts(count)
+    return list(prompts()[:count])
 
 
 @contextlib.contextmanager

@@ -248,8 +248,11 @@ def results(name: str) -> dict[str, Sampled]:
             return {case: sample(llm, texts(), CASES[case]) for case in STOCK_CASES}
         arranged = {k: v for case in CASES for k, v in arrangements(case).items()}
         if name == "plain":
-            # Flat logprobs are padded to what others of the step ask for.
-            alone = {k: v for k, v in arranged.items() if k.startswith("flat")}
+            # Beside others, flat logprobs are padded to what those ask for, and the end
+            # of thinking may be forced on the request that moves into a row.
+            alone = {
+                k: v for k, v in arranged.items() if k.startswith(("flat", "thinking"))
+            }
             return {k: sample(llm, *v) for k, v in alone.items()} | sample_together(
                 llm, {k: v for k, v in arranged.items() if k not in alone}
             )

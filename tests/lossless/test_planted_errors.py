@@ -12,6 +12,7 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from tests.engine import (
     DRAFT_MODEL,
+    SMALL_BLOCKS,
     STOCK,
     EngineConfig,
     greedy,
@@ -25,6 +26,7 @@ from tests.lossless.engines import Sampled, engine, sample, texts
 from tests.lossless.test_greedy import STOPS, arrangements, stops_at_min_tokens
 from tests.lossless.test_greedy import results as greedy_results
 from tests.lossless.test_sampled import (
+    NUM_SAMPLES,
     PARAMETERS,
     PROBABILISTIC,
     compare,
@@ -47,8 +49,9 @@ def plain() -> dict[str, Sampled]:
     return results("plain", CASES)
 
 
-def _p_value(llm: Any, case: str) -> float:
-    return compare(results("plain", CASES)[case], draw(llm, **PARAMETERS[case]))
+def _p_value(llm: Any, case: str, num_samples: int = NUM_SAMPLES) -> float:
+    seen = draw(llm, num_samples, **PARAMETERS[case])
+    return compare(results("plain", CASES)[case], seen)
 
 
 @contextmanager
@@ -92,10 +95,11 @@ def _keeping_only_the_likeliest(runner: Any) -> Callable[[Any], list[list[int]]]
 
 def test_keeping_drafts_by_their_sampled_value_is_seen() -> None:
     stop_counting_others()
-    with running(EngineConfig(PROBABILISTIC)) as llm:
+    config = EngineConfig(PROBABILISTIC, prefix_caching=True, options=SMALL_BLOCKS)
+    with running(config) as llm:
         runner = model_runner(llm)
         runner._proposer.propose = _keeping_only_the_likeliest(runner)
-        assert _p_value(llm, "0.8") < FALSE_ALARM
+        assert _p_value(llm, "0.8", 3 * NUM_SAMPLES) < FALSE_ALARM
 
 
 def test_reusing_rejected_drafts_kv_is_seen() -> None:

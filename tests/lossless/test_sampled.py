@@ -20,6 +20,7 @@ from tests.engine import (
     EAGLE3,
     LLMA,
     MIXED,
+    SMALL_BLOCKS,
     EngineConfig,
     prompts,
     running,
@@ -68,7 +69,7 @@ def results(name: str, cases: tuple[str, ...]) -> dict[str, Sampled]:
     """Samples of some cases, from one engine with a seed of its own."""
     stop_counting_others()
     seed = 1 + list(CONFIGS).index(name)
-    config = dataclasses.replace(CONFIGS[name], options={"seed": seed})
+    config = dataclasses.replace(CONFIGS[name], options=SMALL_BLOCKS | {"seed": seed})
     with running(config) as llm:
         return {case: draw(llm, **PARAMETERS[case]) for case in cases}
 

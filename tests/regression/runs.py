@@ -18,15 +18,15 @@ from tests.engine import (
     counting_draft_rows,
     few_blocks,
     greedy,
+    prompts,
     running,
     scheduler_of,
-    short_prompts,
     stop_counting_others,
 )
 from vllm_emssd.metrics import COUNTER_NAMES
 
 BATCHES = (1, 24)
-SMALL_CACHE = 4 / 256  # of all blocks: a third of what 24 requests want
+SMALL_CACHE = 9 / 256  # of all blocks: a third of what 24 requests want
 CHUNK = 192  # tokens a step: prompts of up to 1000 tokens come in pieces
 
 CONFIGS = {
@@ -78,7 +78,7 @@ class Run:
 
 
 def batch_prompts(size: int) -> list[str]:
-    return short_prompts(size)
+    return list(prompts()[:size])
 
 
 def plain_tokens(size: int) -> list[list[int]]:
