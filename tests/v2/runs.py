@@ -512,6 +512,8 @@ def passes(llm: Any, name: str) -> dict[str, Any]:
     if name == "plain":
         return seen | {"seeded": one_pass(llm, seed=7, temperature=1.0)}
     seen |= {"ragged": ragged(), "endless": endless(llm)} | failing(llm)
+    one_pass(llm, max_tokens=2)  # whose last step's drafts go unused
+    seen["limited, structured"] = one_pass(llm, LIMITS, **structured())
     if name == "async":
         return seen
     seen["limited"] = one_pass(llm, LIMITS)

@@ -20,6 +20,11 @@ from vllm.v1.request import Request
 
 
 class UnpadScheduler(Scheduler):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM 0.33 would overwrite drafts by -1 where a step's go unused.
+        self.can_skip_drafts = False
+
     def add_request(self, request: Request) -> None:
         # No answer is longer than the model's context, and model runners keep the limit
         # in integers of fixed width, which a larger one would overflow.
