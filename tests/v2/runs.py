@@ -55,6 +55,11 @@ TIGHT = SMALL | {  # fewer blocks than wanted: some requests are preempted
     "prefix_caching": True,
     "options": SMALL["options"] | {"num_gpu_blocks_override": 7},
 }
+FITTED = SMALL | {  # a context of as many tokens as there is memory for: 256
+    "max_model_len": -1,
+    "kv_cache_bytes": 1_900_000,
+    "max_num_batched_tokens": 256,
+}
 
 
 def asynchronous(config: dict[str, Any]) -> dict[str, Any]:
@@ -482,6 +487,9 @@ def passes(llm: Any, name: str) -> dict[str, Any]:
 
     if "trimmed" in name:
         return trimming(llm, name)
+    if name == "fitted":
+        speculator = model_runner(llm).speculator
+        return {"endless": endless(llm), "limit": speculator.max_model_len}
     if "copying" in name:
         return copying(llm, name)
     if "mixed" in name:
@@ -558,6 +566,7 @@ def run_all(*only: str) -> dict[str, Any]:
         "fixed": EngineConfig(EMSSD, **SMALL),
         "cached": EngineConfig(EMSSD, **CACHED),
         "tight": EngineConfig(EMSSD, **TIGHT),
+        "fitted": EngineConfig(EMSSD, **FITTED),
         "itself": EngineConfig(ITSELF, **SMALL),
         "async": EngineConfig(EMSSD, **asynchronous(SMALL)),
         "async cached": EngineConfig(EMSSD, **asynchronous(CACHED)),

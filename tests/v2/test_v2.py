@@ -30,7 +30,7 @@ ENGINES = Engines(
         "async trimmed",
     ),
     slow=(
-        *("cached", "tight", "async tight", "itself", "copying tight"),
+        *("cached", "tight", "fitted", "async tight", "itself", "copying tight"),
         *("async copying", "async copying tight", "mixed", "mixed tight"),
         *("mixed auto", "async mixed", "async auto tight"),
         *("auto", "auto tight", "auto itself", "async trimmed itself"),
@@ -138,6 +138,11 @@ def test_the_log_tells_what_was_counted(name: str) -> None:
 @pytest.mark.parametrize("name", ["fixed", "async"])
 def test_any_max_tokens_is_served(name: str) -> None:
     assert seen(name, "endless")["num_tokens"] == SMALL["max_model_len"]
+
+
+@pytest.mark.slow
+def test_drafts_stay_within_a_context_that_was_fitted_to_the_memory() -> None:
+    assert seen("fitted", "limit") == seen("fitted", "endless")["num_tokens"] == 256
 
 
 @pytest.mark.parametrize("name", cases(*CACHES))

@@ -93,6 +93,9 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        if "max_model_len" in vars(self):  # vLLM 0.32's, from before it was fitted
+            self.max_model_len = self._req_states.max_model_len
+            self.draft_max_seq_len = self.max_model_len
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
         self._gid = gid = draft_group(kv_cache_config, self.draft_attn_layer_names)
         self._block_size = kv_cache_config.kv_cache_groups[gid].kv_cache_spec.block_size
