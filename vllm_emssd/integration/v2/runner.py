@@ -114,6 +114,10 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
             self.rejection_sampler = UnpadRejectionSamplerV2(
                 self.sampler, self.vllm_config.speculative_config, self.device
             )
+            # Where sampling is sharded, vLLM drops logprobs of named tokens, which its
+            # own rejection sampler has none of.
+            dims = self.sampler.get_logprobs_dims
+            self.sampler.get_logprobs_dims = lambda slots, **_: dims(slots)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
