@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -81,6 +81,31 @@ def prompts() -> tuple[str, ...]:
     """Held-out real text, of mixed lengths."""
     lines = (MODELS / "prompts.jsonl").read_text().splitlines()
     return tuple(json.loads(line)["prompt"] for line in lines)
+
+
+def session_tokens(llm: Any, texts: Sequence[str], max_tokens: int) -> list[int]:
+    """Greedy tokens of a streaming session with these inputs, which come one by one."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    engine, token_ids = llm.llm_engine, []
+    for turn, text in enumerate(texts, start=1):
+        request = engine.input_processor.process_inputs(
+            "session", text, params, supported_tasks=("generate",), resumable=True
+        )
+        engine.engine_core.add_request(request)
+        while len(token_ids) < turn * max_tokens:
+            for output in engine.engine_core.get_output().outputs:
+                token_ids += output.new_token_ids
+    engine.engine_core.abort_requests(["session"])
+    engine.engine_core.get_output()  # the worker forgets it
+    return token_ids
 
 
 # At a temperature, yet with one outcome: the sampled path must give the greedy tokens.

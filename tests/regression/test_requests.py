@@ -22,6 +22,7 @@ from tests.engine import (
     model_runner,
     prompts,
     running,
+    session_tokens,
     stop_counting_others,
 )
 
@@ -47,6 +48,11 @@ def _whole_blocks_and_one(llm: Any) -> dict[str, list[int]]:
     return _long(llm, 2 * llm.llm_engine.vllm_config.cache_config.block_size + 1)
 
 
+def _sessions(llm: Any) -> list[list[int]]:
+    texts = [text[:300] for text in TEXTS[:9]]
+    return [session_tokens(llm, texts[i::3], max_tokens=11) for i in range(3)]
+
+
 @pytest.fixture(scope="module")
 def plain() -> Plain:
     with running(EngineConfig()) as llm:
@@ -54,6 +60,7 @@ def plain() -> Plain:
             "edges": greedy(llm, _edge_prompts(llm), max_tokens=64),
             "texts": greedy(llm, TEXTS, max_tokens=32),
             "blocks": greedy(llm, [_whole_blocks_and_one(llm)], max_tokens=32),
+            "sessions": _sessions(llm),
         }
 
 
@@ -121,6 +128,11 @@ def test_whole_cached_blocks(llm: Any, plain: Plain) -> None:
     assert seen["vllm:prefix_cache_hits"] > 0
     assert seen["vllm:spec_decode_num_accepted_tokens"] > 0
     assert seen["num_draft_tokens"] == seen["vllm:spec_decode_num_draft_tokens"]
+
+
+def test_streaming_sessions(llm: Any, plain: Plain) -> None:
+    """Answers end within accepted drafts, which the next input must not follow."""
+    assert _sessions(llm) == plain["sessions"]
 
 
 def test_any_max_tokens_is_served(llm: Any) -> None:

@@ -30,6 +30,7 @@ from tests.v2.runs import (
     one_pass,
     pass_with,
     run_engines,
+    sessions,
     structured,
 )
 from vllm_emssd.draft_length import DraftLengthPolicy, FixedDraftLength
@@ -174,6 +175,7 @@ def passes(llm: Any, name: str) -> dict[str, Any]:
             "seeded": one_pass(llm, seed=7, temperature=1.0),
             "structured": one_pass(llm, **structured()),
             "lost": one_pass(llm, max_tokens=LONGER),
+            "sessions": sessions(llm),
         }
     if "mixed" in name:
         return mixing(llm, name)
@@ -196,6 +198,7 @@ def passes(llm: Any, name: str) -> dict[str, Any]:
             seen["without states"] = compared(llm, PausedLengths(), steady)
         seen |= failing(llm)
     if "cached" in name:
+        seen["sessions"] = sessions(llm)
         seen |= not_fed_before(llm, steady)
     return seen
 

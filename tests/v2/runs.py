@@ -27,6 +27,7 @@ from tests.engine import (
     prompts,
     running,
     scheduler_of,
+    session_tokens,
     stop_counting_others,
 )
 from tests.planted_failures import break_parts
@@ -469,6 +470,12 @@ def endless(llm: Any) -> dict[str, int]:
     return {"num_tokens": num_tokens}
 
 
+def sessions(llm: Any) -> dict[str, Any]:
+    """Streaming sessions, whose answers end within accepted drafts."""
+    inputs = [text[:60] for text in prompts()[:9]]
+    return {"token_ids": [session_tokens(llm, inputs[i::3], 7) for i in range(3)]}
+
+
 def sampling(llm: Any) -> dict[str, Any]:
     """With drafts of the target itself."""
 
@@ -517,6 +524,7 @@ def passes(llm: Any, name: str) -> dict[str, Any]:
     if name in ("plain", "async"):
         seen["stopped"] = stopped(llm, seen["greedy"])
         seen["aborted"] = aborted(llm)
+        seen["sessions"] = sessions(llm)
     if name == "plain":
         return seen | {"seeded": one_pass(llm, seed=7, temperature=1.0)}
     seen |= {"ragged": ragged(), "endless": endless(llm)} | failing(llm)

@@ -32,6 +32,14 @@ class UnpadScheduler(Scheduler):
         request.sampling_params.max_tokens = request.max_tokens
         super().add_request(request)
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        # Of an answer that ends within accepted drafts, more was computed than is in
+        # it. A streaming session's next input would go on behind that.
+        num_computed = request.num_computed_tokens - request.num_output_placeholders
+        num_unwanted = max(num_computed - (request.num_tokens - 1), 0)
+        request.num_computed_tokens -= num_unwanted
+        return super()._handle_stopped_request(request)
+
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # Requests that were waiting have no drafts but placeholders.
         admitted = {new.req_id for new in scheduler_output.scheduled_new_reqs}

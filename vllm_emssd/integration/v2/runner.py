@@ -251,6 +251,13 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
                 max(map(len, drafts.values())),
             )
 
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """The next input of a streaming session comes as a new request, which has a
+        slot already."""
+        new_ids = {new.req_id for new in scheduler_output.scheduled_new_reqs}
+        self.speculator.release(new_ids & self.req_states.req_id_to_index.keys())
+        super().add_requests(scheduler_output)
+
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.speculator.release(scheduler_output.finished_req_ids)
         self.speculator.preempt(scheduler_output.preempted_req_ids or ())
