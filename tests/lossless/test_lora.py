@@ -40,18 +40,22 @@ METHODS = {
 }
 
 
-def _write_adapter(folder: Path) -> None:
-    """Random weights for the attention's output, in PEFT's format."""
+def write_adapter(folder: Path, seed: int = 1) -> None:
+    """Random weights for the attention's output and the LM head, in PEFT's format."""
     config = AutoConfig.from_pretrained(TARGET)
-    sizes = {"A": (RANK, config.num_attention_heads * config.head_dim)}
-    sizes["B"] = (config.hidden_size, RANK)
-    dice = torch.Generator().manual_seed(1)
+    num_attended = config.num_attention_heads * config.head_dim
+    sizes = {
+        f"model.layers.{layer}.self_attn.o_proj": (num_attended, config.hidden_size)
+        for layer in range(config.num_hidden_layers)
+    }
+    sizes["lm_head"] = config.hidden_size, config.vocab_size
+    dice = torch.Generator().manual_seed(seed)
     weights = {
-        f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_{part}.weight": (
+        f"base_model.model.{name}.lora_{part}.weight": (
             torch.randn(shape, generator=dice) * SCALE
         )
-        for layer in range(config.num_hidden_layers)
-        for part, shape in sizes.items()
+        for name, (num_inputs, num_outputs) in sizes.items()
+        for part, shape in (("A", (RANK, num_inputs)), ("B", (num_outputs, RANK)))
     }
     save_file(weights, folder / "adapter_model.safetensors")
     described = {
@@ -60,7 +64,7 @@ def _write_adapter(folder: Path) -> None:
         "base_model_name_or_path": TARGET,
         "r": RANK,
         "lora_alpha": RANK,
-        "target_modules": ["o_proj"],
+        "target_modules": ["o_proj", "lm_head"],
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(described))
@@ -69,7 +73,7 @@ def _write_adapter(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> LoRARequest:
     folder = tmp_path_factory.mktemp("adapter")
-    _write_adapter(folder)
+    write_adapter(folder)
     return LoRARequest("random", 1, str(folder))
 
 

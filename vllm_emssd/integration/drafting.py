@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -145,3 +146,12 @@ def without_first_blocks(
     columns = torch.arange(tables.shape[1], device=tables.device)
     columns = columns + num_skipped.to(torch.int64)[:, None]
     return tables.gather(1, columns.clamp_(max=tables.shape[1] - 1))
+
+
+def leave_out_adapters(head: torch.nn.Module) -> None:
+    """A head shares layers with the target, whose LoRA adapters go by the rows of the
+    target's batch."""
+    for module in head.modules():
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, BaseLayerWithLoRA):
+                setattr(module, name, layer.base_layer)

@@ -90,12 +90,6 @@ def refuse_deployment(vllm_config: VllmConfig) -> None:
             "An EAGLE-3 head needs the target's hidden states of all tokens, which a "
             f"KV connector does not bring. {USE_V1}, or remove --kv-transfer-config."
         )
-    if spec_config.method == "eagle3" and vllm_config.lora_config is not None:
-        raise ValueError(
-            "vLLM's V2 model runner tells the LM head one LoRA adapter a request, not "
-            "one a draft, so an EAGLE-3 head's drafts cannot be verified with adapters "
-            f"there. {USE_V1}, or remove --enable-lora."
-        )
 
 
 def advise_v2(vllm_config: VllmConfig, device: torch.device) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_emssd.config import EmssdConfig
@@ -16,7 +15,7 @@ from vllm_emssd.draft_cursor import DraftCursor
 from vllm_emssd.draft_length import CostTable, DraftLengthPolicy, StepCosts
 from vllm_emssd.integration.costs import CONTEXT, FIXED_MS, TIMED_ROWS, time_forwards
 from vllm_emssd.integration.cpu.row_padding import ROW_COUNTS, RowPadding
-from vllm_emssd.integration.drafting import DraftingRunner
+from vllm_emssd.integration.drafting import DraftingRunner, leave_out_adapters
 from vllm_emssd.integration.failure_policy import FailurePolicy
 from vllm_emssd.integration.forward_clock import ForwardTimer
 from vllm_emssd.integration.hooks.hook import installed
@@ -41,15 +40,6 @@ from vllm_emssd.proposers.eagle import EagleProposer
 from vllm_emssd.proposers.hidden_states import HiddenStates
 from vllm_emssd.proposers.llma import LlmaProposer
 from vllm_emssd.proposers.mixed import MixedProposer
-
-
-def _leave_out_adapters(head: torch.nn.Module) -> None:
-    """A head shares layers with the target, whose LoRA adapters go by the rows of the
-    target's batch."""
-    for module in head.modules():
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, BaseLayerWithLoRA):
-                setattr(module, name, layer.base_layer)
 
 
 class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
@@ -86,7 +76,7 @@ class StartUpMixin(DraftingRunner, UnpadSamplingMixin):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if self.speculative_config.method == "eagle3":
-            _leave_out_adapters(self.drafter.model)
+            leave_out_adapters(self.drafter.model)
             # What the head shared with the target in place of its own frees a kernel's
             # handle, which while a model is traced fills the log with an error.
             gc.collect()

@@ -30,7 +30,10 @@ from vllm_emssd.async_draft_cursor import UnverifiedStep
 from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
-from vllm_emssd.integration.drafting import without_first_blocks
+from vllm_emssd.integration.drafting import (
+    leave_out_adapters,
+    without_first_blocks,
+)
 from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.proposers.hidden_states import MAX_BYTES
@@ -74,6 +77,7 @@ class UnpadEagleSpeculator(TimedByClock, DraftingSpeculator, EagleSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         super().load_model(target_model)
+        leave_out_adapters(self.model)
         states = self.hidden_states
         row_bytes = states.shape[1] * states.element_size()
         # Four steps' tokens find room in any case.

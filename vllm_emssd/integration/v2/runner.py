@@ -38,6 +38,7 @@ from vllm_emssd.integration.runners import refuse_deployment, refuse_options
 from vllm_emssd.integration.v2.copy_speculator import CopySpeculator
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.integration.v2.eagle_speculator import UnpadEagleSpeculator
+from vllm_emssd.integration.v2.lora_state import RowLoraState
 from vllm_emssd.integration.v2.rejection_sampler import UnpadRejectionSamplerV2
 from vllm_emssd.integration.v2.speculator import UnpadSpeculator
 from vllm_emssd.metrics import Counters
@@ -105,6 +106,7 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         # With acceptance not yet recorded, oldest first; None for a step of no rows.
         self._outputs: deque[AsyncOutput | None] = deque()
         self._ranks = Ranks(self.device)
+        self.lora_state = RowLoraState(self.max_num_reqs)
         self.step_timing = self._target_timing = TargetTiming()
         self._publisher: Publisher | None = None  # once the warm-up is over
 
@@ -232,7 +234,10 @@ class UnpadGPUModelRunnerV2(DraftingRunner, GPUModelRunner):
         self._record_acceptance()
         if self._is_async:
             scheduler_output = self.speculator.with_drafts_made(scheduler_output)
-        self._verifies = bool(scheduler_output.scheduled_spec_decode_tokens)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._verifies = bool(drafts)
+        if self.lora_config is not None:
+            self.lora_state.num_drafts = {r: len(d) for r, d in drafts.items()}
         self._set_verification_costs(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self._target_timing.model_executed()
