@@ -31,13 +31,22 @@ def test_refused(limit: Any) -> None:
         check_request_limit(params_of(limit))
 
 
+def new_request(req_id: str, params: SamplingParams) -> Any:
+    return SimpleNamespace(req_id=req_id, sampling_params=params)
+
+
+def test_the_next_input_of_a_session_has_its_own() -> None:
+    limits, most = RequestLimits(), np.full(1, 5)
+    limits.admit([new_request("session", params_of(2))])
+    limits.admit([new_request("session", SamplingParams())])
+    limits.apply(most, ["session"])
+    assert most.tolist() == [5]
+
+
 def test_lowers_only_the_requests_that_have_one() -> None:
     limits = RequestLimits()
     given = {"a": 2, "b": 0, "c": 2**40, "odd": "x", "gone": 1}
-    limits.admit(
-        SimpleNamespace(req_id=req_id, sampling_params=params_of(limit))
-        for req_id, limit in given.items()
-    )
+    limits.admit([new_request(i, params_of(limit)) for i, limit in given.items()])
     limits.release(["gone", "never came"])
     most, req_ids = np.full(6, 5), ["free", "a", "b", "c", "odd", "gone"]
     limits.apply(most, req_ids)

@@ -58,7 +58,9 @@ class RequestLimits:
     def __init__(self) -> None:
         self._limits: dict[str, int] = {}
 
-    def admit(self, new_requests: Iterable[NewRequestData]) -> None:
+    def admit(self, new_requests: Sequence[NewRequestData]) -> None:
+        # A streaming session's next input has its own.
+        self.release(new.req_id for new in new_requests)
         for new in new_requests:
             limit = _option(new.sampling_params, MAX_DRAFT_TOKENS_KEY)
             if _is_limit(limit):
