@@ -71,7 +71,7 @@ def test_drafts_without_the_hidden_states_are_others() -> None:
 @pytest.mark.parametrize("name", COMPARED)
 def test_counted_rows_are_those_of_the_head(name: str) -> None:
     for what, run in passes(ENGINES.run(name)).items():
-        if what != "failing":
+        if what not in ("sessions", "failing"):
             assert run["counts"]["num_draft_rows"] == run["draft_rows"], what
 
 
