@@ -33,14 +33,14 @@ def test_runner_of_a_platform(
 
 
 @pytest.mark.parametrize(
-    ("device", "use_v2", "options", "lora_config", "is_advised"),
+    ("device", "use_v2", "options", "connector", "is_advised"),
     [
         ("cuda", "0", {}, None, True),
         ("cuda", None, {}, None, False),  # vLLM said itself why it took V1
         ("cpu", "0", {}, None, False),
         ("cuda", "0", {"unpad_inputs": False}, None, False),
         ("cuda", "0", {"proposer": "of a package"}, None, False),
-        ("cuda", "0", {}, "adapters", False),  # which a head has on V1 only
+        ("cuda", "0", {}, "any", False),  # which a head has on V1 only
     ],
 )
 def test_v2_is_advised_where_it_does_what_v1_was_chosen_for(
@@ -48,7 +48,7 @@ def test_v2_is_advised_where_it_does_what_v1_was_chosen_for(
     device: str,
     use_v2: str | None,
     options: dict[str, Any],
-    lora_config: str | None,
+    connector: str | None,
     is_advised: bool,
 ) -> None:
     lines: list[str] = []
@@ -61,8 +61,7 @@ def test_v2_is_advised_where_it_does_what_v1_was_chosen_for(
         additional_config={ADDITIONAL_CONFIG_KEY: config.model_dump()},
         speculative_config=SimpleNamespace(method="eagle3"),
         parallel_config=SimpleNamespace(prefill_context_parallel_size=1),
-        kv_transfer_config=None,
-        lora_config=lora_config,
+        kv_transfer_config=connector,
         watermark_config=None,
     )
     monkeypatch.setattr(EmssdConfig, "carried_by", lambda carried: config)
