@@ -6,13 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.engine import (
-    LLMA,
-    EngineConfig,
-    counting,
-    running,
-    stop_counting_others,
-)
+from tests.engine import LLMA, EngineConfig, counting, running, stop_counting_others
 from tests.lossless.test_lora import RANK, write_adapter
 from tests.v2 import interpreter
 from tests.v2.heads import HEAD

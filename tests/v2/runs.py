@@ -471,7 +471,7 @@ def endless(llm: Any) -> dict[str, int]:
 
 
 def sessions(llm: Any) -> dict[str, Any]:
-    """Streaming sessions, whose answers end within accepted drafts."""
+    """Greedy tokens of streaming sessions, of three inputs each."""
     inputs = [text[:60] for text in prompts()[:9]]
     return {"token_ids": [session_tokens(llm, inputs[i::3], 7) for i in range(3)]}
 

@@ -59,7 +59,7 @@ class RequestLimits:
         self._limits: dict[str, int] = {}
 
     def admit(self, new_requests: Sequence[NewRequestData]) -> None:
-        # A streaming session's next input has its own.
+        # A streaming session's next input does not keep the limit of the last.
         self.release(new.req_id for new in new_requests)
         for new in new_requests:
             limit = _option(new.sampling_params, MAX_DRAFT_TOKENS_KEY)

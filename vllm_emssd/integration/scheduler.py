@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 class UnpadScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # vLLM 0.33 would overwrite drafts by -1 where a step's go unused.
+        # vLLM 0.33 would write -1 over the drafts of steps that cannot use them.
         self.can_skip_drafts = False
 
     def add_request(self, request: Request) -> None:

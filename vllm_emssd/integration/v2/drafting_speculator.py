@@ -93,7 +93,7 @@ class DraftingSpeculator(RaggedSpeculator, DraftModelSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if "max_model_len" in vars(self):  # vLLM 0.32's, from before it was fitted
+        if "max_model_len" in vars(self):  # vLLM 0.32 set it before the fit
             self.max_model_len = self._req_states.max_model_len
             self.draft_max_seq_len = self.max_model_len
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)

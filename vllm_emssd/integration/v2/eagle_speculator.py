@@ -30,10 +30,7 @@ from vllm_emssd.async_draft_cursor import UnverifiedStep
 from vllm_emssd.async_head_cursor import AsyncHeadCursor
 from vllm_emssd.feeding import grant_rows
 from vllm_emssd.integration.costs import CONTEXT
-from vllm_emssd.integration.drafting import (
-    leave_out_adapters,
-    without_first_blocks,
-)
+from vllm_emssd.integration.drafting import leave_out_adapters, without_first_blocks
 from vllm_emssd.integration.forward_clock import TimedByClock
 from vllm_emssd.integration.v2.drafting_speculator import DraftingSpeculator
 from vllm_emssd.proposers.hidden_states import MAX_BYTES
